@@ -1,0 +1,405 @@
+"""A trace: the recorded routing of one model over one benchmark, in memory or as a folder of shards.
+
+Folder layout: ``manifest.json`` (what was recorded, and each shard's name, rows and sha256), ``shard-00000.safetensors``...,
+``vocabulary.json`` (text of the token ids that occur; for display only) and, where a random-router control was recorded in
+the same pass, ``control/`` with a trace of the same documents and tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.numpy import load as parse_safetensors
+from safetensors.numpy import save as encode_safetensors
+
+from dbes.errors import TraceError
+from dbes.files import write_bytes, write_json, write_text
+from dbes.types import RoutingShape, TokenRoutes, storage_dtype
+
+TRACE_SCHEMA = 1
+MANIFEST, VOCABULARY, CONTROL = "manifest.json", "vocabulary.json", "control"
+
+
+class ShardEntry(BaseModel):
+    """One shard of a trace: rows are the tokens of documents [first_document, last_document]."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str
+    tokens: int
+    first_document: int
+    last_document: int
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """What a trace folder says of itself. ``complete`` is false while a recording is under way or was interrupted."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    schema_version: int
+    complete: bool
+    layers: tuple[int, ...]
+    experts: tuple[int, ...]
+    top_k: tuple[int, ...]
+    domains: tuple[str, ...]
+    document_domain: tuple[int, ...]
+    document_ids: tuple[str, ...]
+    provenance: dict[str, Any]
+    shards: tuple[ShardEntry, ...]
+
+    @property
+    def shape(self) -> RoutingShape:
+        return RoutingShape(
+            layers=self.layers,
+            experts=self.experts,
+            top_k=self.top_k,
+            domains=self.domains,
+            document_domain=np.asarray(self.document_domain, np.int32),
+            document_ids=self.document_ids,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """Routing of one model over one benchmark: iterate over it to read its shards one at a time.
+
+    Attributes:
+        shape: sizes of the router and domains of the documents.
+        provenance: model, revision, tokenizer hash, task fingerprint, dtype, versions, ... as JSON values.
+        control: the same tokens through a frozen random router on the same representation, if it was recorded.
+        vocabulary: text of token ids, for display.
+        path: the folder it lies in, or None when it is in memory only.
+    """
+
+    shape: RoutingShape
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    control: Trace | None = None
+    vocabulary: Mapping[int, str] = field(default_factory=dict)
+    path: Path | None = None
+    entries: tuple[ShardEntry, ...] = ()
+    loaded: tuple[TokenRoutes, ...] = ()
+
+    def __iter__(self) -> Iterator[TokenRoutes]:
+        """The shards in order of documents; a document never spans two shards. Shards on disk are checked as they are read."""
+        yield from self.loaded
+        for entry in self.entries:
+            assert self.path is not None
+            routes = _read_shard(self.path / entry.name, entry)
+            validate_routes(routes, self.shape, where=str(self.path / entry.name))
+            yield routes
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(routes) for routes in self.loaded) + sum(entry.tokens for entry in self.entries)
+
+    @classmethod
+    def from_arrays(
+        cls,
+        ids: np.ndarray,
+        *,
+        document: np.ndarray,
+        domain: np.ndarray | Sequence[int],
+        domains: Sequence[str],
+        layers: Sequence[int],
+        experts: int | Sequence[int],
+        weights: np.ndarray | None = None,
+        margins: np.ndarray | None = None,
+        token_ids: np.ndarray | None = None,
+        positions: np.ndarray | None = None,
+        phase: np.ndarray | None = None,
+        selection_margins: np.ndarray | None = None,
+        scaled_margins: np.ndarray | None = None,
+        kept: np.ndarray | None = None,
+        document_ids: Sequence[str] | None = None,
+        provenance: Mapping[str, Any] | None = None,
+        control: Trace | None = None,
+    ) -> Trace:
+        """A trace of routing recorded elsewhere.
+
+        Args:
+            ids: int [tokens, layers, k], executed experts; -1 marks a slot that did not run. Order of slots means nothing.
+            document: int [tokens], the text each token came from.
+            domain: int [documents], index of each document's domain in ``domains``.
+            domains: names of the domains.
+            layers: the model's own layer numbers, one per column of ``ids``.
+            experts: number of routed experts, one for all layers or one per layer. Never inferred from the ids.
+            weights: float [tokens, layers, k], gate weights. Without them what needs weights is NaN.
+            margins: float [tokens, layers], router-logit margin z_(k) - z_(k+1); NaN where unknown.
+            token_ids: int [tokens].
+            positions: int [tokens], place in the document; by default the order of the rows of a document.
+            phase: int [tokens], 0 prompt, 1 generated.
+            selection_margins, scaled_margins, kept: see ``TokenRoutes``.
+
+        Raises:
+            TraceError: shapes disagree, ids out of range, an expert twice in one row, a document outside ``domain``.
+        """
+        ids = np.asarray(ids)
+        if ids.ndim != 3 or not np.issubdtype(ids.dtype, np.integer):
+            raise TraceError(f"ids: expected integers [tokens, layers, k], got {ids.dtype} {ids.shape}")
+        document = np.asarray(document)
+        domain = np.asarray(domain)
+        counts = (experts,) * len(layers) if isinstance(experts, int | np.integer) else tuple(experts)
+        names = tuple(document_ids) if document_ids is not None else tuple(str(i) for i in range(len(domain)))
+        if not (len(layers) == len(counts) == ids.shape[1]):
+            raise TraceError(f"ids have {ids.shape[1]} layers, but {len(layers)} layer numbers and {len(counts)} expert counts were given")
+        if list(layers) != sorted(set(layers)):
+            raise TraceError(f"layers must be ascending and distinct, got {list(layers)}")
+        if domain.ndim != 1 or len(domain) == 0 or domain.min() < 0 or domain.max() >= len(domains):
+            raise TraceError(f"domain: expected an index below {len(domains)} for every document")
+        if len(names) != len(domain):
+            raise TraceError(f"{len(names)} document ids for {len(domain)} documents")
+        if document.shape != (len(ids),) or (len(document) and (document.min() < 0 or document.max() >= len(domain))):
+            raise TraceError(f"document: expected {len(ids)} indices below {len(domain)} (the documents that `domain` lists)")
+        widest = max(counts)
+        if ids.size and (ids.min() < -1 or ids.max() >= widest):
+            raise TraceError(f"ids out of range: {ids.min()}..{ids.max()}, expected -1 (missing) or 0..{widest - 1}")
+        order = np.argsort(document, kind="stable") if positions is None else np.lexsort((positions, document))
+        in_order = bool(np.all(order == np.arange(len(order))))
+        rows: np.ndarray | slice = slice(None) if in_order else order
+        shape = RoutingShape(
+            layers=tuple(int(layer) for layer in layers),
+            experts=tuple(int(count) for count in counts),
+            top_k=tuple(min(ids.shape[2], int(count)) for count in counts),
+            domains=tuple(domains),
+            document_domain=domain.astype(np.int32),
+            document_ids=names,
+        )
+        if positions is None:
+            positions = _order_within(document[rows])
+        else:
+            positions = np.asarray(positions)[rows]
+
+        def column(name: str, array: np.ndarray | None, expected: tuple[int, ...], dtype: type) -> np.ndarray | None:
+            if array is None:
+                return None
+            array = np.asarray(array)
+            if array.shape != expected:
+                raise TraceError(f"{name}: expected shape {expected}, got {array.shape}")
+            return array[rows].astype(dtype)
+
+        routes = TokenRoutes(
+            ids=ids[rows].astype(storage_dtype(widest)),
+            document=document[rows].astype(np.int32),
+            positions=positions.astype(np.int32),
+            token_ids=column("token_ids", token_ids, ids.shape[:1], np.int32),
+            phase=column("phase", phase, ids.shape[:1], np.uint8),
+            weights=column("weights", weights, ids.shape, np.float32),
+            logit_margins=column("margins", margins, ids.shape[:2], np.float32),
+            selection_margins=column("selection_margins", selection_margins, ids.shape[:2], np.float32),
+            scaled_margins=column("scaled_margins", scaled_margins, ids.shape[:2], np.float32),
+            kept=None if kept is None else np.asarray(kept)[rows].astype(np.uint8),
+        )
+        validate_routes(routes, shape, where="ids")
+        return cls(shape=shape, provenance=dict(provenance or {}), control=control, loaded=(routes,))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Trace:
+        """The trace in a folder; shards are read, and their sha256 checked, only when they are iterated over.
+
+        Raises:
+            TraceError: no manifest, another schema version, an unfinished recording, a shard that is missing.
+        """
+        folder = Path(path)
+        manifest = read_manifest(folder)
+        if not manifest.complete:
+            raise TraceError(
+                f"{folder}: the recording was not finished ({len(manifest.shards)} shards so far); run the same evaluate command again to go on"
+            )
+        for entry in manifest.shards:
+            if not (folder / entry.name).is_file():
+                raise TraceError(f"{folder / entry.name}: this shard of the trace is missing; record again with --overwrite")
+        vocabulary: dict[int, str] = {}
+        if (folder / VOCABULARY).is_file():
+            vocabulary = {int(token): text for token, text in json.loads((folder / VOCABULARY).read_text("utf-8")).items()}
+        return cls(
+            shape=manifest.shape,
+            provenance=manifest.provenance,
+            control=cls.load(folder / CONTROL) if (folder / CONTROL / MANIFEST).is_file() else None,
+            vocabulary=vocabulary,
+            path=folder,
+            entries=manifest.shards,
+        )
+
+    def save(self, path: str | Path) -> Trace:
+        """Write the trace (and its control) as a folder and return the trace that reads it."""
+        folder = Path(path)
+        writer = TraceWriter(folder, self.shape, self.provenance)
+        for routes in self:
+            writer.write(routes)
+        if self.control is not None:
+            self.control.save(folder / CONTROL)
+        writer.finish(vocabulary=self.vocabulary)
+        return Trace.load(folder)
+
+
+class TraceWriter:
+    """Appends shards to a trace folder; what was written whole before an interruption is kept and gone on from.
+
+    Opening a folder that holds an unfinished recording **of the same thing** (shape and provenance equal) resumes it:
+    ``next_document`` is the first document still to be recorded. Anything else in the folder is an error.
+    """
+
+    def __init__(self, folder: Path, shape: RoutingShape, provenance: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self._manifest = Manifest(
+            schema_version=TRACE_SCHEMA,
+            complete=False,
+            layers=shape.layers,
+            experts=shape.experts,
+            top_k=shape.top_k,
+            domains=shape.domains,
+            document_domain=tuple(int(domain) for domain in shape.document_domain),
+            document_ids=shape.document_ids,
+            provenance=json.loads(json.dumps(dict(provenance))),
+            shards=(),
+        )
+        if (folder / MANIFEST).is_file():
+            earlier = read_manifest(folder)
+            whole = tuple(entry for entry in earlier.shards if (folder / entry.name).is_file())
+            same = earlier.model_copy(update={"complete": False, "shards": ()}) == self._manifest
+            if not same or earlier.complete or len(whole) != len(earlier.shards):
+                raise TraceError(f"{folder}: holds another recording; choose another folder or --overwrite")
+            self._manifest = earlier
+        else:
+            self._save()
+
+    @property
+    def shards(self) -> int:
+        return len(self._manifest.shards)
+
+    @property
+    def tokens(self) -> int:
+        return sum(entry.tokens for entry in self._manifest.shards)
+
+    @property
+    def next_document(self) -> int:
+        """First document that no whole shard holds yet."""
+        return self._manifest.shards[-1].last_document + 1 if self._manifest.shards else 0
+
+    def keep_shards(self, count: int) -> None:
+        """Forget all but the first ``count`` shards (a control that ran one shard ahead of its trace is cut back)."""
+        self._manifest = self._manifest.model_copy(update={"shards": self._manifest.shards[:count]})
+        self._save()
+
+    def write(self, routes: TokenRoutes, *, last_document: int | None = None) -> None:
+        """Add one shard. ``last_document`` says up to where documents are done when the last of them have no token."""
+        content = encode_safetensors({name: np.ascontiguousarray(array) for name, array in routes.arrays().items()})
+        name = f"shard-{self.shards:05d}.safetensors"
+        last = int(routes.document[-1]) if last_document is None else last_document
+        entry = ShardEntry(
+            name=name,
+            tokens=len(routes),
+            first_document=self.next_document,
+            last_document=last,
+            sha256=hashlib.sha256(content).hexdigest(),
+        )
+        write_bytes(self.folder / name, content)
+        self._manifest = self._manifest.model_copy(update={"shards": (*self._manifest.shards, entry)})
+        self._save()
+
+    def finish(self, *, vocabulary: Mapping[int, str] | None = None, provenance: Mapping[str, Any] | None = None) -> None:
+        """Mark the trace complete; ``provenance`` adds facts known only at the end (counts, seconds are not among them)."""
+        if vocabulary:
+            text = json.dumps({str(token): vocabulary[token] for token in sorted(vocabulary)}, ensure_ascii=False)
+            write_text(self.folder / VOCABULARY, text)
+        update: dict[str, Any] = {"complete": True}
+        if provenance:
+            update["provenance"] = {**self._manifest.provenance, **provenance}
+        self._manifest = self._manifest.model_copy(update=update)
+        self._save()
+
+    def _save(self) -> None:
+        write_json(self.folder / MANIFEST, self._manifest.model_dump(mode="json"))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a trace folder.
+
+    Raises:
+        TraceError: missing, not JSON, another schema version, fields missing or unknown.
+    """
+    path = folder / MANIFEST
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise TraceError(f"{folder}: no {MANIFEST} here, so this is not a trace folder") from None
+    except (OSError, ValueError) as problem:
+        raise TraceError(f"{path}: cannot be read as JSON ({problem})") from None
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if version != TRACE_SCHEMA:
+        raise TraceError(f"{path}: schema version {version!r}, this dbes reads {TRACE_SCHEMA}; record again or use the dbes that wrote it")
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as problem:
+        raise TraceError(f"{path}: {problem.errors()[0]['loc']}: {problem.errors()[0]['msg']}") from None
+
+
+def validate_routes(routes: TokenRoutes, shape: RoutingShape, *, where: str) -> None:
+    """Refuse routes that no top-k router can have produced.
+
+    Raises:
+        TraceError: wrong shapes, an id at or above the layer's number of experts, an expert twice in one row, a document
+            out of range or out of order.
+    """
+    tokens = len(routes.document)
+    expected = (tokens, len(shape.layers))
+    if routes.ids.ndim != 3 or routes.ids.shape[:2] != expected:
+        raise TraceError(f"{where}: ids have shape {routes.ids.shape}, expected {(*expected, shape.slots)}")
+    for name, array in routes.arrays().items():
+        if array.shape[0] != tokens:
+            raise TraceError(f"{where}: {name} has {array.shape[0]} rows, ids have {tokens}")
+    if routes.weights is not None and routes.weights.shape != routes.ids.shape:
+        raise TraceError(f"{where}: weights have shape {routes.weights.shape}, ids {routes.ids.shape}")
+    if not tokens:
+        return
+    if routes.document.min() < 0 or routes.document.max() >= len(shape.document_domain) or np.any(np.diff(routes.document) < 0):
+        raise TraceError(f"{where}: document indices must ascend within 0..{len(shape.document_domain) - 1}")
+    missing = np.iinfo(routes.ids.dtype).max
+    slots = np.ascontiguousarray(np.moveaxis(routes.ids, 2, 0))
+    for column, experts in enumerate(shape.experts):
+        if experts < missing:
+            wrong = (slots[:, :, column] >= experts) & (slots[:, :, column] != missing)
+            if wrong.any():
+                found = int(slots[:, :, column][wrong][0])
+                raise TraceError(f"{where}: ids out of range at layer {shape.layers[column]}: {found}, but the layer has {experts} experts")
+    for slot in range(1, len(slots)):
+        for other in range(slot):
+            twice = (slots[slot] == slots[other]) & (slots[slot] != missing)
+            if twice.any():
+                token, column = np.argwhere(twice)[0]
+                raise TraceError(
+                    f"{where}: expert {int(slots[slot, token, column])} stands twice in row {token} at layer {shape.layers[column]}: "
+                    "duplicate ids in a row mean that the source did not record routing (for example all zero)"
+                )
+
+
+def _read_shard(path: Path, entry: ShardEntry) -> TokenRoutes:
+    try:
+        content = path.read_bytes()
+    except OSError as problem:
+        raise TraceError(f"{path}: this shard of the trace cannot be read ({problem.strerror})") from None
+    if hashlib.sha256(content).hexdigest() != entry.sha256:
+        raise TraceError(f"{path}: sha256 differs from the manifest: the shard is truncated or was altered; record again with --overwrite")
+    try:
+        routes = TokenRoutes(**parse_safetensors(content))
+    except (safetensors.SafetensorError, TypeError) as problem:
+        raise TraceError(f"{path}: not a shard of a dbes trace ({problem})") from None
+    if len(routes) != entry.tokens:
+        raise TraceError(f"{path}: {len(routes)} tokens, the manifest says {entry.tokens}")
+    return routes
+
+
+def _order_within(document: np.ndarray) -> np.ndarray:
+    """0, 1, 2, ... along each run of equal documents."""
+    if not len(document):
+        return np.zeros(0, np.int32)
+    starts = np.flatnonzero(np.r_[True, document[1:] != document[:-1]])
+    lengths = np.diff(np.r_[starts, len(document)])
+    return (np.arange(len(document)) - np.repeat(starts, lengths)).astype(np.int32)
