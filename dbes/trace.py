@@ -171,10 +171,7 @@ class Trace:
             document_domain=domain.astype(np.int32),
             document_ids=names,
         )
-        if positions is None:
-            positions = _order_within(document[rows])
-        else:
-            positions = np.asarray(positions)[rows]
+        positions = _order_within(document[rows]) if positions is None else np.asarray(positions)[rows]
 
         def column(name: str, array: np.ndarray | None, expected: tuple[int, ...], dtype: type) -> np.ndarray | None:
             if array is None:
@@ -210,7 +207,8 @@ class Trace:
         manifest = read_manifest(folder)
         if not manifest.complete:
             raise TraceError(
-                f"{folder}: the recording was not finished ({len(manifest.shards)} shards so far); run the same evaluate command again to go on"
+                f"{folder}: the recording was not finished ({len(manifest.shards)} shards so far); "
+                "run the same evaluate command again to go on"
             )
         for entry in manifest.shards:
             if not (folder / entry.name).is_file():
