@@ -121,12 +121,12 @@ def permutation_null(hits: np.ndarray, active: np.ndarray, labels: np.ndarray, d
     tested_z = np.full((domains, layers, experts), np.nan)
     for layer in range(layers):
         columns = _moment_columns(hits[:, layer], active[:, layer])
-        observed = _layer_moments(_one_hot(document_domain[None], domains) @ columns, experts)
+        observed = _layer_moments(_domain_sums(document_domain[None], columns, domains), experts)
         z = studentized_difference(*observed.parts)[0]
         batches: list[DomainScores] = []
         null_z: list[np.ndarray] = []
         for batch in _batches(labels, domains * columns.shape[1] + domains * documents):
-            drawn = _layer_moments(_one_hot(batch, domains) @ columns, experts)
+            drawn = _layer_moments(_domain_sums(batch, columns, domains), experts)
             batches.append(domain_scores(drawn.hits[..., None, :], drawn.tokens[..., None], exact=False))
             null_z.append(studentized_difference(*drawn.parts).astype(np.float32))
         if batches:
@@ -170,9 +170,11 @@ def _layer_moments(sums: np.ndarray, experts: int) -> _Moments:
     return _Moments(*thirds, *(sums[..., 3 * experts + index] for index in range(4)))
 
 
-def _one_hot(labels: np.ndarray, domains: int) -> np.ndarray:
-    """[permutations, documents] labels to float32 [permutations, domains, documents]."""
-    return (labels[:, None, :] == np.arange(domains, dtype=labels.dtype)[:, None]).astype(np.float32)
+def _domain_sums(labels: np.ndarray, columns: np.ndarray, domains: int) -> np.ndarray:
+    """Sums of columns [documents, columns] per domain under each labelling [permutations, documents], as one matrix product."""
+    one_hot = (labels[:, None, :] == np.arange(domains, dtype=labels.dtype)[:, None]).astype(np.float32)
+    sums = one_hot.reshape(-1, labels.shape[1]) @ columns
+    return sums.reshape(len(labels), domains, -1)
 
 
 def _batches(labels: np.ndarray, elements_each: int) -> Iterator[np.ndarray]:
@@ -286,7 +288,7 @@ def jackknife(value: np.ndarray, left_out: np.ndarray, document_domain: np.ndarr
     return np.where(np.isnan(error), np.nan, corrected), error
 
 
-def sign_flip_p(differences: np.ndarray, document_domain: np.ndarray, *, permutations: int, seed: int) -> np.ndarray:
+def sign_flip_p(differences: np.ndarray, *, permutations: int, seed: int) -> np.ndarray:
     """One-sided p that documents' mean difference exceeds 0, by flipping the sign of whole documents, [...].
 
     Used where chance is exact inside each document (n-grams), so that no label can be permuted.
