@@ -1,0 +1,194 @@
+"""Who decides which experts a token uses: hooks on the router modules of a stock model, gone when the block ends.
+
+with Routing(model, settings, domains=8, seed=0) as routing:
+    routing.begin(tokens, domain, step=3)
+    model(input_ids=tokens)
+    routing.decisions[layer].ids
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from dbes.errors import MixError
+from dbes.reference import expert_blocks
+from dbes.testbed import balancing
+from dbes.testbed.models import routers_of
+from dbes.testbed.settings import RoutingSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What one layer decided for the tokens of a batch.
+
+    Attributes:
+        scores: float [tokens, experts], what selection was based on before any bias: softmax or sigmoid of the logits.
+        weights: float [tokens, slots], gate weights as used; 0 where the slot was dropped.
+        ids: int64 [tokens, slots], chosen experts.
+        margins: float [tokens], k-th minus (k+1)-th largest logit; only while measuring.
+    """
+
+    scores: Tensor
+    weights: Tensor
+    ids: Tensor
+    margins: Tensor | None = None
+
+
+def domain_experts(domains: int, experts: int, top_k: int) -> Tensor:
+    """The experts each domain may use under the reference router, bool [domains, experts]: the blocks of the scoring reference.
+
+    Raises:
+        MixError: a block of k experts or fewer leaves a token of its domain no choice.
+    """
+    if experts // domains <= top_k:
+        raise MixError(
+            f"{experts} experts over {domains} domains are blocks of {experts // domains}: the reference router needs more than "
+            f"top_k = {top_k} experts for each domain, so that choice remains; "
+            f"use at least {domains * (top_k + 1)} experts or fewer domains"
+        )
+    allowed = torch.zeros(domains, experts, dtype=torch.bool)
+    for domain, block in enumerate(expert_blocks(domains, experts, top_k)):
+        allowed[domain, torch.from_numpy(block)] = True
+    return allowed
+
+
+def prefix_mean(logits: Tensor, sequences: int) -> Tensor:
+    """The mean of a sequence's logits up to and including each token: routing by sequence that never looks ahead."""
+    by_sequence = logits.reshape(sequences, -1, logits.shape[-1])
+    counts = torch.arange(1, by_sequence.shape[1] + 1, device=logits.device, dtype=logits.dtype)
+    return (by_sequence.cumsum(1) / counts[:, None]).reshape(logits.shape)
+
+
+class Routing:
+    """Replaces or just watches the decisions of every router of a model while the block lasts.
+
+    Attributes:
+        decisions: one Decision per layer since the last ``begin``.
+        bias: float [layers, experts], the loss-free bias where the architecture has no place for it.
+        training: while False, nothing is balanced: routers choose their top-k, as a plain checkpoint would.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: RoutingSettings,
+        *,
+        domains: int,
+        seed: int,
+        training: bool = True,
+        reduce: balancing.Reduce | None = None,
+    ) -> None:
+        self.settings = settings
+        self.training = training
+        self.decisions: list[Decision] = []
+        self.seed = seed
+        self._routers = routers_of(model)
+        if not self._routers:
+            raise MixError(f"{type(model).__name__} has no router that the testbed knows (OLMoE, DeepSeek-V3)")
+        self._reduce = reduce
+        self._handles: list[Any] = []
+        self._tokens = torch.zeros(0, 0, dtype=torch.long)
+        self._domain: Tensor | None = None
+        experts, top_k = int(self._routers[0].num_experts), int(self._routers[0].top_k)
+        self.experts = experts
+        if settings.router == "reference":
+            self._blocks = domain_experts(domains, experts, top_k)
+        if settings.router in ("frozen", "rerandomised"):
+            for router in self._routers:
+                router.weight.requires_grad_(False)
+        if settings.router == "rerandomised":
+            self._std = float(self._routers[0].weight.detach().std())
+        self._table: Tensor | None = None
+        self._vocabulary = int(model.config.vocab_size)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+        self.bias = torch.zeros(len(self._routers), experts)
+
+    def __enter__(self) -> Self:
+        for layer, router in enumerate(self._routers):
+            self._handles.append(router.register_forward_hook(self._hook(layer)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def begin(self, tokens: Tensor, domain: Tensor | None, *, step: int) -> None:
+        """Say what the next forward pass is about: token ids [sequences, length] and the domain of each sequence."""
+        self._tokens, self._domain = tokens, domain
+        self.decisions = []
+        if self.settings.router == "rerandomised":
+            generator = torch.Generator().manual_seed(_seed(self.seed, "rerandomised", step))
+            with torch.no_grad():
+                for router in self._routers:
+                    router.weight.normal_(0.0, self._std, generator=generator)
+
+    def balancing_loss(self) -> Tensor:
+        """The auxiliary loss, summed over layers (each layer by itself); 0 where the method has none."""
+        if self.settings.balancing != "aux_loss":
+            return torch.zeros(())
+        groups = balancing.groups_of(self.settings, len(self._tokens))
+        losses = [balancing.balancing_loss(made.scores, made.ids, groups=groups, reduce=self._reduce) for made in self.decisions]
+        return torch.stack(losses).sum()
+
+    def _hook(self, layer: int) -> Any:
+        def decide(router: nn.Module, _: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor] | None:
+            logits, weights, ids = output
+            replaced = self._replace(layer, router, logits)
+            if replaced is not None:
+                logits, weights, ids = replaced
+            margins = None
+            if not self.training:
+                top = logits.float().topk(min(ids.shape[1] + 1, logits.shape[1]), dim=-1).values
+                margins = top[:, -2] - top[:, -1]
+            self.decisions.append(Decision(scores=_scores(router, logits), weights=weights, ids=ids, margins=margins))
+            return replaced
+
+        return decide
+
+    def _replace(self, layer: int, router: nn.Module, logits: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        kind = self.settings.router
+        if kind == "hash":
+            if self._table is None:
+                self._table = _hash_table(self.seed, len(self._routers), self._vocabulary, self.experts, int(router.top_k))
+            ids = self._table[layer][self._tokens.reshape(-1)]
+            return logits.detach(), torch.full(ids.shape, 1 / ids.shape[1], dtype=logits.dtype), ids
+        if kind == "sequence":
+            logits = prefix_mean(logits, len(self._tokens))
+        elif kind == "reference":
+            if self._domain is None:
+                raise MixError("the reference router needs the domain of every sequence")
+            allowed = self._blocks[self._domain].repeat_interleave(self._tokens.shape[1], dim=0)
+            logits = logits.masked_fill(~allowed, float("-inf"))
+        else:
+            return None
+        scores = _scores(router, logits)
+        ids = scores.detach().topk(int(router.top_k), dim=-1).indices
+        return logits, _weights(router, scores, ids), ids
+
+
+def _scores(router: nn.Module, logits: Tensor) -> Tensor:
+    """What the router's own architecture makes of its logits."""
+    return logits.float().sigmoid() if hasattr(router, "e_score_correction_bias") else logits.float().softmax(-1)
+
+
+def _weights(router: nn.Module, scores: Tensor, ids: Tensor) -> Tensor:
+    """Gate weights of chosen experts, as the router's own architecture computes them."""
+    weights = scores.gather(1, ids)
+    if router.norm_topk_prob:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return weights * float(getattr(router, "routed_scaling_factor", 1.0))
+
+
+def _hash_table(seed: int, layers: int, vocabulary: int, experts: int, top_k: int) -> Tensor:
+    """Distinct random experts for every token id, another table in every layer: int64 [layers, vocabulary, slots]."""
+    generator = torch.Generator().manual_seed(_seed(seed, "hash", 0))
+    return torch.rand(layers, vocabulary, experts, generator=generator).argsort(-1)[..., :top_k]
+
+
+def _seed(seed: int, purpose: str, step: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} {purpose} {step}".encode()).digest()[:7])

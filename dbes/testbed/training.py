@@ -1,0 +1,316 @@
+"""The training loop: one global batch a step, resumed after a kill exactly where the last checkpoint stood."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dbes.errors import DbesError
+from dbes.files import write_bytes, write_text
+from dbes.testbed.balancing import expert_shares
+from dbes.testbed.mix import Batch, Batches, Mix
+from dbes.testbed.models import build_model
+from dbes.testbed.routers import Routing
+from dbes.testbed.settings import OptimizerSettings, TrainSettings
+
+STATE, LOG = "state.safetensors", "log.jsonl"
+
+
+class TrainingError(DbesError):
+    """Training cannot go on: the loss is no number, or the folder holds another run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A finished run.
+
+    Attributes:
+        model: float32, on the CPU unless an accelerator was given.
+        bias: float [layers, experts], the loss-free bias where the architecture has no place for it; zeros otherwise.
+        log: one record every ``log_every`` steps and for the last one.
+        cpu_seconds: of the whole run, over all its interruptions.
+    """
+
+    model: PreTrainedModel
+    bias: Tensor
+    log: list[dict[str, Any]]
+    cpu_seconds: float
+
+
+class _MeanCrossEntropy(torch.autograd.Function):
+    """Mean next-token loss of a linear head without ever holding the logits of more than ``chunk`` tokens.
+
+    The gradients are computed on the way forward, which the mean allows: the same numbers as the plain way, a fraction of
+    the memory traffic, which is what a CPU spends most of its time on at these sizes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, chunk: int) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        hidden_gradient, head_gradient = torch.empty_like(hidden), torch.zeros_like(head)
+        nats = torch.empty(len(hidden), device=hidden.device)
+        for start in range(0, len(hidden), chunk):
+            rows, target = hidden[start : start + chunk], labels[start : start + chunk, None]
+            logits = rows @ head.T
+            normaliser = logits.logsumexp(-1, keepdim=True)
+            nats[start : start + chunk] = (normaliser - logits.gather(1, target))[:, 0]
+            error = logits.sub_(normaliser).exp_()
+            error.scatter_add_(1, target, torch.full_like(target, -1, dtype=error.dtype)).div_(len(hidden))
+            hidden_gradient[start : start + chunk] = error @ head
+            head_gradient.addmm_(error.T, rows)
+        ctx.save_for_backward(hidden_gradient, head_gradient)
+        ctx.mark_non_differentiable(nats)
+        return nats.mean(), nats
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        hidden_gradient, head_gradient = ctx.saved_tensors
+        return hidden_gradient * gradient, head_gradient * gradient, None, None
+
+
+def next_token_loss(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean nats per predicted token, and the nats of each, [sequences, length - 1] (without gradient)."""
+    hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1]
+    head = model.get_output_embeddings().weight
+    loss, nats = _MeanCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), head, tokens[:, 1:].reshape(-1), 1024)  # pyright: ignore[reportGeneralTypeIssues]
+    return loss, nats.view(len(tokens), -1)
+
+
+def train(
+    settings: TrainSettings,
+    mix: Mix,
+    *,
+    folder: Path | None = None,
+    checkpoint_seconds: float = 120.0,
+    log_every: int = 10,
+    accelerator: Any = None,
+    progress: Callable[[dict[str, Any]], None] | None = None,
+) -> Trained:
+    """Train one model by its settings; the same settings and mix give the same model, interrupted or not.
+
+    Args:
+        folder: where the log and the resumable state are kept; None keeps nothing.
+        accelerator: an ``accelerate.Accelerator``; every process takes its share of each global batch, and gradients and the
+            frequencies of global scope are averaged over processes.
+        progress: called with every record of the log.
+
+    Raises:
+        MixError: the mix has not the domains, or not enough tokens; the reference router has too few experts.
+        TrainingError: the loss is NaN or infinite (the log is kept), or the folder holds another run.
+    """
+    torch.set_num_threads(settings.threads)
+    keep_freed_memory()
+    steps = settings.optimizer.steps
+    batches = Batches(mix, settings.mix, steps=steps, seed=settings.data_seed)
+    model = build_model(settings.model, seed=settings.seed).train()
+    reduce = None
+    if accelerator is not None:
+        model = model.to(accelerator.device)
+        reduce = (lambda values: accelerator.reduce(values, "mean")) if accelerator.num_processes > 1 else None
+    with Routing(model, settings.routing, domains=len(batches.mix.domains), seed=settings.seed, reduce=reduce) as routing:
+        optimizer = _optimizer(model, settings.optimizer)
+        identity = settings.identity(mix.digest)
+        start, spent = _restore(folder, identity, model, optimizer, routing) if folder else (0, 0.0)
+        spent -= time.process_time()
+        log = _kept_log(folder, start) if folder else []
+        saved = time.monotonic()
+        for step in range(start, steps):
+            began = time.monotonic()
+            batch = _share_of_process(batches(step), accelerator)
+            record = _train_step(model, optimizer, routing, batch, step=step, settings=settings, names=batches.mix.domains, reduce=reduce)
+            failed = not math.isfinite(record["loss"])
+            if step % log_every == 0 or step == steps - 1 or failed:
+                elapsed = time.monotonic() - began
+                record["tokens_per_second"] = round(settings.mix.tokens_per_step / elapsed)
+                log.append(_finite(record))
+                if folder and (accelerator is None or accelerator.is_main_process):
+                    with (folder / LOG).open("a", encoding="utf-8") as written:
+                        written.write(json.dumps(log[-1], allow_nan=False) + "\n")
+                if progress:
+                    progress(log[-1])
+            if failed:
+                raise TrainingError(f"the loss is {record['loss']} at step {step}: training stopped; lower the learning rate (log kept)")
+            if folder and (step == steps - 1 or time.monotonic() - saved > checkpoint_seconds):
+                if accelerator is None or accelerator.is_main_process:
+                    _save_state(folder, identity, step + 1, spent + time.process_time(), model, optimizer, routing)
+                saved = time.monotonic()
+    return Trained(model=model.eval(), bias=routing.bias, log=log, cpu_seconds=spent + time.process_time())
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc not to hand freed blocks back to the system: at these sizes page faults cost a third of the time. Elsewhere: nothing."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return
+    mmap_max, trim_threshold, top_pad = -4, -1, -2
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(top_pad, 2**26)
+
+
+def learning_rate(settings: OptimizerSettings, step: int) -> float:
+    """Linear warm-up, then a cosine down to ``final_share`` of the peak at the last step."""
+    if step < settings.warmup:
+        return settings.learning_rate * (step + 1) / (settings.warmup + 1)
+    done = (step - settings.warmup) / max(1, settings.steps - 1 - settings.warmup)
+    share = settings.final_share + (1 - settings.final_share) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    return settings.learning_rate * share
+
+
+def _train_step(
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    routing: Routing,
+    batch: Batch,
+    *,
+    step: int,
+    settings: TrainSettings,
+    names: tuple[str, ...],
+    reduce: Callable[[Tensor], Tensor] | None,
+) -> dict[str, Any]:
+    rate = learning_rate(settings.optimizer, step)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    device = next(model.parameters()).device
+    tokens, domain = torch.from_numpy(batch.tokens).to(device), torch.from_numpy(batch.domain).to(device)
+    routing.begin(tokens, domain, step=step)
+    loss, nats = next_token_loss(model, tokens)
+    balance = routing.balancing_loss()
+    (loss + settings.routing.coefficient * balance).backward()
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    if reduce is not None:
+        for parameter in parameters:
+            parameter.grad = reduce(parameter.grad)  # pyright: ignore[reportArgumentType]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, settings.optimizer.clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    shares = torch.stack([expert_shares(made.ids, routing.experts)[0] for made in routing.decisions])
+    nats_of = nats.mean(1)
+    values = torch.cat([shares.reshape(-1), torch.stack([loss.detach(), balance.detach()])])
+    if reduce is not None:
+        values = reduce(values)
+    shares = values[:-2].reshape(shares.shape)
+    entropy = torch.special.entr(shares).sum(-1) / math.log(routing.experts)
+    by_domain = {
+        name: round(float(nats_of[domain == index].mean()), 4) for index, name in enumerate(names) if bool((domain == index).any())
+    }
+    return {
+        "step": step,
+        "loss": float(values[-2]),
+        "loss_by_domain": by_domain,
+        "balancing_loss": round(float(values[-1]) / len(routing.decisions), 5),
+        "load_entropy": [round(float(value), 4) for value in entropy],
+        "gradient_norm": round(float(norm), 4),
+        "learning_rate": round(rate, 7),
+    }
+
+
+def _optimizer(model: PreTrainedModel, settings: OptimizerSettings) -> torch.optim.AdamW:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trained if parameter.ndim > 1]
+    vectors = [parameter for parameter in trained if parameter.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), fused=True)
+
+
+def _share_of_process(batch: Batch, accelerator: Any) -> Batch:
+    """Consecutive sequences of the global batch, so that a micro-batch lies within one process."""
+    if accelerator is None or accelerator.num_processes == 1:
+        return batch
+    processes = accelerator.num_processes
+    if len(batch.domain) % processes:
+        raise TrainingError(f"a batch of {len(batch.domain)} sequences cannot be shared by {processes} processes")
+    share = len(batch.domain) // processes
+    rows = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+    return Batch(tokens=batch.tokens[rows], domain=batch.domain[rows])
+
+
+def _save_state(
+    folder: Path,
+    identity: str,
+    step: int,
+    cpu_seconds: float,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    routing: Routing,
+) -> None:
+    state = {"routing.bias": routing.bias}
+    for name, value in (*model.named_parameters(), *_kept_buffers(model)):
+        state[f"model.{name}"] = value.detach()
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            state[f"optimizer.{key}.{name}"] = torch.as_tensor(value).detach()
+    metadata = {"identity": identity, "step": str(step), "cpu_seconds": str(round(cpu_seconds, 1))}
+    content = save({name: value.contiguous().cpu() for name, value in state.items()}, metadata)
+    write_bytes(folder / STATE, content)
+
+
+def _restore(folder: Path, identity: str, model: PreTrainedModel, optimizer: torch.optim.Optimizer, routing: Routing) -> tuple[int, float]:
+    """Load the state of this very run, if there is one, and return the step to go on with and the CPU time spent so far."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / STATE
+    if not path.is_file():
+        return 0, 0.0
+    with safe_open(path, "pt") as state:
+        metadata = state.metadata() or {}
+        if metadata.get("identity") != identity:
+            raise TrainingError(f"{folder}: holds the state of another run (settings or data differ); choose another folder")
+        with torch.no_grad():
+            routing.bias.copy_(state.get_tensor("routing.bias"))
+            for name, value in (*model.named_parameters(), *_kept_buffers(model)):
+                value.copy_(state.get_tensor(f"model.{name}"))
+        stored = set(state.keys())
+        for name, parameter in model.named_parameters():
+            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"optimizer.{key}.{name}" in stored]
+            if keys:
+                optimizer.state[parameter] = {key: state.get_tensor(f"optimizer.{key}.{name}") for key in keys}
+        return int(metadata["step"]), float(metadata["cpu_seconds"])
+
+
+def _kept_buffers(model: PreTrainedModel) -> list[tuple[str, Tensor]]:
+    """Buffers that are part of a checkpoint (the loss-free bias of architectures that have one)."""
+    kept = model.state_dict()
+    return [(name, value) for name, value in model.named_buffers() if name in kept]
+
+
+def _kept_log(folder: Path, start: int) -> list[dict[str, Any]]:
+    """The records of steps before ``start``; what a killed run logged beyond its last checkpoint will be logged again."""
+    path = folder / LOG
+    records = []
+    if path.is_file():
+        for line in path.read_text("utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                break  # the line that was being written when the run was killed
+            if record["step"] < start:
+                records.append(record)
+    write_text(path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
+    return records
+
+
+def _finite(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with numbers that are none as null, so that the log stays strict JSON."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: clean(part) for key, part in value.items()}
+        if isinstance(value, list):
+            return [clean(part) for part in value]
+        return None if isinstance(value, float) and not np.isfinite(value) else value
+
+    return {key: round(clean(value), 5) if key == "loss" and clean(value) is not None else clean(value) for key, value in record.items()}
