@@ -7,7 +7,7 @@ rule makes the model's values from the cells. DER has the last row only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -81,22 +81,22 @@ def estimate_all(
     """
     shape = statistics.shape
     domains = len(shape.domains)
-    point = domain_scores(statistics.by_domain(statistics.hits), statistics.by_domain(statistics.active))
-    null = permutation_null(statistics.hits, statistics.active, labels, shape.document_domain, domains)
-    left_out = left_out_scores(statistics.hits, statistics.active, shape.document_domain, domains)
+    sizes = np.asarray(shape.experts)
+    point = domain_scores(statistics.by_domain(statistics.hits), statistics.by_domain(statistics.active), experts=sizes)
+    null = permutation_null(statistics.hits, statistics.active, labels, shape.document_domain, domains, sizes=sizes)
+    left_out = left_out_scores(statistics.hits, statistics.active, shape.document_domain, domains, sizes=sizes)
     undefined = np.asarray(shape.experts) <= np.asarray(shape.top_k)
     for scores in (point, null.scores, left_out):
         for array in (scores.divergence, scores.effective_rank, scores.isolation):
             array[..., undefined] = np.nan  # k = E leaves nothing to choose
     bound = metrics.information_bound(domains, np.asarray(shape.experts), np.asarray(shape.top_k))
-    sources = (point, null.scores, left_out, reference)
-    label = shape.document_domain
-    rank = _domain_estimate("der", *(scores.effective_rank[..., None, :] for scores in sources), label, means_only=True)
+    sources = _Sources(point=point, null=null.scores, left_out=left_out, reference=reference, document_domain=shape.document_domain)
+    rank = _domain_estimate("der", sources, lambda scores: scores.effective_rank[..., None, :], means_only=True)
     found = [
-        _domain_estimate("specialization", *(scores.divergence for scores in sources), label),
-        _domain_estimate("specialization_normalized", *(scores.divergence / bound for scores in sources), label),
+        _domain_estimate("specialization", sources, lambda scores: scores.divergence),
+        _domain_estimate("specialization_normalized", sources, lambda scores: scores.divergence / bound),
         _with_rank_interval(rank, statistics),
-        _domain_estimate("domain_isolation", *(scores.isolation for scores in sources), label),
+        _domain_estimate("domain_isolation", sources, lambda scores: scores.isolation),
         _stiffness(statistics),
         *(_ngrams(statistics, index, size, sign_flips=sign_flips, seed=seed) for index, size in enumerate(metrics.NGRAM_SIZES)),
     ]
@@ -107,7 +107,7 @@ def reference_scores(statistics: RoutingStatistics, *, seed: int) -> DomainScore
     """The ideal domain router on the same documents and lengths, through the same code, for each layer of the trace."""
     distinct, index = one_layer_each(statistics.shape)
     ideal = count_routes(ideal_trace(distinct, statistics.tokens, seed=seed))
-    scores = domain_scores(ideal.by_domain(ideal.hits), ideal.by_domain(ideal.active))
+    scores = domain_scores(ideal.by_domain(ideal.hits), ideal.by_domain(ideal.active), experts=np.asarray(distinct.experts))
     return DomainScores(
         information=scores.information[..., index],
         divergence=scores.divergence[..., index],
@@ -122,18 +122,21 @@ def with_means(cells: np.ndarray) -> np.ndarray:
     return np.concatenate([rows, rows.mean(axis=-1, keepdims=True)], axis=-1)
 
 
-def _domain_estimate(
-    metric: str,
-    point: np.ndarray,
-    null: np.ndarray,
-    left_out: np.ndarray,
-    reference: np.ndarray,
-    document_domain: np.ndarray,
-    *,
-    means_only: bool = False,
-) -> Estimate:
+@dataclass(frozen=True, kw_only=True)
+class _Sources:
+    """The domain scores an estimate is made of: as measured, under permuted labels, without each document, of the ideal router."""
+
+    point: DomainScores
+    null: DomainScores
+    left_out: DomainScores
+    reference: DomainScores
+    document_domain: np.ndarray
+
+
+def _domain_estimate(metric: str, sources: _Sources, cells: Callable[[DomainScores], np.ndarray], *, means_only: bool = False) -> Estimate:
     last = slice(-1, None) if means_only else slice(None)
-    value, draws, without, ideal = (with_means(cells)[..., last, :] for cells in (point, null, left_out, reference))
+    scores = (sources.point, sources.null, sources.left_out, sources.reference)
+    value, draws, without, ideal = (with_means(cells(each))[..., last, :] for each in scores)
     chance = draws.mean(axis=0) if len(draws) else np.full(value.shape, np.nan)
     with np.errstate(invalid="ignore", divide="ignore"):
         span = np.where(np.abs(ideal - chance) > 0, ideal - chance, np.nan)
@@ -144,7 +147,7 @@ def _domain_estimate(
         p=permutation_p(value, draws) if len(draws) else np.full(value.shape, np.nan),
         reference=ideal,
         score=(value - chance) / span,
-        **_jackknifed(value, without, document_domain),
+        **_jackknifed(value, without, sources.document_domain),
         left_out_score=(without - chance) / span,
     )
 
@@ -166,11 +169,11 @@ def _with_rank_interval(rank: Estimate, statistics: RoutingStatistics) -> Estima
     hits, slots = statistics.hits.astype(np.float64), statistics.slots
     moments = (hits, hits**2, hits * slots[..., None])
     sums = [np.moveaxis(statistics.by_domain(moment), 0, 1) for moment in moments]
-    sizes = [statistics.by_domain(size).T for size in (slots, slots**2, slots > 0)]
-    usage, variance = usage_variance(*sums, *sizes)  # [layers, domains, experts]
+    total, squared, documents = (statistics.by_domain(size).T for size in (slots, slots**2, slots > 0))
+    usage, variance = usage_variance(sums[0], sums[1], sums[2], total, squared, documents)  # [layers, domains, experts]
     noise = variance.sum(axis=-1)
     gram = usage @ np.swapaxes(usage, -1, -2) - noise[..., None] * np.eye(usage.shape[1])
-    lower = effective_rank_of_gram(gram, usage.shape[-1])[None]
+    lower = effective_rank_of_gram(gram, np.asarray(statistics.shape.experts))[None]
     lower = np.where(np.isnan(rank.value), np.nan, np.concatenate([lower, lower.mean(axis=-1, keepdims=True)], axis=-1))
     error = (rank.ci_high - rank.corrected) / Z95
     ci_low = np.minimum(lower, rank.corrected) - Z95 * error

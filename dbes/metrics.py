@@ -48,7 +48,7 @@ def routing_specialization(usage: np.ndarray, experts: np.ndarray) -> np.ndarray
     real = np.arange(usage.shape[-1]) < np.asarray(experts)[:, None]
     shares = np.where(real, usage + PUBLISHED_EPSILON, 0.0)
     shares = shares / shares.sum(axis=-1, keepdims=True)
-    return np.log(experts) - entr(shares).sum(axis=-1)
+    return np.log(np.asarray(experts)) - np.asarray(entr(shares)).sum(axis=-1)
 
 
 def normalized_effective_rank(usage: np.ndarray, experts: np.ndarray, *, entropy: bool = False) -> np.ndarray:
@@ -60,7 +60,7 @@ def normalized_effective_rank(usage: np.ndarray, experts: np.ndarray, *, entropy
     s / sum(s) instead, the definition the paper cites. Changes when the experts of one layer are renamed, although nothing
     in the model changed. NaN for a domain without tokens.
     """
-    finite = np.isfinite(usage).all(axis=(-2, -1))
+    finite = np.asarray(np.isfinite(usage).all(axis=(-2, -1)))
     singular = np.linalg.svd(np.where(finite[..., None, None], usage, 0.0), compute_uv=False)
     with np.errstate(invalid="ignore", divide="ignore"):
         if entropy:
@@ -124,11 +124,12 @@ def domain_divergence(usage: np.ndarray, mixture: np.ndarray | None = None) -> n
 
     .. math:: KL(p_d \,\|\, \bar p) = \sum_e p_{d,e} \ln (p_{d,e} / \bar p_e)
 
-    0 when the domain routes like the mixture; ln D when no expert it uses serves another domain.
+    0 when the domain routes like the mixture; ln D when no expert it uses serves another domain. NaN for every domain when
+    one of them has no tokens: there is no mixture to compare with.
     """
     mixture = mixture_of(usage) if mixture is None else mixture
     with np.errstate(divide="ignore"):
-        log_mixture = np.where(mixture > 0, np.log(mixture), 0.0)
+        log_mixture = np.where(mixture == 0, 0.0, np.log(mixture))
     return -entr(usage).sum(axis=-1) - np.einsum("...dle,...le->...dl", usage, log_mixture)
 
 
@@ -147,7 +148,7 @@ def domain_information(usage: np.ndarray) -> np.ndarray:
 
 def load_divergence(usage: np.ndarray, experts: np.ndarray) -> np.ndarray:
     r"""Load imbalance, [..., layers], in nats: :math:`KL(\bar p \,\|\, u)`. 0 when all experts get equal load."""
-    return np.log(experts) - entr(mixture_of(usage)).sum(axis=-1)
+    return np.log(np.asarray(experts)) - np.asarray(entr(mixture_of(usage))).sum(axis=-1)
 
 
 def information_bound(domains: int, experts: np.ndarray, top_k: np.ndarray) -> np.ndarray:
@@ -162,7 +163,7 @@ def grams(usage: np.ndarray) -> np.ndarray:
     return rows @ np.swapaxes(rows, -1, -2)
 
 
-def effective_rank(usage: np.ndarray) -> np.ndarray:
+def effective_rank(usage: np.ndarray, experts: np.ndarray | None = None) -> np.ndarray:
     r"""DER: how many different routing profiles the domains have, [..., layers], scaled to 0..1.
 
     .. math:: DER = \frac{\exp(-\sum_i s_i \ln s_i) - 1}{\min(D, E) - 1}
@@ -170,27 +171,28 @@ def effective_rank(usage: np.ndarray) -> np.ndarray:
     with s the singular values, scaled to sum 1, of the uncentred [domains, experts] matrix of one layer (Roy & Vetterli
     2007). 0 when all domains route alike; 1 for D orthogonal profiles of equal norm. Unlike the published NER it does not
     change when experts are renamed. NaN with one domain or a domain without tokens.
+
+    Args:
+        experts: [layers], experts of each layer; the length of the last axis by default.
     """
     rows = np.moveaxis(usage, -3, -2)
-    finite = np.isfinite(rows).all(axis=(-2, -1))
+    finite = np.asarray(np.isfinite(rows).all(axis=(-2, -1)))
     singular = np.linalg.svd(np.where(finite[..., None, None], rows, 0.0), compute_uv=False)
-    return np.where(finite, _rank_score(singular, usage.shape[-3], usage.shape[-1]), np.nan)
+    return np.where(finite, _rank_score(singular, usage.shape[-3], usage.shape[-1] if experts is None else experts), np.nan)
 
 
-def effective_rank_of_gram(gram: np.ndarray, experts: int) -> np.ndarray:
+def effective_rank_of_gram(gram: np.ndarray, experts: int | np.ndarray) -> np.ndarray:
     """DER from inner products [..., layers, domains, domains]: the same to about 1e-6, and much cheaper than the SVD."""
-    finite = np.isfinite(gram).all(axis=(-2, -1))
+    finite = np.asarray(np.isfinite(gram).all(axis=(-2, -1)))
     squared = np.linalg.eigvalsh(np.where(finite[..., None, None], gram, 0.0))
     return np.where(finite, _rank_score(np.sqrt(np.clip(squared, 0.0, None)), gram.shape[-1], experts), np.nan)
 
 
-def _rank_score(singular: np.ndarray, domains: int, experts: int) -> np.ndarray:
-    most = min(domains, experts)
-    if most < 2:
-        return np.full(singular.shape[:-1], np.nan)
+def _rank_score(singular: np.ndarray, domains: int, experts: int | np.ndarray) -> np.ndarray:
+    most = np.minimum(domains, experts)
     with np.errstate(invalid="ignore", divide="ignore"):
         shares = singular / singular.sum(axis=-1, keepdims=True)
-    return (np.exp(entr(shares).sum(axis=-1)) - 1) / (most - 1)
+        return (np.exp(entr(shares).sum(axis=-1)) - 1) / np.where(most < 2, np.nan, most - 1)
 
 
 def unbiased_norms(squared: np.ndarray, tokens: np.ndarray, slots: np.ndarray) -> np.ndarray:

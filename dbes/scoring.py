@@ -61,19 +61,22 @@ def score_tables(trace: Trace, *, permutations: int = 1000, seed: int = 0, phase
     """As ``score``, and the expert tables and matrices as arrays."""
     shape = trace.shape
     statistics = count_routes(trace, phase=phase)
-    labels = permuted_labels(shape.document_domain, permutations=permutations, seed=seed)
+    sample = companions.sample_routes(trace, statistics.tokens)
+    # A document without tokens (of this phase) says nothing: counted as one, it would move the jackknife and the null.
+    used = np.flatnonzero(statistics.tokens > 0) if statistics.tokens.any() else np.arange(len(statistics.tokens))
+    statistics = statistics.take(used)
+    labels = permuted_labels(statistics.shape.document_domain, permutations=permutations, seed=seed)
     reference = reference_scores(statistics, seed=seed)
     estimates = estimate_all(statistics, labels, reference, sign_flips=permutations, seed=seed)
     control = None
     if trace.control is not None:
-        control = estimate_all(count_routes(trace.control, phase=phase), labels, reference, sign_flips=0, seed=seed)
+        control = estimate_all(count_routes(trace.control, phase=phase).take(used), labels, reference, sign_flips=0, seed=seed)
     records = [
         record
         for metric, estimate in estimates.by_metric.items()
-        for record in calibrated_records(estimate, control.by_metric[metric] if control else None, shape)
+        for record in calibrated_records(estimate, control.by_metric[metric] if control else None, statistics.shape)
     ]
     table = find_specialists(statistics, estimates.null, seed=seed)
-    sample = companions.sample_routes(trace, statistics.tokens)
     result = Result(
         status="ok",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -178,13 +181,13 @@ def _specialist_records(table: SpecialistTable, trace: Trace) -> Iterator[Specia
             expert=int(expert),
             domain=trace.shape.domains[domain],
             hits=int(table.hits[at]),
-            share=table.share[at],
-            lift=table.lift[at],
-            lift_low=table.lift_low[at],
-            lift_high=table.lift_high[at],
-            z=table.z[at],
-            p=table.p[at],
-            q=table.q[at],
+            share=float(table.share[at]),
+            lift=float(table.lift[at]),
+            lift_low=float(table.lift_low[at]),
+            lift_high=float(table.lift_high[at]),
+            z=float(table.z[at]),
+            p=float(table.p[at]),
+            q=float(table.q[at]),
             tokens=examples[index] if index < len(examples) else (),
         )
 
@@ -347,7 +350,7 @@ def _model_facts(trace: Trace) -> ModelFacts:
 
 
 def _task_facts(trace: Trace, statistics: RoutingStatistics) -> TaskFacts:
-    shape = trace.shape
+    shape = statistics.shape
     about = trace.provenance.get("task") or {}
     domains = {
         domain: DomainFacts(

@@ -1,0 +1,40 @@
+# Two commands set everything up by themselves: make evaluate, make test.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
+
+.PHONY: evaluate test test-slow check lint types contracts model benchmark-data benchmarks clean
+
+evaluate: $(READY)  ## Evaluate the embedded checkpoint on the embedded benchmark.
+	$(OFFLINE) $(BIN)/dbes evaluate --model embedded --tasks embedded --output-path results
+
+test: $(READY)  ## The tests that finish in minutes.
+	$(OFFLINE) $(BIN)/python -m pytest
+
+test-slow: $(READY)  ## The simulations and the other slow tests.
+	$(OFFLINE) $(BIN)/python -m pytest -m slow
+
+check: lint types contracts  ## What else must be clean.
+
+lint: $(READY)
+	$(BIN)/ruff check dbes tests benchmarks benchmark_data
+
+types: $(READY)
+	$(BIN)/basedpyright
+
+contracts: $(READY)
+	$(BIN)/lint-imports
+
+benchmarks: $(READY)  ## Speed and memory, as ratios within one run.
+	$(OFFLINE) $(BIN)/python benchmarks/recording.py build/recording.json
+	$(OFFLINE) $(BIN)/python benchmarks/scoring.py build/scoring.json
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) build results .pytest_cache .ruff_cache .hypothesis

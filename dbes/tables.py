@@ -1,0 +1,70 @@
+"""What goes beside ``result.json``: tidy tables for pandas, R or a spreadsheet, and the large matrices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from safetensors.numpy import save as encode_safetensors
+
+from dbes.files import replacing, write_bytes
+from dbes.metrics import usage_of
+from dbes.scoring import Scores
+
+SCORES, USAGE, MATRICES = "scores", "expert_usage", "matrices.safetensors"
+
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+"""A text cell that begins so would be run as a formula by a spreadsheet."""
+
+
+def usage_table(scores: Scores) -> pd.DataFrame:
+    """One row per domain, layer and expert: hits, shares, lift with interval, test, and whether it is a specialist.
+
+    ``share`` is the share of the domain's slots; ``token_share`` hits / tokens of the domain (OLMoE, eq. 7); ``mass_share`` the
+    share of gate weight.
+    """
+    statistics, table = scores.statistics, scores.specialists
+    shape = statistics.shape
+    domain, column, expert = np.nonzero(np.broadcast_to(np.asarray(shape.experts)[:, None] > np.arange(shape.width), table.hits.shape))
+    at = (domain, column, expert)
+    active = statistics.by_domain(statistics.active)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        token_share = table.hits / active[..., None]
+    mass = np.full(table.hits.shape, np.nan) if statistics.mass is None else usage_of(statistics.by_domain(statistics.mass))
+    columns = {
+        "domain": np.asarray(shape.domains, object)[domain],
+        "layer": np.asarray(shape.layers)[column],
+        "expert": expert,
+        "hits": table.hits[at],
+        "share": table.share[at],
+        "token_share": token_share[at],
+        "mass_share": mass[at],
+    }
+    for name in ("lift", "lift_low", "lift_high", "z", "p", "q", "replicated", "unknown", "specialist"):
+        columns[name] = getattr(table, name)[at]
+    return pd.DataFrame(columns)
+
+
+def write_tables(scores: Scores, folder: Path) -> list[Path]:
+    """Write scores and expert usage as parquet and CSV, and the matrices; returns their paths."""
+    written: list[Path] = []
+    for name, table in ((SCORES, scores.result.to_dataframe()), (USAGE, usage_table(scores))):
+        parquet, text = folder / f"{name}.parquet", folder / f"{name}.csv"
+        with replacing(parquet) as temporary:
+            table.to_parquet(temporary, index=False)
+        with replacing(text) as temporary:
+            spreadsheet_safe(table).to_csv(temporary, index=False)
+        written += [parquet, text]
+    arrays = {name: np.ascontiguousarray(array) for name, array in scores.arrays.items()}
+    write_bytes(folder / MATRICES, encode_safetensors(arrays))
+    return [*written, folder / MATRICES]
+
+
+def spreadsheet_safe(table: pd.DataFrame) -> pd.DataFrame:
+    """The same table with an apostrophe before text that a spreadsheet would run as a formula."""
+    safe = table.copy()
+    for name in safe.columns:
+        if safe[name].dtype == object or isinstance(safe[name].dtype, pd.StringDtype):
+            safe[name] = [f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA_STARTS) else cell for cell in safe[name]]
+    return safe
