@@ -18,7 +18,29 @@ from transformers.utils.quantization_config import Mxfp4Config
 from dbes.errors import ModelError
 from dbes.sites import RoutingSite, base_of, find_sites, input_device, is_offloaded, max_positions
 
-__all__ = ["LoadedModel", "RoutingSite", "base_of", "find_sites", "input_device", "is_offloaded", "load_model", "max_positions"]
+__all__ = [
+    "LoadedModel",
+    "RoutingSite",
+    "base_of",
+    "find_sites",
+    "input_device",
+    "is_offloaded",
+    "load_config",
+    "load_model",
+    "load_weights",
+    "max_positions",
+]
+    "LoadedModel",
+    "RoutingSite",
+    "base_of",
+    "find_sites",
+    "input_device",
+    "is_offloaded",
+    "load_config",
+    "load_model",
+    "load_weights",
+    "max_positions",
+]
 
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json", "tokenization_*.py")
 WHOLE_FILE = 64 * 2**20
@@ -85,7 +107,25 @@ def load_model(
     if folder is None and (where.startswith((".", "/", "~")) or where.count("/") > 1 or isinstance(model, Path)):
         raise ModelError(f"{where}: no such folder; give a checkpoint folder or a hub id (organization/name)")
     if folder is not None:
-        _check_folder(folder, trust_remote_code=trust_remote_code)
+        check_folder(folder, trust_remote_code=trust_remote_code)
+    loaded = load_weights(where, revision=revision, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+    if tokenizer is None:
+        with _explained(where, part="tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
+    assert tokenizer is not None
+    commit = folder_fingerprint(folder) if folder is not None else getattr(loaded.config, "_commit_hash", None) or revision or "unknown"
+    return _described(loaded, tokenizer, name=name or (folder.resolve().name if folder is not None else where), revision=commit)
+
+
+def load_weights(
+    where: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device_map: str | dict | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The model of a checkpoint alone, in eval mode; arguments and errors as of `load_model`."""
     config = load_config(where, revision=revision, trust_remote_code=trust_remote_code)
     _refuse_dense(config, trust_remote_code=trust_remote_code)
     accelerated = torch.accelerator.is_available()
@@ -108,12 +148,7 @@ def load_model(
             f"{where}: {len(missing)} tensors are not in the weights (first: {missing[0]}), they would be random; "
             "the checkpoint is incomplete or belongs to another config.json"
         )
-    if tokenizer is None:
-        with _explained(where, part="tokenizer"):
-            tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
-    assert tokenizer is not None
-    commit = folder_fingerprint(folder) if folder is not None else getattr(loaded.config, "_commit_hash", None) or revision or "unknown"
-    return _described(loaded.eval(), tokenizer, name=name or (folder.resolve().name if folder is not None else where), revision=commit)
+    return loaded.eval()
 
 
 def load_config(where: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -191,7 +226,7 @@ def _dtype(dtype: str, accelerated: bool) -> torch.dtype | str:
     return chosen
 
 
-def _check_folder(folder: Path, *, trust_remote_code: bool) -> None:
+def check_folder(folder: Path, *, trust_remote_code: bool) -> None:
     config_path = folder / "config.json"
     if not config_path.is_file():
         raise ModelError(f"{folder}: no config.json here, so this is not a checkpoint folder")

@@ -16,7 +16,7 @@ from dbes.batches import SKIPPED, Batching, Recorder, Window, find_batching, rec
 from dbes.errors import RecordingError
 from dbes.files import write_json
 from dbes.models import LoadedModel
-from dbes.sites import RoutingSite, find_sites, max_positions
+from dbes.sites import RoutingSite, find_sites, max_positions, score_reason
 from dbes.trace import CONTROL, MANIFEST, Trace, TraceWriter, read_manifest
 from dbes.types import PROMPT, RoutingShape, TokenRoutes, storage_dtype
 
@@ -291,15 +291,6 @@ class _Tally:
             if running:
                 idle[str(site.layer)] = float(running / (self.tokens * site.top_k))
         return {"scores_missing": reasons, "logits_missing": logit_reasons, "slots_without_expert": idle}
-
-
-def score_reason(site: RoutingSite, missing: int, tokens: int) -> str:
-    """Why a layer has rows without a selection score."""
-    if site.adapter == "embedding":
-        return "product keys: the top-k is taken on sums of two key scores, not on a score per expert"
-    if missing == tokens:
-        return "no top-k over one score per expert was seen (experts looked up by token id, or chosen outside torch.topk)"
-    return f"for {missing} of {tokens} tokens the experts that ran are not those the top-k returned"
 
 
 class _destination:

@@ -189,6 +189,15 @@ def expert_weights(site: RoutingSite, expert: int) -> list[torch.Tensor]:
     return views
 
 
+def score_reason(site: RoutingSite, missing: int, tokens: int) -> str:
+    """Why a layer has rows without a selection score."""
+    if site.adapter == "embedding":
+        return "product keys: the top-k is taken on sums of two key scores, not on a score per expert"
+    if missing == tokens:
+        return "no top-k over one score per expert was seen (experts looked up by token id, or chosen outside torch.topk)"
+    return f"for {missing} of {tokens} tokens the experts that ran are not those the top-k returned"
+
+
 def _classify(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> tuple[Adapter, str, nn.Module] | None:
     """(adapter, path of the block, probe) when this module is where a layer's routing can be read."""
     parent_name, _, own_name = name.rpartition(".")

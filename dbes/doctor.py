@@ -1,0 +1,274 @@
+"""Examine a model before it is recorded: what was found in each layer, and proof that it is what runs.
+
+The proof needs no formula: change the weights of one expert, and exactly the tokens recorded for it come out of the layer's
+block differently.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dbes.capture import Decision, watching
+from dbes.errors import ModelError, RecordingError
+from dbes.miniature import miniature
+from dbes.models import load_config, load_weights
+from dbes.sites import RoutingSite, base_of, expert_weights, find_sites, input_device, score_reason
+
+WEIGHTS_LIMIT = 4 * 2**30
+TOKENS = (2, 24)
+"""Documents and tokens of the text, of random ids, that the examination runs on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerDiagnosis:
+    """What was found in one MoE layer.
+
+    Attributes:
+        source: where the executed experts are read: the module's class.
+        scores: "exact" when every row's selection score was seen, else why not.
+        logits: whether the router's logits were seen.
+        control: whether the router's input was seen, so that the random-router control can be recorded.
+        slots_counted, slots_expected: the count check.
+        ablation: changing one expert changed exactly the rows recorded for it; None when not tried (weights elsewhere).
+        problem: what is wrong, in words, or None.
+    """
+
+    layer: int
+    name: str
+    experts: int
+    top_k: int
+    zero_experts: int
+    router: str
+    source: str
+    scores: str
+    logits: bool
+    control: bool
+    slots_counted: int
+    slots_expected: int
+    ablation: bool | None
+    problem: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnosis:
+    """The examination of one model; ``ok`` when it can be recorded."""
+
+    model: str
+    architecture: str
+    weights: str
+    parameters: int
+    dense_layers: tuple[int, ...]
+    layers: tuple[LayerDiagnosis, ...]
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        return all(layer.problem is None for layer in self.layers)
+
+    def rows(self) -> tuple[dict[str, str], ...]:
+        """One row per MoE layer, as text, for a table."""
+        words = {True: "yes", False: "NO", None: "not tried"}
+        return tuple(
+            {
+                "layer": str(layer.layer),
+                "experts": str(layer.experts) + (f" + {layer.zero_experts} zero" if layer.zero_experts else ""),
+                "top-k": str(layer.top_k),
+                "router": layer.router,
+                "read at": layer.source,
+                "selection score": layer.scores,
+                "logits": words[layer.logits],
+                "control": words[layer.control],
+                "slots": f"{layer.slots_counted}/{layer.slots_expected}",
+                "ablation": words[layer.ablation],
+                "problem": layer.problem or "",
+            }
+            for layer in self.layers
+        )
+
+
+def examine(
+    model: str | Path | PreTrainedModel,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    ablated_layers: int = 4,
+) -> Diagnosis:
+    """Run hooks, count check and ablation on a model for a few seconds.
+
+    A folder with weights of at most 4 GiB is examined as it is; of anything else (a larger checkpoint, a hub id, a folder that
+    holds only config.json) the config is taken and a miniature with random weights examined: the same code, the same experts
+    and top-k, narrow and few layers. Nothing is downloaded but the config.
+
+    Args:
+        ablated_layers: how many layers to ablate, spread evenly; weights are put back.
+
+    Raises:
+        ModelError: no config, not a Mixture-of-Experts model, or a routing contract dbes cannot read.
+    """
+    started = time.perf_counter()
+    name = type(model).__name__ if isinstance(model, PreTrainedModel) else str(model)
+    if isinstance(model, PreTrainedModel):
+        subject, weights = model, "given"
+    else:
+        weights, subject = _subject(str(model), revision=revision, trust_remote_code=trust_remote_code)
+    sites = find_sites(subject)
+    chosen = {sites[round(place * (len(sites) - 1) / max(1, ablated_layers - 1))].layer for place in range(ablated_layers)}
+    ids = _random_ids(subject)
+    layers = _examined(subject, sites, ids, chosen)
+    return Diagnosis(
+        model=name,
+        architecture=type(subject).__name__,
+        weights=weights,
+        parameters=sum(parameter.numel() for parameter in subject.parameters()),
+        dense_layers=_dense_layers(subject, sites),
+        layers=layers,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def ablation_agrees(model: nn.Module, site: RoutingSite, input_ids: Tensor, *, expert: int | None = None) -> bool:
+    """Whether changing one expert's weights changes exactly the rows of the block's output that recorded it (weight != 0).
+
+    The block is run twice on the same input, so nothing else can differ. The weights are put back.
+
+    Args:
+        expert: by default the one that is used by the number of tokens nearest to half.
+    """
+    with torch.inference_mode():
+        decision, arguments = _observed(model, site, input_ids)
+        uses = (decision.ids == torch.arange(site.num_experts, device=decision.ids.device)[:, None, None]) & (decision.weights != 0)
+        used_by = uses.any(dim=-1)
+        if expert is None:
+            expert = int((used_by.sum(dim=-1) - len(decision.ids) / 2).abs().argmin())
+        before = _run(site, arguments)
+        with _perturbed(expert_weights(site, expert)):
+            after = _run(site, arguments)
+        changed = (before != after).any(dim=-1)
+        return bool((changed == used_by[expert]).all())
+
+
+def _subject(where: str, *, revision: str | None, trust_remote_code: bool) -> tuple[str, PreTrainedModel]:
+    folder = Path(where)
+    if folder.is_dir():
+        files = list(folder.glob("*.safetensors"))
+        size = sum(path.stat().st_size for path in files)
+        if files and size <= WEIGHTS_LIMIT:
+            return "from the folder", load_weights(where, trust_remote_code=trust_remote_code)
+    config = load_config(where, revision=revision, trust_remote_code=trust_remote_code)
+    return "random, scaled down", miniature(config, trust_remote_code=trust_remote_code)
+
+
+def _random_ids(model: nn.Module) -> Tensor:
+    config: Any = base_of(model).config
+    vocabulary = config.get_text_config().vocab_size
+    generator = torch.Generator("cpu").manual_seed(0)
+    return torch.randint(min(3, vocabulary - 1), vocabulary, TOKENS, generator=generator).to(input_device(model))
+
+
+def _examined(model: nn.Module, sites: Sequence[RoutingSite], ids: Tensor, chosen: set[int]) -> tuple[LayerDiagnosis, ...]:
+    decisions: dict[int, list[Decision]] = {}
+    with torch.inference_mode(), watching(sites, lambda index, decision: decisions.setdefault(index, []).append(decision)):
+        base_of(model)(input_ids=ids, use_cache=False)
+    return tuple(_diagnosed(model, site, decisions.get(index, []), ids, site.layer in chosen) for index, site in enumerate(sites))
+
+
+def _diagnosed(model: nn.Module, site: RoutingSite, decisions: list[Decision], ids: Tensor, ablate: bool) -> LayerDiagnosis:
+    problems: list[str] = []
+    expected = ids.numel() * site.top_k
+    counted, scores, ablation = 0, "not seen", None
+    decision = decisions[0] if decisions else None
+    if len(decisions) != 1 or decision is None:
+        problems.append(f"routed {len(decisions)} times in one forward, expected once")
+    else:
+        inside = (decision.ids >= 0) & (decision.ids < site.num_experts + site.zero_experts)
+        counted = int(inside.sum())
+        if counted != expected:
+            problems.append(f"{counted} slots counted, expected {expected}")
+        ordered = decision.ids.masked_fill(decision.weights == 0, -1).sort(dim=-1)[0]
+        if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()):
+            problems.append("an expert stands twice in one row")
+        if not bool(decision.weights.isfinite().all()):
+            problems.append("NaN or infinity in the gate weights")
+        unmatched = decision.ids.shape[0] if decision.matched is None else int((~decision.matched).sum())
+        scores = "exact" if not unmatched else score_reason(site, unmatched, decision.ids.shape[0])
+        if ablate and not any(weight.is_meta for weight in site.experts.parameters()):
+            try:
+                ablation = ablation_agrees(model, site, ids)
+            except ModelError as problem:
+                problems.append(str(problem))
+            if ablation is False:
+                problems.append("changing one expert did not change exactly the rows recorded for it")
+    return LayerDiagnosis(
+        layer=site.layer,
+        name=site.name,
+        experts=site.num_experts,
+        top_k=site.top_k,
+        zero_experts=site.zero_experts,
+        router=type(site.router).__name__ if site.router is not None else "none found",
+        source=type(site.probe).__name__,
+        scores=scores,
+        logits=decision is not None and decision.logits is not None,
+        control=decision is not None and decision.hidden is not None,
+        slots_counted=counted,
+        slots_expected=expected,
+        ablation=ablation,
+        problem="; ".join(problems) or None,
+    )
+
+
+def _dense_layers(model: nn.Module, sites: Sequence[RoutingSite]) -> tuple[int, ...]:
+    """Numbers of the decoder layers that have no experts, from the list of layers the first site lies in."""
+    path = sites[0].name.split(".")
+    stack = model.get_submodule(".".join(path[: path.index(str(sites[0].layer))]))
+    return tuple(sorted(set(range(len(list(stack.children())))) - {site.layer for site in sites}))
+
+
+def _observed(model: nn.Module, site: RoutingSite, input_ids: Tensor) -> tuple[Decision, tuple[tuple, dict]]:
+    """The site's decision and the arguments of its block in one forward."""
+    seen: list[Decision] = []
+    arguments: list[tuple[tuple, dict]] = []
+
+    def remember(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        arguments.append((args, kwargs))
+
+    handle = site.block.register_forward_pre_hook(remember, with_kwargs=True)
+    try:
+        with watching([site], lambda _, decision: seen.append(decision), stop=True):
+            base_of(model)(input_ids=input_ids, use_cache=False)
+    finally:
+        handle.remove()
+    if not seen or not arguments:
+        raise RecordingError(f"layer {site.layer} ({site.name}) did not route")
+    return seen[0], arguments[0]
+
+
+def _run(site: RoutingSite, arguments: tuple[tuple, dict]) -> Tensor:
+    """float [tokens, hidden], what the block makes of its input."""
+    args, kwargs = arguments
+    output = site.block(*args, **kwargs)
+    first = output if isinstance(output, Tensor) else next(value for value in output if isinstance(value, Tensor))
+    return first.reshape(-1, first.shape[-1])
+
+
+@contextmanager
+def _perturbed(weights: list[Tensor]) -> Iterator[None]:
+    kept = [weight.clone() for weight in weights]
+    generator = torch.Generator("cpu").manual_seed(0)
+    try:
+        for weight in weights:
+            noise = torch.randn(weight.shape, generator=generator).to(weight.device, weight.dtype)
+            # both signs and away from zero, so that no activation function can hide the change
+            weight.mul_(-1.5).add_(noise)
+        yield
+    finally:
+        for weight, original in zip(weights, kept, strict=True):
+            weight.copy_(original)
