@@ -152,7 +152,7 @@ def doctor(
         typer.echo(as_json(diagnosis))
     else:
         _stdout().print(render(diagnosis))
-    if not diagnosis.healthy:
+    if not diagnosis.ok:
         raise typer.Exit(FAILED)
 
 
