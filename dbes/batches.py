@@ -98,6 +98,24 @@ class Recorder:
             self._on_device[key] = matrix.T.contiguous().to(hidden.device)
         return self._on_device[key]
 
+    def inputs(self, windows: Sequence[Window]) -> tuple[dict[str, Tensor], np.ndarray]:
+        """The model's inputs, padded on the right, and the flat rows that are text (neither padding nor special tokens)."""
+        lengths = np.asarray([len(window) for window in windows])
+        length = int(lengths.max()) + self.extra
+        padding = self.loaded.tokenizer.pad_token_id
+        ids = np.full((len(windows), length), padding if padding is not None else 0, np.int64)
+        first = len(self.before)
+        rows = []
+        for place, window in enumerate(windows):
+            ids[place, : len(window) + self.extra] = [*self.before, *window.token_ids, *self.after]
+            rows.append(place * length + first + np.arange(len(window)))
+        device = input_device(self.loaded.model)
+        inputs = {"input_ids": torch.from_numpy(ids).to(device)}
+        if lengths.min() != lengths.max():
+            mask = np.arange(length)[None, :] < (lengths + self.extra)[:, None]
+            inputs["attention_mask"] = torch.from_numpy(mask.astype(np.int64)).to(device)
+        return inputs, np.concatenate(rows)
+
 
 def record_batch(recorder: Recorder, windows: Sequence[Window]) -> dict[str, np.ndarray]:
     """Routing of every token of the windows, row after row; names as in ``TokenRoutes``, the control's with ``control_`` before.
@@ -107,7 +125,7 @@ def record_batch(recorder: Recorder, windows: Sequence[Window]) -> dict[str, np.
     Raises:
         RecordingError: a layer did not fire once; rows, ids or the number of slots are wrong; NaN in the router's output.
     """
-    inputs, rows = _padded(recorder, windows)
+    inputs, rows = recorder.inputs(windows)
     layers = tuple(site.layer for site in recorder.sites)
     positions = [np.arange(window.start, window.start + len(window)) for window in windows]
     noise = np.concatenate([noise_rows(window.document_id, at, layers) for window, at in zip(windows, positions, strict=True)], axis=1)
@@ -236,25 +254,6 @@ def _stiffness_columns(recorder: Recorder, site: RoutingSite, decision: Decision
     for name in ("logit_margins", "scaled_margins"):
         found[name] = found[name].to(torch.float16)
     return found
-
-
-def _padded(recorder: Recorder, windows: Sequence[Window]) -> tuple[dict[str, Tensor], np.ndarray]:
-    """The model's inputs, padded on the right, and the flat rows that are text (neither padding nor special tokens)."""
-    lengths = np.asarray([len(window) for window in windows])
-    length = int(lengths.max()) + recorder.extra
-    padding = recorder.loaded.tokenizer.pad_token_id
-    ids = np.full((len(windows), length), padding if padding is not None else 0, np.int64)
-    first = len(recorder.before)
-    rows = []
-    for place, window in enumerate(windows):
-        ids[place, : len(window) + recorder.extra] = [*recorder.before, *window.token_ids, *recorder.after]
-        rows.append(place * length + first + np.arange(len(window)))
-    device = input_device(recorder.loaded.model)
-    inputs = {"input_ids": torch.from_numpy(ids).to(device)}
-    if lengths.min() != lengths.max():
-        mask = np.arange(length)[None, :] < (lengths + recorder.extra)[:, None]
-        inputs["attention_mask"] = torch.from_numpy(mask.astype(np.int64)).to(device)
-    return inputs, np.concatenate(rows)
 
 
 def _stacked(by_site: dict[int, Tensor], layers: int) -> np.ndarray:

@@ -30,17 +30,6 @@ __all__ = [
     "load_weights",
     "max_positions",
 ]
-    "LoadedModel",
-    "RoutingSite",
-    "base_of",
-    "find_sites",
-    "input_device",
-    "is_offloaded",
-    "load_config",
-    "load_model",
-    "load_weights",
-    "max_positions",
-]
 
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json", "tokenization_*.py")
 WHOLE_FILE = 64 * 2**20

@@ -124,7 +124,7 @@ def record_documents(
                 for start in range(0, len(texts[index]), window)
             ]
             blocks = []
-            for batch in _batches(windows, budget, by_count=isinstance(batch_size, int), batching=batching, extra=recorder.extra):
+            for batch in batches(windows, budget, by_count=isinstance(batch_size, int), batching=batching, extra=recorder.extra):
                 for arrays in record_within_memory(recorder, batch):
                     blocks.append(arrays)
                     done += len(arrays["document"])
@@ -217,7 +217,7 @@ def _shards(texts: Sequence[np.ndarray], bytes_per_token: int) -> Iterator[tuple
     yield low, len(texts)
 
 
-def _batches(windows: Sequence[Window], budget: int, *, by_count: bool, batching: Batching, extra: int) -> Iterator[list[Window]]:
+def batches(windows: Sequence[Window], budget: int, *, by_count: bool, batching: Batching, extra: int) -> Iterator[list[Window]]:
     """The windows, longest first (what does not fit in memory fails at once), in batches of about equal lengths."""
     batch: list[Window] = []
     for window in sorted(windows, key=lambda window: (-len(window), window.document, window.start)):
