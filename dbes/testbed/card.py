@@ -70,8 +70,9 @@ The losses are theirs: documents from their beginning, at most 512 tokens, the w
 {rows}
 
 Mean over domains: {facts["heldout_bits_per_byte"]:.3f} bits per byte, {facts["heldout_nats_per_token"]:.3f} nats per token
-(a uniform guess: {math.log(model.vocabulary):.2f}). Training loss went from {first["loss"]:.2f} (step {first["step"]}) to {last["loss"]:.2f}
-(step {last["step"]}); load entropy by layer at the end {entropy} (1 is even).
+(a uniform guess: {math.log(model.vocabulary):.2f}).
+Training loss went from {first["loss"]:.2f} (step {first["step"]}) to {last["loss"]:.2f} (step {last["step"]});
+load entropy by layer at the end {entropy} (1 is even).
 About {per_domain:,} tokens of each domain were read, so the small domains were read several times and fit their training text better
 than their held-out text.
 

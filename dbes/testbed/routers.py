@@ -30,6 +30,7 @@ class Decision:
         scores: float [tokens, experts], what selection was based on before any bias: softmax or sigmoid of the logits.
         weights: float [tokens, slots], gate weights as used; 0 where the slot was dropped.
         ids: int64 [tokens, slots], chosen experts.
+        dropped: share of the slots that were dropped for capacity.
         margins: float [tokens], k-th minus (k+1)-th largest logit; only while measuring.
     """
 
@@ -37,6 +38,7 @@ class Decision:
     weights: Tensor
     ids: Tensor
     margins: Tensor | None = None
+    dropped: float = 0.0
 
 
 def domain_experts(domains: int, experts: int, top_k: int) -> Tensor:
@@ -81,7 +83,7 @@ class Routing:
         domains: int,
         seed: int,
         training: bool = True,
-        reduce: balancing.Reduce | None = None,
+        processes: balancing.Processes | None = None,
     ) -> None:
         self.settings = settings
         self.training = training
@@ -90,14 +92,14 @@ class Routing:
         self._routers = routers_of(model)
         if not self._routers:
             raise MixError(f"{type(model).__name__} has no router that the testbed knows (OLMoE, DeepSeek-V3)")
-        self._reduce = reduce
+        self._processes = processes
         self._handles: list[Any] = []
         self._tokens = torch.zeros(0, 0, dtype=torch.long)
         self._domain: Tensor | None = None
         experts, top_k = int(self._routers[0].num_experts), int(self._routers[0].top_k)
         self.experts = experts
         if settings.router == "reference":
-            self._blocks = domain_experts(domains, experts, top_k)
+            self._allowed = domain_experts(domains, experts, top_k)
         if settings.router in ("frozen", "rerandomised"):
             for router in self._routers:
                 router.weight.requires_grad_(False)
@@ -132,43 +134,76 @@ class Routing:
         if self.settings.balancing != "aux_loss":
             return torch.zeros(())
         groups = balancing.groups_of(self.settings, len(self._tokens))
-        losses = [balancing.balancing_loss(made.scores, made.ids, groups=groups, reduce=self._reduce) for made in self.decisions]
+        mean = self._processes.mean if self._processes else None
+        losses = [balancing.balancing_loss(made.scores, made.ids, groups=groups, reduce=mean) for made in self.decisions]
         return torch.stack(losses).sum()
 
     def _hook(self, layer: int) -> Any:
-        def decide(router: nn.Module, _: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor] | None:
+        def decide(router: nn.Module, _: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
             logits, weights, ids = output
-            replaced = self._replace(layer, router, logits)
-            if replaced is not None:
-                logits, weights, ids = replaced
+            scores = _scores(router, logits)
+            if self.settings.router != "learned" or self.settings.balancing not in ("none", "aux_loss"):
+                logits, scores, weights, ids = self._decide(layer, router, logits, scores)
+            dropped = 0.0
+            if self.training and self.settings.capacity is not None:
+                kept = self._kept(ids)
+                weights = weights * kept
+                dropped = 1.0 - float(kept.float().mean())
             margins = None
             if not self.training:
                 top = logits.float().topk(min(ids.shape[1] + 1, logits.shape[1]), dim=-1).values
                 margins = top[:, -2] - top[:, -1]
-            self.decisions.append(Decision(scores=_scores(router, logits), weights=weights, ids=ids, margins=margins))
-            return replaced
+            self.decisions.append(Decision(scores=scores, weights=weights, ids=ids, margins=margins, dropped=dropped))
+            return logits, weights, ids
 
         return decide
 
-    def _replace(self, layer: int, router: nn.Module, logits: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        kind = self.settings.router
+    def _decide(self, layer: int, router: nn.Module, logits: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        kind, top_k = self.settings.router, int(router.top_k)  # pyright: ignore[reportArgumentType]
         if kind == "hash":
             if self._table is None:
-                self._table = _hash_table(self.seed, len(self._routers), self._vocabulary, self.experts, int(router.top_k))
+                self._table = _hash_table(self.seed, len(self._routers), self._vocabulary, self.experts, top_k)
             ids = self._table[layer][self._tokens.reshape(-1)]
-            return logits.detach(), torch.full(ids.shape, 1 / ids.shape[1], dtype=logits.dtype), ids
+            # Nothing was weighed, so every slot weighs the same.
+            return logits.detach(), scores.detach(), torch.full(ids.shape, 1 / top_k, dtype=logits.dtype), ids
         if kind == "sequence":
             logits = prefix_mean(logits, len(self._tokens))
+            scores = _scores(router, logits)
         elif kind == "reference":
             if self._domain is None:
                 raise MixError("the reference router needs the domain of every sequence")
-            allowed = self._blocks[self._domain].repeat_interleave(self._tokens.shape[1], dim=0)
+            allowed = self._allowed[self._domain].repeat_interleave(self._tokens.shape[1], dim=0)
             logits = logits.masked_fill(~allowed, float("-inf"))
+            scores = _scores(router, logits)
+        ids = self._select(layer, router, logits, scores, top_k)
+        return logits, scores, _weights(router, scores, ids), ids
+
+    def _select(self, layer: int, router: nn.Module, logits: Tensor, scores: Tensor, top_k: int) -> Tensor:
+        """Experts by the balancing method while training; by plain top-k (with the loss-free bias) otherwise."""
+        method = self.settings.balancing
+        own_bias = getattr(router, "e_score_correction_bias", None)
+        bias = self.bias[layer] if own_bias is None else own_bias
+        if not self.training or method in ("none", "aux_loss"):
+            return (scores.detach() + bias).topk(top_k, dim=-1).indices
+        groups = balancing.groups_of(self.settings, len(self._tokens))
+        everywhere = self._processes if groups == 1 else None
+        if method == "loss_free":
+            rate, mean = self.settings.coefficient, everywhere.mean if everywhere else None
+            return balancing.biased_experts(scores, bias, top_k, groups=groups, rate=rate, mean=mean)
+        values = everywhere.gather(logits.detach()) if everywhere else logits.detach()
+        if method == "sinkhorn":
+            ids = balancing.sinkhorn_scores(values, groups=groups).topk(top_k, dim=-1).indices
         else:
-            return None
-        scores = _scores(router, logits)
-        ids = scores.detach().topk(int(router.top_k), dim=-1).indices
-        return logits, _weights(router, scores, ids), ids
+            ids = balancing.assigned_experts(values, top_k, groups=groups)
+        return everywhere.own(ids) if everywhere else ids
+
+    def _kept(self, ids: Tensor) -> Tensor:
+        assert self.settings.capacity is not None
+        groups = balancing.groups_of(self.settings, len(self._tokens))
+        everywhere = self._processes if groups == 1 else None
+        slots = everywhere.gather(ids) if everywhere else ids
+        kept = balancing.within_capacity(slots, self.experts, groups=groups, capacity=self.settings.capacity)
+        return everywhere.own(kept) if everywhere else kept
 
 
 def _scores(router: nn.Module, logits: Tensor) -> Tensor:

@@ -138,8 +138,11 @@ class TrainSettings(Strict):
                     )
         if max(self.mix.lengths) > self.model.max_positions:
             raise ValueError(f"sequences of {max(self.mix.lengths)} tokens, but the model has {self.model.max_positions} positions")
-        if self.routing.router == "hash" and self.routing.balancing != "none":
-            raise ValueError("a hash router has nothing to balance: balancing must be none")
+        router, balancing = self.routing.router, self.routing.balancing
+        if router in ("hash", "rerandomised", "frozen") and balancing != "none":
+            raise ValueError(f"a {router} router has nothing that could learn to balance: balancing must be none, got {balancing}")
+        if balancing in ("loss_free", "sinkhorn", "assignment") and router != "learned":
+            raise ValueError(f"{balancing} replaces the choice of a learned router; the {router} router makes its own")
         return self
 
     def identity(self, mix_digest: str) -> str:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from dbes.errors import DbesError
 from dbes.files import write_bytes, write_text
-from dbes.testbed.balancing import expert_shares
+from dbes.testbed.balancing import Processes, expert_shares
 from dbes.testbed.mix import Batch, Batches, Mix
 from dbes.testbed.models import build_model
 from dbes.testbed.routers import Routing
@@ -115,11 +115,11 @@ def train(
     steps = settings.optimizer.steps
     batches = Batches(mix, settings.mix, steps=steps, seed=settings.data_seed)
     model = build_model(settings.model, seed=settings.seed).train()
-    reduce = None
+    processes = None
     if accelerator is not None:
         model = model.to(accelerator.device)
-        reduce = (lambda values: accelerator.reduce(values, "mean")) if accelerator.num_processes > 1 else None
-    with Routing(model, settings.routing, domains=len(batches.mix.domains), seed=settings.seed, reduce=reduce) as routing:
+        processes = _processes(accelerator)
+    with Routing(model, settings.routing, domains=len(batches.mix.domains), seed=settings.seed, processes=processes) as routing:
         optimizer = _optimizer(model, settings.optimizer)
         identity = settings.identity(mix.digest)
         start, spent = _restore(folder, identity, model, optimizer, routing) if folder else (0, 0.0)
@@ -129,7 +129,9 @@ def train(
         for step in range(start, steps):
             began = time.monotonic()
             batch = _share_of_process(batches(step), accelerator)
-            record = _train_step(model, optimizer, routing, batch, step=step, settings=settings, names=batches.mix.domains, reduce=reduce)
+            record = _train_step(
+                model, optimizer, routing, batch, step=step, settings=settings, names=batches.mix.domains, processes=processes
+            )
             failed = not math.isfinite(record["loss"])
             if step % log_every == 0 or step == steps - 1 or failed:
                 elapsed = time.monotonic() - began
@@ -179,7 +181,7 @@ def _train_step(
     step: int,
     settings: TrainSettings,
     names: tuple[str, ...],
-    reduce: Callable[[Tensor], Tensor] | None,
+    processes: Processes | None,
 ) -> dict[str, Any]:
     rate = learning_rate(settings.optimizer, step)
     for group in optimizer.param_groups:
@@ -191,17 +193,17 @@ def _train_step(
     balance = routing.balancing_loss()
     (loss + settings.routing.coefficient * balance).backward()
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    if reduce is not None:
+    if processes is not None:
         for parameter in parameters:
-            parameter.grad = reduce(parameter.grad)  # pyright: ignore[reportArgumentType]
+            parameter.grad = processes.mean(parameter.grad)  # pyright: ignore[reportArgumentType]
     norm = torch.nn.utils.clip_grad_norm_(parameters, settings.optimizer.clip)
     optimizer.step()
     optimizer.zero_grad()
     shares = torch.stack([expert_shares(made.ids, routing.experts)[0] for made in routing.decisions])
     nats_of = nats.mean(1)
     values = torch.cat([shares.reshape(-1), torch.stack([loss.detach(), balance.detach()])])
-    if reduce is not None:
-        values = reduce(values)
+    if processes is not None:
+        values = processes.mean(values)
     shares = values[:-2].reshape(shares.shape)
     entropy = torch.special.entr(shares).sum(-1) / math.log(routing.experts)
     by_domain = {
@@ -213,6 +215,7 @@ def _train_step(
         "loss_by_domain": by_domain,
         "balancing_loss": round(float(values[-1]) / len(routing.decisions), 5),
         "load_entropy": [round(float(value), 4) for value in entropy],
+        "dropped": round(float(np.mean([made.dropped for made in routing.decisions])), 5),
         "gradient_norm": round(float(norm), 4),
         "learning_rate": round(rate, 7),
     }
@@ -225,6 +228,17 @@ def _optimizer(model: PreTrainedModel, settings: OptimizerSettings) -> torch.opt
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), fused=True)
+
+
+def _processes(accelerator: Any) -> Processes | None:
+    if accelerator.num_processes == 1:
+        return None
+    return Processes(
+        mean=lambda values: accelerator.reduce(values, "mean"),
+        gather=accelerator.gather,
+        index=accelerator.process_index,
+        count=accelerator.num_processes,
+    )
 
 
 def _share_of_process(batch: Batch, accelerator: Any) -> Batch:
