@@ -12,7 +12,7 @@ from itertools import combinations
 import numpy as np
 
 from dbes import metrics
-from dbes.statistics import RoutingStatistics
+from dbes.statistics import RoutingStatistics, of_phase
 from dbes.trace import Trace
 from dbes.types import RoutingShape, TokenRoutes
 from dbes.uncertainty import permuted_labels
@@ -38,8 +38,13 @@ class TokenSample:
     tokens: int
 
 
-def sample_routes(trace: Trace, tokens: np.ndarray, limit: int = SAMPLE_TOKENS) -> TokenSample | None:
-    """Whole documents, spread evenly over the domains, of at most about ``limit`` tokens; None when there is no token."""
+def sample_routes(trace: Trace, tokens: np.ndarray, *, phase: int | None = None, limit: int = SAMPLE_TOKENS) -> TokenSample | None:
+    """Whole documents, spread evenly over the domains, of at most about ``limit`` tokens; None when there is no token.
+
+    Args:
+        tokens: [documents], tokens of each document that count.
+        phase: take only tokens of this phase; None takes all.
+    """
     shape = trace.shape
     keep = np.zeros(len(tokens), bool)
     for domain in range(len(shape.domains)):
@@ -51,7 +56,7 @@ def sample_routes(trace: Trace, tokens: np.ndarray, limit: int = SAMPLE_TOKENS) 
         keep[members] = True
     parts = []
     for routes in trace:
-        rows = np.flatnonzero(keep[routes.document])
+        rows = np.flatnonzero(keep[routes.document] & of_phase(routes, phase))
         if len(rows):
             parts.append(TokenRoutes(ids=routes.ids[rows], document=routes.document[rows], positions=routes.positions[rows],
                                      token_ids=None if routes.token_ids is None else routes.token_ids[rows]))  # fmt: skip

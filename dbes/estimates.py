@@ -86,7 +86,7 @@ def estimate_all(
     null = permutation_null(statistics.hits, statistics.active, labels, shape.document_domain, domains, sizes=sizes)
     left_out = left_out_scores(statistics.hits, statistics.active, shape.document_domain, domains, sizes=sizes)
     undefined = np.asarray(shape.experts) <= np.asarray(shape.top_k)
-    for scores in (point, null.scores, left_out):
+    for scores in (point, null.scores, left_out, reference):
         for array in (scores.divergence, scores.effective_rank, scores.isolation):
             array[..., undefined] = np.nan  # k = E leaves nothing to choose
     bound = metrics.information_bound(domains, np.asarray(shape.experts), np.asarray(shape.top_k))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -18,7 +18,7 @@ from dbes.estimates import calibrated_records, estimate_all, reference_scores
 from dbes.reference import blocks_overlap
 from dbes.results import DomainFacts, ModelFacts, PublishedMetric, RecordingFacts, Result, Specialist, TaskFacts
 from dbes.specialists import SpecialistTable, find_specialists
-from dbes.statistics import RoutingStatistics, count_routes
+from dbes.statistics import RoutingStatistics, count_routes, of_phase
 from dbes.trace import Trace
 from dbes.types import LOGIT_NOISE, NOISE_SCALES, RoutingShape
 from dbes.uncertainty import domain_ratio, permuted_labels
@@ -61,10 +61,12 @@ def score_tables(trace: Trace, *, permutations: int = 1000, seed: int = 0, phase
     """As ``score``, and the expert tables and matrices as arrays."""
     shape = trace.shape
     statistics = count_routes(trace, phase=phase)
-    sample = companions.sample_routes(trace, statistics.tokens)
+    sample = companions.sample_routes(trace, statistics.tokens, phase=phase)
     # A document without tokens (of this phase) says nothing: counted as one, it would move the jackknife and the null.
     used = np.flatnonzero(statistics.tokens > 0) if statistics.tokens.any() else np.arange(len(statistics.tokens))
     statistics = statistics.take(used)
+    if sample is not None:
+        sample = replace(sample, routes=replace(sample.routes, document=np.searchsorted(used, sample.routes.document)))
     labels = permuted_labels(statistics.shape.document_domain, permutations=permutations, seed=seed)
     reference = reference_scores(statistics, seed=seed)
     estimates = estimate_all(statistics, labels, reference, sign_flips=permutations, seed=seed)
@@ -88,7 +90,7 @@ def score_tables(trace: Trace, *, permutations: int = 1000, seed: int = 0, phase
         warnings=tuple(_warnings(statistics)),
         published=_published(statistics),
         calibrated=tuple(records),
-        specialists=tuple(_specialist_records(table, trace)),
+        specialists=tuple(_specialist_records(table, trace, phase)),
         companions=_companions(statistics, table, sample, seed=seed),
     )
     arrays = {"similarity": _similarity(statistics)}
@@ -168,12 +170,12 @@ def _by_domain(values: np.ndarray, shape: RoutingShape, cells: np.ndarray | None
 # Specialists and companions
 
 
-def _specialist_records(table: SpecialistTable, trace: Trace) -> Iterator[Specialist]:
+def _specialist_records(table: SpecialistTable, trace: Trace, phase: int | None) -> Iterator[Specialist]:
     """Specialists by falling lift, the first of them with their most over-represented tokens."""
     found = np.argwhere(table.specialist)
     order = np.argsort(-table.lift[tuple(found.T)], kind="stable")
     ranked = found[order]
-    examples = _example_tokens(trace, ranked[:EXAMPLE_SPECIALISTS])
+    examples = _example_tokens(trace, ranked[:EXAMPLE_SPECIALISTS], phase)
     for index, (domain, column, expert) in enumerate(ranked):
         at = (domain, column, expert)
         yield Specialist(
@@ -192,7 +194,7 @@ def _specialist_records(table: SpecialistTable, trace: Trace) -> Iterator[Specia
         )
 
 
-def _example_tokens(trace: Trace, cells: np.ndarray) -> list[tuple[str, ...]]:
+def _example_tokens(trace: Trace, cells: np.ndarray, phase: int | None) -> list[tuple[str, ...]]:
     """For each (domain, layer, expert): the tokens the expert takes there more often than their share of the domain's text explains.
 
     Tokens are ranked by hits x ln(share among the expert's tokens / share in the domain), so that neither rare accidents nor
@@ -204,7 +206,7 @@ def _example_tokens(trace: Trace, cells: np.ndarray) -> list[tuple[str, ...]]:
     for routes in trace:
         if routes.token_ids is None:
             return [() for _ in cells]
-        row_domain = trace.shape.document_domain[routes.document]
+        row_domain = np.where(of_phase(routes, phase), trace.shape.document_domain[routes.document], -1)
         for domain in domains:
             kinds, number = np.unique(routes.token_ids[row_domain == domain], return_counts=True)
             text[domain].update(dict(zip(kinds.tolist(), number.tolist(), strict=True)))

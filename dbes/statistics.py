@@ -7,13 +7,14 @@ whole domain). All sums are per document, because the document is the unit of ev
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import numpy as np
 
 from dbes.metrics import NGRAM_SIZES, consecutive, expert_group
 from dbes.trace import Trace
-from dbes.types import LOGIT_NOISE, NOISE_SCALES, RoutingShape, TokenRoutes
+from dbes.types import LOGIT_NOISE, NOISE_SCALES, PROMPT, RoutingShape, TokenRoutes
 
 PIECE_TOKENS = 16_384
 """Tokens worked on at a time: bounds the memory of the passes, changes no value."""
@@ -103,6 +104,30 @@ class RoutingStatistics:
     def by_domain(self, per_document: np.ndarray) -> np.ndarray:
         """Sums over the documents of each domain: [documents, ...] to float64 [domains, ...]."""
         return domain_sums(per_document, self.shape)
+
+    def take(self, documents: np.ndarray) -> RoutingStatistics:
+        """The statistics of chosen documents, distinct and ascending (the expert groups stay those of all)."""
+        if len(documents) == len(self.tokens):
+            return self
+        ids, domains = self.shape.document_ids, self.shape.document_domain
+        shape = replace(self.shape, document_domain=domains[documents], document_ids=tuple(ids[index] for index in documents))
+        return replace(_rows(self, documents), shape=shape)
+
+
+Sums = TypeVar("Sums", RoutingStatistics, NgramSums, StiffnessSums)
+
+
+def _rows(sums: Sums, documents: np.ndarray) -> Sums:
+    """The same sums for chosen documents; every array but the expert groups has the documents as its first axis."""
+    chosen = {}
+    for field in fields(sums):
+        value = getattr(sums, field.name)
+        if isinstance(value, np.ndarray) and field.name != "groups":
+            value = value[documents]
+        elif isinstance(value, NgramSums | StiffnessSums):
+            value = _rows(value, documents)
+        chosen[field.name] = value
+    return replace(sums, **chosen)
 
 
 def domain_sums(per_document: np.ndarray, shape: RoutingShape) -> np.ndarray:
@@ -204,14 +229,17 @@ def follows_previous(routes: TokenRoutes) -> np.ndarray:
     return follows
 
 
+def of_phase(routes: TokenRoutes, phase: int | None) -> np.ndarray:
+    """Rows of a phase, bool [tokens]; None: all. Routes without phases are all given text."""
+    phases = np.full(len(routes), PROMPT, np.uint8) if routes.phase is None else routes.phase
+    return np.ones(len(routes), bool) if phase is None else phases == phase
+
+
 def _pieces(trace: Trace, phase: int | None) -> Iterator[TokenRoutes]:
     for routes in trace:
-        if phase is not None:
-            chosen = np.zeros(len(routes), bool) if routes.phase is None else routes.phase == phase
-            chosen = np.ones(len(routes), bool) if routes.phase is None and phase == 0 else chosen
-            routes = routes.take(np.flatnonzero(chosen))
-        if len(routes):
-            yield from pieces_of(routes)
+        chosen = routes if phase is None else routes.take(np.flatnonzero(of_phase(routes, phase)))
+        if len(chosen):
+            yield from pieces_of(chosen)
 
 
 class _Sums:
@@ -360,12 +388,14 @@ class _Sums:
             sums["scaled_margin"][documents] += scaled
             sums["selection_count"][documents] += count
         if routes.kept is not None:
-            known = routes.kept[:, :, 0] != NO_SCORE
+            ran = (routes.ids != np.iinfo(routes.ids.dtype).max).sum(axis=2)
+            whole = bool((ran == self.top_k).all())
+            known = (routes.kept[:, :, 0] != NO_SCORE) & (ran > 0)
             sums["kept_count"][documents] += reduce(known)
             for index in range(len(NOISE_SCALES)):
                 kept = np.where(known, routes.kept[:, :, index], 0)
-                sums["unchanged"][documents, :, index] += reduce((kept == self.top_k) & known)
-                sums["kept"][documents, :, index] += reduce(kept) / self.top_k
+                sums["unchanged"][documents, :, index] += reduce((kept == ran) & known)
+                sums["kept"][documents, :, index] += reduce(kept) / self.top_k if whole else reduce(kept / np.maximum(ran, 1))
 
 
 class _Reduce:

@@ -22,7 +22,7 @@ from safetensors.numpy import save as encode_safetensors
 
 from dbes.errors import TraceError
 from dbes.files import write_bytes, write_json, write_text
-from dbes.types import RoutingShape, TokenRoutes, storage_dtype
+from dbes.types import NOISE_SCALES, RoutingShape, TokenRoutes, storage_dtype
 
 TRACE_SCHEMA = 1
 MANIFEST, VOCABULARY, CONTROL = "manifest.json", "vocabulary.json", "control"
@@ -160,6 +160,8 @@ class Trace:
         widest = max(counts)
         if ids.size and (ids.min() < -1 or ids.max() >= widest):
             raise TraceError(f"ids out of range: {ids.min()}..{ids.max()}, expected -1 (missing) or 0..{widest - 1}")
+        if positions is not None and np.shape(positions) != document.shape:
+            raise TraceError(f"positions: expected shape {document.shape}, got {np.shape(positions)}")
         order = np.argsort(document, kind="stable") if positions is None else np.lexsort((positions, document))
         in_order = bool(np.all(order == np.arange(len(order))))
         rows: np.ndarray | slice = slice(None) if in_order else order
@@ -171,7 +173,6 @@ class Trace:
             document_domain=domain.astype(np.int32),
             document_ids=names,
         )
-        positions = _order_within(document[rows]) if positions is None else np.asarray(positions)[rows]
 
         def column(name: str, array: np.ndarray | None, expected: tuple[int, ...], dtype: type) -> np.ndarray | None:
             if array is None:
@@ -181,17 +182,18 @@ class Trace:
                 raise TraceError(f"{name}: expected shape {expected}, got {array.shape}")
             return array[rows].astype(dtype)
 
+        places = column("positions", positions, ids.shape[:1], np.int32)
         routes = TokenRoutes(
             ids=ids[rows].astype(storage_dtype(widest)),
             document=document[rows].astype(np.int32),
-            positions=positions.astype(np.int32),
+            positions=_order_within(document[rows]) if places is None else places,
             token_ids=column("token_ids", token_ids, ids.shape[:1], np.int32),
             phase=column("phase", phase, ids.shape[:1], np.uint8),
             weights=column("weights", weights, ids.shape, np.float32),
             logit_margins=column("margins", margins, ids.shape[:2], np.float32),
             selection_margins=column("selection_margins", selection_margins, ids.shape[:2], np.float32),
             scaled_margins=column("scaled_margins", scaled_margins, ids.shape[:2], np.float32),
-            kept=None if kept is None else np.asarray(kept)[rows].astype(np.uint8),
+            kept=column("kept", kept, (*ids.shape[:2], len(NOISE_SCALES)), np.uint8),
         )
         validate_routes(routes, shape, where="ids")
         return cls(shape=shape, provenance=dict(provenance or {}), control=control, loaded=(routes,))

@@ -55,22 +55,24 @@ class DomainScores:
         return cls(**{field.name: np.concatenate([getattr(part, field.name) for part in parts], axis=axis) for field in fields(cls)})
 
 
-def domain_scores(counts: np.ndarray, tokens: np.ndarray, *, exact: bool = True) -> DomainScores:
+def domain_scores(counts: np.ndarray, tokens: np.ndarray, *, experts: np.ndarray | None = None, exact: bool = True) -> DomainScores:
     """The domain metrics of counts [..., domains, layers, experts].
 
     Args:
         tokens: [..., domains, layers], tokens that were routed at each layer.
+        experts: [layers], experts of each layer; the length of the last axis by default.
         exact: singular values by SVD; otherwise through the Gram matrix, the same to about 1e-6 and cheaper.
     """
     usage = usage_of(counts)
     slots = counts.sum(axis=-1, dtype=np.float64)
+    experts = np.full(usage.shape[-2], usage.shape[-1]) if experts is None else experts
     gram = grams(usage)
     alone = usage.shape[-3] == 1
     divergence = domain_divergence(usage)
     return DomainScores(
         information=domain_information(usage),
         divergence=np.full_like(divergence, np.nan) if alone else divergence,
-        effective_rank=effective_rank(usage) if exact else effective_rank_of_gram(gram, usage.shape[-1]),
+        effective_rank=effective_rank(usage, experts) if exact else effective_rank_of_gram(gram, experts),
         isolation=isolation_of_gram(gram, tokens, slots),
     )
 
@@ -108,14 +110,18 @@ class NullDraws:
     z: np.ndarray
 
 
-def permutation_null(hits: np.ndarray, active: np.ndarray, labels: np.ndarray, document_domain: np.ndarray, domains: int) -> NullDraws:
+def permutation_null(
+    hits: np.ndarray, active: np.ndarray, labels: np.ndarray, document_domain: np.ndarray, domains: int, *, sizes: np.ndarray | None = None
+) -> NullDraws:
     """Scores of the documents under permuted domain labels, layer by layer.
 
     Args:
         hits: [documents, layers, experts]; active: [documents, layers], routed tokens.
         labels: [permutations, documents], see ``permuted_labels``.
+        sizes: [layers], experts of each layer; the length of the last axis by default.
     """
     documents, layers, experts = hits.shape
+    sizes = np.full(layers, experts) if sizes is None else sizes
     scores: list[DomainScores] = []
     tested_p = np.full((domains, layers, experts), np.nan)
     tested_z = np.full((domains, layers, experts), np.nan)
@@ -127,7 +133,8 @@ def permutation_null(hits: np.ndarray, active: np.ndarray, labels: np.ndarray, d
         null_z: list[np.ndarray] = []
         for batch in _batches(labels, domains * columns.shape[1] + domains * documents):
             drawn = _layer_moments(_domain_sums(batch, columns, domains), experts)
-            batches.append(domain_scores(drawn.hits[..., None, :], drawn.tokens[..., None], exact=False))
+            size = sizes[layer : layer + 1]
+            batches.append(domain_scores(drawn.hits[..., None, :], drawn.tokens[..., None], experts=size, exact=False))
             null_z.append(studentized_difference(*drawn.parts).astype(np.float32))
         if batches:
             scores.append(DomainScores.stack(batches, axis=0))
@@ -187,10 +194,15 @@ def _batches(labels: np.ndarray, elements_each: int) -> Iterator[np.ndarray]:
 # Jackknife
 
 
-def left_out_scores(hits: np.ndarray, active: np.ndarray, document_domain: np.ndarray, domains: int) -> DomainScores:
+def left_out_scores(
+    hits: np.ndarray, active: np.ndarray, document_domain: np.ndarray, domains: int, *, sizes: np.ndarray | None = None
+) -> DomainScores:
     """The domain metrics with each document left out in turn: a leading [documents] axis.
 
     One document changes one domain's row, so only that row, the mixture and one row of the Gram matrix are computed again.
+
+    Args:
+        sizes: [layers], experts of each layer; the length of the last axis by default.
     """
     documents, layers, experts = hits.shape
     sums = np.zeros((domains, layers, experts))
@@ -219,7 +231,7 @@ def left_out_scores(hits: np.ndarray, active: np.ndarray, document_domain: np.nd
             row = usage_of(sums[domain] - hits[chosen])
             mixed = np.clip(mixture + (row - usage[domain]) / domains, 0.0, None)
             with np.errstate(divide="ignore"):
-                log_mixed = np.where(mixed > 0, np.log(mixed), 0.0)
+                log_mixed = np.where(mixed == 0, 0.0, np.log(mixed))
             row_entropy = entr(row).sum(axis=-1)
             others_entropy = entropy.sum(axis=0) - entropy[domain]
             result.information[chosen] = entr(mixed).sum(axis=-1) - (others_entropy + row_entropy) / domains
@@ -232,7 +244,7 @@ def left_out_scores(hits: np.ndarray, active: np.ndarray, document_domain: np.nd
             changed = np.repeat(gram[None], len(chosen), axis=0)
             changed[..., domain, :] = products
             changed[..., :, domain] = products
-            result.effective_rank[chosen] = effective_rank_of_gram(changed, experts)
+            result.effective_rank[chosen] = effective_rank_of_gram(changed, experts if sizes is None else sizes)
             fewer_tokens = np.repeat(tokens[None], len(chosen), axis=0)
             fewer_slots = np.repeat(slots[None], len(chosen), axis=0)
             fewer_tokens[:, domain] -= active[chosen]
