@@ -30,6 +30,7 @@ from dbes.uncertainty import (
     permutation_p,
     sign_flip_p,
     usage_variance,
+    without_each_expert,
 )
 
 STABILITY_SCALE = NOISE_SCALES.index(1e-2)
@@ -47,6 +48,7 @@ class Estimate:
     Attributes:
         value, null, p, reference, score, corrected, ci_low, ci_high: as in ``CalibratedRecord``.
         left_out_score: [documents, rows, columns], score without each document.
+        draw_variance: variance of the score over draws of the router, for a router whose experts are random (the control).
     """
 
     metric: str
@@ -59,6 +61,7 @@ class Estimate:
     ci_low: np.ndarray
     ci_high: np.ndarray
     left_out_score: np.ndarray
+    draw_variance: np.ndarray | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +73,7 @@ class Estimates:
 
 
 def estimate_all(
-    statistics: RoutingStatistics, labels: np.ndarray, reference: DomainScores, *, sign_flips: int, seed: int
+    statistics: RoutingStatistics, labels: np.ndarray, reference: DomainScores, *, sign_flips: int, seed: int, control: bool = False
 ) -> Estimates:
     """Every calibrated metric of a trace.
 
@@ -78,11 +81,13 @@ def estimate_all(
         labels: [permutations, documents], permuted domain labels.
         reference: scores of the ideal router on the same documents, see ``reference_scores``.
         sign_flips: draws of the n-gram test.
+        control: the trace is of a random router; say how much its scores vary with the draw of it.
     """
     shape = statistics.shape
     domains = len(shape.domains)
     sizes = np.asarray(shape.experts)
-    point = domain_scores(statistics.by_domain(statistics.hits), statistics.by_domain(statistics.active), experts=sizes)
+    counts, tokens = statistics.by_domain(statistics.hits), statistics.by_domain(statistics.active)
+    point = domain_scores(counts, tokens, experts=sizes)
     null = permutation_null(statistics.hits, statistics.active, labels, shape.document_domain, domains, sizes=sizes)
     left_out = left_out_scores(statistics.hits, statistics.active, shape.document_domain, domains, sizes=sizes)
     undefined = np.asarray(shape.experts) <= np.asarray(shape.top_k)
@@ -90,7 +95,14 @@ def estimate_all(
         for array in (scores.divergence, scores.effective_rank, scores.isolation):
             array[..., undefined] = np.nan  # k = E leaves nothing to choose
     bound = metrics.information_bound(domains, np.asarray(shape.experts), np.asarray(shape.top_k))
-    sources = _Sources(point=point, null=null.scores, left_out=left_out, reference=reference, document_domain=shape.document_domain)
+    sources = _Sources(
+        point=point,
+        null=null.scores,
+        left_out=left_out,
+        reference=reference,
+        shape=shape,
+        fewer_experts=without_each_expert(counts, tokens, experts=sizes) if control else None,
+    )
     rank = _domain_estimate("der", sources, lambda scores: scores.effective_rank[..., None, :], means_only=True)
     found = [
         _domain_estimate("specialization", sources, lambda scores: scores.divergence),
@@ -124,13 +136,17 @@ def with_means(cells: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class _Sources:
-    """The domain scores an estimate is made of: as measured, under permuted labels, without each document, of the ideal router."""
+    """The domain scores an estimate is made of: as measured, under permuted labels, without each document, of the ideal router.
+
+    ``fewer_experts``: without each expert, for a random router.
+    """
 
     point: DomainScores
     null: DomainScores
     left_out: DomainScores
     reference: DomainScores
-    document_domain: np.ndarray
+    shape: RoutingShape
+    fewer_experts: DomainScores | None
 
 
 def _domain_estimate(metric: str, sources: _Sources, cells: Callable[[DomainScores], np.ndarray], *, means_only: bool = False) -> Estimate:
@@ -147,9 +163,26 @@ def _domain_estimate(metric: str, sources: _Sources, cells: Callable[[DomainScor
         p=permutation_p(value, draws) if len(draws) else np.full(value.shape, np.nan),
         reference=ideal,
         score=(value - chance) / span,
-        **_jackknifed(value, without, sources.document_domain),
+        **_jackknifed(value, without, sources.shape.document_domain),
         left_out_score=(without - chance) / span,
+        draw_variance=None
+        if sources.fewer_experts is None
+        else _draw_variance(cells(sources.fewer_experts), sources.shape)[last] / span**2,
     )
+
+
+def _draw_variance(fewer: np.ndarray, shape: RoutingShape) -> np.ndarray:
+    """Variance over draws of a random router, [rows, columns], by the jackknife over its experts; layers are independent draws.
+
+    Args:
+        fewer: [experts, domains, layers], values with each expert left out.
+    """
+    rows = np.concatenate([fewer, fewer.mean(axis=-2, keepdims=True)], axis=-2)
+    sizes = np.asarray(shape.experts)
+    real = (np.arange(len(fewer))[:, None] < sizes)[:, None, :]
+    mean = np.where(real, rows, 0.0).sum(axis=0) / sizes
+    variance = (sizes - 1) / sizes * (np.where(real, rows - mean, 0.0) ** 2).sum(axis=0)
+    return np.concatenate([variance, variance.sum(axis=-1, keepdims=True) / len(sizes) ** 2], axis=-1)
 
 
 def _jackknifed(value: np.ndarray, left_out: np.ndarray, document_domain: np.ndarray) -> dict[str, np.ndarray]:
@@ -245,8 +278,10 @@ def calibrated_records(estimate: Estimate, control: Estimate | None, shape: Rout
     if control is not None:
         control_score = control.score
         excess = estimate.score - control.score
-        # Paired: both routers read the same documents, so the difference is left out of together.
-        _, excess_error = jackknife(excess, estimate.left_out_score - control.left_out_score, domains)
+        # Paired: both routers read the same documents. An excess has to be larger than what another draw of the random router
+        # would show against this one, or an untrained model would "exceed" its control: hence twice the variance of a draw.
+        _, paired_error = jackknife(excess, estimate.left_out_score - control.left_out_score, domains)
+        excess_error = np.sqrt(paired_error**2 + (0.0 if control.draw_variance is None else 2 * control.draw_variance))
     rows: list[str | None] = [*shape.domains, None] if len(estimate.value) > 1 else [None]
     columns: list[int | None] = [*shape.layers, None]
     for column in (len(columns) - 1, *range(len(columns) - 1)):

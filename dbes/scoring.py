@@ -72,7 +72,8 @@ def score_tables(trace: Trace, *, permutations: int = 1000, seed: int = 0, phase
     estimates = estimate_all(statistics, labels, reference, sign_flips=permutations, seed=seed)
     control = None
     if trace.control is not None:
-        control = estimate_all(count_routes(trace.control, phase=phase).take(used), labels, reference, sign_flips=0, seed=seed)
+        control_counts = count_routes(trace.control, phase=phase).take(used)
+        control = estimate_all(control_counts, labels, reference, sign_flips=0, seed=seed, control=True)
     records = [
         record
         for metric, estimate in estimates.by_metric.items()
