@@ -53,7 +53,7 @@ def champ(root: Path) -> Iterator[Source]:
     data = json.loads((root / "champ_dataset/dataset_files/v0.json").read_text("utf-8"))
     for name, problem in data["problems"].items():
         steps = " ".join(step["_text"] for step in problem["solution"]["steps"])
-        question, answer = problem["_text"].strip(), str(problem.get("answer", {}).get("_text") or problem.get("answer") or "").strip()
+        question, answer = problem["_text"].strip(), str(problem["_answer"]).strip()
         yield Source(identity=f"champ/{name}", package="champ-dataset 1.0.0", licence="MIT", parts=(f"{question}\n{steps}",),
                      item={"question": question, "answer": answer})
 
@@ -330,3 +330,16 @@ def _chunks(paragraph: str) -> Iterator[str]:
             rows = []
         rows.append(row)
     yield "\n".join(rows) + "\n"
+
+
+# ---------------------------------------------------------------- evaluation only
+
+
+def formula_sheets(root: Path) -> Iterator[Source]:
+    """Formulas of finance with the meaning of their variables, five of one topic to a source."""
+    rows = json.loads((root / "cfa_frm_formula_sheets/data/formulas.json").read_text("utf-8"))
+    rows = rows["entries"]
+    for start in range(0, len(rows), 5):
+        block = rows[start:start + 5]
+        yield Source(identity=f"cfa-frm/{block[0]['id']}", package="cfa-frm-formula-sheets 1.0.1", licence="CC-BY-4.0",
+                     parts=tuple(f"{row['name']}: ${row['latex']}$, where {row['variables']}. Use: {row['when_used']}." for row in block))
