@@ -159,6 +159,7 @@ def _identity(recorder: Recorder) -> dict[str, Any]:
     return {
         "model": loaded.name,
         "revision": loaded.revision,
+        "family": loaded.config.get("model_type"),
         "parameters": loaded.parameters,
         "dtype": loaded.dtype,
         "attention": loaded.attention,
@@ -184,7 +185,14 @@ def _shape(sites: Sequence[RoutingSite], documents: Sequence[TextDocument], doma
         domains=tuple(domains),
         document_domain=np.asarray([places[document.domain] for document in documents], np.int32),
         document_ids=tuple(document.id for document in documents),
+        document_source=_sources(documents),
     )
+
+
+def _sources(documents: Sequence[TextDocument]) -> tuple[str, ...] | None:
+    """Source text of each document; a document that names none is its own. None when every document is its own."""
+    sources = tuple(getattr(document, "source_document", None) or document.id for document in documents)
+    return sources if len(set(zip(sources, (document.domain for document in documents), strict=True))) < len(documents) else None
 
 
 def _token_ids(loaded: LoadedModel, documents: Sequence[TextDocument]) -> list[np.ndarray]:

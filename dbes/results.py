@@ -111,7 +111,10 @@ class ModelFacts(_Strict):
 
 
 class DomainFacts(_Strict):
+    """Size of a domain; ``sources``: source texts its documents were cut from, the units of all statistics."""
+
     documents: int
+    sources: int
     tokens: int
 
 

@@ -5,10 +5,12 @@ Nothing here needs a model, so the same code scores recordings of dbes, traces f
 
 from __future__ import annotations
 
+import platform
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -60,19 +62,20 @@ def score(trace: Trace, *, permutations: int = 1000, seed: int = 0, phase: int |
 def score_tables(trace: Trace, *, permutations: int = 1000, seed: int = 0, phase: int | None = None) -> Scores:
     """As ``score``, and the expert tables and matrices as arrays."""
     shape = trace.shape
-    statistics = count_routes(trace, phase=phase)
-    sample = companions.sample_routes(trace, statistics.tokens, phase=phase)
+    counted = count_routes(trace, phase=phase)
+    statistics = counted.by_unit()
+    sample = companions.sample_routes(trace, counted.tokens, phase=phase)
     # A document without tokens (of this phase) says nothing: counted as one, it would move the jackknife and the null.
     used = np.flatnonzero(statistics.tokens > 0) if statistics.tokens.any() else np.arange(len(statistics.tokens))
     statistics = statistics.take(used)
     if sample is not None:
-        sample = replace(sample, routes=replace(sample.routes, document=np.searchsorted(used, sample.routes.document)))
+        sample = replace(sample, routes=replace(sample.routes, document=np.searchsorted(used, shape.units[sample.routes.document])))
     labels = permuted_labels(statistics.shape.document_domain, permutations=permutations, seed=seed)
     reference = reference_scores(statistics, seed=seed)
     estimates = estimate_all(statistics, labels, reference, sign_flips=permutations, seed=seed)
     control = None
     if trace.control is not None:
-        control_counts = count_routes(trace.control, phase=phase).take(used)
+        control_counts = count_routes(trace.control, phase=phase).by_unit().take(used)
         control = estimate_all(control_counts, labels, reference, sign_flips=0, seed=seed, control=True)
     records = [
         record
@@ -84,10 +87,10 @@ def score_tables(trace: Trace, *, permutations: int = 1000, seed: int = 0, phase
         status="ok",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         model=_model_facts(trace),
-        task=_task_facts(trace, statistics),
-        environment={key: str(value) for key, value in trace.provenance.get("environment", {}).items()},
+        task=_task_facts(trace, counted),
+        environment=_environment(trace),
         settings={"permutations": permutations, "seed": seed, "phase": PHASES[phase], "control": trace.control is not None},
-        recording=RecordingFacts(documents=int((statistics.tokens > 0).sum()), tokens=int(statistics.tokens.sum())),
+        recording=RecordingFacts(documents=int((counted.tokens > 0).sum()), tokens=int(counted.tokens.sum())),
         warnings=tuple(_warnings(statistics)),
         published=_published(statistics),
         calibrated=tuple(records),
@@ -352,12 +355,21 @@ def _model_facts(trace: Trace) -> ModelFacts:
     )
 
 
+def _environment(trace: Trace) -> dict[str, str | None]:
+    """What can change a score besides model and task: where and with which versions it was recorded and scored."""
+    about = trace.provenance
+    recorded = {key: str(about[key]) for key in ("device", "attention", "experts_implementation") if key in about}
+    recorded |= {f"recorded_with_{name}": str(number) for name, number in about.get("versions", {}).items()}
+    return {**recorded, "dbes": version("dbes"), "numpy": np.__version__, "python": platform.python_version()}
+
+
 def _task_facts(trace: Trace, statistics: RoutingStatistics) -> TaskFacts:
     shape = statistics.shape
     about = trace.provenance.get("task") or {}
     domains = {
         domain: DomainFacts(
             documents=int(((shape.document_domain == index) & (statistics.tokens > 0)).sum()),
+            sources=len(np.unique(shape.units[(shape.document_domain == index) & (statistics.tokens > 0)])),
             tokens=int(statistics.tokens[shape.document_domain == index].sum()),
         )
         for index, domain in enumerate(shape.domains)

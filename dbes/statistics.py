@@ -6,7 +6,7 @@ whole domain). All sums are per document, because the document is the unit of ev
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
@@ -109,23 +109,46 @@ class RoutingStatistics:
         """The statistics of chosen documents, distinct and ascending (the expert groups stay those of all)."""
         if len(documents) == len(self.tokens):
             return self
-        ids, domains = self.shape.document_ids, self.shape.document_domain
-        shape = replace(self.shape, document_domain=domains[documents], document_ids=tuple(ids[index] for index in documents))
-        return replace(_rows(self, documents), shape=shape)
+        ids, sources = self.shape.document_ids, self.shape.document_source
+        shape = replace(
+            self.shape,
+            document_domain=self.shape.document_domain[documents],
+            document_ids=tuple(ids[index] for index in documents),
+            document_source=None if sources is None else tuple(sources[index] for index in documents),
+        )
+        return replace(_per_document(self, lambda rows: rows[documents]), shape=shape)
+
+
+    def by_unit(self) -> RoutingStatistics:
+        """The statistics with documents cut from one source text summed into one, in order of first appearance."""
+        shape, units = self.shape, self.shape.units
+        first = np.unique(units, return_index=True)[1]
+        if len(first) == len(units):
+            return self
+        order = np.argsort(units, kind="stable")
+        starts = np.searchsorted(units[order], np.arange(len(first)))
+        sources = shape.document_source or shape.document_ids
+        merged = replace(
+            shape,
+            document_domain=shape.document_domain[first],
+            document_ids=tuple(sources[index] for index in first),
+            document_source=None,
+        )
+        return replace(_per_document(self, lambda rows: np.add.reduceat(rows[order], starts, axis=0)), shape=merged)
 
 
 Sums = TypeVar("Sums", RoutingStatistics, NgramSums, StiffnessSums)
 
 
-def _rows(sums: Sums, documents: np.ndarray) -> Sums:
-    """The same sums for chosen documents; every array but the expert groups has the documents as its first axis."""
+def _per_document(sums: Sums, change: Callable[[np.ndarray], np.ndarray]) -> Sums:
+    """The same sums with every per-document array changed; every array but the expert groups has the documents first."""
     chosen = {}
     for field in fields(sums):
         value = getattr(sums, field.name)
         if isinstance(value, np.ndarray) and field.name != "groups":
-            value = value[documents]
+            value = change(value)
         elif isinstance(value, NgramSums | StiffnessSums):
-            value = _rows(value, documents)
+            value = _per_document(value, change)
         chosen[field.name] = value
     return replace(sums, **chosen)
 

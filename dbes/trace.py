@@ -51,6 +51,7 @@ class Manifest(BaseModel):
     domains: tuple[str, ...]
     document_domain: tuple[int, ...]
     document_ids: tuple[str, ...]
+    document_source: tuple[str, ...] | None = None
     provenance: dict[str, Any]
     shards: tuple[ShardEntry, ...]
 
@@ -63,6 +64,7 @@ class Manifest(BaseModel):
             domains=self.domains,
             document_domain=np.asarray(self.document_domain, np.int32),
             document_ids=self.document_ids,
+            document_source=self.document_source,
         )
 
 
@@ -257,6 +259,7 @@ class TraceWriter:
             domains=shape.domains,
             document_domain=tuple(int(domain) for domain in shape.document_domain),
             document_ids=shape.document_ids,
+            document_source=shape.document_source,
             provenance=json.loads(json.dumps(dict(provenance))),
             shards=(),
         )

@@ -82,6 +82,8 @@ class RoutingShape:
         domains: names of the domains, in the order of the benchmark.
         document_domain: int [documents], index into ``domains``.
         document_ids: the benchmark's id of each document.
+        document_source: the source text each document was cut from, where the benchmark names it. Documents of one domain and
+            one source are **one** unit of every permutation, jackknife and split: they are not independent.
     """
 
     layers: tuple[int, ...]
@@ -90,6 +92,16 @@ class RoutingShape:
     domains: tuple[str, ...]
     document_domain: np.ndarray
     document_ids: tuple[str, ...]
+    document_source: tuple[str, ...] | None = None
+
+    @property
+    def units(self) -> np.ndarray:
+        """Unit of sampling of each document, int [documents], numbered in order of first appearance."""
+        if self.document_source is None:
+            return np.arange(len(self.document_domain))
+        numbers: dict[tuple[int, str], int] = {}
+        pairs = zip(self.document_domain.tolist(), self.document_source, strict=True)
+        return np.asarray([numbers.setdefault(pair, len(numbers)) for pair in pairs], np.int64)
 
     @property
     def width(self) -> int:

@@ -112,7 +112,7 @@ def _domain_table(result: Result) -> Table:
     found = {(record.metric, record.domain): record for record in result.calibrated if record.layer is None}
     table = Table(title="Domains (means over layers)", title_justify="left", title_style="italic", header_style="bold")
     table.add_column("Domain")
-    for heading in ("Documents", "Tokens", "Specialization", "Isolation", "N-gram (n=2)", "p", "Random router", "Specialists"):
+    for heading in ("Documents", "Sources", "Tokens", "Specialization", "Isolation", "N-gram (n=2)", "p", "Random router", "Specialists"):
         table.add_column(heading, justify="right")
     counts = result.companions.get("specialists", {}).get("by_domain", {})
     for domain, facts in result.task.domains.items():
@@ -120,6 +120,7 @@ def _domain_table(result: Result) -> Table:
         table.add_row(
             Text(domain),
             f"{facts.documents:,}",
+            f"{facts.sources:,}",
             f"{facts.tokens:,}",
             _score(specialization),
             _score(found[("domain_isolation", domain)]),
@@ -164,6 +165,7 @@ def _footnotes(result: Result) -> Text:
     lines = [
         "0 % is what shuffling the documents' domain labels gives, 100 % a router that gives each domain experts of its own; · marks "
         "scores not above chance (p > 0.05). Random router: the same score for a frozen random router on the same hidden states.",
+        "Intervals, shuffles and tests take source texts as their unit: documents cut from one source count as one.",
         "Stiffness: share of tokens whose experts stay the same under noise of 1 % of the scores' spread. N-gram: how much more often two "
         "neighbours share their first expert than after shuffling each document.",
     ]
