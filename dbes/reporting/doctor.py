@@ -15,7 +15,8 @@ from dbes.doctor import Diagnosis
 def render(diagnosis: Diagnosis) -> RenderableType:
     """What was found per layer, and whether the model can be recorded."""
     rows = diagnosis.rows()
-    heading = Text.assemble((diagnosis.model, "bold"), f"  {diagnosis.architecture}, {diagnosis.parameters:,} parameters, {diagnosis.weights}")
+    heading = Text.assemble((diagnosis.model, "bold"), f"  {diagnosis.architecture}, {diagnosis.parameters:,} parameters")
+    heading.append(f", {diagnosis.weights}")
     if diagnosis.dense_layers:
         heading.append(f"\ndense layers, not recorded: {', '.join(map(str, diagnosis.dense_layers))}")
     table = Table(header_style="bold")
@@ -25,7 +26,8 @@ def render(diagnosis: Diagnosis) -> RenderableType:
     for row in rows:
         table.add_row(*(Text(text) for name, text in row.items() if name != "problem" or any(each["problem"] for each in rows)))
     says = "every layer is recorded as executed" if diagnosis.ok else "dbes cannot vouch for a recording of this model"
-    verdict = Text(f"{'OK' if diagnosis.ok else 'PROBLEM'}: {says} ({diagnosis.seconds:.1f} s)", style="green" if diagnosis.ok else "bold red")
+    style = "green" if diagnosis.ok else "bold red"
+    verdict = Text(f"{'OK' if diagnosis.ok else 'PROBLEM'}: {says} ({diagnosis.seconds:.1f} s)", style=style)
     return Group(heading, table, verdict)
 
 
