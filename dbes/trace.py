@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import safetensors
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from safetensors.numpy import load as parse_safetensors
 from safetensors.numpy import save as encode_safetensors
 
@@ -54,6 +54,16 @@ class Manifest(BaseModel):
     document_source: tuple[str, ...] | None = None
     provenance: dict[str, Any]
     shards: tuple[ShardEntry, ...]
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Manifest:
+        if not len(self.layers) == len(self.experts) == len(self.top_k):
+            raise ValueError(f"layers, experts and top_k have {len(self.layers)}, {len(self.experts)} and {len(self.top_k)} entries")
+        if len(self.document_ids) != len(self.document_domain):
+            raise ValueError(f"document_ids has {len(self.document_ids)} entries, document_domain {len(self.document_domain)}")
+        if any(not 0 <= domain < len(self.domains) for domain in self.document_domain):
+            raise ValueError(f"document_domain: expected indices below {len(self.domains)}, the number of domains")
+        return self
 
     @property
     def shape(self) -> RoutingShape:
@@ -153,6 +163,9 @@ class Trace:
             raise TraceError(f"ids have {ids.shape[1]} layers, but {len(layers)} layer numbers and {len(counts)} expert counts were given")
         if list(layers) != sorted(set(layers)):
             raise TraceError(f"layers must be ascending and distinct, got {list(layers)}")
+        for name, indices in (("domain", domain), ("document", document)):
+            if indices.size and not np.issubdtype(indices.dtype, np.integer):
+                raise TraceError(f"{name}: expected integer indices, got {indices.dtype}")
         if domain.ndim != 1 or len(domain) == 0 or domain.min() < 0 or domain.max() >= len(domains):
             raise TraceError(f"domain: expected an index below {len(domains)} for every document")
         if len(names) != len(domain):
@@ -219,7 +232,10 @@ class Trace:
                 raise TraceError(f"{folder / entry.name}: this shard of the trace is missing; record again with --overwrite")
         vocabulary: dict[int, str] = {}
         if (folder / VOCABULARY).is_file():
-            vocabulary = {int(token): text for token, text in json.loads((folder / VOCABULARY).read_text("utf-8")).items()}
+            try:
+                vocabulary = {int(token): text for token, text in json.loads((folder / VOCABULARY).read_text("utf-8")).items()}
+            except (ValueError, AttributeError) as problem:
+                raise TraceError(f"{folder / VOCABULARY}: cannot be read as JSON ({problem}); it is for display only, remove it") from None
         return cls(
             shape=manifest.shape,
             provenance=manifest.provenance,
@@ -295,7 +311,9 @@ class TraceWriter:
         """Add one shard. ``last_document`` says up to where documents are done when the last of them have no token."""
         content = encode_safetensors({name: np.ascontiguousarray(array) for name, array in routes.arrays().items()})
         name = f"shard-{self.shards:05d}.safetensors"
-        last = int(routes.document[-1]) if last_document is None else last_document
+        last = last_document
+        if last is None:
+            last = int(routes.document[-1]) if len(routes) else self.next_document - 1
         entry = ShardEntry(
             name=name,
             tokens=len(routes),
@@ -341,7 +359,9 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         return Manifest.model_validate(content)
     except ValidationError as problem:
-        raise TraceError(f"{path}: {problem.errors()[0]['loc']}: {problem.errors()[0]['msg']}") from None
+        first = problem.errors()[0]
+        field_name = ".".join(map(str, first["loc"]))
+        raise TraceError(f"{path}: {f'{field_name}: ' if field_name else ''}{first['msg']}") from None
 
 
 def validate_routes(routes: TokenRoutes, shape: RoutingShape, *, where: str) -> None:

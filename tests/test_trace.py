@@ -1,0 +1,345 @@
+"""Traces: what is refused and why, what a folder of shards promises, and that nothing is ever half-written."""
+
+from __future__ import annotations
+
+import errno
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import naive
+import numpy as np
+import pytest
+from safetensors.numpy import save as encode_safetensors
+
+import dbes.files
+from dbes.errors import TraceError
+from dbes.scoring import score
+from dbes.trace import CONTROL, MANIFEST, VOCABULARY, ShardEntry, Trace, TraceWriter, validate_routes
+from dbes.types import TokenRoutes, storage_dtype
+
+
+def arrays(**changes: Any) -> dict[str, Any]:
+    """Arguments of ``from_arrays`` for 4 tokens, 2 layers, top-2 of 3 experts, 2 documents, with some of them changed."""
+    ids = np.array([[[0, 1], [1, 2]], [[1, 2], [0, 2]], [[2, 0], [2, 1]], [[0, 2], [1, 0]]])
+    given: dict[str, Any] = {
+        "ids": ids,
+        "document": np.array([0, 0, 1, 1]),
+        "domain": np.array([0, 1]),
+        "domains": ("law", "code"),
+        "layers": (2, 5),
+        "experts": 3,
+    }
+    return given | changes
+
+
+def build(**changes: Any) -> Trace:
+    given = arrays(**changes)
+    return Trace.from_arrays(given.pop("ids"), **given)
+
+
+def rows_of(trace: Trace) -> TokenRoutes:
+    (routes,) = tuple(trace)
+    return routes
+
+
+def same_routes(first: TokenRoutes, second: TokenRoutes) -> None:
+    assert first.arrays().keys() == second.arrays().keys()
+    for name, array in first.arrays().items():
+        np.testing.assert_array_equal(array, second.arrays()[name])
+        assert array.dtype == second.arrays()[name].dtype
+
+
+# ------------------------------------------------------------------------------------------------------------ from arrays
+
+
+def changed_ids(*place: int, value: int) -> np.ndarray:
+    ids = arrays()["ids"].copy()
+    ids[place] = value
+    return ids
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        pytest.param({"ids": np.zeros((4, 2), int)}, "expected integers", id="ids with two axes"),
+        pytest.param({"ids": np.zeros((4, 2, 2))}, "expected integers", id="ids that are floats"),
+        pytest.param({"ids": changed_ids(1, 0, 0, value=3)}, "out of range", id="id as large as E"),
+        pytest.param({"ids": changed_ids(1, 0, 0, value=-2)}, "out of range", id="id below -1"),
+        pytest.param({"experts": (3, 2)}, "out of range at layer 5", id="id as large as its layer's E"),
+        pytest.param({"ids": changed_ids(1, 1, 0, value=2)}, "twice in row 1 at layer 5", id="duplicate ids in a row"),
+        pytest.param({"ids": np.zeros((4, 2, 2), int)}, "did not record routing", id="all zero"),
+        pytest.param({"layers": (2,)}, "2 layers, but 1 layer numbers", id="too few layer numbers"),
+        pytest.param({"experts": (3,)}, "1 expert counts", id="too few expert counts"),
+        pytest.param({"layers": (5, 2)}, "ascending and distinct", id="layers descending"),
+        pytest.param({"layers": (2, 2)}, "ascending and distinct", id="a layer twice"),
+        pytest.param({"domain": np.array([0, 2])}, "domain", id="domain out of range"),
+        pytest.param({"domain": np.array([0, -1])}, "domain", id="domain negative"),
+        pytest.param({"domain": np.array([], int)}, "domain", id="no documents"),
+        pytest.param({"domain": np.array([[0, 1]])}, "domain", id="domain with two axes"),
+        pytest.param({"domain": np.array([0.0, 1.0])}, "domain", id="domain that is not an integer"),
+        pytest.param({"document": np.array([0, 0, 1])}, "document: expected 4", id="document of another length"),
+        pytest.param({"document": np.array([0, 0, 1, 2])}, "indices below 2", id="document out of range"),
+        pytest.param({"document": np.array([0, 0, 1, -1])}, "indices below 2", id="document negative"),
+        pytest.param({"document": np.array([0.0, 0.0, 0.5, 1.0])}, "document", id="document that is not an integer"),
+        pytest.param({"document_ids": ("a",)}, "1 document ids for 2 documents", id="too few document ids"),
+        pytest.param({"weights": np.ones((4, 2))}, "weights: expected shape", id="weights of another shape"),
+        pytest.param({"margins": np.ones((4, 2, 2))}, "margins: expected shape", id="margins of another shape"),
+        pytest.param({"token_ids": np.ones(3)}, "token_ids: expected shape", id="token ids of another shape"),
+        pytest.param({"phase": np.ones((4, 1))}, "phase: expected shape", id="phase of another shape"),
+        pytest.param({"positions": np.arange(3)}, "positions: expected shape", id="positions of another shape"),
+        pytest.param({"kept": np.ones((4, 2))}, "kept: expected shape", id="kept of another shape"),
+        pytest.param({"selection_margins": np.ones(4)}, "selection_margins: expected shape", id="selection margins of another shape"),
+        pytest.param({"scaled_margins": np.ones(4)}, "scaled_margins: expected shape", id="scaled margins of another shape"),
+    ],
+)
+def test_arrays_that_no_router_can_have_produced_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TraceError, match=message):
+        build(**changes)
+
+
+def test_missing_slots_may_repeat_in_a_row() -> None:
+    trace = build(ids=np.full((4, 2, 2), -1))
+    assert (rows_of(trace).ids == 255).all()
+
+
+def test_rows_are_put_in_order_of_document_and_position() -> None:
+    order = np.array([2, 0, 3, 1])
+    given = arrays(positions=np.array([0, 1, 0, 1]), token_ids=np.array([10, 11, 12, 13]))
+    shuffled = {name: given[name][order] for name in ("ids", "document", "positions", "token_ids")}
+    same_routes(rows_of(build(**given | shuffled)), rows_of(build(**given)))
+
+
+def test_without_positions_the_order_of_the_rows_counts() -> None:
+    interleaved = build(document=np.array([1, 0, 1, 0]))
+    routes = rows_of(interleaved)
+    assert routes.document.tolist() == [0, 0, 1, 1]
+    assert routes.positions.tolist() == [0, 1, 0, 1]
+    np.testing.assert_array_equal(routes.ids, arrays()["ids"][[1, 3, 0, 2]])
+
+
+@pytest.mark.parametrize(
+    ("experts", "dtype"),
+    [
+        pytest.param(16, np.uint8, id="few experts"),
+        pytest.param(255, np.uint8, id="the last that leaves a mark for missing slots"),
+        pytest.param(256, np.uint16, id="one more"),
+    ],
+)
+def test_every_expert_id_and_the_missing_mark_fit(experts: int, dtype: type) -> None:
+    assert storage_dtype(experts) is dtype
+    trace = Trace.from_arrays(np.array([[[experts - 1, -1]]]), document=[0], domain=[0], domains=["a"], layers=[0], experts=experts)
+    found = rows_of(trace).ids
+    assert found.dtype == dtype and found[0, 0].tolist() == [experts - 1, np.iinfo(dtype).max]
+
+
+def test_slots_of_a_layer_are_never_more_than_its_experts() -> None:
+    trace = Trace.from_arrays(np.array([[[0, -1], [3, 1]]]), document=[0], domain=[0], domains=["a"], layers=[0, 1], experts=(1, 4))
+    assert trace.shape.top_k == (1, 2)
+    assert (trace.shape.width, trace.shape.slots) == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param(lambda routes: {"ids": routes.ids[:, :1]}, "ids have shape", id="a layer too few"),
+        pytest.param(lambda routes: {"positions": routes.positions[:2]}, "positions has 2 rows", id="rows that do not fit"),
+        pytest.param(lambda _: {"weights": np.ones((4, 2, 1), np.float16)}, "weights have shape", id="weights of another shape"),
+        pytest.param(lambda routes: {"document": routes.document[::-1].copy()}, "must ascend", id="documents out of order"),
+    ],
+)
+def test_routes_that_contradict_the_shape_are_refused(change: Any, message: str) -> None:
+    trace = build()
+    with pytest.raises(TraceError, match=message):
+        validate_routes(replace(rows_of(trace), **change(rows_of(trace))), trace.shape, where="here")
+
+
+# ---------------------------------------------------------------------------------------------------------------- folders
+
+
+@pytest.fixture
+def recording() -> naive.Recording:
+    return naive.random_recording(1, documents=(3, 3), length=(20, 30), missing=0.2)
+
+
+def shards_of(trace: Trace, folder: Path, *, finish: bool = True) -> TraceWriter:
+    """The trace written as one shard per two documents."""
+    routes = rows_of(trace)
+    writer = TraceWriter(folder, trace.shape, {"model": "m"})
+    for start in range(0, len(trace.shape.document_domain), 2):
+        writer.write(routes.take((routes.document >= start) & (routes.document < start + 2)))
+    if finish:
+        writer.finish()
+    return writer
+
+
+def test_a_saved_trace_is_the_same_trace(recording: naive.Recording, tmp_path: Path) -> None:
+    trace = recording.trace(provenance={"model": "m"}, document_ids=[f"text-{i}" for i in range(6)], control=recording.trace())
+    saved = replace(trace, vocabulary={3: "drei", 1: "eins"}).save(tmp_path / "trace")
+    assert saved.path == tmp_path / "trace"
+    assert saved.provenance == {"model": "m"} and saved.vocabulary == {1: "eins", 3: "drei"}
+    assert saved.shape.document_ids == trace.shape.document_ids
+    assert saved.tokens == trace.tokens
+    same_routes(rows_of(saved), rows_of(trace))
+    assert saved.control is not None
+    same_routes(rows_of(saved.control), rows_of(trace))
+    assert score(saved, permutations=5).to_dataframe().equals(score(trace, permutations=5).to_dataframe())
+
+
+def test_a_trace_of_several_shards_scores_like_one(recording: naive.Recording, tmp_path: Path) -> None:
+    trace = recording.trace()
+    shards_of(trace, tmp_path)
+    loaded = Trace.load(tmp_path)
+    assert len(loaded.entries) == 3 and loaded.tokens == trace.tokens
+    assert score(loaded, permutations=5).to_dataframe().equals(score(trace, permutations=5).to_dataframe())
+
+
+def first_shard(folder: Path) -> Path:
+    return sorted(folder.glob("shard-*"))[0]
+
+
+def flip_a_byte(folder: Path) -> None:
+    content = bytearray(first_shard(folder).read_bytes())
+    content[-1] ^= 1
+    first_shard(folder).write_bytes(bytes(content))
+
+
+def edit_manifest(folder: Path, **changes: Any) -> None:
+    path = folder / MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def claim(folder: Path, content: bytes, **changes: Any) -> None:
+    """Put other content in the first shard, with a manifest that agrees with it."""
+    import hashlib
+
+    first_shard(folder).write_bytes(content)
+    shards = json.loads((folder / MANIFEST).read_text())["shards"]
+    shards[0] |= {"sha256": hashlib.sha256(content).hexdigest()} | changes
+    edit_manifest(folder, shards=shards)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        pytest.param(flip_a_byte, "sha256 differs", id="altered"),
+        pytest.param(lambda folder: first_shard(folder).write_bytes(first_shard(folder).read_bytes()[:-7]), "truncated", id="truncated"),
+        pytest.param(lambda folder: first_shard(folder).write_bytes(b""), "truncated", id="empty"),
+        pytest.param(lambda folder: claim(folder, b"no safetensors"), "not a shard", id="not safetensors"),
+        pytest.param(
+            lambda folder: claim(folder, encode_safetensors({"other": np.zeros(3)})), "not a shard", id="safetensors of something else"
+        ),
+        pytest.param(
+            lambda folder: claim(folder, first_shard(folder).read_bytes(), tokens=7), "the manifest says 7", id="another number of tokens"
+        ),
+        pytest.param(lambda folder: first_shard(folder).unlink(), "missing", id="missing"),
+        pytest.param(lambda folder: edit_manifest(folder, schema_version=2), "schema version 2, this dbes reads 1", id="another version"),
+        pytest.param(lambda folder: edit_manifest(folder, complete=False), "not finished \\(3 shards so far\\)", id="unfinished"),
+        pytest.param(lambda folder: edit_manifest(folder, extra=1), "extra", id="unknown field"),
+        pytest.param(lambda folder: edit_manifest(folder, experts="many"), "experts", id="field of another type"),
+        pytest.param(lambda folder: (folder / MANIFEST).write_text("{"), "cannot be read as JSON", id="manifest that is not JSON"),
+        pytest.param(lambda folder: (folder / MANIFEST).write_text("[1]"), "schema version None", id="manifest that is a list"),
+        pytest.param(lambda folder: (folder / MANIFEST).write_bytes(b"\xff\xfe"), "cannot be read as JSON", id="manifest that is not text"),
+        pytest.param(lambda folder: (folder / MANIFEST).unlink(), "not a trace folder", id="no manifest"),
+        pytest.param(lambda folder: edit_manifest(folder, experts=[3, 3, 3]), "out of range", id="ids above the number of experts"),
+        pytest.param(lambda folder: (folder / VOCABULARY).write_text("{"), "cannot be read as JSON", id="vocabulary that is not JSON"),
+        pytest.param(lambda folder: edit_manifest(folder, document_domain=[0, 0, 0, 1, 1, 9]), "document_domain", id="unknown domain"),
+        pytest.param(lambda folder: edit_manifest(folder, document_ids=["a"]), "document_ids", id="document ids that do not fit"),
+        pytest.param(lambda folder: edit_manifest(folder, layers=[1]), "layers", id="layers that do not fit"),
+    ],
+)
+def test_a_damaged_folder_is_refused(recording: naive.Recording, tmp_path: Path, damage: Any, message: str) -> None:
+    shards_of(recording.trace(), tmp_path)
+    damage(tmp_path)
+    with pytest.raises(TraceError, match=message):
+        list(Trace.load(tmp_path))
+
+
+def test_a_shard_that_cannot_be_read_is_named(recording: naive.Recording, tmp_path: Path) -> None:
+    shards_of(recording.trace(), tmp_path)
+    loaded = Trace.load(tmp_path)
+    first_shard(tmp_path).unlink()
+    with pytest.raises(TraceError, match=r"shard-00000.*cannot be read"):
+        list(loaded)
+
+
+def test_an_interrupted_recording_goes_on_and_ends_the_same(recording: naive.Recording, tmp_path: Path) -> None:
+    trace = recording.trace()
+    routes = rows_of(trace)
+    shards_of(trace, tmp_path / "whole")
+    first = TraceWriter(tmp_path / "resumed", trace.shape, {"model": "m"})
+    first.write(routes.take(routes.document < 2))
+    (tmp_path / "resumed" / ".shard-00001.safetensors.part").write_bytes(b"half")  # what a kill may leave behind
+    with pytest.raises(TraceError, match="not finished"):
+        Trace.load(tmp_path / "resumed")
+    again = TraceWriter(tmp_path / "resumed", trace.shape, {"model": "m"})
+    assert (again.shards, again.next_document, again.tokens) == (1, 2, int((routes.document < 2).sum()))
+    for start in (2, 4):
+        again.write(routes.take((routes.document >= start) & (routes.document < start + 2)))
+    again.finish(provenance={"counted": True})
+    resumed, whole = Trace.load(tmp_path / "resumed"), Trace.load(tmp_path / "whole")
+    assert resumed.entries == whole.entries
+    assert resumed.provenance == {"model": "m", "counted": True}
+
+
+def test_shards_can_be_forgotten_and_empty_documents_counted_as_done(recording: naive.Recording, tmp_path: Path) -> None:
+    trace = recording.trace()
+    routes = rows_of(trace)
+    writer = TraceWriter(tmp_path, trace.shape, {})
+    writer.write(routes.take(routes.document < 2), last_document=3)
+    assert writer.next_document == 4
+    writer.write(routes.take(routes.document >= 4))
+    writer.keep_shards(1)
+    assert (writer.shards, writer.next_document) == (1, 4)
+    assert TraceWriter(tmp_path, trace.shape, {}).shards == 1
+
+
+@pytest.mark.parametrize("other", ["provenance", "shape", "complete", "shard gone"])
+def test_another_recording_in_the_folder_is_not_gone_on_with(recording: naive.Recording, tmp_path: Path, other: str) -> None:
+    trace = recording.trace()
+    shards_of(trace, tmp_path, finish=other == "complete")
+    if other == "shard gone":
+        first_shard(tmp_path).unlink()
+    shape = replace(trace.shape, domains=("x", "y")) if other == "shape" else trace.shape
+    with pytest.raises(TraceError, match="another recording"):
+        TraceWriter(tmp_path, shape, {"model": "another" if other == "provenance" else "m"})
+
+
+def test_a_full_disk_leaves_no_half_written_shard(recording: naive.Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = recording.trace()
+    routes = rows_of(trace)
+    writer = TraceWriter(tmp_path, trace.shape, {"model": "m"})
+    writer.write(routes.take(routes.document < 2))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(dbes.files.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        writer.write(routes.take(routes.document >= 2))
+    monkeypatch.undo()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    again = TraceWriter(tmp_path, trace.shape, {"model": "m"})
+    again.write(routes.take(routes.document >= 2))
+    again.finish()
+    assert Trace.load(tmp_path).tokens == trace.tokens
+
+
+def test_a_trace_without_tokens_can_be_saved(recording: naive.Recording, tmp_path: Path) -> None:
+    saved = recording.take(np.zeros(0, int)).trace().save(tmp_path / "empty")
+    assert saved.tokens == 0
+    assert score(saved, permutations=2).recording is not None
+
+
+def test_a_control_beside_the_trace_is_loaded_with_it(recording: naive.Recording, tmp_path: Path) -> None:
+    shards_of(recording.trace(), tmp_path)
+    shards_of(recording.trace(), tmp_path / CONTROL)
+    assert Trace.load(tmp_path).control is not None
+
+
+def test_entries_say_which_documents_they_hold(recording: naive.Recording, tmp_path: Path) -> None:
+    shards_of(recording.trace(), tmp_path)
+    entries: tuple[ShardEntry, ...] = Trace.load(tmp_path).entries
+    assert [(entry.first_document, entry.last_document) for entry in entries] == [(0, 1), (2, 3), (4, 5)]
