@@ -43,8 +43,8 @@ def items(families: dict[str, Family], *, each: int, shortest: int, longest: int
 
 FIRMS = ("Aldgate Tools", "Birchwood Foods", "Cormorant Shipping", "Delmar Textiles", "Eastlake Paper", "Fenwick Optics", "Garnet Mills",
          "Harrow Pumps", "Ivory Coast Cocoa", "Juniper Labs", "Kestrel Air", "Larkspur Media", "Mistral Energy", "Northgate Homes")
-PEOPLE = ("Amara", "Bastien", "Chidi", "Dagny", "Elif", "Farid", "Greta", "Hiro", "Ines", "Jonas", "Keiko", "Lucia", "Mateo", "Nadia", "Oskar",
-          "Priya", "Quentin", "Rosa", "Samir", "Tove", "Ulrich", "Vera", "Wanda", "Yusuf", "Zora")
+PEOPLE = ("Amara", "Bastien", "Chidi", "Dagny", "Elif", "Farid", "Greta", "Hiro", "Ines", "Jonas", "Keiko", "Lucia", "Mateo", "Nadia",
+          "Oskar", "Priya", "Quentin", "Rosa", "Samir", "Tove", "Ulrich", "Vera", "Wanda", "Yusuf", "Zora")
 
 
 def two(draw: random.Random, names: tuple[str, ...] = PEOPLE) -> tuple[str, str]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 from generated import FIRMS, PEOPLE, Family, two
 
 
-
 def bond_price(r):
     firm, face, coupon, years, rate = r.choice(FIRMS), r.choice((1000, 5000, 10000)), r.randint(3, 9), r.randint(3, 6), r.randint(2, 10)
     pay = face * coupon / 100

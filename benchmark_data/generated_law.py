@@ -199,7 +199,7 @@ def inheritance(r):
     each = rest / kids
     question = (f"{a} dies in {state} without a will and leaves {estate:,} dollars after debts. " + (f"{b}, the surviving spouse, and " if spouse else f"The spouse {b} died earlier. There are ")
                 + f"{kids} children " + ("are to be considered; " if spouse else "to be considered; ") + (f"one child died before {a} and left {grand} children. " if dead else "all of them are alive. ")
-                + f"The Succession Act gives a spouse one half, divides the remainder equally among children, and lets the issue of a dead child take that child's part. "
+                + "The Succession Act gives a spouse one half, divides the remainder equally among children, and lets the issue of a dead child take that child's part. "
                   "How is the estate divided?")
     working = ((f"The spouse takes half, {for_spouse:,}. " if spouse else "With no spouse the whole estate goes to descendants. ")
                + f"What remains, {rest:,}, falls into {kids} parts of {each:,.0f}. "

@@ -23,7 +23,7 @@ def _a(text):
 
 
 def anion_gap(r):
-    who, she, her, *_ = _patient(r)
+    who, *_ = _patient(r)
     na, cl, bic, alb = r.randint(128, 146), r.randint(92, 112), r.randint(7, 22), r.choice((2.0, 2.5, 3.0, 4.0))
     gap = na - cl - bic
     fixed = gap + 2.5 * (4 - alb)
@@ -38,7 +38,7 @@ def anion_gap(r):
 
 
 def creatinine_clearance(r):
-    who, she, her, age, woman = _patient(r, 40, 89)
+    who, _, her, age, woman = _patient(r, 40, 89)
     kg, cr, full = r.randint(45, 105), r.randint(7, 34) / 10, r.choice((400, 500, 750, 1000))
     clear = (140 - age) * kg / (72 * cr) * (0.85 if woman else 1)
     dose = full if clear >= 50 else full // 2 if clear >= 20 else full // 4
@@ -52,7 +52,7 @@ def creatinine_clearance(r):
 
 
 def sodium_excretion(r):
-    who, she, her, *_ = _patient(r, 30)
+    who, _, her, *_ = _patient(r, 30)
     una, pna, ucr, pcr = r.randint(6, 90), r.randint(130, 146), r.randint(20, 160), r.randint(16, 60) / 10
     fena = una * pcr / (pna * ucr) * 100
     story = r.choice(("three days of vomiting", "a long operation on the aorta", "a course of gentamicin", "a fall and a night on the floor"))
@@ -66,7 +66,7 @@ def sodium_excretion(r):
 
 
 def corrected_calcium(r):
-    who, she, her, *_ = _patient(r, 35)
+    who, she, _, *_ = _patient(r, 35)
     ca, alb, pth = r.randint(76, 122) / 10, r.randint(18, 42) / 10, r.randint(4, 180)
     true = ca + 0.8 * (4 - alb)
     level = "high" if true > 10.5 else "low" if true < 8.5 else "normal"
@@ -81,7 +81,7 @@ def corrected_calcium(r):
 
 
 def oxygen_gradient(r):
-    who, she, her, age, _ = _patient(r)
+    who, _, _, age, _ = _patient(r)
     co2, o2 = r.randint(25, 75), r.randint(45, 88)
     alveolar = 0.21 * (760 - 47) - co2 / 0.8
     gap, usual = alveolar - o2, age / 4 + 4
@@ -130,7 +130,7 @@ def child_dose(r):
 
 
 def corrected_sodium(r):
-    who, she, her, _, woman = _patient(r)
+    who, _, her, _, woman = _patient(r)
     na, glu, kg = r.randint(118, 148), r.randint(320, 1150), r.randint(48, 100)
     true = na + 1.6 * (glu - 100) / 100
     osm = 2 * na + glu / 18
@@ -144,7 +144,7 @@ def corrected_sodium(r):
 
 
 def qt_interval(r):
-    who, she, her, _, woman = _patient(r, 20)
+    who, _, her, _, woman = _patient(r, 20)
     qt, rate = r.randint(340, 520), r.randint(48, 104)
     qtc = qt / sqrt(60 / rate)
     limit = 460 if woman else 450

@@ -75,7 +75,8 @@ def metamath(root: Path) -> Iterator[Source]:
     found = re.finditer(r"\$\(\s((?:(?!\$\)).)+?)\$\)\s+(?:\$\{[^=]*?)?(\S+) \$p (\|- [^$]+?) \$=", text, re.S)
     told: list[tuple[str, str]] = []
     for match in found:
-        words = re.sub(r"\s+", " ", re.sub(r"\(Contributed by.*|\(Proof (shortened|modification).*|\(New usage.*", "", match[1], flags=re.S))
+        words = re.sub(r"\(Contributed by.*|\(Proof (shortened|modification).*|\(New usage.*", "", match[1], flags=re.S)
+        words = re.sub(r"\s+", " ", words)
         words = re.sub(r"~ (\S+)|[`_]", lambda m: m[1] or "", words).strip()
         formula = re.sub(r"\s+", " ", match[3]).strip()
         if 60 < len(words) < 500 and len(formula) < 250 and "$" not in words:
@@ -202,8 +203,8 @@ def factbook_economies(root: Path) -> Iterator[Source]:
                   and re.search(r" \d{4}$", k)]
         if series:
             yield f"{label}: {', '.join(series)}"
-        rest = [f"{k} {_plain(v['text'])}" for k, v in value.items() if k not in ("text", "note", "investment in inventories") and isinstance(v, dict)
-                and isinstance(v.get("text"), str) and not re.search(r" \d{4}$", k)]
+        rest = [f"{k} {_plain(v['text'])}" for k, v in value.items() if k not in ("text", "note", "investment in inventories")
+                and isinstance(v, dict) and isinstance(v.get("text"), str) and not re.search(r" \d{4}$", k)]
         if rest:
             yield f"{label}: {'; '.join(rest)}"
 
@@ -229,7 +230,8 @@ def factbook_law(root: Path) -> Iterator[Source]:
         for label in ("Legal system", "Constitution", "Judicial branch"):
             value = government.get(label, {})
             told = [value, *(v for v in value.values() if isinstance(v, dict))]
-            names = [label, *(k.replace("judge selection and term of office", "judges").capitalize() for k, v in value.items() if isinstance(v, dict))]
+            short = {"judge selection and term of office": "Judges"}
+            names = [label, *(short.get(k, k.capitalize()) for k, v in value.items() if isinstance(v, dict))]
             for title, inner in zip(names, told, strict=True):
                 if isinstance(inner.get("text"), str) and len(text := _plain(inner["text"])) > 12:
                     parts.append(f"{title}: {text}")

@@ -1,0 +1,417 @@
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from dbes import hub_data
+from dbes.benchmark import (
+    Document,
+    by_domain,
+    list_tasks,
+    load_task,
+    read_documents,
+    separability,
+    task_fingerprint,
+    template_fields,
+    windows,
+)
+from dbes.errors import TaskError
+from dbes.files import sha256_of
+from dbes.separability import fold_of, word_counts, word_separability
+
+
+def written(folder: Path, text: str, name: str = "task.yaml") -> Path:
+    path = folder / name
+    path.write_text(textwrap.dedent(text), "utf-8")
+    return path
+
+
+def rows(path: Path, *items: dict) -> Path:
+    path.write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items), "utf-8")
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    rows(tmp_path / "a.jsonl", {"id": "a1", "text": "one fish"}, {"id": "a2", "text": "two\u2028fish"})
+    rows(
+        tmp_path / "b.jsonl",
+        {"id": "b1", "text": "red", "question": "r?", "answer": 3, "choices": ["x", "y"]},
+        {"id": "b2", "text": "blue"},
+    )
+    return tmp_path
+
+
+TWO = """
+    name: mine
+    version: 1
+    domains:
+      a: {files: [a.jsonl]}
+      b: {files: [b.jsonl]}
+"""
+
+
+def problem(folder: Path, text: str) -> str:
+    with pytest.raises(TaskError) as caught:
+        read_documents(load_task(written(folder, text)))
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def test_documents_come_in_the_order_of_the_task(folder):
+    documents = read_documents(load_task(written(folder, TWO)))
+    assert [document.id for document in documents] == ["a1", "a2", "b1", "b2"]
+    assert documents[1].text == "two\u2028fish"
+    assert documents[2] == Document(id="b1", domain="b", text="red", question="r?", answer="3", choices=("x", "y"))
+    assert [(name, len(found)) for name, found in by_domain(documents)] == [("a", 2), ("b", 2)]
+
+
+def test_limit_is_per_domain_and_takes_the_first(folder):
+    task = load_task(written(folder, TWO.replace("files: [b.jsonl]", "files: [b.jsonl], limit: 1")))
+    assert [document.id for document in read_documents(task)] == ["a1", "a2", "b1"]
+    assert [document.id for document in read_documents(task, limit=1)] == ["a1", "b1"]
+    with pytest.raises(TaskError, match="limit is 0"):
+        read_documents(task, limit=0)
+
+
+def test_every_local_format_gives_the_same_texts(folder):
+    (folder / "z.jsonl.gz").write_bytes(gzip.compress(b'{"id": 1, "text": "one"}\n\n{"id": 2, "text": "two"}\n'))
+    pd.DataFrame({"key": ["p1"], "title": ["Title"], "body": ["Body"]}).to_parquet(folder / "p.parquet")
+    (folder / "poems").mkdir()
+    (folder / "poems" / "2.txt").write_text("\ufeffsecond\n", "utf-8")
+    (folder / "poems" / "1.txt").write_text("first", "utf-8")
+    task = load_task(
+        written(
+            folder,
+            r"""
+        name: mine
+        version: 2
+        domains:
+          zipped: {files: [z.jsonl.gz]}
+          table: {files: [p.parquet], template: "{title}\n{body}", id_field: key}
+          poems: {files: ["poems/*.txt"]}
+          plain: {files: [a.jsonl], format: jsonl, text_field: id}
+    """,
+        )
+    )
+    documents = read_documents(task)
+    assert [(d.domain, d.id, d.text) for d in documents] == [
+        ("zipped", "1", "one"),
+        ("zipped", "2", "two"),
+        ("table", "p1", "Title\nBody"),
+        ("poems", "1.txt", "first"),
+        ("poems", "2.txt", "second"),
+        ("plain", "a1", "a1"),
+        ("plain", "a2", "a2"),
+    ]
+
+
+def test_ids_default_to_file_and_line(folder):
+    rows(folder / "a.jsonl", {"text": "x"}, {"text": "y"})
+    assert [d.id for d in read_documents(load_task(written(folder, TWO)))][:2] == ["a/a.jsonl:1", "a/a.jsonl:2"]
+
+
+def test_digest_is_checked(folder):
+    good = sha256_of(folder / "a.jsonl")
+    named = TWO.replace("files: [a.jsonl]", f"files: [a.jsonl], sha256: {{a.jsonl: {good}}}")
+    assert len(read_documents(load_task(written(folder, named)))) == 4
+    assert "sha256" in problem(folder, named.replace(good, "a" * 64))
+
+
+def test_fingerprint_sees_every_part(folder):
+    task = load_task(written(folder, TWO))
+    documents = read_documents(task)
+    marks = {task_fingerprint(task, documents)}
+    marks.add(task_fingerprint(task, documents[:-1]))
+    marks.add(task_fingerprint(task, [*documents[:-1], Document("b2", "b", "blue!")]))
+    marks.add(task_fingerprint(task, [*documents[:-1], Document("b3", "b", "blue")]))
+    marks.add(task_fingerprint(task, [*documents[:-1], Document("b2", "c", "blue")]))
+    for change in ("version: 2", "version: 1\n    window: 64"):
+        marks.add(task_fingerprint(load_task(written(folder, TWO.replace("version: 1", change))), documents))
+    assert len(marks) == 7
+    assert task_fingerprint(task, documents) in marks
+
+
+# ---------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        pytest.param(("version: 1", "version: 1\n    colour: red"), "colour: unknown key", id="unknown key"),
+        pytest.param(("files: [a.jsonl]", "files: [a.jsonl], text: body"), "domains.a.text: unknown key", id="unknown key of a domain"),
+        pytest.param(("version: 1", ""), "version: required key is missing", id="missing key"),
+        pytest.param(("version: 1", "version: one"), "version: Input should be a valid integer (given: 'one')", id="wrong type"),
+        pytest.param(("version: 1", "version: 0"), "version: Input should be greater than", id="version 0"),
+        pytest.param(("version: 1", "version: 1\n    version: 2"), "key 'version' is given twice", id="key given twice"),
+        pytest.param(("a: {files: [a.jsonl]}", ""), "1 domain given", id="one domain"),
+        pytest.param(("files: [a.jsonl]", "files: []"), "domains.a.files: List should have at least 1 item", id="no files"),
+        pytest.param(("files: [a.jsonl]", "files: [none.jsonl]"), "domains.a.files: no file 'none.jsonl'", id="missing file"),
+        pytest.param(("files: [a.jsonl]", "files: ['none*.jsonl']"), "domains.a.files: no file 'none*.jsonl'", id="pattern without files"),
+        pytest.param(
+            ("files: [a.jsonl]", "files: [a.jsonl], text_field: x, template: '{y}'"), "text_field or template, not both", id="two texts"
+        ),
+        pytest.param(("files: [a.jsonl]", "files: [a.jsonl], template: hello"), "names no field", id="template without fields"),
+        pytest.param(
+            ("files: [a.jsonl]", "files: [a.jsonl], sha256: {b.jsonl: a" + "0" * 63 + "}"), "not one of files", id="digest of a stray file"
+        ),
+        pytest.param(
+            ("files: [a.jsonl]", "files: [a.jsonl], text_field: body"),
+            "a.jsonl:1: no field 'body'; the row has id, text",
+            id="missing field",
+        ),
+        pytest.param(("files: [a.jsonl]", "files: [a.jsonl], id_field: key"), "a.jsonl:1: no field 'key'", id="missing id"),
+        pytest.param(("files: [a.jsonl]", "files: [a.jsonl, a.jsonl]"), "id 'a1' is given twice (domains a and a)", id="duplicate id"),
+        pytest.param(("files: [b.jsonl]", "files: [a.jsonl]"), "id 'a1' is given twice (domains a and b)", id="duplicate id over domains"),
+        pytest.param(("files: [a.jsonl]", "files: [task.yaml]"), "format not told by the suffix", id="unknown suffix"),
+        pytest.param(("files: [a.jsonl]", "dataset: some/where, split: test"), "domains.a.revision: required key is missing", id="no pin"),
+    ],
+)
+def test_errors_name_file_and_field(folder, change, told):
+    message = problem(folder, TWO.replace(*change))
+    assert told in message
+    assert str(folder) in message
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        pytest.param(b"", "domains.a: no documents", id="empty domain"),
+        pytest.param(b'{"id": 1, "text": "x"}\n{"id": ', "a.jsonl:2: not JSON", id="bad line"),
+        pytest.param(b'{"id": 1, "text": "x"}\n[1]\n', "a.jsonl:2: a line is a JSON object", id="not an object"),
+        pytest.param(b'{"id": 1, "text": "x"}\n{"id": 2, "text": "\xe9"}\n', "a.jsonl:2: not UTF-8", id="wrong encoding"),
+        pytest.param(b'{"id": "e", "text": "  "}\n', "a.jsonl:1: field 'text' is empty (id 'e')", id="empty text"),
+        pytest.param(b'{"id": "e", "text": 7}\n', "a.jsonl:1: field 'text' is int, expected text", id="text is a number"),
+    ],
+)
+def test_bad_content_names_file_and_line(folder, content, told):
+    (folder / "a.jsonl").write_bytes(content)
+    assert told in problem(folder, TWO)
+
+
+def test_damaged_archives(folder):
+    (folder / "a.jsonl.gz").write_bytes(b"no gzip")
+    assert "damaged gzip" in problem(folder, TWO.replace("a.jsonl", "a.jsonl.gz"))
+    (folder / "a.parquet").write_bytes(b"no parquet")
+    assert "not readable as parquet" in problem(folder, TWO.replace("a.jsonl", "a.parquet"))
+
+
+def test_bad_task_files(tmp_path):
+    with pytest.raises(TaskError, match="no task is called 'nothing'; there are embedded, full, smoke"):
+        load_task("nothing")
+    with pytest.raises(TaskError, match="no such task file"):
+        load_task(tmp_path / "none.yaml")
+    for content, told in (
+        ("- 1", "a task is a mapping"),
+        ("a: [", "not readable as YAML"),
+        ("a: !!python/object:os.x {}", "not readable as YAML"),
+    ):
+        with pytest.raises(TaskError, match=told):
+            load_task(written(tmp_path, content))
+
+
+# ---------------------------------------------------------------- hub data sets, on local files with the true column names
+
+
+HUB = {
+    "math": {"problem_idx": 1, "problem": "Find x.", "answer": 70, "problem_type": ["Algebra"]},
+    "science": {"question": "What?", "distractor3": "c", "distractor1": "a", "distractor2": "b", "correct_answer": "d", "support": ""},
+    "medicine": {
+        "id": "test-00000",
+        "sent1": "A patient.",
+        "sent2": "",
+        "ending0": "p",
+        "ending1": "q",
+        "ending2": "r",
+        "ending3": "s",
+        "label": 2,
+    },
+    "law": {"answer": "Yes", "index": "0", "text": "On the issue of"},
+    "finance": {
+        "question_id": "v-1",
+        "question": "How much?",
+        "tables": ["| a | b |", "| 1 | 2 |"],
+        "python_solution": "",
+        "ground_truth": 3.5,
+        "topic": "t",
+    },
+    "code": {
+        "question_title": "t",
+        "question_content": "Write a program.",
+        "platform": "p",
+        "question_id": "1_A",
+        "starter_code": "",
+        "difficulty": "easy",
+    },
+    "software_engineering": {"repo": "a/b", "instance_id": "a__b-1", "patch": "diff", "problem_statement": "It fails.", "hints_text": ""},
+    "general": {"id": "h1", "question": "Who?", "image": "", "answer": "I", "category": "Humanities"},
+}
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    text = (load_task("full").path).read_text("utf-8")
+    for domain, row in HUB.items():
+        (tmp_path / domain).mkdir()
+        second = {**row, "image": "data:image/png"} if domain == "general" else row
+        extra = [second] if domain in ("general", "science") else []
+        pd.DataFrame([row, *extra]).to_parquet(tmp_path / domain / "data.parquet")
+    import re
+
+    for domain in HUB:
+        text = re.sub(rf"(\n  {domain}:[^\n]*\n    dataset: )\S+", rf"\g<1>./{domain}", text)
+    text = re.sub(r"\n    (data_files|config): [^\n]*", "", text)
+    return written(tmp_path, re.sub(r"split: \w+", "split: train", text))
+
+
+def test_full_task_reads_the_true_columns(hub):
+    documents = {d.id: d for d in read_documents(load_task(hub))}
+    by_name = {d.domain: d for d in documents.values()}
+    assert len(documents) == 9
+    assert by_name["math"] == Document("1", "math", "Find x.", "Find x.", "70")
+    assert by_name["science"].text == "What?"
+    assert by_name["science"].choices == ("d", "a", "b", "c")
+    assert by_name["science"].id == "science/1"
+    assert by_name["medicine"] == Document("test-00000", "medicine", "A patient.\np\nq\nr\ns", "A patient.", "2", ("p", "q", "r", "s"))
+    assert by_name["law"] == Document("law/0", "law", "On the issue of", None, "Yes")
+    assert by_name["finance"].text == "How much?\n| a | b |\n| 1 | 2 |"
+    assert by_name["software_engineering"].answer == "diff"
+    assert by_name["general"].id == "h1"
+
+
+def test_hub_errors(hub):
+    good = hub.read_text()
+    hub.write_text(good.replace('"{problem}"', '"{title}"'))
+    with pytest.raises(TaskError, match="row 0: no field 'title'"):
+        read_documents(load_task(hub))
+    hub.write_text(good.replace("skip_where: image", "skip_where: picture"))
+    with pytest.raises(TaskError, match="no field 'picture'"):
+        read_documents(load_task(hub))
+    hub.write_text(good.replace("split: train", "split: nosuch", 1))
+    with pytest.raises(TaskError, match="nosuch"):
+        read_documents(load_task(hub))
+
+
+def test_unreachable_hub_is_an_error_or_the_embedded_sample(monkeypatch):
+    def offline(*_):
+        raise hub_data.UnreachableError("data set 'x' cannot be read: offline")
+
+    monkeypatch.setattr(hub_data, "_load", offline)
+    with pytest.raises(TaskError, match=r"offline.*embedded fallback"):
+        read_documents(load_task("full"))
+    with pytest.warns(UserWarning, match="EMBEDDED sample in place of task 'full'"):
+        documents = read_documents(load_task("full"), limit=2, embedded_fallback=True)
+    assert len(documents) == 16
+    assert all(document.stand_in for document in documents)
+
+
+def test_fallback_needs_the_same_domains(folder, monkeypatch):
+    def offline(*_):
+        raise hub_data.UnreachableError("offline")
+
+    monkeypatch.setattr(hub_data, "_load", offline)
+    task = load_task(written(folder, TWO.replace("files: [a.jsonl]", "dataset: x/y, split: test, revision: main")))
+    with pytest.raises(TaskError, match="cannot stand in: it has no domain 'a'"):
+        read_documents(task, embedded_fallback=True)
+
+
+def test_offline_mode_of_the_library_is_told(tmp_path):
+    code = (
+        "from dbes.benchmark import load_task, read_documents\nfrom dbes.errors import TaskError\n"
+        "try:\n    read_documents(load_task('full'))\nexcept TaskError as e:\n    print(e)\n"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": ""},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "domains.math: data set 'MathArena/aime_2025' (revision main) cannot be read" in told.stdout
+
+
+# ---------------------------------------------------------------- separability
+
+
+def corpus(generator: np.random.Generator, words: dict[str, list[str]], size: int = 20) -> list[Document]:
+    return [Document(f"{domain}{n}", domain, " ".join(generator.choice(names, 12))) for domain, names in words.items() for n in range(size)]
+
+
+def test_separability_of_disjoint_words_is_one_and_of_equal_words_is_chance():
+    generator = np.random.default_rng(0)
+    apart = corpus(generator, {"a": ["cat", "dog"], "b": ["sun", "moon"], "c": ["red", "blue"]})
+    assert separability(apart) == 1.0
+    same = corpus(generator, {name: ["cat", "dog", "sun", "moon"] for name in "abcd"}, size=150)
+    told = word_separability(same)
+    assert told.chance == 0.25
+    assert abs(told.accuracy - 0.25) < 0.08
+    assert np.isclose(np.mean(list(told.recall.values())), told.accuracy)
+
+
+def test_separability_against_scikit_learn():
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.naive_bayes import MultinomialNB
+
+    generator = np.random.default_rng(1)
+    words = ["cat", "dog", "sun", "moon", "red"]
+    documents = corpus(generator, {"a": [*words, "cat", "dog"], "b": [*words, "sun"], "c": [*words, "red", "sun", "cat", "moon"]}, size=40)
+    labels = np.array(["abc".index(document.domain) for document in documents])
+    texts = [document.text for document in documents]
+    part = fold_of(labels, [document.id for document in documents], folds=5, seed=3)
+    counts = CountVectorizer().fit_transform(texts)
+    right = np.zeros(len(texts), dtype=bool)
+    for fold in range(5):
+        model = MultinomialNB(alpha=1.0, fit_prior=False).fit(counts[part != fold], labels[part != fold])
+        right[part == fold] = model.predict(counts[part == fold]) == labels[part == fold]
+    assert 0.4 < right.mean() < 0.95
+    assert word_separability(documents, seed=3).accuracy == right.mean()
+    assert word_counts(texts).sum() == counts.sum()
+
+
+def test_folds_keep_a_source_text_together():
+    labels = np.array([0] * 6 + [1] * 6)
+    groups = ["x", "x", "x", "y", "z", "z", "u", "v", "v", "w", "w", "w"]
+    part = fold_of(labels, groups, folds=3, seed=0)
+    assert all(len(set(part[[i for i, g in enumerate(groups) if g == name]])) == 1 for name in groups)
+    assert set(part[:6]) == set(part[6:]) == {0, 1, 2}
+
+
+def test_too_few_documents_have_no_separability():
+    told = word_separability([Document("1", "a", "x"), Document("2", "b", "y"), Document("3", "b", "z")])
+    assert np.isnan(told.accuracy)
+    assert told.folds == 1
+
+
+# ---------------------------------------------------------------- the rest
+
+
+def test_windows_cover_a_document_once():
+    assert windows(10, 4) == [slice(0, 4), slice(4, 8), slice(8, 10)]
+    assert windows(0, 4) == []
+
+
+def test_template_fields():
+    assert template_fields("{a}\n{b}: x") == ["a", "b"]
+
+
+def test_tasks_are_found_from_anywhere_and_import_is_light(tmp_path):
+    code = (
+        "import sys, dbes.benchmark as b\n"
+        "print([t.name for t in b.list_tasks()], len(b.read_documents(b.load_task('smoke'))))\n"
+        "print([m for m in ('torch', 'datasets', 'pandas', 'transformers', 'sklearn') if m in sys.modules])"
+    )
+    told = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert told.stdout.splitlines() == ["['embedded', 'full', 'smoke'] 32", "[]"]
+    assert [task.name for task in list_tasks()] == ["embedded", "full", "smoke"]
