@@ -362,6 +362,24 @@ def test_documents_without_tokens_change_nothing() -> None:
     assert whole.to_dataframe().equals(score(with_tokens(recording).trace(), permutations=9).to_dataframe())
 
 
+def test_documents_cut_from_one_source_count_as_one() -> None:
+    recording = naive.random_recording(31, documents=(4, 4, 4), length=(30, 50))
+    whole = score(recording.trace(), permutations=20, seed=1)
+    place = np.concatenate([np.arange(count) for count in np.bincount(recording.document)])
+    pieces = replace(recording, document=2 * recording.document + (place >= 13), domain=np.repeat(recording.domain, 2))
+    trace = pieces.trace()
+    sources = tuple(f"text-{index // 2}" for index in range(24))
+    joined = score(replace(trace, shape=replace(trace.shape, document_source=sources)), permutations=20, seed=1)
+    apart = score(trace, permutations=20, seed=1)
+    assert joined.task.domains["domain0"].documents == 8 and joined.task.domains["domain0"].sources == 4
+    for metric in ("specialization", "domain_isolation", "der", "stiffness"):
+        for field in ("value", "corrected", "ci_low", "ci_high", "p", "null"):
+            found, expected = (getattr(result.record(metric), field) for result in (joined, whole))
+            assert found == pytest.approx(expected, abs=1e-12, nan_ok=True), (metric, field)
+        assert apart.record(metric).value == pytest.approx(whole.record(metric).value, abs=1e-12)
+    assert apart.record("specialization").ci_low != pytest.approx(whole.record("specialization").ci_low, abs=1e-6)
+
+
 def test_splitting_in_shards_and_merging_changes_no_value() -> None:
     trace = CASES["missing slots"].trace()
     (routes,) = tuple(trace)
@@ -399,7 +417,8 @@ def test_a_control_that_is_the_trace_itself_leaves_no_excess() -> None:
         if not math.isnan(record.score):
             assert record.control == pytest.approx(record.score)
             assert record.excess == pytest.approx(0.0, abs=1e-12)
-            assert math.isnan(record.excess_low) or record.excess_high - record.excess_low < 1e-9
+            # What is left of the interval is the draw of the control: symmetric, and 0 inside.
+            assert math.isnan(record.excess_low) or record.excess_low == pytest.approx(-record.excess_high, abs=1e-9)
     assert result.settings["control"] is True
     assert all(math.isnan(record.control) for record in scored("plain").result.calibrated)
 

@@ -1,0 +1,224 @@
+"""Simulated traces of correlated documents whose truth is known exactly, and the share of runs in which an interval covers it.
+
+A router takes one expert out of each of k groups of E/k experts, so that k of E are chosen and the expected usage is exact.
+Every document has its own usage, drawn around its domain's (Dirichlet): its tokens are correlated, as in real text.
+
+``python tests/simulate.py coverage 400`` prints the coverage table, ``python tests/simulate.py null 400`` the rejection rates.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import naive
+import numpy as np
+
+from dbes.estimates import Estimate, estimate_all, reference_scores
+from dbes.statistics import RoutingStatistics, StiffnessSums
+from dbes.trace import Trace
+from dbes.types import LOGIT_NOISE, NOISE_SCALES, RoutingShape
+from dbes.uncertainty import permuted_labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Population:
+    """A router's true usage [domains, layers, experts] and how much single documents stray from it.
+
+    Attributes:
+        top_k: groups of experts, one choice in each.
+        concentration: of the Dirichlet of a document's usage inside a group; small means strongly correlated tokens.
+    """
+
+    usage: np.ndarray
+    top_k: int
+    concentration: float
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        domains, layers, experts = self.usage.shape
+        return domains, layers, experts
+
+
+def population(
+    seed: int,
+    *,
+    domains: int = 4,
+    layers: int = 2,
+    experts: int = 32,
+    top_k: int = 4,
+    effect: float = 0.0,
+    skew: float = 0.7,
+    concentration: float = 12.0,
+) -> Population:
+    """Usage that leans to its domain by normal log-odds of standard deviation ``effect`` on a load of log-odds ``skew``."""
+    random = np.random.default_rng(seed)
+    base = random.normal(0, skew, (1, layers, top_k, experts // top_k))
+    lean = random.normal(0, 1, (domains, layers, top_k, experts // top_k)) * effect
+    odds = np.exp(base + lean)
+    usage = odds / odds.sum(axis=-1, keepdims=True) / top_k
+    return Population(usage=usage.reshape(domains, layers, experts), top_k=top_k, concentration=concentration)
+
+
+def truth(about: Population) -> dict[str, np.ndarray]:
+    """Each metric of infinitely many documents, [rows, columns] as the estimates have them."""
+    domains, layers, _ = about.shape
+    cells: dict[str, list[list[float]]] = {
+        name: [[0.0] * layers for _ in range(domains)] for name in ("specialization", "domain_isolation")
+    }
+    ranks = []
+    for layer in range(layers):
+        rows = about.usage[:, layer].tolist()
+        for domain, value in enumerate(naive.divergences(rows)):
+            cells["specialization"][domain][layer] = value
+        for domain, value in enumerate(naive.di(rows)):
+            cells["domain_isolation"][domain][layer] = value
+        ranks.append(naive.der(rows))
+    found = {name: np.array(naive.with_means(values)) for name, values in cells.items()}
+    found["der"] = np.array([[*ranks, naive.mean(ranks)]])
+    return found
+
+
+def document_usage(about: Population, domain: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Usage of each document inside each group, [documents, layers, groups, experts of the group]."""
+    domains, layers, experts = about.shape
+    centre = about.usage.reshape(domains, layers, about.top_k, experts // about.top_k) * about.top_k
+    gamma = random.gamma(about.concentration * centre[domain]) + 1e-300
+    return gamma / gamma.sum(axis=-1, keepdims=True)
+
+
+def lengths(random: np.random.Generator, documents: int, tokens: float, spread: float = 0.6) -> np.ndarray:
+    """Log-normal lengths of documents with mean about ``tokens``, at least 2."""
+    return np.maximum(2, (random.lognormal(np.log(tokens) - spread**2 / 2, spread, documents)).astype(int))
+
+
+def draw_statistics(about: Population, random: np.random.Generator, *, documents: int, tokens: float = 100.0) -> RoutingStatistics:
+    """Counts of a recording of ``documents`` documents per domain, without going through its tokens."""
+    domains, layers, experts = about.shape
+    domain = np.repeat(np.arange(domains), documents)
+    size = lengths(random, len(domain), tokens)
+    usage = document_usage(about, domain, random)
+    hits = random.multinomial(size[:, None, None], usage).reshape(len(domain), layers, experts).astype(np.float32)
+    return of_hits(hits, size, domain, domains=domains, top_k=about.top_k)
+
+
+def of_hits(hits: np.ndarray, size: np.ndarray, domain: np.ndarray, *, domains: int, top_k: int) -> RoutingStatistics:
+    """Statistics with these hits [documents, layers, experts] and tokens [documents], and nothing else known."""
+    documents, layers, experts = hits.shape
+    nothing = np.zeros((documents, layers))
+    scales, widths = np.zeros((documents, layers, len(NOISE_SCALES))), np.zeros((documents, layers, len(LOGIT_NOISE)))
+    flat = ("logit_margin", "logit_count", "stable_count", "selection_margin", "scaled_margin", "selection_count", "kept_count")
+    stiffness = StiffnessSums(**dict.fromkeys(flat, nothing), logit_stable=widths, unchanged=scales, kept=scales)
+    return RoutingStatistics(
+        shape=RoutingShape(
+            layers=tuple(range(layers)),
+            experts=(experts,) * layers,
+            top_k=(top_k,) * layers,
+            domains=tuple(f"domain{index}" for index in range(domains)),
+            document_domain=domain.astype(np.int32),
+            document_ids=tuple(map(str, range(documents))),
+        ),
+        tokens=size.astype(np.int64),
+        hits=hits.astype(np.float32),
+        active=np.repeat(size[:, None], layers, axis=1).astype(float),
+        mass=None,
+        neighbours=nothing,
+        overlap_any=nothing,
+        overlap_share=nothing,
+        ngrams=None,
+        stiffness=stiffness,
+    )
+
+
+def draw_trace(about: Population, random: np.random.Generator, *, documents: int, tokens: float = 60.0, weights: bool = True) -> Trace:
+    """A whole trace of ``documents`` documents per domain; tokens are independent given their document (no persistence)."""
+    domains, layers, experts = about.shape
+    domain = np.repeat(np.arange(domains), documents)
+    size = lengths(random, len(domain), tokens)
+    usage = document_usage(about, domain, random)
+    document = np.repeat(np.arange(len(domain)), size)
+    group = experts // about.top_k
+    steps = usage.cumsum(axis=-1)[document]
+    ids = (random.random((*steps.shape[:-1], 1)) > steps[..., :-1]).sum(axis=-1) + np.arange(about.top_k) * group
+    return Trace.from_arrays(
+        ids,
+        document=document,
+        domain=domain,
+        domains=[f"domain{index}" for index in range(domains)],
+        layers=range(layers),
+        experts=experts,
+        weights=random.dirichlet(np.ones(about.top_k), size=ids.shape[:2]).astype(np.float32) if weights else None,
+    )
+
+
+def estimates(statistics: RoutingStatistics, *, permutations: int, seed: int) -> dict[str, Estimate]:
+    labels = permuted_labels(statistics.shape.document_domain, permutations=permutations, seed=seed)
+    return estimate_all(statistics, labels, reference_scores(statistics, seed=seed), sign_flips=0, seed=seed).by_metric
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coverage:
+    """Of one metric in one setting: share of runs whose interval holds the truth, for the model, single layers and domains."""
+
+    metric: str
+    true: float
+    mean_corrected: float
+    mean_value: float
+    model: float
+    layer: float
+    domain: float
+    width: float
+
+
+def coverage(
+    about: Population, *, documents: int, runs: int, permutations: int = 100, seed: int = 0, tokens: float = 100.0
+) -> Iterator[Coverage]:
+    """How often the 95 % intervals hold the truth."""
+    true = truth(about)
+    held: dict[str, list[np.ndarray]] = {name: [] for name in true}
+    corrected: dict[str, list[float]] = {name: [] for name in true}
+    values: dict[str, list[float]] = {name: [] for name in true}
+    widths: dict[str, list[float]] = {name: [] for name in true}
+    for run in range(runs):
+        random = np.random.default_rng((seed, run))
+        statistics = draw_statistics(about, random, documents=documents, tokens=tokens)
+        found = estimates(statistics, permutations=permutations, seed=run)
+        for name, value in true.items():
+            held[name].append((found[name].ci_low <= value + 1e-12) & (value - 1e-12 <= found[name].ci_high))
+            corrected[name].append(found[name].corrected[-1, -1])
+            values[name].append(found[name].value[-1, -1])
+            widths[name].append(found[name].ci_high[-1, -1] - found[name].ci_low[-1, -1])
+    for name, value in true.items():
+        share = np.mean(held[name], axis=0)
+        yield Coverage(
+            metric=name,
+            true=float(value[-1, -1]),
+            mean_corrected=float(np.mean(corrected[name])),
+            mean_value=float(np.mean(values[name])),
+            model=float(share[-1, -1]),
+            layer=float(share[-1, :-1].mean()),
+            domain=float(share[:-1, -1].mean()) if len(share) > 1 else float("nan"),
+            width=float(np.mean(widths[name])),
+        )
+
+
+EFFECTS = {"null": 0.0, "weak": 0.2, "strong": 0.8}
+
+
+def main(what: str, runs: int) -> None:
+    print("domains docs effect metric true plug-in corrected cover(model) cover(layer) cover(domain) width", flush=True)
+    for domains in (8, 4):
+        for effect, strength in EFFECTS.items():
+            for documents in (20, 80, 160):
+                about = population(7, domains=domains, effect=strength)
+                for row in coverage(about, documents=documents, runs=runs):
+                    print(
+                        f"{domains} {documents:4d} {effect:7s}{row.metric:18s} {row.true:8.5f} {row.mean_value:8.5f} {row.mean_corrected:8.5f} "
+                        f"{row.model:6.3f} {row.layer:6.3f} {row.domain:6.3f} {row.width:8.5f}",
+                        flush=True,
+                    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

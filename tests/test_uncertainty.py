@@ -1,0 +1,314 @@
+"""Chance levels and intervals: every shortcut against the plain computation, and small cases by hand."""
+
+from __future__ import annotations
+
+import math
+from itertools import permutations
+
+import naive
+import numpy as np
+import pytest
+import simulate
+from scipy import stats
+
+from dbes.metrics import grams
+from dbes.uncertainty import (
+    DomainScores,
+    domain_ratio,
+    domain_scores,
+    false_discovery_q,
+    jackknife,
+    left_out_ratios,
+    left_out_scores,
+    permutation_null,
+    permutation_p,
+    permuted_labels,
+    pooled_p,
+    sign_flip_p,
+    studentized_difference,
+    usage_variance,
+    without_each_expert,
+)
+
+FIELDS = ("information", "divergence", "effective_rank", "isolation")
+
+
+def drawn(seed: int, *, documents: int = 6, domains: int = 3, layers: int = 2) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Hits [documents, layers, experts], routed tokens [documents, layers], domain [documents]."""
+    about = simulate.population(seed, domains=domains, layers=layers, experts=12, top_k=3, effect=0.5)
+    statistics = simulate.draw_statistics(about, np.random.default_rng(seed), documents=documents, tokens=40)
+    return statistics.hits, statistics.active, statistics.shape.document_domain
+
+
+def scores_of(hits: np.ndarray, active: np.ndarray, domain: np.ndarray, domains: int) -> DomainScores:
+    """The domain metrics of summed counts, the plain way."""
+    counts = np.stack([hits[domain == d].sum(axis=0, dtype=float) for d in range(domains)])
+    tokens = np.stack([active[domain == d].sum(axis=0, dtype=float) for d in range(domains)])
+    return domain_scores(counts, tokens)
+
+
+# ------------------------------------------------------------------------------------------------------------ permutation
+
+
+def test_permuted_labels_keep_the_number_of_documents_of_every_domain() -> None:
+    domain = np.array([0, 0, 0, 1, 2, 2])
+    labels = permuted_labels(domain, permutations=50, seed=1)
+    assert labels.shape == (50, 6)
+    assert (np.sort(labels, axis=1) == np.sort(domain)).all()
+    assert len(np.unique(labels, axis=0)) > 20
+    np.testing.assert_array_equal(labels, permuted_labels(domain, permutations=50, seed=1))
+
+
+def test_permuted_labels_are_even_over_all_labellings() -> None:
+    labels = permuted_labels(np.array([0, 0, 1, 1]), permutations=6000, seed=0)
+    _, counts = np.unique(labels, axis=0, return_counts=True)
+    assert len(counts) == 6 and stats.chisquare(counts).pvalue > 0.001
+
+
+@pytest.mark.parametrize(
+    ("value", "null", "expected"),
+    [
+        pytest.param(5.0, [1, 2, 3], 1 / 4, id="above all"),
+        pytest.param(2.0, [1, 2, 3], 3 / 4, id="a tie counts"),
+        pytest.param(2.0 + 1e-14, [1, 2, 3], 3 / 4, id="a tie but for rounding counts"),
+        pytest.param(0.0, [1, 2, 3], 1.0, id="below all"),
+        pytest.param(math.nan, [1, 2, 3], math.nan, id="unknown"),
+    ],
+)
+def test_permutation_p_by_hand(value: float, null: list[float], expected: float) -> None:
+    assert permutation_p(np.array(value), np.array(null, float)) == pytest.approx(expected, nan_ok=True)
+
+
+@pytest.mark.parametrize("cells", [1 << 22, 200])
+def test_permutation_null_is_the_metric_of_every_labelling(monkeypatch: pytest.MonkeyPatch, cells: int) -> None:
+    monkeypatch.setattr("dbes.uncertainty.PERMUTATION_CELLS", cells)
+    hits, active, domain = drawn(1)
+    labels = permuted_labels(domain, permutations=9, seed=2)
+    found = permutation_null(hits, active, labels, domain, 3).scores
+    for draw, row in enumerate(labels):
+        expected = scores_of(hits, active, row, 3)
+        for field in FIELDS:
+            within = 1e-6 if field == "effective_rank" else 1e-9
+            np.testing.assert_allclose(getattr(found, field)[draw], getattr(expected, field), rtol=0, atol=within)
+
+
+def test_without_permutations_there_is_no_draw_but_the_statistic_of_the_specialist_test() -> None:
+    hits, active, domain = drawn(1)
+    found = permutation_null(hits, active, permuted_labels(domain, permutations=0, seed=0), domain, 3)
+    assert len(found.scores.information) == 0 and np.isnan(found.specialist_p).all()
+    assert np.isfinite(found.z).all()
+
+
+def test_exhaustive_permutation_p_is_a_rank_among_all_labellings() -> None:
+    """With every labelling drawn about equally often, p is the share of labellings that separate at least as much."""
+    hits, active, domain = drawn(3, documents=2, domains=2)
+    every = np.array(sorted(set(permutations(domain.tolist()))), np.int16)
+    values = np.array([scores_of(hits, active, row, 2).information.mean() for row in every])
+    observed = scores_of(hits, active, domain, 2).information.mean()
+    labels = permuted_labels(domain, permutations=3000, seed=0)
+    null = permutation_null(hits, active, labels, domain, 2).scores.information.mean(axis=-1)
+    assert permutation_p(np.array(observed), null) == pytest.approx((values >= observed - 1e-12).mean(), abs=0.03)
+
+
+# -------------------------------------------------------------------------------------------------------------- jackknife
+
+
+@pytest.mark.parametrize("cells", [1 << 22, 60])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_left_out_scores_are_those_without_the_document(monkeypatch: pytest.MonkeyPatch, seed: int, cells: int) -> None:
+    monkeypatch.setattr("dbes.uncertainty.PERMUTATION_CELLS", cells)
+    hits, active, domain = drawn(seed)
+    found = left_out_scores(hits, active, domain, 3)
+    for document in range(len(domain)):
+        rest = np.arange(len(domain)) != document
+        expected = scores_of(hits[rest], active[rest], domain[rest], 3)
+        for field in FIELDS:
+            within = 1e-6 if field == "effective_rank" else 1e-9
+            np.testing.assert_allclose(getattr(found, field)[document], getattr(expected, field), rtol=0, atol=within)
+
+
+def test_left_out_scores_of_narrow_layers_are_normalised_by_their_own_experts() -> None:
+    hits, active, domain = drawn(4, domains=5)
+    hits = hits.copy()
+    hits[:, 0, 3:] = 0
+    hits[:, 0, :3] += 1
+    sizes = np.array([3, 12])
+    found = left_out_scores(hits, active, domain, 5, sizes=sizes).effective_rank
+    narrow = left_out_scores(hits[:, :1, :3], active[:, :1], domain, 5).effective_rank
+    np.testing.assert_allclose(found[:, 0], narrow[:, 0], atol=1e-6)
+
+
+def test_leaving_out_the_only_document_of_a_domain_leaves_nothing_known() -> None:
+    hits, active, domain = drawn(1)
+    keep = np.r_[0, 6:18]
+    found = left_out_scores(hits[keep], active[keep], domain[keep], 3)
+    assert np.isnan(found.information[0]).all() and np.isnan(found.divergence[0]).all()
+    assert np.isfinite(found.information[1:]).all()
+    corrected, error = jackknife(np.zeros(2), found.information, domain[keep])
+    assert np.isnan(corrected).all() and np.isnan(error).all()
+
+
+def test_one_domain_has_nothing_to_leave_out_of() -> None:
+    hits, active, domain = drawn(1)
+    found = left_out_scores(hits[:6], active[:6], domain[:6], 1)
+    assert all(np.isnan(getattr(found, field)).all() for field in FIELDS)
+
+
+def test_jackknife_of_a_mean_is_the_mean_with_its_usual_error() -> None:
+    values = np.random.default_rng(0).normal(size=12)
+    left_out = (values.sum() - values) / 11
+    corrected, error = jackknife(np.array(values.mean()), left_out, np.zeros(12, int))
+    assert corrected == pytest.approx(values.mean())
+    assert error == pytest.approx(values.std(ddof=1) / math.sqrt(12))
+
+
+def test_jackknife_of_the_plug_in_variance_is_the_unbiased_variance() -> None:
+    values = np.random.default_rng(0).normal(size=9)
+    left_out = np.array([np.delete(values, i).var() for i in range(9)])
+    corrected, _ = jackknife(np.array(values.var()), left_out, np.zeros(9, int))
+    assert corrected == pytest.approx(values.var(ddof=1))
+
+
+def test_jackknife_of_a_difference_of_domains_adds_their_variances() -> None:
+    random = np.random.default_rng(1)
+    first, second = random.normal(size=8), random.normal(size=5)
+    values = np.concatenate([first, second])
+    left_out = [np.delete(first, i).mean() - second.mean() for i in range(8)] + [
+        first.mean() - np.delete(second, i).mean() for i in range(5)
+    ]
+    corrected, error = jackknife(np.array(first.mean() - second.mean()), np.array(left_out), np.repeat([0, 1], [8, 5]))
+    assert corrected == pytest.approx(first.mean() - second.mean())
+    assert error == pytest.approx(math.sqrt(first.var(ddof=1) / 8 + second.var(ddof=1) / 5))
+    assert len(values) == 13
+
+
+def test_left_out_ratios_are_those_without_the_document() -> None:
+    random = np.random.default_rng(0)
+    above, below = random.random((7, 2)), random.integers(1, 9, (7, 2)).astype(float)
+    domain = np.array([0, 0, 0, 1, 1, 1, 2])
+    found = left_out_ratios(above, below, domain, 3)
+    for document in range(7):
+        rest = np.arange(7) != document
+        np.testing.assert_allclose(found[document], domain_ratio(above[rest], below[rest], domain[rest], 3))
+    assert np.isnan(found[6, 2]).all()
+
+
+def test_domain_ratio_by_hand() -> None:
+    found = domain_ratio(np.array([1.0, 2, 0]), np.array([2.0, 4, 0]), np.array([0, 0, 1]), 3)
+    np.testing.assert_array_equal(found, [0.5, np.nan, np.nan])
+
+
+def test_without_each_expert_drops_one_column() -> None:
+    hits, active, domain = drawn(2)
+    counts = np.stack([hits[domain == d].sum(axis=0, dtype=float) for d in range(3)])
+    tokens = np.stack([active[domain == d].sum(axis=0, dtype=float) for d in range(3)])
+    found = without_each_expert(counts, tokens, experts=np.array([12, 12]))
+    for expert in range(12):
+        fewer = counts.copy()
+        fewer[..., expert] = 0
+        np.testing.assert_allclose(found.information[expert], domain_scores(fewer, tokens).information, atol=1e-12)
+
+
+# -------------------------------------------------------------------------------------------------------------- sign flips
+
+
+def test_sign_flips_of_an_effect_in_every_document_reach_the_least_p() -> None:
+    differences = np.full((12, 2), 0.1)
+    differences[:, 1] *= np.where(np.arange(12) % 2, 1, -1)
+    p = sign_flip_p(differences, permutations=999, seed=0)
+    assert p[0] <= 0.003 and p[1] > 0.3
+
+
+def test_sign_flips_of_four_documents_are_exhaustive() -> None:
+    differences = np.array([1.0, 2.0, 3.0, 4.0])[:, None]
+    assert sign_flip_p(differences, permutations=4000, seed=0)[0] == pytest.approx(1 / 16, abs=0.015)
+    assert np.isnan(sign_flip_p(np.full((3, 1), np.nan), permutations=10, seed=0)).all()
+
+
+# ------------------------------------------------------------------------------------------------------------ specialists
+
+
+def test_studentized_difference_by_plain_loops() -> None:
+    hits, _, domain = drawn(5)
+    layer = hits[:, 0].astype(float)
+    slots = layer.sum(axis=1)
+    sums = [np.stack([part[domain == d].sum(axis=0) for d in range(3)]) for part in (layer, layer**2, layer * slots[:, None])]
+    sizes = [np.array([part[domain == d].sum() for d in range(3)]) for part in (slots, slots**2, slots > 0)]
+    z = studentized_difference(*sums, *sizes)
+    usage, variance = usage_variance(*sums, *sizes)
+    for d in range(3):
+        for expert in range(12):
+            share, spread = [], []
+            for other in range(3):
+                members = np.flatnonzero(domain == other)
+                p = math.fsum(layer[members, expert]) / math.fsum(slots[members])
+                residual = math.fsum((layer[i, expert] - p * slots[i]) ** 2 for i in members)
+                share.append(p)
+                spread.append(len(members) / (len(members) - 1) * residual / math.fsum(slots[members]) ** 2)
+            assert usage[d, expert] == pytest.approx(share[d], abs=1e-12)
+            assert variance[d, expert] == pytest.approx(spread[d], abs=1e-12)
+            total = (1 - 1 / 3) ** 2 * spread[d] + (sum(spread) - spread[d]) / 9
+            assert z[d, expert] == pytest.approx((share[d] - sum(share) / 3) / math.sqrt(total))
+
+
+def test_studentized_difference_where_nothing_differs_or_nothing_varies() -> None:
+    def z_of(layer: np.ndarray, domain: np.ndarray) -> np.ndarray:
+        slots = layer.sum(axis=1)
+        sums = [np.stack([part[domain == d].sum(axis=0) for d in range(2)]) for part in (layer, layer**2, layer * slots[:, None])]
+        return studentized_difference(
+            *sums, *(np.array([part[domain == d].sum() for d in range(2)]) for part in (slots, slots**2, slots > 0))
+        )
+
+    domain = np.array([0, 0, 1, 1])
+    np.testing.assert_array_equal(z_of(np.full((4, 2), 5.0), domain), 0)
+    apart = z_of(np.array([[10.0, 0], [10, 0], [0, 10], [0, 10]]), domain)
+    assert apart[0, 0] == np.inf and apart[0, 1] == -np.inf
+    assert np.isnan(z_of(np.array([[10.0, 0], [4, 6], [0, 10]]), np.array([0, 0, 1]))).all()
+
+
+def test_pooled_p_by_hand() -> None:
+    null = np.arange(20, dtype=np.float32).reshape(5, 2, 2)  # 5 draws, 2 domains, 2 experts: one band each
+    p = pooled_p(np.array([[17.0, 100.0], [-1.0, np.nan]]), null, expected=np.array([1.0, 2.0]))
+    assert p[0, 0] == pytest.approx((1 + 1) / 11)  # 0, 2, 4, ... 18: one at least 17
+    assert p[0, 1] == pytest.approx(1 / 11)
+    assert p[1, 0] == pytest.approx(1.0) and np.isnan(p[1, 1])
+
+
+def test_pooled_p_leaves_out_dead_experts_and_bands_without_draws() -> None:
+    p = pooled_p(np.ones((1, 3)), np.zeros((4, 1, 3), np.float32), expected=np.array([0.0, 1.0, 1.0]))
+    assert np.isnan(p[0, 0]) and np.isfinite(p[0, 1:]).all()
+    assert np.isnan(pooled_p(np.ones((1, 2)), np.zeros((4, 1, 2), np.float32), expected=np.zeros(2))).all()
+    assert np.isnan(pooled_p(np.ones((1, 2)), np.full((4, 1, 2), np.nan, np.float32), expected=np.ones(2))).all()
+
+
+def test_false_discovery_q_is_benjamini_hochberg_over_the_tests_that_were_made() -> None:
+    p = np.array([0.01, np.nan, 0.04, 0.03, 0.5])
+    made = [0.01, 0.04, 0.03, 0.5]
+    expected = stats.false_discovery_control(made)
+    np.testing.assert_allclose(false_discovery_q(p)[[0, 2, 3, 4]], expected)
+    assert np.isnan(false_discovery_q(p)[1])
+    ranked = sorted(made)
+    by_hand = [min(ranked[j] * 4 / (j + 1) for j in range(i, 4)) for i in range(4)]
+    np.testing.assert_allclose(np.sort(expected), by_hand)
+    assert np.isnan(false_discovery_q(np.full(3, np.nan))).all()
+
+
+# ------------------------------------------------------------------------------------------------------------ one domain
+
+
+def test_domain_scores_of_one_domain_are_undefined() -> None:
+    found = domain_scores(np.ones((1, 2, 4)), np.full((1, 2), 4.0))
+    assert all(np.isnan(getattr(found, field)).all() for field in FIELDS)
+    assert grams(np.ones((1, 2, 4))).shape == (2, 1, 1)
+
+
+def test_domain_scores_are_those_of_plain_loops() -> None:
+    recording = naive.random_recording(2, length=(20, 30))
+    hits = np.array(naive.hits(recording))
+    active = np.bincount(recording.document, minlength=len(hits))[:, None] * np.ones((1, 3))
+    found = scores_of(hits, active, recording.domain, 3)
+    table = naive.domain_metrics(recording)
+    np.testing.assert_allclose(found.divergence, np.array(table["specialization"])[:-1, :-1], atol=1e-12)
+    np.testing.assert_allclose(found.information, np.array(table["specialization"])[-1, :-1], atol=1e-12)
+    np.testing.assert_allclose(found.isolation, np.array(table["domain_isolation"])[:-1, :-1], atol=1e-12)
+    np.testing.assert_allclose(found.effective_rank, table["der"][0][:-1], atol=1e-12)
