@@ -286,9 +286,9 @@ def row_document(
     if not text.strip():
         return None
     identity = taken(fields.id_field) if fields.id_field is not None else row.get("id", fallback_id)
-    choices = [taken(name) for name in fields.choices_fields] if fields.choices_fields else row.get("choices")
-    if fields.choices_fields and len(choices) == 1:
-        choices = choices[0]
+    named = [taken(name) for name in fields.choices_fields or ()]
+    # one field that holds the list of choices, or several fields with one choice each
+    choices = row.get("choices") if not named else named[0] if len(named) == 1 else named
     return Document(
         id=str(identity), domain=domain, text=text,
         question=optional(fields.question_field, "question"), answer=optional(fields.answer_field, "answer"),

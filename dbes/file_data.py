@@ -47,8 +47,8 @@ def rows(path: Path, kind: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
         raise TaskError(f"{path}: format not told by the suffix; name it {', '.join(SUFFIXES)} (or .gz of these) or give format")
     if kind == "parquet":
         return _parquet(path)
+    content = path.read_bytes()
     try:
-        content = path.read_bytes()
         content = gzip.decompress(content) if zipped else content
         text = content.decode("utf-8-sig")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:

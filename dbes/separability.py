@@ -60,7 +60,7 @@ def word_separability(documents: Sequence[Document], *, seed: int = 0) -> Separa
     return Separability(accuracy=float(right.mean()), chance=chance, recall=recall, folds=folds)
 
 
-def word_counts(texts: Sequence[str]) -> sparse.csr_array:
+def word_counts(texts: Sequence[str]) -> sparse.csr_matrix:
     """Counts [documents, words]; words in order of first appearance."""
     columns: dict[str, int] = {}
     rows, places = [], []
@@ -69,7 +69,7 @@ def word_counts(texts: Sequence[str]) -> sparse.csr_array:
             rows.append(row)
             places.append(columns.setdefault(word, len(columns)))
     ones = np.ones(len(rows), dtype=np.int64)
-    return sparse.csr_array((ones, (rows, places)), shape=(len(texts), max(1, len(columns))))
+    return sparse.csr_matrix((ones, (rows, places)), shape=(len(texts), max(1, len(columns))))
 
 
 def fold_of(labels: np.ndarray, groups: Sequence[str], *, folds: int, seed: int) -> np.ndarray:
@@ -78,14 +78,14 @@ def fold_of(labels: np.ndarray, groups: Sequence[str], *, folds: int, seed: int)
     part = np.empty(len(labels), dtype=int)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
-        names = sorted({groups[member] for member in members})
-        place = {names[index]: turn % folds for turn, index in enumerate(generator.permutation(len(names)))}
-        part[members] = [place[groups[member]] for member in members]
+        names = sorted({groups[member] for member in members.tolist()})
+        place = {names[index]: turn % folds for turn, index in enumerate(generator.permutation(len(names)).tolist())}
+        part[members] = [place[groups[member]] for member in members.tolist()]
     return part
 
 
-def _told(counts: sparse.csr_array, labels: np.ndarray, unseen: sparse.csr_array, domains: int) -> np.ndarray:
+def _told(counts: sparse.csr_matrix, labels: np.ndarray, unseen: sparse.csr_matrix, domains: int) -> np.ndarray:
     """int [unseen documents]: the likeliest domain."""
-    totals = np.vstack([counts[labels == label].sum(axis=0) for label in range(domains)]) + 1.0
+    totals = np.vstack([np.asarray(counts[labels == label].sum(axis=0)) for label in range(domains)]) + 1.0
     likelihood = np.log(totals) - np.log(totals.sum(axis=1, keepdims=True))
     return np.asarray(unseen @ likelihood.T).argmax(axis=1)
