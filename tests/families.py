@@ -60,16 +60,22 @@ SIZES: dict[str, int] = {
     **dict.fromkeys(("mamba_d_state", "ssm_state_size"), 8),
     **dict.fromkeys(("mamba_d_head", "mamba_head_dim", "mamba_chunk_size", "chunk_size"), 16),
     **dict.fromkeys(("n_group", "num_expert_group", "n_groups", "mamba_expand", "index_n_heads", "o_groups", "hc_mult", "num_layers"), 2),
-    **{"zero_expert_num": 4, "mamba_n_groups": 1, "num_nextn_predict_layers": 0, "num_kv_shared_layers": 0},
-    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "zero_expert_num": 4,
+    "mamba_n_groups": 1,
+    "num_nextn_predict_layers": 0,
+    "num_kv_shared_layers": 0,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
 """Small values for the fields of any family's config that has them."""
 
 ALTERNATING = ["linear_attention", "full_attention"] * 2
-ALL_HEADS = dict.fromkeys(
-    "axk1 axk2 bailing_hybrid deepseek_v2 deepseek_v3 deepseek_v32 dots3_note_text glm4_moe_lite glm_moe_dsa kimi_linear longcat_flash".split(),
-    {"num_key_value_heads": 4},
-)
+LATENT = {"axk1", "axk2", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots3_note_text", "glm4_moe_lite"} | {
+    "glm_moe_dsa",
+    "kimi_linear",
+    "longcat_flash",
+}
 """Families with latent attention, where every head has its own key."""
 
 SPECIAL: dict[str, dict[str, Any]] = {
@@ -90,9 +96,19 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "nemotron_h": {"layers_block_type": ["mamba", "moe", "attention", "moe"]},
     "qwen4_exp_text": {
-        **{"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 16, "indexer_compress_ratio": 4},
-        **{"ngram_vocab_size_base": 50, "split_ngram_parts": 2, "make_ngram_vocab_size_divisible_by": 8, "heads_per_ngram": 2},
-        **{"ple_layer_ids": [1], "ple_embed_dim": 16, "hc_count": 2, "hc_lowrank": 8},
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 4,
+        "ngram_vocab_size_base": 50,
+        "split_ngram_parts": 2,
+        "make_ngram_vocab_size_divisible_by": 8,
+        "heads_per_ngram": 2,
+        "ple_layer_ids": [1],
+        "ple_embed_dim": 16,
+        "hc_count": 2,
+        "hc_lowrank": 8,
     },
     "zaya": {"num_experts_per_tok": 1},
 }
@@ -116,7 +132,8 @@ def tiny_config(model_type: str, **changes: Any) -> Any:
     kind = CONFIG_MAPPING[model_type]
     names = {field.name for field in dataclasses.fields(kind)}
     values: dict[str, Any] = {name: value for name, value in SIZES.items() if name in names}
-    return kind(**{**values, **ALL_HEADS.get(model_type, {}), **SPECIAL.get(model_type, {}), **changes})
+    heads = {"num_key_value_heads": 4} if model_type in LATENT else {}
+    return kind(**{**values, **heads, **SPECIAL.get(model_type, {}), **changes})
 
 
 def tiny_model(model_type: str, **changes: Any) -> PreTrainedModel:
