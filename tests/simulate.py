@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import naive
 import numpy as np
 
 from dbes.estimates import Estimate, estimate_all, reference_scores
-from dbes.statistics import RoutingStatistics, StiffnessSums
+from dbes.statistics import RoutingStatistics, StiffnessSums, count_routes
 from dbes.trace import Trace
 from dbes.types import LOGIT_NOISE, NOISE_SCALES, RoutingShape
 from dbes.uncertainty import permuted_labels
@@ -206,19 +206,58 @@ def coverage(
 EFFECTS = {"null": 0.0, "weak": 0.2, "strong": 0.8}
 
 
-def main(what: str, runs: int) -> None:
+def shuffled(statistics: RoutingStatistics, random: np.random.Generator) -> RoutingStatistics:
+    """The same documents with their domain labels shuffled: whatever the router does, the domains now mean nothing."""
+    return replace(
+        statistics, shape=replace(statistics.shape, document_domain=random.permutation(statistics.shape.document_domain).astype(np.int32))
+    )
+
+
+def null_p(*, runs: int, permutations: int = 200, seed: int = 0, documents: int = 12, effect: float = 0.8) -> dict[str, np.ndarray]:
+    """p-values of the domain metrics on shuffled traces of a router that does specialize, [runs] (model), [runs, ...] (cells)."""
+    about = population(3, domains=4, layers=3, experts=24, top_k=3, effect=effect)
+    found: dict[str, list[np.ndarray]] = {}
+    for run in range(runs):
+        random = np.random.default_rng((seed, run, 1))
+        statistics = shuffled(draw_statistics(about, random, documents=documents, tokens=50), random)
+        for name, estimate in estimates(statistics, permutations=permutations, seed=run).items():
+            found.setdefault(name, []).append(estimate.p)
+    return {name: np.array(values) for name, values in found.items() if np.isfinite(values).any()}
+
+
+def ngram_p(*, runs: int, permutations: int = 200, seed: int = 0, documents: int = 8, tokens: float = 60.0) -> dict[str, np.ndarray]:
+    """p-values of n-gram expertise on traces without persistence (tokens independent given their document)."""
+    about = population(5, domains=3, layers=2, experts=12, top_k=2, effect=0.5, skew=1.0)
+    found: dict[str, list[np.ndarray]] = {}
+    for run in range(runs):
+        trace = draw_trace(about, np.random.default_rng((seed, run, 2)), documents=documents, tokens=tokens)
+        statistics = count_routes(trace)
+        nothing = permuted_labels(statistics.shape.document_domain, permutations=0, seed=0)
+        made = estimate_all(statistics, nothing, reference_scores(statistics, seed=0), sign_flips=permutations, seed=run).by_metric
+        for name, estimate in made.items():
+            if name.startswith("ngram"):
+                found.setdefault(name, []).append(estimate.p)
+    return {name: np.array(values) for name, values in found.items()}
+
+
+def print_coverage(runs: int) -> None:
     print("domains docs effect metric true plug-in corrected cover(model) cover(layer) cover(domain) width", flush=True)
     for domains in (8, 4):
         for effect, strength in EFFECTS.items():
             for documents in (20, 80, 160):
                 about = population(7, domains=domains, effect=strength)
                 for row in coverage(about, documents=documents, runs=runs):
-                    print(
-                        f"{domains} {documents:4d} {effect:7s}{row.metric:18s} {row.true:8.5f} {row.mean_value:8.5f} {row.mean_corrected:8.5f} "
-                        f"{row.model:6.3f} {row.layer:6.3f} {row.domain:6.3f} {row.width:8.5f}",
-                        flush=True,
-                    )
+                    means = f"{row.true:8.5f} {row.mean_value:8.5f} {row.mean_corrected:8.5f}"
+                    shares = f"{row.model:6.3f} {row.layer:6.3f} {row.domain:6.3f} {row.width:8.5f}"
+                    print(f"{domains} {documents:4d} {effect:7s}{row.metric:18s} {means} {shares}", flush=True)
+
+
+def print_null(runs: int) -> None:
+    print("metric: rejections at 5 % and 20 %, model; all cells", flush=True)
+    for name, p in {**null_p(runs=runs), **ngram_p(runs=runs)}.items():
+        model = p[:, -1, -1]
+        print(f"{name:28s} {np.mean(model <= 0.05):6.3f} {np.mean(model <= 0.2):6.3f} {np.nanmean(p <= 0.05):6.3f}", flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    {"coverage": print_coverage, "null": print_null}[sys.argv[1]](int(sys.argv[2]))
