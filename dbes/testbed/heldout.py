@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,23 +11,29 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dbes.stiffness import Noise, logit_stiffness, noise_rows, selection_stiffness
 from dbes.testbed.mix import Mix, overlap_domains
 from dbes.testbed.models import routers_of
-from dbes.testbed.routers import Routing
+from dbes.testbed.routers import Decision, Routing
 from dbes.testbed.settings import MixSettings, RoutingSettings
 from dbes.trace import Trace
+from dbes.types import NOISE_SCALES
+
+NOT_KEPT = 255
+"""Mark of ``TokenRoutes.kept`` where there is no score."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Heldout:
-    """Held-out documents through a model.
+    """Held-out documents through a model. Rows are tokens in the order of the trace: by document, then position.
 
     Attributes:
         trace: the experts every token used; one trace document per held-out document.
         nats: float [domains], summed over predicted tokens (all but the first of a document).
         tokens: int [domains], predicted tokens.
         bytes: int [domains], bytes these tokens stand for.
-        entropy: float32 [rows of the trace], nats of the model's prediction of the **next** token after each token.
+        entropy: float32 [rows], nats of the model's prediction of the token **after** each row's.
+        inputs: float16 [rows, layers, hidden], what the routers saw; None unless asked for.
     """
 
     trace: Trace
@@ -34,6 +41,7 @@ class Heldout:
     tokens: np.ndarray
     bytes: np.ndarray
     entropy: np.ndarray
+    inputs: np.ndarray | None = None
 
     @property
     def bits_per_byte(self) -> np.ndarray:
@@ -57,6 +65,7 @@ def measure(
     length: int = 128,
     documents: int = 64,
     overlap: MixSettings | None = None,
+    keep_inputs: bool = False,
     batch_tokens: int = 8192,
 ) -> Heldout:
     """Feed the beginning (at most ``length`` tokens) of at most ``documents`` held-out documents per domain, each by itself.
@@ -72,10 +81,12 @@ def measure(
                 row = overlap_domains(row, mix.heldout, index, overlap, generator)
             if len(row) > 1:
                 chosen.append((index, place, row))
-    columns: dict[str, list[np.ndarray]] = {
-        name: [] for name in ("ids", "weights", "margins", "document", "positions", "token_ids", "entropy")
-    }
-    nats, tokens, octets = np.zeros(len(mix.domains)), np.zeros(len(mix.domains), np.int64), np.zeros(len(mix.domains), np.int64)
+    names = tuple(f"{mix.domains[domain]}/{place}" for domain, place, _ in chosen)
+    layers = tuple(range(len(routers_of(model))))
+    experts, slots = int(routers_of(model)[0].num_experts), int(routers_of(model)[0].top_k)  # pyright: ignore[reportArgumentType]
+    noise = Noise.drawn(classes=experts, slots=slots, seed=seed)
+    columns: dict[str, list[np.ndarray]] = defaultdict(list)
+    totals = np.zeros((3, len(mix.domains)))
     order = sorted(range(len(chosen)), key=lambda document: len(chosen[document][2]))
     with Routing(model, routing, domains=len(mix.domains), seed=seed, training=False) as session:
         if bias is not None:
@@ -83,43 +94,71 @@ def measure(
         while order:
             width = len(chosen[order[-1]][2])
             members = [order.pop() for _ in range(min(len(order), max(1, batch_tokens // width)))]
-            padded = np.ones((len(members), width), np.int64)
+            tokens = np.ones((len(members), width), np.int64)
             for row, document in enumerate(members):
-                padded[row, : len(chosen[document][2])] = chosen[document][2]
-            lengths = np.asarray([len(chosen[document][2]) for document in members])
+                tokens[row, : len(chosen[document][2])] = chosen[document][2]
+            real = np.arange(width) < np.asarray([len(chosen[document][2]) for document in members])[:, None]
             domain = np.asarray([chosen[document][0] for document in members])
-            session.begin(torch.from_numpy(padded), torch.from_numpy(domain), step=step)
-            logits = model(input_ids=torch.from_numpy(padded), use_cache=False).logits.float()
-            logarithms = logits.log_softmax(-1)
-            entropy = -(logarithms.exp() * logarithms).sum(-1).numpy()
-            losses = -logarithms[:, :-1].gather(2, torch.from_numpy(padded)[:, 1:, None])[..., 0].numpy()
-            real = np.arange(width) < lengths[:, None]
+            session.begin(torch.from_numpy(tokens), torch.from_numpy(domain), step=step)
+            losses, entropy = _predictions(model, torch.from_numpy(tokens))
             predicted = real[:, 1:]
-            np.add.at(nats, domain, np.where(predicted, losses, 0).sum(1))
-            np.add.at(tokens, domain, predicted.sum(1))
-            np.add.at(octets, domain, np.where(predicted, mix.token_bytes[padded[:, 1:]], 0).sum(1))
-            flat = real.reshape(-1)
-            columns["ids"].append(torch.stack([made.ids for made in session.decisions], 1).numpy()[flat])
-            columns["weights"].append(torch.stack([made.weights for made in session.decisions], 1).float().numpy()[flat])
-            margins = [made.margins for made in session.decisions if made.margins is not None]
-            columns["margins"].append(torch.stack(margins, 1).numpy()[flat])
-            columns["document"].append(np.repeat(np.asarray(members), width)[flat])
+            for total, values in zip(totals, (losses, predicted, mix.token_bytes[tokens[:, 1:]]), strict=True):
+                np.add.at(total, domain, np.where(predicted, values, 0).sum(1))
+            flat = np.flatnonzero(real)
+            columns["document"].append(np.repeat(members, width)[flat])
             columns["positions"].append(np.tile(np.arange(width), len(members))[flat])
-            columns["token_ids"].append(padded.reshape(-1)[flat])
+            columns["token_ids"].append(tokens.reshape(-1)[flat])
             columns["entropy"].append(entropy.reshape(-1)[flat])
+            rows = np.concatenate(
+                [noise_rows(names[document], np.arange(len(chosen[document][2])), layers) for document in members], axis=1
+            )
+            for name, values in _routes(session.decisions, torch.from_numpy(flat), noise, rows).items():
+                columns[name].append(values)
+            if keep_inputs:
+                seen = torch.stack([made.inputs for made in session.decisions], 1)
+                columns["inputs"].append(seen[torch.from_numpy(flat)].to(torch.float16).numpy())
     joined = {name: np.concatenate(parts) for name, parts in columns.items()}
     in_order = np.lexsort((joined["positions"], joined["document"]))
+    entropy = joined.pop("entropy")[in_order].astype(np.float32)
+    inputs = joined.pop("inputs")[in_order] if keep_inputs else None
     trace = Trace.from_arrays(
-        joined["ids"],
-        document=joined["document"],
+        joined.pop("ids"),
         domain=[domain for domain, _, _ in chosen],
         domains=mix.domains,
-        layers=range(len(routers_of(model))),
-        experts=int(routers_of(model)[0].num_experts),  # pyright: ignore[reportArgumentType]
-        weights=joined["weights"],
-        margins=joined["margins"],
-        token_ids=joined["token_ids"],
-        positions=joined["positions"],
-        document_ids=[f"{mix.domains[domain]}/{place}" for domain, place, _ in chosen],
+        layers=layers,
+        experts=experts,
+        document_ids=names,
+        **joined,
     )
-    return Heldout(trace=trace, nats=nats, tokens=tokens, bytes=octets, entropy=joined["entropy"][in_order].astype(np.float32))
+    nats, count, octets = totals
+    return Heldout(trace=trace, nats=nats, tokens=count.astype(np.int64), bytes=octets.astype(np.int64), entropy=entropy, inputs=inputs)
+
+
+def _predictions(model: PreTrainedModel, tokens: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Nats of every next token, [sequences, length - 1], and the entropy of every prediction, [sequences, length]."""
+    logarithms = model(input_ids=tokens, use_cache=False).logits.float().log_softmax(-1)
+    entropy = -(logarithms.exp() * logarithms).sum(-1)
+    losses = -logarithms[:, :-1].gather(2, tokens[:, 1:, None])[..., 0]
+    return losses.numpy(), entropy.numpy()
+
+
+def _routes(decisions: list[Decision], rows: Tensor, noise: Noise, noise_at: np.ndarray) -> dict[str, np.ndarray]:
+    """The columns of a trace for some tokens of a batch: [rows, layers, ...]."""
+    by_layer: dict[str, list[Tensor]] = defaultdict(list)
+    for layer, made in enumerate(decisions):
+        ids = made.ids[rows]
+        drawn = torch.from_numpy(noise_at[layer])
+        by_layer["ids"].append(ids)
+        by_layer["weights"].append(made.weights[rows].float())
+        if made.selection is None:
+            nothing = torch.full((len(ids),), torch.nan)
+            margin, scaled, kept = nothing, nothing, torch.full((len(ids), len(NOISE_SCALES)), NOT_KEPT, dtype=torch.uint8)
+            logit_margin = nothing
+        else:
+            margin, scaled, kept = selection_stiffness(made.selection[rows], ids, noise.normal[drawn], None)
+            logit_margin, _ = logit_stiffness(made.logits[rows], ids, noise.uniform[drawn])
+        by_layer["margins"].append(logit_margin)
+        by_layer["selection_margins"].append(margin)
+        by_layer["scaled_margins"].append(scaled)
+        by_layer["kept"].append(kept)
+    return {name: torch.stack(parts, 1).numpy() for name, parts in by_layer.items()}

