@@ -246,3 +246,7 @@ def _progress() -> Iterator[Progress]:
             bars.update(bar, description=stage, completed=done, total=total or None, rate=f"{speed:,.0f} tokens/s" if speed else "")
 
         yield report
+
+
+if __name__ == "__main__":
+    main()
