@@ -8,100 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-import string
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag, ValidationError, model_validator
+from pydantic import BaseModel, Discriminator, Field, PrivateAttr, Tag, ValidationError, model_validator
 
+from dbes import file_data, hub_data
+from dbes.documents import DatasetSource, Document, FileSource, Strict, row_document
 from dbes.errors import TaskError
+from dbes.separability import word_separability
 
 ROOT = Path(__file__).resolve().parent.parent
 """Where tasks/ and benchmark_data/ are, whatever the current folder is."""
 
 FALLBACK = "embedded"
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text of a domain: the unit of all statistics.
-
-    Attributes:
-        id: unique in the task.
-        domain: one of the task's domains.
-        text: never empty; what a model reads.
-        question, answer, choices: for items with an answer; the text contains the question.
-        source_document: identity of the source text this one was cut from, when the file names it.
-        synthetic: generated rather than found.
-        stand_in: an embedded document read in place of a hub data set that could not be reached.
-    """
-
-    id: str
-    domain: str
-    text: str
-    question: str | None = None
-    answer: str | None = None
-    choices: tuple[str, ...] | None = None
-    source_document: str | None = None
-    synthetic: bool = False
-    stand_in: bool = False
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class _Fields(_Strict):
-    """Which fields of a row make a document. ``template`` (``"{question}\\n{answer}"``) or ``text_field``, not both."""
-
-    text_field: str | None = None
-    template: str | None = None
-    id_field: str | None = None
-    question_field: str | None = None
-    answer_field: str | None = None
-    choices_fields: Annotated[list[str], Field(min_length=1)] | None = None
-    skip_where: str | None = None
-    limit: Annotated[int, Field(ge=1)] | None = None
-
-    @model_validator(mode="after")
-    def _one_text(self) -> _Fields:
-        if self.text_field is not None and self.template is not None:
-            raise ValueError("give text_field or template, not both")
-        if self.template is not None and not template_fields(self.template):
-            raise ValueError(f"template {self.template!r} names no field; write fields in braces, as in '{{question}}'")
-        return self
-
-
-class FileSource(_Fields):
-    """Local files of one domain, relative to the task file; ``*`` in a name matches several files in sorted order.
-
-    Plain text: one file is one document. ``sha256`` maps a name of ``files`` to the digest it must have.
-    """
-
-    files: Annotated[list[str], Field(min_length=1)]
-    format: Literal["jsonl", "parquet", "text"] | None = None
-    sha256: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]] = {}
-
-    @model_validator(mode="after")
-    def _digests_of_files(self) -> FileSource:
-        if stray := sorted(set(self.sha256) - set(self.files)):
-            raise ValueError(f"sha256 names {stray[0]!r}, which is not one of files")
-        return self
-
-
-class DatasetSource(_Fields):
-    """A split of a Hugging Face data set (or of a local folder of parquet or JSON files). ``revision`` is required."""
-
-    dataset: str
-    config: str | None = None
-    split: str
-    revision: str
-    data_files: str | list[str] | None = None
 
 
 def _kind(value: Any) -> str:
@@ -114,7 +37,7 @@ DomainSource = Annotated[
 ]
 
 
-class Task(_Strict):
+class Task(Strict):
     """A benchmark: its domains and where their texts are. ``version`` is raised by any change that could alter a score."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
@@ -160,8 +83,8 @@ def load_task(name_or_path: str | Path) -> Task:
             known = ", ".join(sorted(found.stem for found in (ROOT / "tasks").glob("*.yaml")))
             raise TaskError(f"no task is called {str(name_or_path)!r}; there are {known}, or give the path of a .yaml file")
     try:
-        # the subclass is a SafeLoader: no Python object can be built from the file
-        content = yaml.load(path.read_text("utf-8"), _UniqueKeys)
+        # a SafeLoader: no Python object can be built from the file
+        content = _UniqueKeys(path.read_text("utf-8")).get_single_data()
     except FileNotFoundError:
         raise TaskError(f"{path}: no such task file") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -193,8 +116,6 @@ def read_documents(task: Task, *, limit: int | None = None, embedded_fallback: b
     """
     if limit is not None and limit < 1:
         raise TaskError(f"limit is {limit}; at least 1 document of each domain is needed")
-    from dbes import hub_data
-
     documents: list[Document] = []
     for domain, source in task.domains.items():
         wanted = min((n for n in (limit, source.limit) if n is not None), default=None)
@@ -226,10 +147,11 @@ def _stand_ins(task: Task, limit: int | None, reason: str) -> list[Document]:
 
 
 def task_fingerprint(task: Task, documents: Sequence[Document]) -> str:
-    """sha256 over window, version and every document's id, domain and text: equal only when the same texts were read."""
+    """sha256 over window, version and every document's id, domain, source and text: equal only when the same texts were read."""
     digest = hashlib.sha256(json.dumps([task.version, task.window]).encode())
     for document in documents:
-        digest.update(json.dumps([document.id, document.domain, document.text], ensure_ascii=True).encode() + b"\n")
+        row = [document.id, document.domain, document.source_document, document.text]
+        digest.update(json.dumps(row, ensure_ascii=True).encode() + b"\n")
     return digest.hexdigest()
 
 
@@ -238,74 +160,10 @@ def separability(documents: Sequence[Document], seed: int = 0) -> float:
 
     Recall of each domain: ``dbes.separability.word_separability``.
     """
-    from dbes.separability import word_separability
-
     return word_separability(documents, seed=seed).accuracy
 
 
-def windows(length: int, window: int) -> list[slice]:
-    """Consecutive windows of at most ``window`` tokens that cover a document of ``length`` tokens once."""
-    return [slice(start, min(start + window, length)) for start in range(0, length, window)]
-
-
-# ---------------------------------------------------------------- rows to documents
-
-
-def template_fields(template: str) -> list[str]:
-    """The fields a template names, in order."""
-    return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-
-
-def row_document(
-    row: Mapping[str, Any], fields: _Fields, *, domain: str, fallback_id: str, where: str
-) -> Document | None:
-    """The document of one row, or None when the field ``skip_where`` is filled or the text is empty.
-
-    Raises:
-        TaskError: a field that the task names is not in the row, or the text is not a string.
-    """
-
-    def taken(name: str) -> Any:
-        if name not in row:
-            raise TaskError(f"{where}: no field {name!r}; the row has {', '.join(map(str, row))}")
-        return row[name]
-
-    def optional(named: str | None, usual: str) -> str | None:
-        value = taken(named) if named is not None else row.get(usual)
-        return None if value is None else _as_text(value)
-
-    if fields.skip_where is not None and taken(fields.skip_where):
-        return None
-    if fields.template is not None:
-        text = re.sub(r"\{([^{}]*)\}", lambda match: _as_text(taken(match[1])), fields.template).strip()
-    else:
-        name = fields.text_field or "text"
-        text = taken(name)
-        if not isinstance(text, str):
-            raise TaskError(f"{where}: field {name!r} is {type(text).__name__}, expected text")
-    if not text.strip():
-        return None
-    identity = taken(fields.id_field) if fields.id_field is not None else row.get("id", fallback_id)
-    named = [taken(name) for name in fields.choices_fields or ()]
-    # one field that holds the list of choices, or several fields with one choice each
-    choices = row.get("choices") if not named else named[0] if len(named) == 1 else named
-    return Document(
-        id=str(identity), domain=domain, text=text,
-        question=optional(fields.question_field, "question"), answer=optional(fields.answer_field, "answer"),
-        choices=tuple(map(_as_text, choices)) if isinstance(choices, list | tuple) else None,
-        source_document=row.get("source_document"), synthetic=bool(row.get("synthetic", False)),
-    )
-
-
-def _as_text(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return "\n".join(map(_as_text, value))
-    return "" if value is None else str(value)
-
-
 def _file_documents(task: Task, domain: str, source: FileSource, limit: int | None) -> list[Document]:
-    from dbes import file_data
-
     found: list[Document] = []
     for name in source.files:
         for path in file_data.matching(task.path, domain, name):
@@ -345,11 +203,3 @@ def _told(problem: Mapping[str, Any]) -> str:
     return f"{name}: {message or problem['msg'].removeprefix('Value error, ')}" + (
         "" if message or not path else f" (given: {str(problem.get('input'))[:80]!r})"
     )
-
-
-def by_domain(documents: Iterable[Document]) -> Iterator[tuple[str, list[Document]]]:
-    """Domains in order of appearance with their documents."""
-    grouped: dict[str, list[Document]] = {}
-    for document in documents:
-        grouped.setdefault(document.domain, []).append(document)
-    yield from grouped.items()

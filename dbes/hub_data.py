@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+from dbes.documents import DatasetSource, Document, row_document
 from dbes.errors import TaskError
-
-if TYPE_CHECKING:
-    from dbes.benchmark import DatasetSource, Document
 
 
 class UnreachableError(TaskError):
@@ -24,8 +22,6 @@ def documents(task_file: Path, domain: str, source: DatasetSource, limit: int | 
         UnreachableError: the data set cannot be had.
         TaskError: a field that the task names is not in the data set.
     """
-    from dbes.benchmark import row_document
-
     where = f"{task_file}: domains.{domain}: data set {source.dataset!r}"
     table = _load(task_file, source, where)
     needed = [name for name in (source.skip_where,) if name is not None]
@@ -42,8 +38,9 @@ def documents(task_file: Path, domain: str, source: DatasetSource, limit: int | 
     return found
 
 
-def _load(task_file: Path, source: DatasetSource, where: str):
+def _load(task_file: Path, source: DatasetSource, where: str) -> Any:
     import datasets
+    from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
 
     local = source.dataset.startswith((".", "/"))
@@ -51,7 +48,7 @@ def _load(task_file: Path, source: DatasetSource, where: str):
     revision = None if local or source.dataset in ("parquet", "json") else source.revision
     try:
         return datasets.load_dataset(path, source.config, split=source.split, revision=revision, data_files=source.data_files)
-    except (OSError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, HfHubHTTPError, DatasetsError) as error:
         # OSError covers ConnectionError, offline mode and FileNotFoundError (DatasetNotFoundError: also what a gated one says)
         raise UnreachableError(f"{where} (revision {source.revision}) cannot be read: {error}") from error
     except (ValueError, RuntimeError) as error:

@@ -151,12 +151,14 @@ def read_benchmark(tasks: str | Path, *, limit: int | None = None, embedded_fall
     """
     task = load_task(tasks)
     documents = tuple(read_documents(task, limit=limit, embedded_fallback=embedded_fallback))
-    facts = {
+    facts: dict[str, Any] = {
         "name": task.name,
         "version": task.version,
         "fingerprint": task_fingerprint(task, documents),
         "separability": separability(documents),
     }
+    if any(document.stand_in for document in documents):
+        facts["note"] = "the hub could not be reached: the EMBEDDED sample was read in place of this task"
     return Benchmark(task=task, documents=documents, facts=facts)
 
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import sparse
 
-if TYPE_CHECKING:
-    from dbes.benchmark import Document
+from dbes.documents import Document
 
 FOLDS = 5
 _WORD = re.compile(r"\b\w\w+\b")

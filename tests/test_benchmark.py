@@ -14,15 +14,13 @@ import pytest
 from dbes import hub_data
 from dbes.benchmark import (
     Document,
-    by_domain,
     list_tasks,
     load_task,
     read_documents,
     separability,
     task_fingerprint,
-    template_fields,
-    windows,
 )
+from dbes.documents import template_fields
 from dbes.errors import TaskError
 from dbes.files import sha256_of
 from dbes.separability import fold_of, word_counts, word_separability
@@ -73,7 +71,7 @@ def test_documents_come_in_the_order_of_the_task(folder):
     assert [document.id for document in documents] == ["a1", "a2", "b1", "b2"]
     assert documents[1].text == "two\u2028fish"
     assert documents[2] == Document(id="b1", domain="b", text="red", question="r?", answer="3", choices=("x", "y"))
-    assert [(name, len(found)) for name, found in by_domain(documents)] == [("a", 2), ("b", 2)]
+    assert [document.domain for document in documents] == ["a", "a", "b", "b"]
 
 
 def test_limit_is_per_domain_and_takes_the_first(folder):
@@ -395,11 +393,6 @@ def test_too_few_documents_have_no_separability():
 
 
 # ---------------------------------------------------------------- the rest
-
-
-def test_windows_cover_a_document_once():
-    assert windows(10, 4) == [slice(0, 4), slice(4, 8), slice(8, 10)]
-    assert windows(0, 4) == []
 
 
 def test_template_fields():
