@@ -62,7 +62,8 @@ Every setting stands in `training.json`, the log of every tenth step in `trainin
 ## Data and measured losses
 
 The training documents are of the same kinds of source as the embedded benchmark's and disjoint from it by source document
-(`tests/test_testbed_embedded.py`). {facts["heldout_share"]:.0%} of the training-side sources, chosen by hash, were held out of training.
+(`benchmark_data/training_manifest.json` lists them; `tests/test_testbed_embedded.py` compares).
+{facts["heldout_share"]:.0%} of the training-side sources, chosen by hash, were held out of training.
 The losses are theirs: documents from their beginning, at most 512 tokens, the weights as saved (bfloat16), computed in float32.
 
 | {header} |

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dbes.benchmark import ROOT
 from dbes.errors import MixError
-from dbes.files import sha256_of, write_bytes, write_json
+from dbes.files import sha256_of, write_bytes, write_json, write_text
 from dbes.testbed import sources
 from dbes.testbed.mix import DomainTokens, Mix, is_heldout, read_texts, tokenize_mix
 from dbes.testbed.vocabulary import train_tokenizer
@@ -111,7 +111,7 @@ def _save(mix: Mix, folder: Path) -> None:
 
 def write_embedded_mix(train_data: Path, out: Path) -> dict[str, int]:
     """Cut the embedded mix out of the training text: whole documents, in an order by hash, up to a size per domain."""
-    sizes = {}
+    sizes, rows_of_card = {}, []
     for path in sorted(train_data.glob("*.jsonl")):
         rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
         rows.sort(key=lambda row: hashlib.sha256(row["id"].encode()).digest())
@@ -125,7 +125,26 @@ def write_embedded_mix(train_data: Path, out: Path) -> dict[str, int]:
         content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in taken).encode()
         write_bytes(out / f"{path.stem}.jsonl.gz", gzip.compress(content, mtime=0))
         sizes[path.stem] = size
+        licences = ", ".join(sorted({row["licence"] for row in taken}))
+        rows_of_card.append(
+            f"| {path.stem}.jsonl.gz | {len(taken)} | {size:,} | {licences} | `{sha256_of(out / f'{path.stem}.jsonl.gz')}` |"
+        )
+    write_text(out / "README.md", _README.format(rows="\n".join(rows_of_card)))
     return sizes
+
+
+_README = """# The small mix of the testbed
+
+Training documents of the embedded benchmark, whole, in an order by hash: so that `dbes testbed run --preset smoke` and the tests
+need to build nothing, and no document that a testbed model learned from is ever evaluated. Every line names its package and licence;
+the notices stand in `benchmark_data/CARD.md` and `benchmark_data/NOTICES`.
+
+Written by `python -m dbes.testbed.mixes --train-data build/train`.
+
+| file | documents | bytes of text | licences | sha256 |
+|---|---|---|---|---|
+{rows}
+"""
 
 
 def main() -> None:

@@ -83,8 +83,9 @@ def _facts(about: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> st
     spent = sum(record["cpu_seconds"] for record in done)
     seeds = len({record["seed"] for record in records})
     return (
-        f"{len(done)} cells ({len(records) - len(done)} failed) of {seeds} seeds on the mix `{about['mix']}` ({', '.join(about['domains'])}); "
-        f"{spent:,.0f} CPU-seconds of training. Intervals: 95 % over seeds; contrasts are paired by seed (same data, same initial weights). "
+        f"{len(done)} cells ({len(records) - len(done)} failed) of {seeds} seeds on the mix `{about['mix']}` "
+        f"({', '.join(about['domains'])}); {spent:,.0f} CPU-seconds of training. "
+        "Intervals: 95 % over seeds; contrasts are paired by seed (same data, same initial weights). "
         "Specialization is normalised information between experts and domains, jackknifed over held-out documents."
     )
 
@@ -174,7 +175,8 @@ def _shown(row: Mapping[str, Any], column: str) -> str:
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Routing testbed</title><style>
-:root { color-scheme: light dark; --ink: light-dark(#1b1f24, #e6e6e6); --line: light-dark(#d5d9de, #3a3f45); --mark: light-dark(#1f5fa8, #7fb4f0); }
+:root { color-scheme: light dark; --ink: light-dark(#1b1f24, #e6e6e6); --line: light-dark(#d5d9de, #3a3f45); }
+:root { --mark: light-dark(#1f5fa8, #7fb4f0); }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 1100px; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; font-size: 13px; margin: 1rem 0; display: block; overflow-x: auto; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
