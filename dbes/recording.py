@@ -190,8 +190,11 @@ def _shape(sites: Sequence[RoutingSite], documents: Sequence[TextDocument], doma
 
 
 def _sources(documents: Sequence[TextDocument]) -> tuple[str, ...] | None:
-    """Source text of each document; a document that names none is its own. None when every document is its own."""
-    sources = tuple(getattr(document, "source_document", None) or document.id for document in documents)
+    """Source text of each document; one that names none is its own, and repeats of a text are one. None when all are their own."""
+    first: dict[str, str] = {}
+    sources = tuple(
+        getattr(document, "source_document", None) or first.setdefault(" ".join(document.text.split()), document.id) for document in documents
+    )
     return sources if len(set(zip(sources, (document.domain for document in documents), strict=True))) < len(documents) else None
 
 

@@ -95,7 +95,7 @@ def score_tables(trace: Trace, *, permutations: int = 1000, seed: int = 0, phase
         published=_published(statistics),
         calibrated=tuple(records),
         specialists=tuple(_specialist_records(table, trace, phase)),
-        companions=_companions(statistics, table, sample, seed=seed),
+        companions=_companions(statistics, table, sample, trace, seed=seed),
     )
     arrays = {"similarity": _similarity(statistics)}
     if sample is not None:
@@ -235,7 +235,7 @@ def _similarity(statistics: RoutingStatistics) -> np.ndarray:
 
 
 def _companions(
-    statistics: RoutingStatistics, table: SpecialistTable, sample: companions.TokenSample | None, *, seed: int
+    statistics: RoutingStatistics, table: SpecialistTable, sample: companions.TokenSample | None, trace: Trace, *, seed: int
 ) -> dict[str, Any]:
     shape = statistics.shape
     experts, top_k = np.asarray(shape.experts), np.asarray(shape.top_k)
@@ -279,6 +279,7 @@ def _companions(
             "token_identity": _first_tokens(sample).tokens if sample is not None else 0,
         },
         "ngram": _ngram_companions(statistics),
+        "slots_without_expert": dict(trace.provenance.get("slots_without_expert", {})),
     }
     return found
 
