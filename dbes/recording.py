@@ -193,9 +193,11 @@ def _sources(documents: Sequence[TextDocument]) -> tuple[str, ...] | None:
     """Source text of each document; one that names none is its own, and repeats of a text are one. None when all are their own."""
     first: dict[str, str] = {}
     sources = tuple(
-        getattr(document, "source_document", None) or first.setdefault(" ".join(document.text.split()), document.id) for document in documents
+        getattr(document, "source_document", None) or first.setdefault(" ".join(document.text.split()), document.id)
+        for document in documents
     )
-    return sources if len(set(zip(sources, (document.domain for document in documents), strict=True))) < len(documents) else None
+    distinct = {(source, document.domain) for source, document in zip(sources, documents, strict=True)}
+    return sources if len(distinct) < len(documents) else None
 
 
 def _token_ids(loaded: LoadedModel, documents: Sequence[TextDocument]) -> list[np.ndarray]:
