@@ -59,7 +59,9 @@ SIZES: dict[str, int] = {
     **dict.fromkeys(("mamba_d_conv", "mamba_dt_rank", "mamba_n_heads", "mamba_num_heads", "conv_kernel", "linear_conv_kernel_dim"), 4),
     **dict.fromkeys(("mamba_d_state", "ssm_state_size"), 8),
     **dict.fromkeys(("mamba_d_head", "mamba_head_dim", "mamba_chunk_size", "chunk_size"), 16),
-    **dict.fromkeys(("n_group", "num_expert_group", "n_groups", "mamba_expand", "index_n_heads", "o_groups", "hc_mult", "num_layers"), 2),
+    **dict.fromkeys(("n_group", "num_expert_group", "n_groups", "mamba_expand", "o_groups", "hc_mult", "num_layers"), 2),
+    # an attention indexer of few heads often scores keys exactly 0, and ties fall as the width of the batch has it
+    "index_n_heads": 32,
     "zero_expert_num": 4,
     "mamba_n_groups": 1,
     "num_nextn_predict_layers": 0,

@@ -1,0 +1,393 @@
+"""A recording is the same whatever the batches, survives being killed, and refuses what it cannot vouch for."""
+
+from __future__ import annotations
+
+import functools
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import EXPERTS, LAYERS, TOP_K, character_tokenizer, discovered, tiny_model
+from mock_remote_moe import MockMoeConfig, MockMoeForCausalLM
+
+from dbes import recording
+from dbes.batches import Recorder, Window, record_batch
+from dbes.capture import watching
+from dbes.errors import ModelError, RecordingError, TraceError
+from dbes.models import LoadedModel, load_model
+from dbes.recording import record_documents, special_tokens
+from dbes.sites import base_of, find_sites
+from dbes.trace import Trace
+from dbes.types import TokenRoutes
+
+ALONE = {"doge"}
+"""Families whose routing mixes the tokens of a batch: recorded one document at a time."""
+
+PADDING_SIDE = {"doge", "deepseek_v4"}
+"""Families whose routing depends on the side of the padding (measured upstream); dbes always pads right."""
+
+
+@dataclass(frozen=True)
+class Document:
+    id: str
+    domain: str
+    text: str
+
+
+def written(count: int = 6, seed: int = 0, longest: int = 60) -> list[Document]:
+    random = np.random.default_rng(seed)
+    texts = ["".join(chr(code) for code in random.integers(33, 120, random.integers(3, longest))) for _ in range(count)]
+    return [Document(f"text-{index}", "ab"[index % 2], text) for index, text in enumerate(texts)]
+
+
+@functools.cache
+def loaded_model(family: str = "olmoe") -> LoadedModel:
+    model = MockMoeForCausalLM(MockMoeConfig()).eval() if family == "mock" else tiny_model(family)
+    return load_model(model, tokenizer=character_tokenizer())
+
+
+def record(family: str, documents: Sequence[Document], **options: Any) -> recording.Recording:
+    return record_documents(loaded_model(family), documents, domains=("a", "b"), **{"window": 40, **options})
+
+
+def joined(trace: Trace) -> TokenRoutes:
+    shards = list(trace)
+    return TokenRoutes(**{name: np.concatenate([shard.arrays()[name] for shard in shards]) for name in shards[0].arrays()})
+
+
+def hits(trace: Trace) -> dict[str, np.ndarray]:
+    """Counts [layers, experts] of each document, by its id."""
+    routes, shape = joined(trace), trace.shape
+    counts = {}
+    for index, name in enumerate(shape.document_ids):
+        ids = routes.ids[routes.document == index]
+        layers = [np.bincount(ids[:, column].ravel(), minlength=256)[: shape.width] for column in range(len(shape.layers))]
+        counts[name] = np.stack(layers)
+    return counts
+
+
+def assert_same_counts(one: Trace, other: Trace) -> None:
+    first, second = hits(one), hits(other)
+    assert first.keys() == second.keys()
+    for name, counts in first.items():
+        np.testing.assert_array_equal(counts, second[name], err_msg=name)
+
+
+@pytest.mark.parametrize("family", [*discovered(), "mock"])
+def test_batches_and_order_change_no_count(family: str) -> None:
+    documents = written()
+    together = record(family, documents)
+    assert together.batching == ("one at a time" if family in ALONE else "padded")
+    assert_same_counts(together.trace, record(family, documents, batch_size=1).trace)
+    assert_same_counts(together.trace, record(family, documents[::-1], batch_size=3).trace)
+    routes = joined(together.trace)
+    tokens = sum(len(document.text) for document in documents)
+    assert len(routes) == together.tokens == tokens  # the <s> before each window is not there
+    assert 1 not in routes.token_ids
+    assert (np.diff(routes.document) >= 0).all()
+    control = joined(together.trace.control)
+    np.testing.assert_array_equal(control.document, routes.document)
+    assert set(hits(together.trace.control)) == {document.id for document in documents}
+
+
+@pytest.mark.parametrize("family", [family for family in discovered() if family not in PADDING_SIDE])
+def test_the_side_of_the_padding_changes_no_count(family: str) -> None:
+    model = loaded_model(family).model
+    short, long = torch.randint(5, 120, (1, 9)), torch.randint(5, 120, (1, 21))
+    counts = []
+    for left in (False, True):
+        padding = torch.zeros(1, 12, dtype=torch.long)
+        rows = [torch.cat([padding, short] if left else [short, padding], dim=1), long]
+        mask = torch.cat([(rows[0] != 0).long(), torch.ones_like(long)])
+        places = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        kept: list[np.ndarray] = []
+
+        def observe(_: int, decision: Any, mask: torch.Tensor = mask, kept: list[np.ndarray] = kept) -> None:
+            kept.append(np.bincount(decision.ids[mask.flatten().bool()].flatten().numpy(), minlength=32))
+
+        with torch.inference_mode(), watching(find_sites(model), observe):
+            base_of(model)(input_ids=torch.cat(rows), attention_mask=mask, position_ids=places, use_cache=False)
+        counts.append(np.stack(kept))
+    np.testing.assert_array_equal(counts[0], counts[1])
+
+
+@pytest.mark.parametrize("family", ["olmoe", "deepseek_v3", "longcat_flash"])
+def test_everything_recorded_is_the_same_whatever_the_batches(family: str) -> None:
+    documents = written(8)
+    one, other = record(family, documents), record(family, documents, batch_size=1)
+    for first, second in ((one.trace, other.trace), (one.trace.control, other.trace.control)):
+        for name, array in joined(first).arrays().items():
+            expected = joined(second).arrays()[name]
+            if name in ("ids", "weights"):
+                array, expected = np.sort(array, axis=-1), np.sort(expected, axis=-1)
+            if array.dtype.kind == "f":
+                np.testing.assert_allclose(array.astype(float), expected.astype(float), rtol=5e-3, atol=1e-4, err_msg=name)
+            else:
+                assert (array != expected).mean() < 2e-3, name  # a flip exactly at a noise threshold
+
+
+def test_what_is_recorded() -> None:
+    documents = written()
+    trace = record("olmoe", documents, provenance={"task": "words", "task_version": 1}).trace
+    routes = joined(trace)
+    assert trace.shape.layers == (0, 1, 2, 3) and set(trace.shape.experts) == {EXPERTS} and set(trace.shape.top_k) == {TOP_K}
+    assert routes.ids.shape == (len(routes), LAYERS, TOP_K) and routes.ids.dtype == np.uint8
+    assert routes.weights.dtype == np.float16 and (routes.weights > 0).all()
+    assert (routes.selection_margins >= 0).all() and (routes.scaled_margins >= 0).all()
+    assert np.allclose(routes.logit_margins > 0, routes.selection_margins > 0)  # softmax keeps the order of logits
+    assert routes.kept.min() >= 0 and routes.kept.max() <= TOP_K
+    assert (routes.kept[..., 0].mean() >= routes.kept[..., 3].mean()) and (routes.logit_stable <= 0b111).all()
+    text = {document.id: document.text for document in documents}
+    for index, name in enumerate(trace.shape.document_ids):
+        spelled = "".join(trace.vocabulary[token] for token in routes.token_ids[routes.document == index])
+        assert spelled == text[name]
+        np.testing.assert_array_equal(routes.positions[routes.document == index], np.arange(len(text[name])))
+    facts = trace.provenance
+    assert facts["special_tokens_excluded"] == {"before": [1], "after": []}
+    assert (facts["dtype"], facts["window"], facts["control"], facts["task"]) == ("float32", 40, True, "words")
+    assert {"model", "revision", "attention", "device", "tokenizer_sha256", "versions"} <= facts.keys()
+    assert facts["scores_missing"] == {} and facts["slots_without_expert"] == {}
+    assert trace.control.provenance["router"] == "random"
+
+
+def test_missing_scores_have_reasons_and_idle_slots_are_reported() -> None:
+    hashed = record("deepseek_v4", written()).trace
+    assert set(hashed.provenance["scores_missing"]) == {"0", "1", "2"}
+    routes = joined(hashed)
+    assert np.isnan(routes.selection_margins[:, :3]).all() and not np.isnan(routes.selection_margins[:, 3]).any()
+    assert (routes.kept[:, :3] == 255).all()
+    zero = record("longcat_flash", written()).trace
+    assert set(zero.provenance["slots_without_expert"]) == {"0", "1"}
+    routes = joined(zero)
+    idle = (routes.ids == 255).mean(axis=(0, 2))
+    np.testing.assert_allclose(idle, list(zero.provenance["slots_without_expert"].values()))
+    assert (routes.weights[routes.ids == 255] == 0).all()
+
+
+def test_parts_can_be_left_out() -> None:
+    plain = record("olmoe", written(), control=False, stiffness=False).trace
+    assert plain.control is None and joined(plain).kept is None
+    assert_same_counts(plain, record("olmoe", written()).trace)
+
+
+def test_the_control_is_a_frozen_random_router() -> None:
+    one, again, other = (record("olmoe", written(), seed=seed).trace.control for seed in (0, 0, 1))
+    np.testing.assert_array_equal(joined(one).ids, joined(again).ids)
+    assert (joined(one).ids != joined(other).ids).mean() > 0.3
+    loaded = loaded_model("olmoe")
+    recorder = Recorder(loaded=loaded, sites=find_sites(loaded.model), before=(1,), after=(), seed=0, control=True, stiffness=False)
+    hidden = torch.zeros(1, 32)
+    matrix = recorder.random_router(0, hidden)
+    assert matrix.shape == (32, EXPERTS) and not torch.equal(matrix, recorder.random_router(1, hidden))
+    assert float(matrix.std() / recorder.sites[0].router.weight.data.std()) == pytest.approx(1, abs=0.15)
+    # the choice is the top-k of the product with the router's own input
+    seen: list[Any] = []
+    with torch.inference_mode(), watching(recorder.sites, lambda index, decision: seen.append(decision) if index == 0 else None):
+        base_of(loaded.model)(input_ids=torch.tensor([[1, *range(10, 30)]]), use_cache=False)
+    expected = (seen[0].hidden @ matrix).topk(TOP_K, dim=-1)[1][1:]
+    arrays = record_batch(recorder, [Window(0, "x", 0, np.arange(10, 30, dtype=np.int32))])
+    np.testing.assert_array_equal(np.sort(arrays["control_ids"][:, 0]), np.sort(expected.numpy()))
+
+
+def test_more_tokens_than_positions_are_cut_into_windows_of_one_document() -> None:
+    document = Document("long", "a", written(1, longest=4)[0].text * 200)
+    trace = record("olmoe", [document], window=4096).trace
+    assert trace.provenance["window"] == 127  # 128 positions, one for <s>
+    routes = joined(trace)
+    assert len(routes) == len(document.text) and set(routes.document) == {0}
+    np.testing.assert_array_equal(routes.positions, np.arange(len(document.text)))
+
+
+def test_special_tokens_are_told_by_place_not_by_id() -> None:
+    assert special_tokens(character_tokenizer()) == ((1,), ())
+    assert special_tokens(character_tokenizer(special=False)) == ((), ())
+    loaded = loaded_model("olmoe")
+    literal = Document("literal", "a", "one</s>two")
+    routes = joined(record_documents(loaded, [literal], domains=("a",), window=40).trace)
+    assert routes.token_ids.tolist().count(2) == 1 and len(routes) == 7
+
+
+def test_on_disk_and_in_memory_are_the_same(tmp_path: Path) -> None:
+    memory, disk = record("olmoe", written()).trace, record("olmoe", written(), output_path=tmp_path / "trace").trace
+    for first, second in ((memory, disk), (memory.control, disk.control)):
+        for name, array in joined(first).arrays().items():
+            np.testing.assert_array_equal(array, joined(second).arrays()[name], err_msg=name)
+    assert memory.provenance == disk.provenance and memory.vocabulary == disk.vocabulary
+    with pytest.raises(TraceError, match="holds another recording"):
+        record("olmoe", written(5), output_path=tmp_path / "trace")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_progress_and_speed_are_told() -> None:
+    told: list[tuple[int, int]] = []
+    done = record("olmoe", written(), batch_size=2, progress=lambda now, total: told.append((now, total)))
+    assert told[-1] == (done.tokens, done.tokens) and [now for now, _ in told] == sorted(now for now, _ in told)
+    assert done.tokens_per_second > 0 and done.documents == 6
+
+
+@pytest.mark.parametrize("stop_at", ["control ahead", "control complete"])
+def test_resuming_where_two_traces_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: str) -> None:
+    """Killed between the control's shard and the trace's, and between finishing the one and the other."""
+    monkeypatch.setattr(recording, "SHARD_TOKENS", 60)
+    record("olmoe", written(), output_path=tmp_path / "whole")
+    method, calls = ("write", 3) if stop_at == "control ahead" else ("finish", 1)
+    real = getattr(recording.TraceWriter, method)
+    left = iter(range(calls, 0, -1))
+
+    def failing(self: Any, *args: Any, **kwargs: Any) -> None:
+        if self.folder.name == "cut" and next(left) == 1:
+            raise KeyboardInterrupt
+        real(self, *args, **kwargs)
+
+    monkeypatch.setattr(recording.TraceWriter, method, failing)
+    with pytest.raises(KeyboardInterrupt):
+        record("olmoe", written(), output_path=tmp_path / "cut")
+    monkeypatch.setattr(recording.TraceWriter, method, real)
+    with pytest.raises(TraceError, match="not finished"):
+        Trace.load(tmp_path / "cut")
+    record("olmoe", written(), output_path=tmp_path / "cut")
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+KILLED = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import test_recording as tests
+tests.torch.set_num_threads(1)
+tests.recording.SHARD_TOKENS = 200
+real = tests.recording.record_within_memory
+def slowly(*given):
+    time.sleep(0.2)
+    yield from real(*given)
+tests.recording.record_within_memory = slowly
+tests.record("olmoe", tests.written(40), output_path=sys.argv[2])
+"""
+
+
+def test_a_killed_recording_resumes_and_ends_with_the_identical_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "killed"
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(Path(__file__).parent), str(folder)])
+    deadline = time.monotonic() + 120
+    while not (folder / "shard-00001.safetensors").is_file():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    with pytest.raises(TraceError, match="not finished"):
+        Trace.load(folder)
+    before = (folder / "shard-00000.safetensors").stat().st_mtime_ns
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        monkeypatch.setattr(recording, "SHARD_TOKENS", 200)
+        record("olmoe", written(40), output_path=folder)
+        record("olmoe", written(40), output_path=tmp_path / "whole")
+    finally:
+        torch.set_num_threads(threads)
+    assert (folder / "shard-00000.safetensors").stat().st_mtime_ns == before  # not recorded again
+    resumed = {name: content for name, content in contents(folder).items() if not name.endswith(".part")}
+    assert resumed == contents(tmp_path / "whole")
+    assert len([name for name in resumed if name.startswith("shard")]) > 3
+
+
+def test_memory_running_out_halves_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dbes import batches
+
+    real = batches.record_batch
+
+    def limited(recorder: Recorder, windows: Sequence[Window]) -> dict[str, np.ndarray]:
+        if len(windows) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(recorder, windows)
+
+    expected = record("olmoe", written()).trace
+    monkeypatch.setattr(batches, "record_batch", limited)
+    assert_same_counts(expected, record("olmoe", written()).trace)
+
+    def hopeless(recorder: Recorder, windows: Sequence[Window]) -> dict[str, np.ndarray]:
+        if recorder.control:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(recorder, windows)
+
+    monkeypatch.setattr(batches, "record_batch", hopeless)
+    with pytest.raises(RecordingError, match=r"one window of \d+ tokens does not fit in memory"):
+        record("olmoe", written())
+
+
+class TestErrors:
+    """Each says what was wrong and where, and nothing is written for what can be known beforehand."""
+
+    def test_empty_text(self, tmp_path: Path) -> None:
+        with pytest.raises(RecordingError, match=r"document 'empty' \(domain 'b'\) has no tokens"):
+            record("olmoe", [*written(2), Document("empty", "b", "")], output_path=tmp_path / "trace")
+        assert not (tmp_path / "trace").exists()
+
+    def test_no_documents(self) -> None:
+        with pytest.raises(RecordingError, match="no documents"):
+            record("olmoe", [])
+
+    def test_unknown_domain(self) -> None:
+        with pytest.raises(RecordingError, match=r"domain 'c', expected one of \['a', 'b'\]"):
+            record("olmoe", [Document("x", "c", "text")])
+
+    @pytest.mark.parametrize("options", [{"window": 0}, {"batch_size": 0}])
+    def test_sizes(self, options: dict[str, int]) -> None:
+        with pytest.raises(RecordingError, match="at least"):
+            record("olmoe", written(), **options)
+
+    def test_dense_model(self, tmp_path: Path) -> None:
+        import transformers
+
+        config = transformers.LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=128)
+        dense = load_model(transformers.LlamaForCausalLM(config), tokenizer=character_tokenizer())
+        with pytest.raises(ModelError, match="not a Mixture-of-Experts"):
+            record_documents(dense, written(), domains=("a", "b"), window=8, output_path=tmp_path / "trace")
+        assert not (tmp_path / "trace").exists()
+
+    def test_nan_in_the_router(self, tmp_path: Path) -> None:
+        model = tiny_model("olmoe")
+        with torch.no_grad():
+            model.model.layers[2].mlp.gate.weight[3] = torch.nan
+        loaded = load_model(model, tokenizer=character_tokenizer())
+        with pytest.raises(RecordingError, match=r"layer 2: NaN or infinity in the router's output, in document"):
+            record_documents(loaded, written(), domains=("a", "b"), window=8, output_path=tmp_path / "trace")
+        assert not (tmp_path / "trace").exists()
+
+    def test_a_nan_in_one_document_names_it(self) -> None:
+        model = tiny_model("olmoe")
+        with torch.no_grad():
+            model.model.embed_tokens.weight[4 + ord("~") - 32] = torch.nan
+        loaded = load_model(model, tokenizer=character_tokenizer())
+        documents = [*written(4), Document("broken", "a", "ab~cd")]
+        with pytest.raises(RecordingError, match="layer 0: NaN or infinity in the router's output, in document 'broken'"):
+            record_documents(loaded, documents, domains=("a", "b"), window=40)
+
+    def test_a_layer_that_does_not_fire(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = tiny_model("olmoe")
+        block = model.model.layers[1].mlp
+        real = type(block).forward
+        monkeypatch.setattr(type(block), "forward", lambda self, hidden: hidden if self is block else real(self, hidden))
+        with pytest.raises(RecordingError, match=r"layer 1 \(model.layers.1.mlp\) routed 0 times in one forward"):
+            record_documents(load_model(model, tokenizer=character_tokenizer()), written(), domains=("a", "b"), window=8)
+
+    def test_a_layer_with_wrong_ids(self) -> None:
+        model = tiny_model("deepseek_v4")
+        model.model.layers[0].mlp.gate.tid2eid.zero_()
+        with pytest.raises(RecordingError, match=r"layer 0 .*no expert twice in a row"):
+            record_documents(load_model(model, tokenizer=character_tokenizer()), written(), domains=("a", "b"), window=8)
+
+
+def test_recordings_are_values() -> None:
+    done = record("olmoe", written())
+    assert replace(done, seconds=0.0).tokens_per_second == 0.0
