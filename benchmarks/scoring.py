@@ -1,0 +1,141 @@
+"""How long, and with how much memory, a large trace is scored.
+
+A synthetic trace of 1 M tokens (2,000 documents, 8 domains, 48 layers, 128 experts, top-8) is written as shards to a temporary
+folder and scored by ``dbes.score`` with 1,000 permutations and all intervals in a process of its own.
+
+    python benchmarks/scoring.py results.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dbes.trace import TraceWriter
+from dbes.types import RoutingShape, TokenRoutes, storage_dtype
+
+SHARD_TOKENS = 1 << 16
+
+CHILD = """
+import json, resource, sys, time
+start = time.perf_counter()
+import dbes.scoring
+from dbes.trace import Trace
+imported = time.perf_counter()
+result = dbes.scoring.score(Trace.load(sys.argv[1]), permutations=int(sys.argv[2]))
+end = time.perf_counter()
+usage = resource.getrusage(resource.RUSAGE_SELF)
+record = result.record("specialization")
+print(json.dumps({
+    "import_seconds": round(imported - start, 2),
+    "score_seconds": round(end - imported, 2),
+    "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2),
+    "peak_gib": round(usage.ru_maxrss / 2**20, 3),
+    "specialization": record.value,
+    "p": record.p,
+    "records": len(result.calibrated),
+    "specialists": len(result.specialists),
+}))
+"""
+
+
+def write_trace(folder: Path, *, tokens: int, documents: int, domains: int, layers: int, experts: int, top_k: int, seed: int) -> None:
+    """Documents of log-normal length; each (document, layer) favours some experts, and domains lean to blocks of experts."""
+    random = np.random.default_rng(seed)
+    share = random.lognormal(0, 0.5, documents)
+    lengths = np.maximum(2, np.round(share / share.sum() * tokens)).astype(int)
+    lengths[0] += tokens - lengths.sum()
+    domain = np.sort(np.arange(documents) % domains)
+    shape = RoutingShape(
+        layers=tuple(range(layers)),
+        experts=(experts,) * layers,
+        top_k=(top_k,) * layers,
+        domains=tuple(f"domain{index}" for index in range(domains)),
+        document_domain=domain.astype(np.int32),
+        document_ids=tuple(f"text-{index}" for index in range(documents)),
+    )
+    writer = TraceWriter(folder, shape, {"model": "synthetic"})
+    parts: list[dict[str, np.ndarray]] = []
+    for document, length in enumerate(lengths):
+        # k distinct experts: a random start and odd stride over the experts of the document, shifted by its domain.
+        start = (
+            random.integers(0, experts // 2, (length, layers, 1))
+            + domain[document] * (experts // domains)
+            + random.integers(0, 16, (1, layers, 1))
+        )
+        stride = 2 * random.integers(0, experts // 2, (length, layers, 1)) + 1
+        ids = ((start + stride * np.arange(top_k)) % experts).astype(storage_dtype(experts))
+        weights = random.random((length, layers, top_k), dtype=np.float32)
+        scaled = random.random((length, layers), dtype=np.float32)
+        parts.append(
+            {
+                "ids": ids,
+                "document": np.full(length, document, np.int32),
+                "positions": np.arange(length, dtype=np.int32),
+                "token_ids": random.zipf(1.3, length).clip(max=50_000).astype(np.int32),
+                "weights": (weights / weights.sum(axis=2, keepdims=True)).astype(np.float16),
+                "logit_margins": scaled.astype(np.float16),
+                "selection_margins": scaled,
+                "scaled_margins": scaled.astype(np.float16),
+                "kept": (top_k - (random.random((length, layers, 4), dtype=np.float32) < [0, 0.01, 0.1, 0.5])).astype(np.uint8),
+            }
+        )
+        if sum(len(part["document"]) for part in parts) >= SHARD_TOKENS or document == documents - 1:
+            writer.write(TokenRoutes(**{name: np.concatenate([part[name] for part in parts]) for name in parts[0]}))
+            parts = []
+    writer.finish()
+
+
+def measure(size: dict[str, int], permutations: int) -> dict[str, Any]:
+    """Seconds and memory of scoring a trace of this size in a child process."""
+    with tempfile.TemporaryDirectory(prefix="dbes-scoring-") as folder:
+        start = time.perf_counter()
+        write_trace(Path(folder), **size, seed=0)
+        written = time.perf_counter() - start
+        load = os.getloadavg()[0]
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", CHILD, folder, str(permutations)], capture_output=True, text=True, check=True)
+        wall = time.perf_counter() - start
+    return {
+        "what": "score a trace on disk, every metric, permutations and intervals",
+        "size": {**size, "permutations": permutations},
+        "wall_seconds": round(wall, 2),
+        **json.loads(done.stdout),
+        "children_peak_gib": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20, 3),
+        "limits": {"wall_seconds": 60, "peak_gib": 3},
+        "write_seconds": round(written, 1),
+        "load_before": round(load, 2),
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("json", type=Path, help="where to write the measurements")
+    parser.add_argument("--permutations", type=int, default=1000)
+    for name, default in (("tokens", 1_000_000), ("documents", 2000), ("domains", 8), ("layers", 48), ("experts", 128), ("top-k", 8)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    given = vars(parser.parse_args())
+    path, permutations = given.pop("json"), given.pop("permutations")
+    found = measure(given, permutations)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
