@@ -137,7 +137,7 @@ class RoutingStatistics:
         return replace(_per_document(self, lambda rows: np.add.reduceat(rows[order], starts, axis=0)), shape=merged)
 
 
-Sums = TypeVar("Sums", RoutingStatistics, NgramSums, StiffnessSums)
+Sums = TypeVar("Sums", bound=RoutingStatistics | NgramSums | StiffnessSums)
 
 
 def _per_document(sums: Sums, change: Callable[[np.ndarray], np.ndarray]) -> Sums:
@@ -287,7 +287,7 @@ class _Sums:
         self.grouped = np.zeros((documents, layers, sizes))
         self.in_group = np.zeros((documents, layers))
         flat = ("logit_margin", "logit_count", "stable_count", "selection_margin", "scaled_margin", "selection_count", "kept_count")
-        self.stiffness = {name: np.zeros((documents, layers)) for name in flat}
+        self.stiffness: dict[str, np.ndarray] = {name: np.zeros((documents, layers)) for name in flat}
         self.stiffness["logit_stable"] = np.zeros((documents, layers, len(LOGIT_NOISE)))
         self.stiffness["unchanged"] = np.zeros((documents, layers, len(NOISE_SCALES)))
         self.stiffness["kept"] = np.zeros((documents, layers, len(NOISE_SCALES)))
@@ -344,7 +344,8 @@ class _Sums:
         return counts[:size].reshape(documents, layers, width).astype(np.float32)
 
     def _add_overlaps(self, routes: TokenRoutes, slots: np.ndarray, present: np.ndarray, documents: np.ndarray, reduce: _Reduce) -> None:
-        follows = follows_previous(routes)[1:, None] & present.any(axis=0)[1:] & present.any(axis=0)[:-1]
+        ran = np.asarray(present.any(axis=0))
+        follows = follows_previous(routes)[1:, None] & ran[1:] & ran[:-1]
         shared = np.zeros(slots.shape[1:], np.uint8)
         for now in slots:
             for before in slots:
