@@ -83,6 +83,8 @@ def _cut(values: dict[str, Any], depth: int, layers: int) -> dict[str, Any]:
             cut[name] = layers
         elif name in TOKENS:
             cut[name] = TOKENS[name]
+        elif name == "per_layer_config" and isinstance(value, dict):
+            cut[name] = {layer: _cut(part, depth, layers) for layer, part in value.items() if int(layer) < layers}
         elif isinstance(value, dict) and name.endswith("_config") and name != "quantization_config":
             cut[name] = _cut(value, depth, layers)
         elif isinstance(value, list) and len(value) == depth and depth > layers:
@@ -97,10 +99,8 @@ def _cut(values: dict[str, Any], depth: int, layers: int) -> dict[str, Any]:
             cut[name] = value
     if values.get("num_key_value_heads") == values.get("num_attention_heads") and "num_key_value_heads" in values:
         cut["num_key_value_heads"] = cut["num_attention_heads"]
-    if values.get("swa_head_dim") and values.get("swa_head_dim") == (values.get("qk_nope_head_dim") or 0) + (
-        values.get("qk_rope_head_dim") or 0
-    ):
-        cut["swa_head_dim"] = cut["qk_nope_head_dim"] + cut["qk_rope_head_dim"]
+    if values.get("qk_nope_head_dim") and (values.get("head_dim") or 0) > (values.get("qk_rope_head_dim") or 0):
+        cut["head_dim"] = cut["qk_nope_head_dim"] + cut["qk_rope_head_dim"]  # of a whole query, not of its rotated part
     return cut
 
 

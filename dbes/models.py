@@ -162,7 +162,7 @@ def folder_fingerprint(folder: Path) -> str:
         size = path.stat().st_size
         digest.update(f"{path.name}\0{size}\0".encode())
         with path.open("rb") as content:
-            if size <= WHOLE_FILE:
+            if size <= WHOLE_FILE or path.suffix == ".json":
                 digest.update(content.read())
                 continue
             (header,) = struct.unpack("<Q", content.read(8))

@@ -134,11 +134,17 @@ def input_device(model: nn.Module) -> torch.device:
         first = next(iter(devices.values()))
         offloaded = first in ("cpu", "disk")
         return torch.device(0 if offloaded and torch.accelerator.is_available() else "cpu" if offloaded else first)
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        if getattr(hook, "execution_device", None) is not None:
+            return torch.device(hook.execution_device)
     return next(model.parameters()).device
 
 
 def is_offloaded(model: nn.Module) -> bool:
-    """Whether weights come and go during the forward (device_map with cpu or disk parts beside an accelerator)."""
+    """Whether weights come and go during the forward (kept in memory or on disk beside the device that computes)."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return True
     places = set((getattr(model, "hf_device_map", None) or {}).values())
     return "disk" in places or ("cpu" in places and len(places) > 1)
 
@@ -159,8 +165,11 @@ def router_std(site: RoutingSite, width: int) -> float:
     1/sqrt(width) where the router has no such matrix (several layers deep, or offloaded): a random router's *choice* does not
     depend on its scale, only its weights do.
     """
+    # a few rows more than experts: zero-computation, skip or shared experts that are scored together with the routed ones
+    most = site.num_experts + max(site.zero_experts, 4)
     for parameter in site.router.parameters() if site.router is not None else ():
-        if parameter.ndim == 2 and parameter.shape[1] == width and parameter.shape[0] >= site.num_experts and not parameter.is_meta:
+        fits = parameter.ndim == 2 and parameter.shape[1] == width and site.num_experts <= parameter.shape[0] <= most
+        if fits and not parameter.is_meta:
             std = float(parameter.detach().float().std())
             return std if std > 0 else width**-0.5
     return width**-0.5
@@ -194,7 +203,7 @@ def score_reason(site: RoutingSite, missing: int, tokens: int) -> str:
     if site.adapter == "embedding":
         return "product keys: the top-k is taken on sums of two key scores, not on a score per expert"
     if missing == tokens:
-        return "no top-k over one score per expert was seen (experts looked up by token id, or chosen outside torch.topk)"
+        return "no top-k over one score per expert returned the experts that ran (looked up by token id, or chosen without torch.topk)"
     return f"for {missing} of {tokens} tokens the experts that ran are not those the top-k returned"
 
 
