@@ -81,6 +81,7 @@ def evaluate(
     """Record a model's routing over a task and score it against chance and the ideal router."""
     from dbes.pipeline import evaluate as run
     from dbes.pipeline import existing_folder
+    from dbes.reporting.page import write_page
 
     size = _batch_size(batch_size)
     for task in tasks.split(","):
@@ -102,7 +103,9 @@ def evaluate(
                 embedded_fallback=embedded_fallback,
                 progress=progress,
             )
-        _show(result, format, existing_folder(output_path, result, limit=limit))
+            folder = existing_folder(output_path, result, limit=limit)
+            write_page(folder)
+        _show(result, format, folder)
 
 
 @app.command()
@@ -131,6 +134,19 @@ def score(
             write_tables(scores, output_path)
             scores.result.save(output_path)
     _show(scores.result, format, output_path)
+
+
+@app.command()
+def report(
+    result: Annotated[Path, typer.Argument(help="Folder of a result, or its result.json.")],
+    trace: Annotated[Path | None, typer.Option(help="Folder of the recorded routes, where they are not beside the result.")] = None,
+    output: Annotated[Path | None, typer.Option(help="File to write; report.html beside the result by default.")] = None,
+) -> None:
+    """Write the page of one result: a single HTML file that needs no network."""
+    from dbes.reporting.page import write_page
+
+    with _errors():
+        typer.echo(write_page(result, trace=trace, output=output))
 
 
 @app.command()

@@ -1,0 +1,326 @@
+"""The figures of the pages as Vega-Lite specifications, made and checked by Altair.
+
+A specification names its data (``rows``) instead of holding them; the page hands the rows over when it draws, so that one
+specification serves every layer, metric and domain. Colours come from the page's theme (dark or light), never from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import altair as alt
+import numpy as np
+from scipy.cluster.hierarchy import dendrogram, linkage
+
+from dbes.results import Result
+
+Spec = dict[str, Any]
+Row = dict[str, Any]
+
+METRICS = {
+    "specialization": ("Specialization", "How much an expert choice says about the domain"),
+    "der": ("Effective rank", "How many different routing profiles the domains have"),
+    "domain_isolation": ("Domain isolation", "How little two domains overlap"),
+    "stiffness": ("Stiffness", "Share of tokens whose experts survive noise of 1 %"),
+    "ngram_expertise_2": ("N-gram (n = 2)", "Neighbours that stay with an expert, above a shuffle"),
+    "specialization_normalized": ("Specialization, normalized", "Domain information as a share of its upper bound"),
+    "ngram_expertise_5": ("N-gram (n = 5)", "Runs of five tokens with one expert, above a shuffle"),
+    "ngram_expertise_10": ("N-gram (n = 10)", "Runs of ten tokens with one expert, above a shuffle"),
+    "ngram_expertise_20": ("N-gram (n = 2)0", "Runs of twenty tokens with one expert, above a shuffle"),
+}
+"""Title and meaning of every calibrated metric, the five of the summary first."""
+
+HEADLINE = tuple(METRICS)[:5]
+
+SIGNIFICANCE = 0.05
+
+CURVE_FIELDS = (
+    "value", "null", "corrected", "ci_low", "ci_high", "p", "reference", "score", "score_low", "score_high", "control",
+    "excess", "excess_low", "excess_high",
+)  # fmt: skip
+
+ROWS = alt.NamedData("rows")
+
+TIMES = alt.Legend(orient="top", gradientLength=160, labelExpr="format(pow(2, datum.value), '.2~f') + 'x'")
+"""Legend of a colour that shows the logarithm of a ratio, labelled with the ratio."""
+
+
+def curve_rows(result: Result) -> list[Row]:
+    """One row per metric, domain (None: all) and layer, with the numbers of its calibrated record."""
+    return [
+        {"metric": record.metric, "domain": record.domain, "layer": record.layer}
+        | {name: _known(getattr(record, name)) for name in CURVE_FIELDS}
+        for record in result.calibrated
+        if record.layer is not None
+    ]
+
+
+def domain_rows(result: Result) -> list[Row]:
+    """One row per metric and domain: the means over layers."""
+    return [
+        {"metric": record.metric, "domain": record.domain} | {name: _known(getattr(record, name)) for name in CURVE_FIELDS}
+        for record in result.calibrated
+        if record.layer is None and record.domain is not None
+    ]
+
+
+def _known(number: float) -> float | None:
+    return None if np.isnan(number) else float(number)
+
+
+def layer_axis(layers: Sequence[int]) -> alt.Axis:
+    """Ticks at real layers, at most twelve of them."""
+    step = max(1, -(-len(layers) // 12))
+    return alt.Axis(format="d", values=list(layers)[::step], grid=False)
+
+
+def curve_specs(layers: Sequence[int]) -> dict[str, Spec]:
+    """Score or value against layer, with and without the ideal router in view."""
+    axis = layer_axis(layers)
+    return {
+        "score": _curve(axis, "score", "score_low", "score_high", "control", rules=(0.0,)),
+        "score_full": _curve(axis, "score", "score_low", "score_high", "control", rules=(0.0, 1.0)),
+        "value": _curve(axis, "value", "ci_low", "ci_high", "null"),
+        "value_full": _curve(axis, "value", "ci_low", "ci_high", "null", also="reference"),
+    }
+
+
+def _curve(axis: alt.Axis, value: str, low: str, high: str, second: str, *, also: str | None = None, rules: tuple[float, ...] = ()) -> Spec:
+    base = alt.Chart(ROWS).encode(x=alt.X("layer:Q", title="layer", axis=axis))
+    tooltip = [
+        alt.Tooltip("layer:Q", format="d"),
+        alt.Tooltip(f"{value}:Q", title=value, format=".4f"),
+        alt.Tooltip(f"{low}:Q", title="95 % from", format=".4f"),
+        alt.Tooltip(f"{high}:Q", title="to", format=".4f"),
+        alt.Tooltip(f"{second}:Q", title="random router" if second == "control" else "chance", format=".4f"),
+        alt.Tooltip("p:Q", format=".3g"),
+    ]
+    y = alt.Y(f"{value}:Q", title=None)
+    above = f"isValid(datum.p) && datum.p > {SIGNIFICANCE}"
+    layers: list[Any] = [
+        base.mark_area(opacity=0.22).encode(y=alt.Y(f"{low}:Q", title=None), y2=f"{high}:Q"),
+        base.mark_line(strokeDash=[5, 4], style="second-line").encode(y=alt.Y(f"{second}:Q", title=None)),
+        base.mark_line(strokeWidth=2).encode(y=y),
+        base.mark_point(size=34, filled=True, opacity=1, style="open").encode(y=y),
+        base.mark_point(size=34, filled=True).encode(y=y, opacity=alt.condition(above, alt.value(0), alt.value(1))),
+        base.mark_point(size=160, opacity=0).encode(y=y, tooltip=tooltip),
+    ]
+    if also is not None:
+        layers.insert(0, base.mark_line(strokeDash=[1, 3], style="bound").encode(y=alt.Y(f"{also}:Q", title=None)))
+    for level in rules:
+        layers.insert(0, alt.Chart(alt.InlineData([{"level": level}])).mark_rule(style="bound" if level else "zero").encode(y="level:Q"))
+    return _finished(alt.layer(*layers).properties(height=170, width="container"))
+
+
+def domain_spec(domains: int) -> Spec:
+    """Score of every domain with its interval, the random router beside it."""
+    y = alt.Y("domain:N", title=None, sort=alt.SortField("score", order="descending"))
+    base = alt.Chart(ROWS).encode(y=y)
+    tooltip = ["domain:N", *(alt.Tooltip(f"{name}:Q", format=".4f") for name in ("score", "score_low", "score_high", "control", "p"))]
+    layers = [
+        alt.Chart(alt.InlineData([{"level": 0}])).mark_rule(style="zero").encode(x="level:Q"),
+        base.mark_rule(strokeWidth=3, style="interval").encode(x=alt.X("score_low:Q", title="score"), x2="score_high:Q"),
+        base.mark_tick(thickness=3, size=18, style="second-tick").encode(x="control:Q"),
+        base.mark_point(size=80, filled=True, opacity=1).encode(x="score:Q", tooltip=tooltip),
+        base.mark_text(dy=-11, fontSize=11).encode(x="score:Q", text=alt.Text("score:Q", format=".1%")),
+    ]
+    return _finished(alt.layer(*layers).properties(width="container", height=38 * domains))
+
+
+def heat_spec(domains: int) -> Spec:
+    """Domains by experts of one layer, experts in the order of their affinity; a dot marks a specialist."""
+    base = alt.Chart(ROWS).encode(
+        x=alt.X(
+            "expert:O", title="expert, ordered by the domain it prefers", sort=alt.SortField("order"), axis=alt.Axis(labelOverlap=True)
+        ),
+        y=alt.Y("domain:N", title=None, sort=None),
+    )
+    tooltip = [
+        "domain:N",
+        alt.Tooltip("expert:O"),
+        alt.Tooltip("hits:Q", format=","),
+        alt.Tooltip("share:Q", format=".2%"),
+        alt.Tooltip("lift:Q", format=".3f"),
+        alt.Tooltip("lift_low:Q", title="lift from", format=".3f"),
+        alt.Tooltip("lift_high:Q", title="to", format=".3f"),
+        alt.Tooltip("q:Q", title="q-value", format=".2g"),
+        alt.Tooltip("kind:N", title="test"),
+    ]
+    colour = alt.Color(
+        "shade:Q",
+        title=["lift against the mean", "of the domains (log2)"],
+        scale=alt.Scale(range="diverging", domain=[-2, 0, 2], clamp=True, interpolate="lab"),
+        legend=TIMES,
+    )
+    cells = base.mark_rect().encode(color=colour, tooltip=tooltip)
+    marks = base.mark_point(shape="circle", size=26, filled=True, style="mark").transform_filter("datum.kind == 'specialist'")
+    return _finished(alt.layer(cells, marks.encode(tooltip=tooltip)).properties(width="container", height=26 * domains))
+
+
+def similarity_spec(domains: int) -> Spec:
+    """Cosine similarity of the domains' routing, with the number in every cell."""
+    base = alt.Chart(ROWS).encode(
+        x=alt.X("second:N", title=None, sort=None, axis=alt.Axis(labelAngle=-40)), y=alt.Y("first:N", title=None, sort=None)
+    )
+    cells = base.mark_rect().encode(
+        color=alt.Color(
+            "similarity:Q",
+            title="cosine",
+            scale=alt.Scale(range="heatmap", interpolate="lab"),
+            legend=alt.Legend(orient="top", gradientLength=160),
+        ),
+        tooltip=["first:N", "second:N", alt.Tooltip("similarity:Q", format=".4f")],
+    )
+    numbers = base.mark_text(fontSize=11).encode(
+        text=alt.Text("similarity:Q", format=".2f"),
+        color=alt.condition("datum.strong", alt.value("#ffffff"), alt.value("#10151c")),
+    )
+    return _finished(alt.layer(cells, numbers).resolve_scale(color="independent").properties(width="container", height=34 * domains))
+
+
+def dendrogram_rows(similarity: np.ndarray, domains: list[str]) -> tuple[list[Row], list[str]]:
+    """Corners of the dendrogram's brackets (average linkage of 1 - cosine), and the domains in the order of its leaves."""
+    if len(domains) < 2 or np.isnan(similarity).any():
+        return [], list(domains)
+    distance = np.clip(1 - similarity, 0, None)
+    tree = dendrogram(linkage(distance[np.triu_indices(len(domains), 1)], "average"), no_plot=True)
+    rows = [
+        {"bracket": index, "corner": corner, "distance": float(d), "place": float((i - 5) / 10)}
+        for index, (dcoord, icoord) in enumerate(zip(tree["dcoord"], tree["icoord"], strict=True))
+        for corner, (d, i) in enumerate(zip(dcoord, icoord, strict=True))
+    ]
+    return rows, [domains[leaf] for leaf in tree["leaves"]]
+
+
+def dendrogram_spec(order: list[str]) -> Spec:
+    names = alt.Chart(alt.InlineData([{"domain": name, "place": index, "distance": 0} for index, name in enumerate(order)]))
+    y = alt.Y("place:Q", axis=None, scale=alt.Scale(domain=[len(order) - 0.5, -0.5], nice=False, zero=False))
+    x = alt.X("distance:Q", title="distance (1 - cosine)", scale=alt.Scale(reverse=True, nice=True), axis=alt.Axis(tickCount=4, grid=False))
+    brackets = alt.Chart(ROWS).mark_line(strokeWidth=1.8).encode(x=x, y=y, detail="bracket:N", order="corner:Q")
+    labels = names.mark_text(align="left", dx=6, fontSize=12).encode(x=x, y=y, text="domain:N")
+    padded = alt.layer(brackets, labels).properties(width="container", height=max(120, 30 * len(order)))
+    return _finished(padded, padding={"left": 5, "top": 5, "bottom": 5, "right": 130})
+
+
+def load_spec() -> Spec:
+    """Load of the experts of every layer against an even load, experts ordered by load."""
+    chart = alt.Chart(ROWS).mark_rect().encode(
+        x=alt.X("layer:O", title="layer", axis=alt.Axis(labelOverlap=True, labelAngle=0)),
+        y=alt.Y("rank:O", title="experts by load", axis=alt.Axis(labels=False, ticks=False), sort="descending"),
+        color=alt.Color(
+            "shade:Q",
+            title=["load against an", "even load (log2)"],
+            scale=alt.Scale(range="diverging", domain=[-2, 0, 2], clamp=True, interpolate="lab"),
+            legend=TIMES,
+        ),
+        tooltip=[
+            alt.Tooltip("layer:O"), alt.Tooltip("expert:O"), alt.Tooltip("load:Q", title="share of all choices", format=".3%"),
+            alt.Tooltip("relative:Q", title="times an even load", format=".2f"),
+        ],
+    )  # fmt: skip
+    return _finished(chart.properties(width="container", height=240))
+
+
+def utilization_spec(layers: Sequence[int]) -> Spec:
+    """Share of the experts' capacity in use, and the busiest expert's excess, per layer."""
+    base = alt.Chart(ROWS).encode(x=alt.X("layer:Q", title="layer", axis=layer_axis(layers)))
+    tooltip = [
+        "layer:Q",
+        alt.Tooltip("utilization:Q", format=".1%"),
+        alt.Tooltip("dead_experts:Q"),
+        alt.Tooltip("max_violation:Q", format=".2f"),
+    ]
+    y = alt.Y("utilization:Q", title=None, axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1]))
+    line = base.mark_line(strokeWidth=2).encode(y=y)
+    points = base.mark_point(size=40, filled=True, opacity=1).encode(y=y, tooltip=tooltip)
+    return _finished(alt.layer(line, points).properties(width="container", height=170))
+
+
+def trajectory_spec(layers: Sequence[int]) -> Spec:
+    """Strongest moves between the experts of neighbouring layers, as ribbons between numbered nodes."""
+    x = alt.X(
+        "layer:Q",
+        title="layer",
+        axis=alt.Axis(format="d", values=list(layers), grid=False),
+        scale=alt.Scale(nice=False, zero=False, padding=26),
+    )
+    y = alt.Y("place:Q", axis=None, scale=alt.Scale(reverse=True, zero=False, padding=14))
+    tooltip = [
+        alt.Tooltip("move:N"), alt.Tooltip("share:Q", title="share of the domain's tokens", format=".2%"),
+        alt.Tooltip("lift:Q", title="times the mean of the domains", format=".2f"),
+    ]  # fmt: skip
+    ribbons = (
+        alt.Chart(ROWS)
+        .mark_line(interpolate="monotone", opacity=0.55, strokeCap="round")
+        .transform_filter("datum.kind == 'move'")
+        .encode(
+            x=x, y=y, detail="move:N", order="layer:Q", tooltip=tooltip,
+            strokeWidth=alt.StrokeWidth("share:Q", legend=None, scale=alt.Scale(range=[1, 14], zero=True)),
+            color=alt.Color("shade:Q", title=["lift against the mean", "of the domains (log2)"],
+                            scale=alt.Scale(range="ramp", domain=[-2, 0, 2], clamp=True, interpolate="lab"),
+                            legend=TIMES),
+        )
+    )  # fmt: skip
+    nodes = (
+        alt.Chart(ROWS)
+        .transform_filter("datum.kind == 'expert'")
+        .encode(x=x, y=y, tooltip=["layer:Q", "expert:N", alt.Tooltip("share:Q", format=".2%")])
+    )
+    chart = alt.layer(
+        ribbons,
+        nodes.mark_point(size=420, filled=True, opacity=1, style="node"),
+        nodes.mark_text(fontSize=11, style="label").encode(text="expert:N"),
+    )
+    return _finished(chart.properties(width="container", height=360))
+
+
+def scatter_spec() -> Spec:
+    """Specialization against accuracy, one point per model with its interval."""
+    base = alt.Chart(ROWS).encode(y=alt.Y("accuracy:Q", title="accuracy"))
+    tooltip = ["model:N", alt.Tooltip("score:Q", format=".3f"), alt.Tooltip("accuracy:Q", format=".3f")]
+    layers = [
+        base.mark_rule(style="interval").encode(x=alt.X("score_low:Q", title="specialization (score)"), x2="score_high:Q"),
+        base.mark_point(size=90, filled=True, opacity=1).encode(x="score:Q", tooltip=tooltip),
+        base.mark_text(dy=-12, fontSize=11).encode(x="score:Q", text="model:N"),
+    ]
+    return _finished(alt.layer(*layers).properties(width="container", height=280))
+
+
+def overlay_spec() -> Spec:
+    """Scores of several models against relative depth (0 first, 1 last MoE layer), told apart by colour, dash and shape."""
+    base = alt.Chart(ROWS).encode(
+        x=alt.X("depth:Q", title="relative depth of the layer", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(format="%", grid=False)),
+        y=alt.Y("score:Q", title=None),
+        color=alt.Color("model:N", legend=alt.Legend(orient="bottom", columns=2, title=None, labelLimit=260)),
+    )
+    tooltip = ["model:N", "layer:Q", *(alt.Tooltip(f"{name}:Q", format=".4f") for name in ("score", "score_low", "score_high"))]
+    layers = [
+        base.mark_area(opacity=0.12).encode(y=alt.Y("score_low:Q", title=None), y2="score_high:Q"),
+        base.mark_line(strokeWidth=2).encode(strokeDash=alt.StrokeDash("model:N", legend=None)),
+        base.mark_point(size=50, filled=True, opacity=1).encode(shape=alt.Shape("model:N", legend=None), tooltip=tooltip),
+    ]
+    return _finished(alt.layer(*layers).properties(width="container", height=300))
+
+
+def parallel_spec() -> Spec:
+    """The five scores of several models as one line each."""
+    base = alt.Chart(ROWS).encode(
+        x=alt.X("metric:N", title=None, sort=None, axis=alt.Axis(labelAngle=-20, grid=True)),
+        y=alt.Y("score:Q", title="score"),
+        color=alt.Color("model:N", legend=alt.Legend(orient="bottom", columns=2, title=None, labelLimit=260)),
+        detail="model:N",
+    )
+    tooltip = ["model:N", "metric:N", *(alt.Tooltip(f"{name}:Q", format=".4f") for name in ("score", "score_low", "score_high"))]
+    layers = [
+        base.mark_line(strokeWidth=2).encode(strokeDash=alt.StrokeDash("model:N", legend=None)),
+        base.mark_point(size=60, filled=True, opacity=1).encode(shape=alt.Shape("model:N", legend=None), tooltip=tooltip),
+    ]
+    return _finished(alt.layer(*layers).properties(width="container", height=300))
+
+
+def _finished(chart: Any, **more: Any) -> Spec:
+    """The chart as a checked dict; Altair's own theme is taken out, the page brings one for dark and one for light."""
+    spec = chart.to_dict()
+    spec.pop("config", None)
+    return spec | {"autosize": {"type": "fit-x", "contains": "padding"}} | more

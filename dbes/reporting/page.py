@@ -1,0 +1,350 @@
+"""The page of one model: everything a result says, in one HTML file that needs no network and no server."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import json
+import math
+import os
+import re
+import shlex
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from safetensors.numpy import load as parse_safetensors
+
+from dbes.errors import ResultError
+from dbes.files import write_text
+from dbes.reporting import charts
+from dbes.reporting.text_view import Sample, contexts, documents, legible, read_sample, token_text, trajectories
+from dbes.results import CalibratedRecord, Result, load_result
+from dbes.tables import MATRICES, USAGE
+from dbes.trace import MANIFEST, Trace
+
+PAGE_FILE = "report.html"
+NAME_WIDTH = 120
+SPECIALIST_ROWS = 5000
+"""Specialists listed on the page at most; the CSV beside the result has all."""
+
+CITATION = """@software{dbes,
+  title   = {dbes: expert specialization in Mixture-of-Experts language models},
+  version = {%s}
+}
+@article{dbes_metrics,
+  title   = {DBES},
+  journal = {arXiv:2605.18498}
+}
+@article{moe_routing_testbed,
+  title   = {MoE Routing Testbed},
+  journal = {arXiv:2604.07030}
+}"""
+
+
+def write_page(folder: str | Path, *, trace: str | Path | None = None, output: str | Path | None = None) -> Path:
+    """Write ``report.html`` beside a result and return its path.
+
+    Args:
+        trace: folder of the recorded routes; by default the one beside the result, and what needs it is left out without.
+
+    Raises:
+        ResultError: the result cannot be read, or the page not written.
+    """
+    folder = Path(folder)
+    folder = folder.parent if folder.is_file() else folder
+    result = load_result(folder)
+    path = Path(output) if output is not None else folder / PAGE_FILE
+    routes = _trace_of(folder, None if trace is None else Path(trace))
+    page = render_page(result, usage=read_usage(folder, result), arrays=read_arrays(folder), trace=routes)
+    try:
+        write_text(path, page)
+    except OSError as problem:
+        raise ResultError(f"{path}: cannot be written ({problem.strerror or problem})") from problem
+    return path
+
+
+def _trace_of(folder: Path, given: Path | None) -> Trace | None:
+    if given is not None:
+        return Trace.load(given)
+    return Trace.load(folder / "trace") if (folder / "trace" / MANIFEST).is_file() else None
+
+
+def read_usage(folder: Path, result: Result) -> pd.DataFrame | None:
+    """The expert usage beside a result, or None where there is none.
+
+    Raises:
+        ResultError: the table is there but cannot be read, or belongs to another result.
+    """
+    path = folder / f"{USAGE}.parquet"
+    if not path.is_file():
+        return None
+    try:
+        table = pd.read_parquet(path)
+    except (OSError, ValueError) as problem:
+        raise ResultError(f"{path}: cannot be read ({problem}); write it again with `dbes score`") from None
+    rows = len(result.task.domains) * sum(result.model.experts)
+    if len(table) != rows or not {"domain", "layer", "expert", "hits", "share", "lift", "q"} <= set(table.columns):
+        raise ResultError(f"{path}: {len(table)} rows, expected {rows} (domains x experts of all layers): not the table of this result")
+    return table
+
+
+def read_arrays(folder: Path) -> dict[str, np.ndarray]:
+    """The matrices beside a result; empty where there are none."""
+    path = folder / MATRICES
+    if not path.is_file():
+        return {}
+    try:
+        return parse_safetensors(path.read_bytes())
+    except Exception as problem:
+        raise ResultError(f"{path}: cannot be read ({problem}); write it again with `dbes score`") from None
+
+
+def render_page(
+    result: Result, *, usage: pd.DataFrame | None = None, arrays: dict[str, np.ndarray] | None = None, trace: Trace | None = None
+) -> str:
+    """The HTML of a result's page."""
+    if result.status == "error":
+        return _render("error.html", title=legible(result.model.name, NAME_WIDTH), result=result, command=command(result))
+    sample = read_sample(trace) if trace is not None else None
+    payload = model_payload(result, usage=usage, arrays=arrays or {}, sample=sample)
+    return _render(
+        "model.html",
+        scripts=("page.js", "model.js"),
+        payload=payload,
+        title=legible(result.model.name, NAME_WIDTH),
+        result=result,
+        headline=[_tile(result, metric) for metric in charts.HEADLINE],
+        facts=provenance(result),
+        published=published_rows(result),
+        command=command(result),
+        citation=CITATION % version("dbes"),
+        has=payload["has"],
+        metrics=charts.METRICS,
+        domains=[(legible(name, 60), facts) for name, facts in result.task.domains.items()],
+    )
+
+
+def model_payload(result: Result, *, usage: pd.DataFrame | None, arrays: dict[str, np.ndarray], sample: Sample | None) -> dict[str, Any]:
+    """Everything the page's script draws from: specifications and the numbers of the result."""
+    domains = [legible(name, 60) for name in result.task.domains]
+    named = dict(zip(result.task.domains, domains, strict=True))
+    similarity = _similarity(result, arrays)
+    tree, order = charts.dendrogram_rows(similarity[-1], domains)
+    rows = [{**row, "domain": named.get(row["domain"])} for row in charts.curve_rows(result)]
+    specialists = result.specialists[:SPECIALIST_ROWS]
+    places = contexts(sample, specialists)
+    text = documents(sample) if sample is not None else []
+    moves = trajectories(sample) if sample is not None else None
+    by_layer = result.companions.get("by_layer", {})
+    payload: dict[str, Any] = {
+        "name": slug(result.model.name),
+        "layers": list(result.model.layers),
+        "experts": list(result.model.experts),
+        "top_k": list(result.model.top_k),
+        "domains": domains,
+        "order": order,
+        "metrics": {name: title for name, (title, _) in charts.METRICS.items()},
+        "curves": columns(rows, ("metric", "domain", "layer", *charts.CURVE_FIELDS)),
+        "curve_domains": columns(
+            [{**row, "domain": named.get(row["domain"])} for row in charts.domain_rows(result)], ("metric", "domain", *charts.CURVE_FIELDS)
+        ),
+        "heat": heat_columns(usage, result) if usage is not None else None,
+        "similarity": [[[_short(cell) for cell in row] for row in layer] for layer in similarity],
+        "dendrogram": tree,
+        "load": [
+            {"layer": layer}
+            | {name: by_layer.get(name, {}).get(str(layer)) for name in ("utilization", "dead_experts", "max_violation", "load_entropy")}
+            for layer in result.model.layers
+        ],
+        "specialists": columns(
+            [
+                {
+                    "domain": named.get(each.domain, ""), "layer": each.layer, "expert": each.expert, "lift": each.lift,
+                    "lift_low": each.lift_low, "lift_high": each.lift_high, "share": each.share, "hits": each.hits, "q": each.q,
+                    "tokens": [token_text(token) for token in each.tokens], "contexts": place,
+                }
+                for each, place in zip(specialists, places, strict=True)
+            ],
+            ("domain", "layer", "expert", "lift", "lift_low", "lift_high", "share", "hits", "q", "tokens", "contexts"),
+        ),
+        "text": text,
+        "moves": moves,
+        "sample_tokens": sample.tokens if sample is not None else 0,
+        "specs": _specs(result, order),
+    }  # fmt: skip
+    payload["has"] = {
+        "heat": payload["heat"] is not None, "tree": bool(tree), "text": bool(text), "moves": moves is not None,
+        "weights": any(document["weights"] for document in text), "more_specialists": len(result.specialists) > SPECIALIST_ROWS,
+    }  # fmt: skip
+    return payload
+
+
+def _specs(result: Result, order: list[str]) -> dict[str, Any]:
+    layers, domains = result.model.layers, len(order)
+    return {
+        "curve": charts.curve_specs(layers),
+        "domain": charts.domain_spec(domains),
+        "heat": charts.heat_spec(domains),
+        "similarity": charts.similarity_spec(domains),
+        "dendrogram": charts.dendrogram_spec(order),
+        "load": charts.load_spec(),
+        "utilization": charts.utilization_spec(layers),
+        "trajectory": charts.trajectory_spec(layers),
+    }
+
+
+def columns(rows: list[dict[str, Any]], names: tuple[str, ...]) -> dict[str, list[Any]]:
+    """Rows as columns, numbers with five significant digits: a third of the size."""
+    return {name: [_short(row[name]) for row in rows] for name in names}
+
+
+def heat_columns(usage: pd.DataFrame, result: Result) -> dict[str, list[Any]]:
+    """Expert usage as columns in the order domains, layers, experts; ``kind`` 2 specialist, 1 too rare to tell, 0 neither."""
+    order = {name: index for index, name in enumerate(result.task.domains)}
+    table = usage.assign(_domain=[order[name] for name in usage["domain"]]).sort_values(["_domain", "layer", "expert"], kind="stable")
+    kind = np.where(table["specialist"], 2, np.where(table["unknown"], 1, 0))
+    found: dict[str, list[Any]] = {"hits": table["hits"].astype(int).tolist(), "kind": kind.tolist()}
+    for name, digits in (("lift", 4), ("lift_low", 4), ("lift_high", 4), ("q", 2)):
+        found[name] = [_short(number, digits) for number in table[name].tolist()]
+    return found
+
+
+def _similarity(result: Result, arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """Similarity of the domains at each layer and, last, the mean over layers, [layers + 1, domains, domains]."""
+    size = len(result.task.domains)
+    mean = result.companions.get("similarity", {}).get("mean_over_layers")
+    last = np.full((size, size), np.nan) if mean is None else np.asarray(mean, float)
+    layers = arrays.get("similarity", np.full((len(result.model.layers), size, size), np.nan))
+    if layers.shape != (len(result.model.layers), size, size):
+        raise ResultError(f"{MATRICES}: similarity has shape {layers.shape}, expected {(len(result.model.layers), size, size)}")
+    return np.concatenate([layers, last[None]])
+
+
+def _short(value: Any, digits: int = 5) -> Any:
+    if not isinstance(value, float | np.floating):
+        return value
+    return None if not math.isfinite(value) else float(f"{value:.{digits}g}")
+
+
+def slug(name: str) -> str:
+    """A name that is safe as part of a file name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._")[:60] or "model"
+
+
+def _tile(result: Result, metric: str) -> dict[str, Any]:
+    title, meaning = charts.METRICS[metric]
+    try:
+        record: CalibratedRecord | None = result.record(metric)
+    except KeyError:
+        record = None
+    return {"title": title, "meaning": meaning, "record": None if record is None or math.isnan(record.score) else record}
+
+
+def provenance(result: Result) -> list[tuple[str, str]]:
+    """What identifies the result, as pairs of name and text."""
+    model, task, recording = result.model, result.task, result.recording
+    sizes = sorted(set(zip(model.experts, model.top_k, strict=True)))
+    facts: list[tuple[str, Any]] = [
+        ("Model", model.name), ("Revision", model.revision), ("Family", model.family),
+        ("Experts", ", ".join(f"{experts} per layer, top-{k}" for experts, k in sizes)), ("MoE layers", len(model.layers)),
+        ("Parameters", None if model.parameters is None else f"{model.parameters:,}"), ("dtype", model.dtype),
+        ("Task", f"{task.name}, version {task.version}"), ("Task fingerprint", task.fingerprint),
+        ("Separability by words alone", None if math.isnan(task.separability) else f"{task.separability:.1%} of documents"),
+    ]  # fmt: skip
+    if recording is not None:
+        facts += [("Documents", f"{recording.documents:,}"), ("Tokens", f"{recording.tokens:,}")]
+        if not math.isnan(recording.seconds):
+            facts.append(("Recorded in", f"{recording.seconds:,.1f} s ({recording.tokens_per_second:,.0f} tokens/s)"))
+    facts += [(name.replace("_", " ").capitalize(), value) for name, value in result.settings.items() if value is not None]
+    facts += [(name.replace("_", " "), value) for name, value in result.environment.items()]
+    facts.append(("Created", result.created))
+    return [(name, legible(str(value), NAME_WIDTH)) for name, value in facts if value is not None and value != ""]
+
+
+def published_rows(result: Result) -> list[tuple[str, str, str]]:
+    """The published, uncalibrated values: key, size where there is one, value."""
+    rows = []
+    for key, found in result.published.items():
+        sizes = found.items() if isinstance(found, dict) else [("", found)]
+        rows += [(key, str(size), "–" if math.isnan(each.model) else f"{each.model:.4f}") for size, each in sizes]
+    return rows
+
+
+def command(result: Result) -> str:
+    """The command that makes the result again."""
+    settings, words = result.settings, ["dbes"]
+    if "batch_size" not in settings and result.status == "ok":
+        words += ["score", "TRACE"]
+        words += ["--router", result.model.name.removesuffix(" router")] if result.model.name.endswith(" router") else []
+        words += ["--phase", str(settings["phase"])] if settings.get("phase", "all") != "all" else []
+    else:
+        name = "embedded" if result.model.name == "dbes-embedded" else result.model.name
+        words += ["evaluate", "--model", name]
+        if result.model.revision and not result.model.revision.startswith("sha256:"):
+            words += ["--revision", result.model.revision]
+        words += ["--tasks", result.task.name]
+        words += ["--dtype", result.model.dtype] if result.model.dtype else []
+        words += ["--limit", str(settings["limit"])] if settings.get("limit") is not None else []
+    for name in ("seed", "permutations"):
+        words += [f"--{name}", str(settings[name])] if name in settings else []
+    return " ".join(shlex.quote(legible(word, NAME_WIDTH)) for word in words)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# HTML
+
+
+def _render(template: str, *, scripts: tuple[str, ...] = (), payload: dict[str, Any] | None = None, **values: Any) -> str:
+    """A page whose only scripts are ours, by hash: the page's policy forbids any other script and every request."""
+    environment = Environment(
+        loader=PackageLoader("dbes.reporting"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["legible"] = legible
+    assert environment.loader is not None
+    sources = [vega_bundle(), *(environment.loader.get_source(environment, name)[0] for name in scripts)] if scripts else []
+    inlined = [source.replace("</script", "<\\/script").replace("<!--", "<\\!--") for source in sources]
+    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(each.encode()).digest()).decode()}'" for each in inlined)
+    return environment.get_template(template).render(
+        style=Markup(environment.loader.get_source(environment, "page.css")[0]),
+        policy=f"default-src 'none'; style-src 'unsafe-inline'; img-src data: blob:; script-src {hashes or chr(39) + 'none' + chr(39)}",
+        scripts=[Markup(each) for each in inlined],
+        data="" if payload is None else packed(payload),
+        dbes_version=version("dbes"),
+        isnan=math.isnan,
+        **values,
+    )
+
+
+def packed(payload: dict[str, Any]) -> str:
+    """JSON, gzipped, in base64: no character of it can end a script element, and the same payload gives the same bytes."""
+    text = json.dumps(payload, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return base64.b64encode(gzip.compress(text.encode("utf-8", "replace"), compresslevel=9, mtime=0)).decode("ascii")
+
+
+def unpacked(page: str) -> dict[str, Any]:
+    """The payload of a page."""
+    found = re.search(r'<script type="text/plain" id="data">([^<]*)</script>', page)
+    if found is None:
+        raise ResultError("this page holds no data")
+    return json.loads(gzip.decompress(base64.b64decode(found.group(1))))
+
+
+def vega_bundle() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script; bundled once for each version and kept in the user's cache."""
+    import vl_convert
+
+    name = f"vega-bundle-{version('vl-convert-python')}.js"
+    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dbes" / name
+    if path.is_file():
+        return path.read_text("utf-8")
+    bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+    with suppress(OSError):  # a home that cannot be written to costs ten seconds each time, nothing else
+        write_text(path, bundle)
+    return bundle

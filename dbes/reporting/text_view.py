@@ -1,0 +1,194 @@
+"""What the routes say about single tokens: documents with the experts of every token, examples in context, trajectories.
+
+Read from the recorded trace, on whole documents spread evenly over the domains up to a budget that is stated on the page.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dbes.results import Specialist
+from dbes.statistics import primary_experts
+from dbes.trace import Trace
+from dbes.types import RoutingShape, TokenRoutes
+
+SAMPLE_TOKENS = 1 << 17
+SAMPLE_CELLS = 1 << 26
+"""Tokens, and tokens x layers x slots, read for examples and trajectories at most."""
+
+TEXT_CELLS = 400_000
+"""Tokens x layers x slots shown in the text view at most, over all documents."""
+
+DOCUMENT_TOKENS = 240
+"""Tokens of one document shown at most."""
+
+TOKEN_WIDTH = 32
+CONTEXT_SPECIALISTS, CONTEXTS, CONTEXT_REACH = 200, 3, 7
+"""Specialists with examples, examples of each, tokens shown on either side."""
+
+MOVES = 10
+"""Strongest moves kept for each domain and pair of layers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """Routes of whole documents, in order, and each row's domain, [tokens]."""
+
+    shape: RoutingShape
+    routes: TokenRoutes
+    domain: np.ndarray
+    primary: np.ndarray | None
+    vocabulary: dict[int, str]
+
+    @property
+    def tokens(self) -> int:
+        return len(self.routes)
+
+    def text(self, row: int) -> str:
+        assert self.routes.token_ids is not None
+        token = int(self.routes.token_ids[row])
+        return self.vocabulary.get(token, f"#{token}")
+
+
+def legible(text: str, width: int = TOKEN_WIDTH) -> str:
+    """Text that cannot disturb what stands around it: control, direction and unassigned characters replaced, shortened."""
+    shown = "".join("�" if unicodedata.category(character)[0] == "C" else character for character in text[: width + 1])
+    return shown if len(text) <= width else shown[:width] + "…"
+
+
+def token_text(text: str) -> str:
+    """A token's text on one line: line ends and tabs as signs."""
+    return legible(text[: TOKEN_WIDTH + 1].replace("\n", "⏎").replace("\t", "⇥"))
+
+
+def read_sample(trace: Trace) -> Sample | None:
+    """Whole documents of a trace, evenly over the domains; None when it holds no token."""
+    shape = trace.shape
+    cells = max(1, len(shape.layers) * shape.slots)
+    budget = min(SAMPLE_TOKENS, SAMPLE_CELLS // cells)
+    keep = np.zeros(len(shape.document_domain), bool)
+    part = min(1.0, budget / max(trace.tokens, 1))
+    for domain in range(len(shape.domains)):
+        members = np.flatnonzero(shape.document_domain == domain)
+        if len(members):
+            keep[members[np.linspace(0, len(members) - 1, max(1, int(len(members) * part))).astype(int)]] = True
+    parts = [routes.take(rows) for routes in trace if len(rows := np.flatnonzero(keep[routes.document]))]
+    if not parts:
+        return None
+    names = set.intersection(*(set(each.arrays()) for each in parts)) & {"ids", "document", "positions", "token_ids", "weights"}
+    routes = TokenRoutes(**{name: np.concatenate([getattr(each, name) for each in parts]) for name in names})
+    primary = primary_experts(routes, np.iinfo(routes.ids.dtype).max)
+    domain = shape.document_domain[routes.document]
+    return Sample(shape=shape, routes=routes, domain=domain, primary=primary, vocabulary=dict(trace.vocabulary))
+
+
+def documents(sample: Sample) -> list[dict[str, Any]]:
+    """Documents to read, one or two of each domain: token texts, and k experts with weights per token and layer.
+
+    ``experts`` and ``weights`` are flat in the order tokens, layers, slots, the heaviest slot first; weights are whole percent
+    of the token's gate weight, -1 stands for a slot that did not run. ``weights`` is empty where the trace has none.
+    """
+    routes, shape = sample.routes, sample.shape
+    if routes.token_ids is None or not sample.vocabulary:
+        return []
+    missing = np.iinfo(routes.ids.dtype).max
+    chosen = [found for domain in range(len(shape.domains)) for found in np.unique(routes.document[sample.domain == domain])[:2]]
+    tokens = max(8, min(DOCUMENT_TOKENS, TEXT_CELLS // max(1, len(chosen) * len(shape.layers) * shape.slots)))
+    found = []
+    for document in chosen:
+        rows = np.flatnonzero(routes.document == document)[:tokens]
+        ids = np.where(routes.ids[rows] == missing, -1, routes.ids[rows].astype(np.int64))
+        weights = None if routes.weights is None else np.where(ids < 0, -1.0, routes.weights[rows].astype(np.float64))
+        if weights is not None:
+            order = np.lexsort((ids, -weights), axis=-1)  # equal weights: the lower expert id first, as primaries are defined
+            ids, weights = (np.take_along_axis(each, order, axis=-1) for each in (ids, weights))
+        found.append(
+            {
+                "id": legible(shape.document_ids[document], 80),
+                "domain": legible(shape.domains[sample.domain[rows[0]]], 60),
+                "tokens": [token_text(sample.text(row)) for row in rows],
+                "experts": ids.reshape(-1).tolist(),
+                "weights": [] if weights is None else _percent(weights).reshape(-1).tolist(),
+                "whole": bool(len(rows) == (routes.document == document).sum()),
+            }
+        )
+    return found
+
+
+def contexts(sample: Sample | None, specialists: Sequence[Specialist]) -> list[list[list[str]]]:
+    """For each specialist up to three places where its typical tokens stand: [text before, token, text after]."""
+    nothing: list[list[list[str]]] = [[] for _ in specialists]
+    if sample is None or sample.routes.token_ids is None or not sample.vocabulary:
+        return nothing
+    routes, shape = sample.routes, sample.shape
+    token_ids = routes.token_ids
+    assert token_ids is not None
+    written: dict[str, list[int]] = {}
+    for token, text in sample.vocabulary.items():
+        written.setdefault(text, []).append(token)
+    for index, specialist in enumerate(specialists[:CONTEXT_SPECIALISTS]):
+        if specialist.layer not in shape.layers or specialist.domain not in shape.domains:
+            continue
+        column, domain = shape.layers.index(specialist.layer), shape.domains.index(specialist.domain)
+        here = (sample.domain == domain) & (routes.ids[:, column] == specialist.expert).any(axis=-1)
+        used: set[int] = set()
+        for text in specialist.tokens:
+            rows = np.flatnonzero(here & np.isin(token_ids, written.get(text, [])))
+            fresh = [int(row) for row in rows[:50] if int(routes.document[row]) not in used] or [int(row) for row in rows[:1]]
+            if fresh:
+                used.add(int(routes.document[fresh[0]]))
+                nothing[index].append(_surroundings(sample, fresh[0]))
+            if len(nothing[index]) == CONTEXTS:
+                break
+    return nothing
+
+
+def _surroundings(sample: Sample, row: int) -> list[str]:
+    document = sample.routes.document
+    start, stop = max(0, row - CONTEXT_REACH), min(sample.tokens, row + CONTEXT_REACH + 1)
+    before = "".join(token_text(sample.text(near)) for near in range(start, row) if document[near] == document[row])
+    after = "".join(token_text(sample.text(near)) for near in range(row + 1, stop) if document[near] == document[row])
+    return [before, token_text(sample.text(row)), after]
+
+
+def trajectories(sample: Sample) -> list[list[list[list[float]]]] | None:
+    """Strongest moves of each domain between neighbouring layers: [domains][layer pairs][moves] of from, to, share, lift.
+
+    A move is from a token's primary expert to its primary expert at the next MoE layer; ``share`` is over the domain's tokens in
+    the sample, ``lift`` against the mean of the domains' shares. None where primaries are unknown (no weights, k > 1).
+    """
+    if sample.primary is None or len(sample.shape.layers) < 2:
+        return None
+    width, domains = sample.shape.width, len(sample.shape.domains)
+    members = [np.flatnonzero(sample.domain == domain) for domain in range(domains)]
+    found: list[list[list[list[float]]]] = [[] for _ in range(domains)]
+    for column in range(len(sample.shape.layers) - 1):
+        shares = np.zeros((domains, width * width))
+        for domain, rows in enumerate(members):
+            here, there = (sample.primary[rows, layer].astype(np.int64) for layer in (column, column + 1))
+            ran = (here >= 0) & (here < width) & (there >= 0) & (there < width)
+            if ran.any():
+                shares[domain] = np.bincount(here[ran] * width + there[ran], minlength=width * width) / ran.sum()
+        mean = shares.mean(axis=0)
+        for domain in range(domains):
+            best = np.argsort(-shares[domain], kind="stable")[:MOVES]
+            best = best[shares[domain, best] > 0]
+            moves = [(int(move), float(shares[domain, move])) for move in best]
+            found[domain].append([[move // width, move % width, _short(share), _short(share / mean[move])] for move, share in moves])
+    return found
+
+
+def _percent(weights: np.ndarray) -> np.ndarray:
+    """Weights [..., slots] as whole percent of their sum, -1 where no slot ran."""
+    known = np.clip(weights, 0, None)
+    total = known.sum(axis=-1, keepdims=True)
+    return np.where(weights < 0, -1, np.rint(100 * known / np.where(total > 0, total, 1))).astype(int)
+
+
+def _short(number: float) -> float:
+    return float(f"{number:.4g}")
