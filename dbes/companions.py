@@ -55,7 +55,7 @@ def sample_routes(trace: Trace, tokens: np.ndarray, *, phase: int | None = None,
             members = members[np.linspace(0, len(members) - 1, max(1, int(len(members) * budget / wanted))).astype(int)]
         keep[members] = True
     parts = []
-    for routes in trace:
+    for routes in trace.with_columns("token_ids", "phase"):
         rows = np.flatnonzero(keep[routes.document] & of_phase(routes, phase))
         if len(rows):
             parts.append(TokenRoutes(ids=routes.ids[rows], document=routes.document[rows], positions=routes.positions[rows],
@@ -68,17 +68,14 @@ def sample_routes(trace: Trace, tokens: np.ndarray, *, phase: int | None = None,
 
 def coactivation(sample: TokenSample, shape: RoutingShape) -> np.ndarray:
     """Tokens that chose both experts, int64 [layers, experts, experts]: all pairs of slots, symmetric; diagonal: tokens of the expert."""
-    width, ids = shape.width, sample.routes.ids
-    missing = np.iinfo(ids.dtype).max
+    width = shape.width
     counts = np.zeros((len(shape.layers), width, width), np.int64)
     for column in range(len(shape.layers)):
-        slots = [ids[:, column, slot].astype(np.int64) for slot in range(ids.shape[2])]
+        slots = _slot_columns(sample, column, width)
         for first, second in combinations(slots, 2):
-            both = (first != missing) & (second != missing)
-            counts[column] += _pair_counts(first[both], second[both], width)
+            counts[column] += _pair_counts(first * (width + 1), second, width)
         counts[column] += counts[column].T.copy()
-        used = np.concatenate(slots)
-        counts[column][np.diag_indices(width)] = np.bincount(used[used != missing], minlength=width)
+        counts[column][np.diag_indices(width)] = sum(np.bincount(slot, minlength=width + 1) for slot in slots)[:width]
     return counts
 
 
@@ -87,16 +84,15 @@ def transitions(sample: TokenSample, shape: RoutingShape) -> np.ndarray:
 
     Entry (e, f) sums over tokens the share 1/(k k') of each pair (slot with e at a layer, slot with f at the next).
     """
-    width, ids = shape.width, sample.routes.ids
-    missing = np.iinfo(ids.dtype).max
+    width = shape.width
     counts = np.zeros((len(shape.layers) - 1, width, width))
+    following = _slot_columns(sample, 0, width)
     for column in range(len(shape.layers) - 1):
-        for slot in range(ids.shape[2]):
-            here = ids[:, column, slot].astype(np.int64)
-            for other in range(ids.shape[2]):
-                there = ids[:, column + 1, other].astype(np.int64)
-                both = (here != missing) & (there != missing)
-                counts[column] += _pair_counts(here[both], there[both], width)
+        slots, following = following, _slot_columns(sample, column + 1, width)
+        for here in slots:
+            rows = here * (width + 1)
+            for there in following:
+                counts[column] += _pair_counts(rows, there, width)
         counts[column] /= shape.top_k[column] * shape.top_k[column + 1]
     return counts
 
@@ -169,8 +165,19 @@ def random_halves(document_domain: np.ndarray, *, seed: int) -> np.ndarray:
     return half
 
 
-def _pair_counts(first: np.ndarray, second: np.ndarray, width: int) -> np.ndarray:
-    return np.bincount(first * width + second, minlength=width * width).reshape(width, width)
+def _slot_columns(sample: TokenSample, column: int, width: int) -> list[np.ndarray]:
+    """Expert of each slot at a layer, int64 [tokens] each; ``width`` where the slot did not run."""
+    ids = sample.routes.ids[:, column]
+    missing = np.iinfo(ids.dtype).max
+    slots = np.ascontiguousarray(ids.T).astype(np.int64)
+    slots[slots == missing] = width
+    return list(slots)
+
+
+def _pair_counts(rows: np.ndarray, columns: np.ndarray, width: int) -> np.ndarray:
+    """How often each pair of experts occurs, [experts, experts]; ``rows`` are already multiplied by ``width`` + 1."""
+    side = width + 1
+    return np.bincount(rows + columns, minlength=side * side).reshape(side, side)[:width, :width]
 
 
 def _table(rows: np.ndarray, columns: np.ndarray, height: int, width: int) -> np.ndarray:

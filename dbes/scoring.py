@@ -207,7 +207,7 @@ def _example_tokens(trace: Trace, cells: np.ndarray, phase: int | None) -> list[
     counts: list[Counter[int]] = [Counter() for _ in cells]
     text: list[Counter[int]] = [Counter() for _ in trace.shape.domains]
     domains = {int(domain) for domain in cells[:, 0]}
-    for routes in trace:
+    for routes in trace.with_columns("token_ids", "phase"):
         if routes.token_ids is None:
             return [() for _ in cells]
         row_domain = np.where(of_phase(routes, phase), trace.shape.document_domain[routes.document], -1)

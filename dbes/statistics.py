@@ -177,7 +177,7 @@ def count_routes(trace: Trace, *, phase: int | None = None) -> RoutingStatistics
     ngrams = None
     if sums.primaries is not None and sums.mass is not None:
         groups = expert_group(domain_sums(sums.mass, shape))
-        for piece in _pieces(trace, phase):
+        for piece in _pieces(trace, phase, "weights", "phase"):
             sums.add_groups(piece, groups)
         ngrams = NgramSums(
             primaries=sums.primaries,
@@ -258,8 +258,8 @@ def of_phase(routes: TokenRoutes, phase: int | None) -> np.ndarray:
     return np.ones(len(routes), bool) if phase is None else phases == phase
 
 
-def _pieces(trace: Trace, phase: int | None) -> Iterator[TokenRoutes]:
-    for routes in trace:
+def _pieces(trace: Trace, phase: int | None, *columns: str) -> Iterator[TokenRoutes]:
+    for routes in trace.with_columns(*columns) if columns else trace:
         chosen = routes if phase is None else routes.take(np.flatnonzero(of_phase(routes, phase)))
         if len(chosen):
             yield from pieces_of(chosen)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from dbes.files import write_bytes, write_json, write_text
 from dbes.types import NOISE_SCALES, RoutingShape, TokenRoutes, storage_dtype
 
 TRACE_SCHEMA = 1
+REQUIRED = ("ids", "document", "positions")
 MANIFEST, VOCABULARY, CONTROL = "manifest.json", "vocabulary.json", "control"
 
 
@@ -97,15 +98,32 @@ class Trace:
     path: Path | None = None
     entries: tuple[ShardEntry, ...] = ()
     loaded: tuple[TokenRoutes, ...] = ()
+    _checked: dict[str, tuple[int, int]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __iter__(self) -> Iterator[TokenRoutes]:
         """The shards in order of documents; a document never spans two shards. Shards on disk are checked as they are read."""
+        return self.with_columns(*(column.name for column in fields(TokenRoutes)))
+
+    def with_columns(self, *names: str) -> Iterator[TokenRoutes]:
+        """The shards with no more than these columns (besides ids, document and positions).
+
+        The first reading of a shard checks its sha256 and its routes; later ones only that the file was not touched since.
+        """
         yield from self.loaded
         for entry in self.entries:
             assert self.path is not None
-            routes = _read_shard(self.path / entry.name, entry)
-            validate_routes(routes, self.shape, where=str(self.path / entry.name))
-            yield routes
+            path = self.path / entry.name
+            stamp = _stamp(path)
+            if stamp is None or self._checked.get(entry.name) != stamp:
+                routes = _read_shard(path, entry)
+                validate_routes(routes, self.shape, where=str(path))
+                if stamp is not None:
+                    self._checked[entry.name] = stamp
+                yield routes
+            else:
+                with safetensors.safe_open(path, framework="numpy") as shard:
+                    wanted = {*REQUIRED, *names} & set(shard.keys())
+                    yield TokenRoutes(**{name: shard.get_tensor(name) for name in wanted})
 
     @property
     def tokens(self) -> int:
@@ -401,6 +419,15 @@ def validate_routes(routes: TokenRoutes, shape: RoutingShape, *, where: str) -> 
                     f"{where}: expert {int(slots[slot, token, column])} stands twice in row {token} at layer {shape.layers[column]}: "
                     "duplicate ids in a row mean that the source did not record routing (for example all zero)"
                 )
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Size and time of last change of a file; None where it cannot be looked at."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
 
 
 def _read_shard(path: Path, entry: ShardEntry) -> TokenRoutes:

@@ -343,3 +343,16 @@ def test_entries_say_which_documents_they_hold(recording: naive.Recording, tmp_p
     shards_of(recording.trace(), tmp_path)
     entries: tuple[ShardEntry, ...] = Trace.load(tmp_path).entries
     assert [(entry.first_document, entry.last_document) for entry in entries] == [(0, 1), (2, 3), (4, 5)]
+
+
+def test_a_shard_is_checked_once_and_again_when_the_file_was_touched(recording: naive.Recording, tmp_path: Path) -> None:
+    trace = recording.trace()
+    shards_of(trace, tmp_path)
+    loaded = Trace.load(tmp_path)
+    list(loaded)
+    (first, *_) = loaded.with_columns("token_ids")
+    assert first.arrays().keys() == {"ids", "document", "positions", "token_ids"}
+    np.testing.assert_array_equal(first.ids, next(iter(loaded)).ids)
+    flip_a_byte(tmp_path)
+    with pytest.raises(TraceError, match="sha256 differs"):
+        list(loaded.with_columns("token_ids"))
