@@ -126,7 +126,7 @@ def test_it_reads_every_domain_far_better_than_chance_and_long_contexts_too(mode
 
 
 def test_its_routing_is_specialized_above_the_document_null_in_every_layer(model, tokenizer, evaluated):
-    mix = documents_of(evaluated, tokenizer, 60)
+    mix = documents_of(evaluated, tokenizer, 40)
     result = score(measure(model, mix, routing=RECIPE.routing, length=256).trace, permutations=200)
     for layer in range(4):
         record = result.record("specialization_normalized", layer=layer)

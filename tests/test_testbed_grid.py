@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 from testbed_mix import tiny_mix
 
 from dbes.errors import MixError
@@ -24,7 +25,7 @@ from dbes.testbed.models import build_model
 from dbes.testbed.presets import Preset, preset
 from dbes.testbed.report import interval_chart, write_report
 from dbes.testbed.settings import MixSettings, ModelSettings, OptimizerSettings, RoutingSettings, TrainSettings
-from dbes.testbed.tables import TRUTH, explained_by, metric_table
+from dbes.testbed.tables import TRUTH, explained_by, kendall_tau, metric_table
 from dbes.testbed.training import STATE, TrainingError
 from dbes.testbed.upcycling import merge_experts, train_upcycled
 
@@ -318,6 +319,14 @@ def test_kendalls_tau_finds_the_metric_that_fails():
     assert not table.loc["calibrated specialization_normalized", "fails"]
     assert table.loc["published rs", "fails"]
     assert set(TRUTH) <= set(table.columns)
+
+
+def test_kendalls_tau_is_scipys():
+    generator = np.random.default_rng(0)
+    truth, values = generator.integers(0, 4, 12), generator.integers(0, 6, (20, 12)).astype(float)
+    expected = [stats.kendalltau(truth, row).statistic for row in values]
+    assert kendall_tau(truth, values) == pytest.approx(expected)
+    assert np.isnan(kendall_tau(truth, np.full((1, 12), np.nan)))[0]
 
 
 def test_charts_show_every_arm_and_escape_names():

@@ -165,14 +165,14 @@ def test_loss_free_bias_of_deepseek_survives_save_and_load(tmp_path):
 
 def test_loss_free_bias_without_a_place_in_the_architecture_evens_the_load():
     model, tokens = tiny(router_std=0.5), tokens_of(sequences=8, length=32)
-    settings = RoutingSettings(balancing="loss_free", coefficient=0.01)
+    settings = RoutingSettings(balancing="loss_free", coefficient=0.003)
 
     def spread(routing):
         return np.mean([float(torch.bincount(made.ids.reshape(-1), minlength=12).float().std()) for made in routing.decisions])
 
     with Routing(model, settings, domains=4, seed=0) as routing, torch.no_grad():
         spreads = []
-        for _ in range(60):
+        for _ in range(120):
             routing.begin(tokens, None, step=0)
             model(input_ids=tokens)
             spreads.append(spread(routing))
@@ -191,7 +191,7 @@ def test_every_method_runs_at_every_scope_with_and_without_dropping(scope, balan
         (model(input_ids=tokens).logits.mean() + routing.balancing_loss()).backward()
     assert len(routing.decisions) == 2
     assert routers_of(model)[0].weight.grad is not None
-    assert (float(routing.balancing_loss()) > 0) == (balancing == "aux_loss")
+    assert (float(routing.balancing_loss().detach()) > 0) == (balancing == "aux_loss")
 
 
 def test_a_model_without_routers_is_refused():
