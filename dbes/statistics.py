@@ -16,8 +16,8 @@ from dbes.metrics import NGRAM_SIZES, consecutive, expert_group
 from dbes.trace import Trace
 from dbes.types import LOGIT_NOISE, NOISE_SCALES, PROMPT, RoutingShape, TokenRoutes
 
-PIECE_TOKENS = 16_384
-"""Tokens worked on at a time: bounds the memory of the passes, changes no value."""
+PIECE_TOKENS = 4_096
+"""Tokens worked on at a time: bounds the memory of the passes and keeps them in the cache; changes no value."""
 
 NO_SCORE = 255
 """Value of ``TokenRoutes.kept`` for a token without a selection score."""
@@ -216,16 +216,23 @@ def primary_experts(routes: TokenRoutes, missing: int) -> np.ndarray | None:
     if routes.weights is None:
         return None
     # Slot by slot on contiguous [tokens, layers] planes: a reduction over a last axis of k would be several times slower.
-    best = np.full(ids.shape[:2], missing, np.int32)
+    experts = np.ascontiguousarray(np.moveaxis(ids, 2, 0))
+    best = np.full(ids.shape[:2], missing, ids.dtype)
     largest = np.full(ids.shape[:2], -np.inf, np.float32)
-    for slot in range(ids.shape[2]):
-        expert = ids[:, :, slot].astype(np.int32)
-        weight = routes.weights[:, :, slot].astype(np.float32)
-        better = (expert != missing) & ((weight > largest) | ((weight == largest) & (expert < best)))
+    for expert, weight in zip(experts, _slot_planes(routes.weights), strict=True):
+        better = weight > largest
+        better |= (weight == largest) & (expert < best)
+        better &= expert != missing
         np.copyto(best, expert, where=better)
         np.copyto(largest, weight, where=better)
-    best[best == missing] = -1
-    return best
+    primary = best.astype(np.int32)
+    primary[best == missing] = -1
+    return primary
+
+
+def _slot_planes(weights: np.ndarray) -> np.ndarray:
+    """Gate weights as float32 [slots, tokens, layers], contiguous, a copy."""
+    return np.ascontiguousarray(np.moveaxis(weights, 2, 0)).astype(np.float32)
 
 
 def pieces_of(routes: TokenRoutes, tokens: int = PIECE_TOKENS) -> Iterator[TokenRoutes]:
@@ -305,9 +312,11 @@ class _Sums:
         if routes.weights is not None:
             if self.mass is None:
                 self.mass = np.zeros_like(self.hits)
-            weights = np.moveaxis(routes.weights, 2, 0).astype(np.float32) * present
-            with np.errstate(invalid="ignore", divide="ignore"):
-                weights = np.nan_to_num(weights / weights.sum(axis=0))
+            weights = _slot_planes(routes.weights)
+            weights[~present] = 0
+            total = weights.sum(axis=0)
+            total[~(total > 0)] = np.inf  # no slot ran, or none with weight: no mass
+            weights /= total
             self.mass[documents] += self._tally(cells, weights, len(documents))
         self._add_windows(routes, missing, documents, reduce)
         self._add_stiffness(routes, documents, reduce)

@@ -377,3 +377,11 @@ def test_shards_change_no_count(cut: Callable[[int], list[int]]) -> None:
     edges = [0, *np.searchsorted(routes.document, cut(len(trace.shape.document_domain))), len(routes)]
     pieces = tuple(routes.take(slice(start, end)) for start, end in itertools.pairwise(edges))
     assert_equal(count_routes(replace(trace, loaded=pieces)), counted("missing slots"))
+
+
+def test_weights_of_slots_that_did_not_run_do_not_matter() -> None:
+    recording = CASES["missing slots"]
+    assert recording.weights is not None
+    for filler in (0.5, np.nan):
+        weights = np.where(recording.ids < 0, filler, recording.weights).astype(np.float32)
+        assert_equal(count_routes(replace(recording, weights=weights).trace()), counted("missing slots"))
