@@ -37,7 +37,7 @@ class Document:
     text: str
 
 
-def random_model(*, hidden: int = 512, layers: int = 8, experts: int = 64, intermediate: int = 272) -> LoadedModel:
+def random_model(*, hidden: int = 512, layers: int = 8, experts: int = 64, intermediate: int = 256) -> LoadedModel:
     """A random OLMoE: 260 M parameters by default, top-8 of 64."""
     torch.manual_seed(0)
     config = OlmoeConfig(
@@ -49,7 +49,6 @@ def random_model(*, hidden: int = 512, layers: int = 8, experts: int = 64, inter
         num_key_value_heads=8,
         num_experts=experts,
         num_experts_per_tok=8,
-        tie_word_embeddings=True,
     )
     words = {f"w{number}": number for number in range(VOCABULARY)}
     tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
@@ -66,10 +65,11 @@ def log_normal_documents(count: int, *, seed: int = 0, median: float = 180, spre
     return [Document(f"d{index}", ("a", "b")[index % 2], text) for index, text in enumerate(texts)]
 
 
-def timed(work: Callable[[Path], object], folder: Path) -> float:
-    start = time.perf_counter()
+def timed(work: Callable[[Path], object], folder: Path) -> tuple[float, float]:
+    """Seconds on the clock, and seconds of processor time, which other work on the machine disturbs less."""
+    start, processor = time.perf_counter(), time.process_time()
     work(folder)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - processor
 
 
 @torch.inference_mode()
@@ -134,11 +134,13 @@ def main() -> None:
         "recording_routes_only": lambda folder: record(loaded, documents, folder, control=False, stiffness=False),
     }
     seconds: dict[str, float] = {}
+    processor: dict[str, float] = {}
     for turn in range(chosen.rounds):  # in turns, so that a busy machine is busy for all of them; the best of each counts
         for name, work in ways.items():
             with tempfile.TemporaryDirectory() as folder:
-                spent = timed(work, Path(folder) / "trace")
+                spent, busy = timed(work, Path(folder) / "trace")
             seconds[name] = min(spent, seconds.get(name, spent))
+            processor[name] = min(busy, processor.get(name, busy))
             print(f"{turn + 1}/{chosen.rounds} {name}: {tokens / spent:.0f} tokens/s", file=sys.stderr)
     small, large = peak_memory(10_000), peak_memory(1_000_000)
     result = {
@@ -148,9 +150,14 @@ def main() -> None:
         "dtype": loaded.dtype,
         "threads": chosen.threads,
         "tokens_per_second": {name: round(tokens / spent, 1) for name, spent in seconds.items()},
-        "recording_over_usual_loop": round(seconds["usual_loop"] / seconds["recording"], 3),
-        "recording_over_plain_forward": round(seconds["plain_forward"] / seconds["recording"], 3),
-        "recording_over_plain_forward_without_head": round(seconds["plain_forward_without_head"] / seconds["recording"], 3),
+        "recording_times_as_fast_as": {
+            other: {
+                "clock": round(seconds[other] / seconds["recording"], 3),
+                "processor": round(processor[other] / processor["recording"], 3),
+            }
+            for other in ways
+            if other != "recording"
+        },
         "peak_memory_mb": {"10k tokens": round(small, 1), "1M tokens": round(large, 1), "growth": round(large - small, 1)},
     }
     print(json.dumps(result, indent=1))

@@ -16,10 +16,10 @@ from dbes.errors import RecordingError
 from dbes.models import LoadedModel
 from dbes.sites import RoutingSite, base_of, input_device, is_offloaded, router_std
 from dbes.stiffness import Noise, logit_stiffness, noise_rows, selection_stiffness
-from dbes.types import NOISE_SCALES
+from dbes.types import NOISE_SCALES, storage_dtype
 
 SKIPPED = -1
-"""In a batch's ids: a slot of weight 0, or none. Ids at or above a layer's experts: zero-computation experts."""
+"""In ids that were not checked yet: a slot of weight 0, or none."""
 
 Batching = Literal["padded", "equal lengths", "one at a time"]
 """What may share a batch without changing the routing: any windows, windows of one length, or none."""
@@ -120,7 +120,7 @@ class Recorder:
 def record_batch(recorder: Recorder, windows: Sequence[Window]) -> dict[str, np.ndarray]:
     """Routing of every token of the windows, row after row; names as in ``TokenRoutes``, the control's with ``control_`` before.
 
-    ``ids`` are int32 with ``SKIPPED`` and zero-computation experts still in them.
+    A slot that was skipped, had weight 0 or went to a zero-computation expert is missing, as in ``TokenRoutes``.
 
     Raises:
         RecordingError: a layer did not fire once; rows, ids or the number of slots are wrong; NaN in the router's output.
@@ -159,6 +159,10 @@ def record_batch(recorder: Recorder, windows: Sequence[Window]) -> dict[str, np.
             )
     arrays = {name: _stacked(by_site, len(layers)) for name, by_site in columns.items()}
     _check(recorder, windows, arrays)
+    for name in ("ids", "control_ids"):
+        if name in arrays:
+            arrays[name] = _stored(recorder, arrays[name])
+    arrays["weights"][arrays["ids"] == np.iinfo(arrays["ids"].dtype).max] = 0  # zero-computation experts have one
     arrays["document"] = np.repeat([window.document for window in windows], [len(window) for window in windows]).astype(np.int32)
     arrays["positions"] = np.concatenate(positions).astype(np.int32)
     arrays["token_ids"] = np.concatenate([window.token_ids for window in windows])
@@ -263,6 +267,13 @@ def _stacked(by_site: dict[int, Tensor], layers: int) -> np.ndarray:
     empty = torch.full_like(sample, SKIPPED) if sample.dtype == torch.int32 else torch.zeros_like(sample)
     parts = [by_site[index].to(device, non_blocking=True) if index in by_site else empty for index in range(layers)]
     return torch.stack(parts, dim=1).cpu().numpy()
+
+
+def _stored(recorder: Recorder, ids: np.ndarray) -> np.ndarray:
+    """The ids in the dtype of a trace, with its mark where no expert ran."""
+    dtype = storage_dtype(max(site.num_experts for site in recorder.sites))
+    experts = np.asarray([site.num_experts for site in recorder.sites])[None, :, None]
+    return np.where((ids == SKIPPED) | (ids >= experts), np.iinfo(dtype).max, ids).astype(dtype)
 
 
 def _check(recorder: Recorder, windows: Sequence[Window], arrays: dict[str, np.ndarray]) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 
-from dbes.batches import SKIPPED, Batching, Recorder, Window, find_batching, record_within_memory
+from dbes.batches import Batching, Recorder, Window, find_batching, record_within_memory
 from dbes.errors import RecordingError
 from dbes.files import write_json
 from dbes.models import LoadedModel
@@ -21,7 +21,7 @@ from dbes.trace import CONTROL, MANIFEST, Trace, TraceWriter, read_manifest
 from dbes.types import PROMPT, RoutingShape, TokenRoutes, storage_dtype
 
 SHARD_TOKENS = 65_536
-SHARD_BYTES = 16 * 2**20
+SHARD_BYTES = 12 * 2**20
 BATCH_TOKENS = {"cpu": 4_096}
 ACCELERATOR_BATCH_TOKENS = 16_384
 
@@ -130,8 +130,7 @@ def record_documents(
                     done += len(arrays["document"])
                     if progress is not None:
                         progress(done, total)
-            routes, control_routes = _assembled(recorder, blocks)
-            del blocks
+            routes, control_routes = _assembled(blocks)
             target.write(routes, control_routes, last_document=high - 1)
             tally.add(routes)
         seconds = time.perf_counter() - started
@@ -245,26 +244,15 @@ def batches(windows: Sequence[Window], budget: int, *, by_count: bool, batching:
         yield batch
 
 
-def _assembled(recorder: Recorder, blocks: Sequence[dict[str, np.ndarray]]) -> tuple[TokenRoutes, TokenRoutes | None]:
-    """The batches' rows in order of (document, position)."""
+def _assembled(blocks: Sequence[dict[str, np.ndarray]]) -> tuple[TokenRoutes, TokenRoutes | None]:
+    """The batches' rows in order of (document, position). Empties the blocks, column by column, so as not to hold all of it twice."""
     document = np.concatenate([block["document"] for block in blocks])
     order = np.lexsort((np.concatenate([block["positions"] for block in blocks]), document))
-    dtype = storage_dtype(max(site.num_experts for site in recorder.sites))
-    experts = np.asarray([site.num_experts for site in recorder.sites])[None, :, None]
-
-    def column(name: str) -> np.ndarray:
-        joined = np.concatenate([block[name] for block in blocks])[order]
-        if not name.endswith("ids") or joined.ndim != 3:
-            return joined
-        return np.where((joined == SKIPPED) | (joined >= experts), np.iinfo(dtype).max, joined).astype(dtype)
-
-    arrays = {name: column(name) for name in blocks[0]}
+    arrays = {name: np.concatenate([block.pop(name) for block in blocks])[order] for name in list(blocks[0])}
     about = {name: arrays.pop(name) for name in ("document", "positions", "token_ids")}
     about["phase"] = np.full(len(document), PROMPT, np.uint8)
     parts = {name: array for name, array in arrays.items() if not name.startswith("control_")}
     control = {name.removeprefix("control_"): array for name, array in arrays.items() if name.startswith("control_")}
-    # a slot without an expert has no weight (zero-computation experts have one)
-    parts["weights"][parts["ids"] == np.iinfo(dtype).max] = 0
     return TokenRoutes(**parts, **about), TokenRoutes(**control, **about) if control else None
 
 

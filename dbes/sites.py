@@ -135,9 +135,9 @@ def input_device(model: nn.Module) -> torch.device:
         offloaded = first in ("cpu", "disk")
         return torch.device(0 if offloaded and torch.accelerator.is_available() else "cpu" if offloaded else first)
     for module in model.modules():
-        hook = getattr(module, "_hf_hook", None)
-        if getattr(hook, "execution_device", None) is not None:
-            return torch.device(hook.execution_device)
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
     return next(model.parameters()).device
 
 
