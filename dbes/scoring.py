@@ -28,6 +28,9 @@ from dbes.verdict import verdict
 
 PHASES = {None: "all", 0: "prompt", 1: "generated"}
 
+REPLICATED = ("specialization", "der", "domain_isolation", "stiffness", "ngram_expertise_2")
+"""Metrics whose delete-one-document scores are kept, so that models can be compared on the same documents."""
+
 EXAMPLE_TOKENS = 6
 """Token texts shown with a specialist."""
 
@@ -37,12 +40,17 @@ EXAMPLE_SPECIALISTS = 200
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """A result together with the arrays that are too large for it."""
+    """A result together with the arrays that are too large for it.
+
+    ``replicates``: for each headline metric the model's score at every layer and, last, their mean, with each document left out,
+    float32 [documents, layers + 1]; what paired comparisons of models are made of.
+    """
 
     result: Result
     statistics: RoutingStatistics
     specialists: SpecialistTable
     arrays: dict[str, np.ndarray]
+    replicates: dict[str, np.ndarray]
 
 
 def score(trace: Trace, *, permutations: int = 1000, seed: int = 0, phase: int | None = None) -> Result:
@@ -102,7 +110,11 @@ def score_tables(trace: Trace, *, permutations: int = 1000, seed: int = 0, phase
         arrays["coactivation"] = companions.coactivation(sample, shape)
         arrays["transitions"] = companions.transitions(sample, shape)
     return Scores(
-        result=result.model_copy(update={"verdict": verdict(result)}), statistics=statistics, specialists=table, arrays=arrays
+        result=result.model_copy(update={"verdict": verdict(result)}),
+        statistics=statistics,
+        specialists=table,
+        arrays=arrays,
+        replicates={metric: estimates.by_metric[metric].left_out_score[:, -1].astype(np.float32) for metric in REPLICATED},
     )
 
 

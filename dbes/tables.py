@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,10 @@ from dbes.metrics import usage_of
 from dbes.scoring import Scores
 
 SCORES, USAGE, MATRICES = "scores", "expert_usage", "matrices.safetensors"
+
+REPLICATES = "replicates.safetensors"
+"""Scores with each document left out (float32 [documents, layers + 1], see ``Scores``), ``document_domain``, and the documents' ids
+as JSON in the metadata."""
 
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 """A text cell that begins so would be run as a formula by a spreadsheet."""
@@ -47,7 +52,7 @@ def usage_table(scores: Scores) -> pd.DataFrame:
 
 
 def write_tables(scores: Scores, folder: Path) -> list[Path]:
-    """Write scores and expert usage as parquet and CSV, and the matrices; returns their paths."""
+    """Write scores and expert usage as parquet and CSV, the matrices and the replicates; returns their paths."""
     written: list[Path] = []
     for name, table in ((SCORES, scores.result.to_dataframe()), (USAGE, usage_table(scores))):
         parquet, text = folder / f"{name}.parquet", folder / f"{name}.csv"
@@ -58,7 +63,12 @@ def write_tables(scores: Scores, folder: Path) -> list[Path]:
         written += [parquet, text]
     arrays = {name: np.ascontiguousarray(array) for name, array in scores.arrays.items()}
     write_bytes(folder / MATRICES, encode_safetensors(arrays))
-    return [*written, folder / MATRICES]
+    shape = scores.statistics.shape
+    replicates = {name: np.ascontiguousarray(array) for name, array in scores.replicates.items()}
+    replicates["document_domain"] = np.asarray(shape.document_domain, np.int32)
+    about = {"documents": json.dumps(shape.document_ids), "domains": json.dumps(shape.domains)}
+    write_bytes(folder / REPLICATES, encode_safetensors(replicates, metadata=about))
+    return [*written, folder / MATRICES, folder / REPLICATES]
 
 
 def spreadsheet_safe(table: pd.DataFrame) -> pd.DataFrame:

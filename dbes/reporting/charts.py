@@ -87,7 +87,7 @@ def curve_specs(layers: Sequence[int]) -> dict[str, Spec]:
 
 
 def _curve(axis: alt.Axis, value: str, low: str, high: str, second: str, *, also: str | None = None, rules: tuple[float, ...] = ()) -> Spec:
-    base = alt.Chart(ROWS).encode(x=alt.X("layer:Q", title="layer", axis=axis))
+    base = alt.Chart(ROWS).encode(x=alt.X("layer:Q", title="layer", axis=axis, scale=alt.Scale(nice=False)))
     tooltip = [
         alt.Tooltip("layer:Q", format="d"),
         alt.Tooltip(f"{value}:Q", title=value, format=".4f"),
@@ -224,7 +224,7 @@ def load_spec() -> Spec:
 
 def utilization_spec(layers: Sequence[int]) -> Spec:
     """Share of the experts' capacity in use, and the busiest expert's excess, per layer."""
-    base = alt.Chart(ROWS).encode(x=alt.X("layer:Q", title="layer", axis=layer_axis(layers)))
+    base = alt.Chart(ROWS).encode(x=alt.X("layer:Q", title="layer", axis=layer_axis(layers), scale=alt.Scale(nice=False)))
     tooltip = [
         "layer:Q",
         alt.Tooltip("utilization:Q", format=".1%"),

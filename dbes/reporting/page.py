@@ -31,7 +31,7 @@ from dbes.trace import MANIFEST, Trace
 
 PAGE_FILE = "report.html"
 NAME_WIDTH = 120
-SPECIALIST_ROWS = 5000
+SPECIALIST_ROWS = 2000
 """Specialists listed on the page at most; the CSV beside the result has all."""
 
 CITATION = """@software{dbes,
@@ -206,12 +206,15 @@ def columns(rows: list[dict[str, Any]], names: tuple[str, ...]) -> dict[str, lis
 
 
 def heat_columns(usage: pd.DataFrame, result: Result) -> dict[str, list[Any]]:
-    """Expert usage as columns in the order domains, layers, experts; ``kind`` 2 specialist, 1 too rare to tell, 0 neither."""
+    """Expert usage as columns in the order domains, layers, experts; ``kind`` 2 specialist, 1 too rare to tell, 0 neither.
+
+    The lower end of the lift's interval is left to the page: the interval is symmetric and cut at 0.
+    """
     order = {name: index for index, name in enumerate(result.task.domains)}
     table = usage.assign(_domain=[order[name] for name in usage["domain"]]).sort_values(["_domain", "layer", "expert"], kind="stable")
     kind = np.where(table["specialist"], 2, np.where(table["unknown"], 1, 0))
     found: dict[str, list[Any]] = {"hits": table["hits"].astype(int).tolist(), "kind": kind.tolist()}
-    for name, digits in (("lift", 4), ("lift_low", 4), ("lift_high", 4), ("q", 2)):
+    for name, digits in (("lift", 4), ("lift_high", 4), ("q", 2)):
         found[name] = [_short(number, digits) for number in table[name].tolist()]
     return found
 

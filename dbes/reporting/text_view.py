@@ -21,11 +21,11 @@ SAMPLE_TOKENS = 1 << 17
 SAMPLE_CELLS = 1 << 26
 """Tokens, and tokens x layers x slots, read for examples and trajectories at most."""
 
-TEXT_CELLS = 400_000
-"""Tokens x layers x slots shown in the text view at most, over all documents."""
+TEXT_CELLS = 200_000
+"""Tokens x layers x slots shown in the text view, over all documents, as long as a document keeps its shortest length."""
 
-DOCUMENT_TOKENS = 240
-"""Tokens of one document shown at most."""
+DOCUMENT_TOKENS = (48, 240)
+"""Shortest and longest beginning of a document that is shown."""
 
 TOKEN_WIDTH = 32
 CONTEXT_SPECIALISTS, CONTEXTS, CONTEXT_REACH = 200, 3, 7
@@ -97,8 +97,14 @@ def documents(sample: Sample) -> list[dict[str, Any]]:
     if routes.token_ids is None or not sample.vocabulary:
         return []
     missing = np.iinfo(routes.ids.dtype).max
-    chosen = [found for domain in range(len(shape.domains)) for found in np.unique(routes.document[sample.domain == domain])[:2]]
-    tokens = max(8, min(DOCUMENT_TOKENS, TEXT_CELLS // max(1, len(chosen) * len(shape.layers) * shape.slots)))
+    cells = len(shape.layers) * shape.slots
+    chosen, tokens = [], 0
+    for each in (2, 1):
+        chosen = [found for domain in range(len(shape.domains)) for found in np.unique(routes.document[sample.domain == domain])[:each]]
+        tokens = TEXT_CELLS // (max(1, len(chosen)) * cells)
+        if tokens >= DOCUMENT_TOKENS[0]:
+            break
+    tokens = int(np.clip(tokens, *DOCUMENT_TOKENS))
     found = []
     for document in chosen:
         rows = np.flatnonzero(routes.document == document)[:tokens]

@@ -63,7 +63,7 @@ start((data) => {
         for (let expert = 0; expert < experts; expert++) total += heat.hits[start + expert];
         for (let expert = 0; expert < experts; expert++) {
           const i = start + expert;
-          rows.push({ layer, domain: name, expert, hits: heat.hits[i], share: total ? heat.hits[i] / total : null, lift: heat.lift[i], lift_low: heat.lift_low[i], lift_high: heat.lift_high[i], q: heat.q[i], kind: ["not above", "too rare to tell", "specialist"][heat.kind[i]], shade: log2(heat.lift[i]), order: order.get(expert) });
+          rows.push({ layer, domain: name, expert, hits: heat.hits[i], share: total ? heat.hits[i] / total : null, lift: heat.lift[i], lift_low: heat.lift[i] === null ? null : Math.max(0, Number((2 * heat.lift[i] - heat.lift_high[i]).toPrecision(4))), lift_high: heat.lift_high[i], q: heat.q[i], kind: ["not above", "too rare to tell", "specialist"][heat.kind[i]], shade: log2(heat.lift[i]), order: order.get(expert) });
         }
       }
       return rows;
