@@ -42,6 +42,8 @@ CURVE_FIELDS = (
 
 ROWS = alt.NamedData("rows")
 
+MODELS = alt.Legend(orient="bottom", columns=2, title=None, labelLimit=260, symbolOpacity=1)
+
 TIMES = alt.Legend(orient="top", gradientLength=160, labelExpr="format(pow(2, datum.value), '.2~f') + 'x'")
 """Legend of a colour that shows the logarithm of a ratio, labelled with the ratio."""
 
@@ -292,13 +294,13 @@ def overlay_spec() -> Spec:
     base = alt.Chart(ROWS).encode(
         x=alt.X("depth:Q", title="relative depth of the layer", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(format="%", grid=False)),
         y=alt.Y("score:Q", title=None),
-        color=alt.Color("model:N", legend=alt.Legend(orient="bottom", columns=2, title=None, labelLimit=260)),
+        color=alt.Color("model:N", legend=MODELS),
     )
     tooltip = ["model:N", "layer:Q", *(alt.Tooltip(f"{name}:Q", format=".4f") for name in ("score", "score_low", "score_high"))]
     layers = [
         base.mark_area(opacity=0.12).encode(y=alt.Y("score_low:Q", title=None), y2="score_high:Q"),
         base.mark_line(strokeWidth=2).encode(strokeDash=alt.StrokeDash("model:N", legend=None)),
-        base.mark_point(size=50, filled=True, opacity=1).encode(shape=alt.Shape("model:N", legend=None), tooltip=tooltip),
+        base.mark_point(size=50, filled=True, opacity=1).encode(shape=alt.Shape("model:N", legend=MODELS), tooltip=tooltip),
     ]
     return _finished(alt.layer(*layers).properties(width="container", height=300))
 
@@ -308,13 +310,13 @@ def parallel_spec() -> Spec:
     base = alt.Chart(ROWS).encode(
         x=alt.X("metric:N", title=None, sort=None, axis=alt.Axis(labelAngle=-20, grid=True)),
         y=alt.Y("score:Q", title="score"),
-        color=alt.Color("model:N", legend=alt.Legend(orient="bottom", columns=2, title=None, labelLimit=260)),
+        color=alt.Color("model:N", legend=MODELS),
         detail="model:N",
     )
     tooltip = ["model:N", "metric:N", *(alt.Tooltip(f"{name}:Q", format=".4f") for name in ("score", "score_low", "score_high"))]
     layers = [
         base.mark_line(strokeWidth=2).encode(strokeDash=alt.StrokeDash("model:N", legend=None)),
-        base.mark_point(size=60, filled=True, opacity=1).encode(shape=alt.Shape("model:N", legend=None), tooltip=tooltip),
+        base.mark_point(size=60, filled=True, opacity=1).encode(shape=alt.Shape("model:N", legend=MODELS), tooltip=tooltip),
     ]
     return _finished(alt.layer(*layers).properties(width="container", height=300))
 

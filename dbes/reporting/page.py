@@ -111,10 +111,10 @@ def render_page(
 ) -> str:
     """The HTML of a result's page."""
     if result.status == "error":
-        return _render("error.html", title=legible(result.model.name, NAME_WIDTH), result=result, command=command(result))
+        return render("error.html", title=legible(result.model.name, NAME_WIDTH), result=result, command=command(result))
     sample = read_sample(trace) if trace is not None else None
     payload = model_payload(result, usage=usage, arrays=arrays or {}, sample=sample)
-    return _render(
+    return render(
         "model.html",
         scripts=("page.js", "model.js"),
         payload=payload,
@@ -304,7 +304,7 @@ def command(result: Result) -> str:
 # HTML
 
 
-def _render(template: str, *, scripts: tuple[str, ...] = (), payload: dict[str, Any] | None = None, **values: Any) -> str:
+def render(template: str, *, scripts: tuple[str, ...] = (), payload: dict[str, Any] | None = None, **values: Any) -> str:
     """A page whose only scripts are ours, by hash: the page's policy forbids any other script and every request."""
     environment = Environment(
         loader=PackageLoader("dbes.reporting"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True

@@ -1,0 +1,339 @@
+"""Results side by side: what may stand in one table, ranks with intervals, and paired differences of two models.
+
+Only results of one task, version, fingerprint, phase and set of documents share a table; the others are listed apart with the
+reason. Intervals and tests pair the documents: both models read the same texts, so what one text adds to both cancels. Each is the
+delete-one-document jackknife, as everywhere in dbes (a percentile bootstrap over documents does not cover, see ``uncertainty``).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from scipy.stats import t as student
+
+from dbes.errors import DbesError, ResultError
+from dbes.results import RESULT_FILE, Result, load_result
+from dbes.scoring import REPLICATED, score_tables
+from dbes.tables import REPLICATES
+from dbes.trace import MANIFEST, Trace
+from dbes.uncertainty import jackknife
+
+LEVEL = 0.05
+"""Two models are told apart when the paired test, corrected over all pairs of the table (Holm), stays below this."""
+
+DEPTHS = (("all layers", 0.0, 1.0), ("first third", 0.0, 1 / 3), ("middle third", 1 / 3, 2 / 3), ("last third", 2 / 3, 1.0))
+"""Relative depth of the MoE layers, 0 the first and 1 the last: models of different depth are compared by it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replicates:
+    """Scores with each document left out: by metric [documents, layers + 1], the mean over layers last."""
+
+    documents: tuple[str, ...]
+    document_domain: np.ndarray
+    by_metric: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One result of a comparison. ``label`` is unique in its table; ``problem`` says why it cannot be ranked."""
+
+    result: Result
+    folder: Path
+    label: str
+    replicates: Replicates | None = None
+    problem: str | None = None
+
+    @property
+    def baseline(self) -> bool:
+        """A router without a model (reference, uniform, collapsed, hash)."""
+        return self.result.model.name.endswith(" router")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Apart:
+    """A result that is not in the table, and why."""
+
+    path: str
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Score of one model minus that of another on the same documents; ``adjusted``: p after Holm over the tests of its table."""
+
+    first: str
+    second: str
+    metric: str
+    depth: str
+    score_first: float
+    score_second: float
+    difference: float
+    low: float
+    high: float
+    p: float
+    adjusted: float = math.nan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rank:
+    """Place by a metric: 1 + the models that are significantly better, and the last place that cannot be excluded."""
+
+    place: int
+    last: int
+
+    def __str__(self) -> str:
+        return str(self.place) if self.place == self.last else f"{self.place} ({self.place}–{self.last})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Results that may stand side by side, their ranks and pairwise differences by one metric, and what stands apart."""
+
+    metric: str
+    entries: tuple[Entry, ...]
+    ranks: dict[str, Rank]
+    pairs: tuple[Difference, ...]
+    apart: tuple[Apart, ...]
+
+
+def compare(paths: Sequence[str | Path], *, metric: str = "specialization") -> Comparison:
+    """Every result below the paths, side by side.
+
+    Raises:
+        ResultError: no result can be read, or ``metric`` is not one of those that are ranked.
+    """
+    if metric not in REPLICATED:
+        raise ResultError(f"models are ranked by {', '.join(REPLICATED)}; not by {metric!r}")
+    entries, apart = read_entries(paths)
+    entries, others = comparable(entries)
+    entries = labelled(entries)
+    pairs = _holm([found for a, b in _pairs(entries) if (found := difference(a, b, metric, *DEPTHS[0])) is not None])
+    ranks = ranks_of([entry.label for entry in entries if _rankable(entry, metric)], pairs)
+    by_score = sorted(entries, key=lambda entry: (entry.baseline, -_or(model_score(entry.result, metric), -math.inf), entry.label))
+    return Comparison(metric=metric, entries=tuple(by_score), ranks=ranks, pairs=tuple(pairs), apart=(*apart, *others))
+
+
+def paired_of(comparison: Comparison) -> list[Difference]:
+    """The paired differences where exactly two models (or, without models, two routers) stand in the table; else nothing."""
+    models = [entry for entry in comparison.entries if not entry.baseline]
+    two = list(comparison.entries) if len(comparison.entries) == 2 else models
+    return differences(two[0], two[1]) if len(two) == 2 else []
+
+
+def read_entries(paths: Sequence[str | Path]) -> tuple[list[Entry], list[Apart]]:
+    """The results that can be read, and the files that cannot.
+
+    Raises:
+        ResultError: there is no result at all.
+    """
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise ResultError(f"{path}: no such file or folder")
+        files += [path] if path.is_file() else sorted(path.rglob(RESULT_FILE))
+    if not files:
+        raise ResultError(f"{', '.join(map(str, paths))}: no {RESULT_FILE} below; run `dbes evaluate` first")
+    entries, apart = [], []
+    for file in dict.fromkeys(files):
+        try:
+            result = load_result(file)
+        except ResultError as problem:
+            apart.append(Apart(path=str(file), name=file.parent.name, reason=str(problem)))
+            continue
+        if result.status != "ok":
+            apart.append(Apart(path=str(file), name=result.model.name, reason=f"the evaluation failed: {result.error}"))
+            continue
+        try:
+            entry = Entry(result=result, folder=file.parent, label=result.model.name, replicates=read_replicates(file.parent, result))
+        except DbesError as problem:
+            entry = Entry(result=result, folder=file.parent, label=result.model.name, problem=str(problem))
+        if entry.replicates is None and entry.problem is None:
+            entry = replace(entry, problem="neither replicates nor a trace beside the result: no test can be made")
+        entries.append(entry)
+    return entries, apart
+
+
+def read_replicates(folder: Path, result: Result) -> Replicates | None:
+    """Delete-one-document scores of a result: those beside it, or from its trace; None where there is neither.
+
+    Raises:
+        DbesError: they cannot be read, or belong to another result.
+    """
+    path = folder / REPLICATES
+    if path.is_file():
+        try:
+            with safe_open(path, framework="numpy") as content:
+                about = content.metadata() or {}
+                arrays = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+            documents, domain = tuple(json.loads(about["documents"])), arrays.pop("document_domain")
+        except (OSError, SafetensorError, KeyError, ValueError) as problem:
+            raise ResultError(f"{path}: cannot be read ({problem}); write it again with `dbes score`") from None
+        found = Replicates(documents=documents, document_domain=domain, by_metric=arrays)
+    elif (folder / "trace" / MANIFEST).is_file():
+        settings = result.settings
+        permutations = settings.get("permutations", 1000)
+        scores = score_tables(Trace.load(folder / "trace"), permutations=int(permutations), seed=int(settings.get("seed", 0)))
+        shape = scores.statistics.shape
+        found = Replicates(documents=shape.document_ids, document_domain=shape.document_domain, by_metric=scores.replicates)
+    else:
+        return None
+    expected = (len(found.documents), len(result.model.layers) + 1)
+    if len(found.document_domain) != expected[0] or any(array.shape != expected for array in found.by_metric.values()):
+        raise ResultError(f"{path}: arrays do not have the shape {expected} of this result; write it again with `dbes score`")
+    return found
+
+
+def comparable(entries: list[Entry]) -> tuple[list[Entry], list[Apart]]:
+    """The largest set of results on one task, version, fingerprint and phase, and the rest with the reason."""
+    groups = Counter(_identity(entry.result) for entry in entries)
+    if not groups:
+        return [], []
+    # The most results; of equally many those that stand first, so that the order of the arguments decides and not chance.
+    chosen = max(groups, key=lambda key: groups[key])
+    kept, apart = [], []
+    for entry in entries:
+        found = _identity(entry.result)
+        if found == chosen:
+            kept.append(entry)
+            continue
+        names = ("task", "task version", "task fingerprint", "phase")
+        words = [f"{name} {str(a)[:12]} instead of {str(b)[:12]}" for name, a, b in zip(names, found, chosen, strict=True) if a != b]
+        apart.append(Apart(path=str(entry.folder / RESULT_FILE), name=entry.result.model.name, reason=f"another {', '.join(words)}"))
+    common = Counter(entry.replicates.documents for entry in kept if entry.replicates is not None)
+    if len(common) > 1:
+        documents = common.most_common(1)[0][0]
+        kept = [
+            replace(entry, replicates=None, problem="it has tokens in other documents than the rest: no paired test can be made")
+            if entry.replicates is not None and entry.replicates.documents != documents
+            else entry
+            for entry in kept
+        ]
+    return kept, apart
+
+
+def _identity(result: Result) -> tuple[str, int | None, str | None, str]:
+    return result.task.name, result.task.version, result.task.fingerprint, str(result.settings.get("phase", "all"))
+
+
+def labelled(entries: list[Entry]) -> list[Entry]:
+    """The entries with names that differ: revision, dtype and at last a number are added where they tell namesakes apart."""
+    facts = [
+        [(entry.result.model.revision or "").removeprefix("sha256:")[:8] for entry in entries],
+        [entry.result.model.dtype or "" for entry in entries],
+        [str(number) for number in range(1, len(entries) + 1)],
+    ]
+    labels = [entry.label for entry in entries]
+    for more in facts:
+        alike = {label: {fact for other, fact in zip(labels, more, strict=True) if other == label} for label in labels}
+        labels = [f"{label} @{fact}" if len(alike[label]) > 1 and fact else label for label, fact in zip(labels, more, strict=True)]
+    return [replace(entry, label=label) for entry, label in zip(entries, labels, strict=True)]
+
+
+def model_score(result: Result, metric: str) -> float | None:
+    """The model's score, or None where a domain or a layer is missing in it: no mean is taken over a gap."""
+    rows = [record for record in result.calibrated if record.metric == metric]
+    by_domain = [record for record in rows if record.domain is not None]
+    missing = {record.domain for record in by_domain} != set(result.task.domains) if by_domain else metric != "der"
+    if missing or {record.layer for record in rows} != {*result.model.layers, None} or any(math.isnan(record.score) for record in rows):
+        return None
+    return result.record(metric).score
+
+
+def _rankable(entry: Entry, metric: str) -> bool:
+    return not entry.baseline and entry.replicates is not None and model_score(entry.result, metric) is not None
+
+
+def _pairs(entries: list[Entry]) -> list[tuple[Entry, Entry]]:
+    models = [entry for entry in entries if not entry.baseline]
+    return [(a, b) for index, a in enumerate(models) for b in models[index + 1 :]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Differences and ranks
+
+
+def differences(first: Entry, second: Entry) -> list[Difference]:
+    """Paired differences of two models for every metric and layer depth, p-values corrected over all of them (Holm)."""
+    return _holm([found for metric in REPLICATED for depth in DEPTHS if (found := difference(first, second, metric, *depth)) is not None])
+
+
+def difference(first: Entry, second: Entry, metric: str, depth: str, low: float, high: float) -> Difference | None:
+    """Paired difference of two models at the layers of a relative depth; None where either has no score there."""
+    sides = [_at_depth(entry, metric, low, high) for entry in (first, second)]
+    if sides[0] is None or sides[1] is None or first.replicates is None or second.replicates is None:
+        return None
+    if first.replicates.documents != second.replicates.documents:
+        return None
+    (score_first, left_first), (score_second, left_second) = sides[0], sides[1]
+    domain = first.replicates.document_domain
+    value = score_first - score_second
+    _, error = jackknife(np.asarray(value), left_first - left_second, domain)
+    freedom = len(domain) - len(np.unique(domain))
+    reach = float(student.ppf(1 - LEVEL / 2, freedom) * error)
+    if math.isnan(error):
+        p = math.nan
+    elif error > 0:
+        p = float(2 * student.sf(abs(value) / error, freedom))
+    else:
+        p = 1.0 if value == 0 else 0.0
+    return Difference(
+        first=first.label, second=second.label, metric=metric, depth=depth, score_first=score_first, score_second=score_second,
+        difference=value, low=value - reach, high=value + reach, p=p,
+    )  # fmt: skip
+
+
+def _at_depth(entry: Entry, metric: str, low: float, high: float) -> tuple[float, np.ndarray] | None:
+    """Mean score over the layers of a relative depth, and the same without each document [documents]."""
+    if entry.replicates is None or metric not in entry.replicates.by_metric or model_score(entry.result, metric) is None:
+        return None
+    if (low, high) == (0.0, 1.0):
+        return entry.result.record(metric).score, entry.replicates.by_metric[metric][:, -1].astype(np.float64)
+    place = depth_of(len(entry.result.model.layers))
+    inside = np.flatnonzero((place >= low - 1e-9) & ((place < high - 1e-9) | (high == 1.0)))
+    if not len(inside):
+        return None
+    scores = {record.layer: record.score for record in entry.result.calibrated if record.metric == metric and record.domain is None}
+    score = float(np.mean([scores[entry.result.model.layers[index]] for index in inside]))
+    return score, entry.replicates.by_metric[metric][:, inside].astype(np.float64).mean(axis=1)
+
+
+def depth_of(layers: int) -> np.ndarray:
+    """Relative depth of each MoE layer, 0 the first, 1 the last."""
+    return np.linspace(0, 1, layers) if layers > 1 else np.zeros(1)
+
+
+def _holm(tests: list[Difference]) -> list[Difference]:
+    """The tests with p-values corrected after Holm: the chance of any false difference in the table stays below its level."""
+    order = sorted((index for index, test in enumerate(tests) if not math.isnan(test.p)), key=lambda index: tests[index].p)
+    adjusted, highest = [math.nan] * len(tests), 0.0
+    for position, index in enumerate(order):
+        highest = max(highest, min(1.0, tests[index].p * (len(order) - position)))
+        adjusted[index] = highest
+    return [replace(test, adjusted=value) for test, value in zip(tests, adjusted, strict=True)]
+
+
+def ranks_of(labels: list[str], pairs: Sequence[Difference]) -> dict[str, Rank]:
+    """Ranks by tested differences only: models that cannot be told apart from the best share place 1, and so on.
+
+    ``place`` is 1 + the number of significantly better models, ``last`` the number of models that are not significantly worse.
+    """
+    better, worse = Counter[str](), Counter[str]()
+    for pair in pairs:
+        if pair.adjusted <= LEVEL and {pair.first, pair.second} <= set(labels):
+            winner, loser = (pair.first, pair.second) if pair.difference > 0 else (pair.second, pair.first)
+            better[loser] += 1
+            worse[winner] += 1
+    return {label: Rank(place=1 + better[label], last=len(labels) - worse[label]) for label in labels}
+
+
+def _or(value: float | None, other: float) -> float:
+    return other if value is None else value

@@ -1,0 +1,248 @@
+"""A comparison or a result in the forms other tools read: CSV, JSON, Markdown, Hub metadata, leaderboard records."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from dbes.errors import ResultError
+from dbes.files import write_text
+from dbes.reporting.charts import METRICS
+from dbes.reporting.compare import Comparison, Difference, Entry, model_score
+from dbes.reporting.text_view import legible
+from dbes.results import Result
+from dbes.scoring import REPLICATED
+from dbes.tables import spreadsheet_safe
+
+NAME_WIDTH = 80
+
+
+def entry_row(entry: Entry, comparison: Comparison) -> dict[str, Any]:
+    """One line of the leaderboard. A score that misses a domain or a layer is None, never a mean of the rest."""
+    result, model = entry.result, entry.result.model
+    rank = comparison.ranks.get(entry.label)
+    row: dict[str, Any] = {
+        "rank": None if rank is None else rank.place,
+        "rank_last": None if rank is None else rank.last,
+        "model": legible(entry.label, NAME_WIDTH),
+        "baseline": entry.baseline,
+        "family": None if model.family is None else legible(model.family, 40),
+        "experts": _span(model.experts),
+        "k": _span(model.top_k),
+        "layers": len(model.layers),
+        "parameters": model.parameters,
+        "dtype": None if model.dtype is None else legible(model.dtype, 20),
+        "tokens": None if result.recording is None else result.recording.tokens,
+    }
+    for metric in REPLICATED:
+        score = model_score(result, metric)
+        record = None if score is None else result.record(metric)
+        row[metric] = score
+        row[f"{metric}_low"] = None if record is None else _known(record.score_low)
+        row[f"{metric}_high"] = None if record is None else _known(record.score_high)
+    specialization = None if row["specialization"] is None else result.record("specialization")
+    row |= {
+        "random_router": None if specialization is None else _known(specialization.control),
+        "excess": None if specialization is None else _known(specialization.excess),
+        "excess_low": None if specialization is None else _known(specialization.excess_low),
+        "excess_high": None if specialization is None else _known(specialization.excess_high),
+        "utilization": _known(result.companions.get("model", {}).get("utilization")),
+        "phase": str(result.settings.get("phase", "all")),
+        "accuracy": _known(result.companions.get("accuracy")),
+        "date": result.created[:10],
+        "versions": legible(_versions(result), 120),
+        "note": entry.problem,
+    }
+    return row
+
+
+def table(comparison: Comparison) -> pd.DataFrame:
+    """The leaderboard as a table, one row each."""
+    return pd.DataFrame([entry_row(entry, comparison) for entry in comparison.entries], dtype=object)
+
+
+def published_row(entry: Entry) -> dict[str, Any]:
+    """The published, uncalibrated values of one result, under their own names."""
+    row: dict[str, Any] = {"model": legible(entry.label, NAME_WIDTH)}
+    for key, found in entry.result.published.items():
+        for size, each in found.items() if isinstance(found, dict) else [(None, found)]:
+            row[key if size is None else f"{key}_{size}"] = _known(each.model)
+    return row
+
+
+def as_csv(comparison: Comparison, *, published: bool = False) -> str:
+    """Comma-separated values that a spreadsheet cannot run; the published values, marked so in every column, if asked for."""
+    rows = _published_table(comparison) if published else table(comparison)
+    return spreadsheet_safe(rows).to_csv(index=False, lineterminator="\n")
+
+
+def _published_table(comparison: Comparison) -> pd.DataFrame:
+    rows = pd.DataFrame([published_row(entry) for entry in comparison.entries], dtype=object)
+    return rows.rename(columns={name: f"{name} (published, uncalibrated)" for name in rows.columns if name != "model"})
+
+
+def write(text: str, path: Path) -> None:
+    """Write an export, whole or not at all.
+
+    Raises:
+        ResultError: it cannot be written.
+    """
+    try:
+        write_text(path, text)
+    except OSError as problem:
+        raise ResultError(f"{path}: cannot be written ({problem.strerror or problem})") from problem
+
+
+def as_json(comparison: Comparison, paired: Sequence[Difference] = ()) -> str:
+    """Everything of a comparison as strict JSON."""
+    first = comparison.entries[0].result.task if comparison.entries else None
+    content = {
+        "ranked_by": comparison.metric,
+        "task": None if first is None else {"name": first.name, "version": first.version, "fingerprint": first.fingerprint},
+        "entries": [entry_row(entry, comparison) for entry in comparison.entries],
+        "published_uncalibrated": [published_row(entry) for entry in comparison.entries],
+        "pairs": [_plain(asdict(pair)) for pair in comparison.pairs],
+        "paired_differences": [_plain(asdict(pair)) for pair in paired],
+        "apart": [asdict(each) for each in comparison.apart],
+    }
+    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+
+
+def as_markdown(comparison: Comparison, paired: Sequence[Difference] = (), *, published: bool = False) -> str:
+    """The leaderboard as a Markdown table, with what stands apart below it."""
+    lines: list[str] = []
+    if published:
+        rows = [published_row(entry) for entry in comparison.entries]
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        lines += [
+            "Published values: uncalibrated, without chance level.",
+            "",
+            *_grid(names, [[row.get(name) for name in names] for row in rows]),
+        ]
+    else:
+        names = [
+            "Rank",
+            "Model",
+            "Experts",
+            "k",
+            "Layers",
+            "Tokens",
+            *(METRICS[metric][0] for metric in REPLICATED),
+            "Random router",
+            "Load used",
+        ]
+        body = []
+        for entry in comparison.entries:
+            row, rank = entry_row(entry, comparison), comparison.ranks.get(entry.label)
+            name = row["model"] + (" (baseline)" if entry.baseline else "")
+            scores = [_interval(row[metric], row[f"{metric}_low"], row[f"{metric}_high"]) for metric in REPLICATED]
+            body.append(["–" if rank is None else str(rank), name, row["experts"], row["k"], row["layers"], row["tokens"], *scores,
+                         _percent(row["random_router"]), _percent(row["utilization"])])  # fmt: skip
+        lines += _grid(names, body)
+    if paired:
+        lines += ["", f"Paired difference, {markdown_cell(paired[0].first)} minus {markdown_cell(paired[0].second)}:", ""]
+        body = [[METRICS[each.metric][0], each.depth, f"{each.score_first:.4f}", f"{each.score_second:.4f}",
+                 f"{each.difference:+.4f} ({each.low:+.4f} to {each.high:+.4f})", f"{each.adjusted:.3g}"] for each in paired]  # fmt: skip
+        lines += _grid(["Metric", "Depth", "First", "Second", "Difference", "p (Holm)"], body)
+    for each in comparison.apart:
+        lines += ["", f"Not in the table: {markdown_cell(each.name)}: {markdown_cell(each.reason)}"]
+    return "\n".join(lines) + "\n"
+
+
+def _grid(names: Sequence[str], body: Sequence[Sequence[Any]]) -> list[str]:
+    rows = ["| " + " | ".join(markdown_cell(cell) for cell in row) + " |" for row in body]
+    return ["| " + " | ".join(map(markdown_cell, names)) + " |", "|" + " --- |" * len(names), *rows]
+
+
+def markdown_cell(value: Any, width: int = 160) -> str:
+    """Text that can neither end a Markdown cell nor become markup."""
+    if value is None:
+        return "–"
+    text = f"{value:.4f}" if isinstance(value, float) else legible(str(value), width)
+    for character in "\\`*_[]<>|#":
+        text = text.replace(character, f"\\{character}")
+    return text.replace("\\<", "&lt;").replace("\\>", "&gt;")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One result
+
+
+def hub_entries(result: Result, *, dataset: str) -> str:
+    """The text of ``.eval_results/dbes.yaml`` for a model's repository on the hub.
+
+    Args:
+        dataset: id of the benchmark's dataset on the hub, where the leaderboard collects the entries.
+    """
+    from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+
+    entries = []
+    for metric in REPLICATED:
+        score = model_score(result, metric)
+        if score is None:
+            continue
+        record = result.record(metric)
+        interval = "" if math.isnan(record.score_low) else f"95 % interval {record.score_low:.4f} to {record.score_high:.4f}; "
+        notes = (
+            f"{interval}task {result.task.name} v{result.task.version} {str(result.task.fingerprint)[:12]}; "
+            f"dtype {result.model.dtype}; dbes {result.environment.get('dbes')}"
+        )
+        entries.append(
+            EvalResultEntry(
+                dataset_id=dataset,
+                task_id=f"{result.task.name}_{metric}",
+                value=round(score, 6),
+                date=result.created,
+                notes=legible(notes, 300),
+            )
+        )
+    return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True)
+
+
+def open_record(result: Result) -> str:
+    """The minimal record of open leaderboards: ``{"config": {...}, "results": {...}}``."""
+    config = {
+        "model_name": legible(result.model.name, NAME_WIDTH), "model_sha": result.model.revision, "model_dtype": result.model.dtype,
+        "task_fingerprint": result.task.fingerprint, "task_version": result.task.version, "date": result.created,
+        "versions": result.environment, "settings": result.settings,
+    }  # fmt: skip
+    scores = {metric: score for metric in REPLICATED if (score := model_score(result, metric)) is not None}
+    results = {f"{result.task.name}_{metric}": {"score": score} for metric, score in scores.items()}
+    return json.dumps({"config": config, "results": results}, indent=1, ensure_ascii=False, allow_nan=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _span(numbers: Sequence[int]) -> str:
+    return "–" if not numbers else str(min(numbers)) if min(numbers) == max(numbers) else f"{min(numbers)}–{max(numbers)}"
+
+
+def _known(number: Any) -> float | None:
+    return None if number is None or not math.isfinite(number) else float(number)
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()}
+
+
+def _versions(result: Result) -> str:
+    found = {name.removeprefix("recorded_with_"): value for name, value in result.environment.items() if value}
+    return ", ".join(f"{name} {found[name]}" for name in ("dbes", "torch", "transformers", "numpy") if name in found)
+
+
+def _interval(score: float | None, low: float | None, high: float | None) -> str:
+    if score is None:
+        return "–"
+    return f"{score:.1%}" if low is None or high is None else f"{score:.1%} ({low:.1%} to {high:.1%})"
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{share:.1%}"

@@ -1,0 +1,156 @@
+"""The leaderboard: a comparison in the terminal, and as one self-contained page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from dbes.reporting import charts
+from dbes.reporting.compare import DEPTHS, LEVEL, Comparison, Difference, Entry, depth_of, differences, model_score
+from dbes.reporting.export import entry_row, published_row
+from dbes.reporting.page import columns, render
+from dbes.reporting.text_view import legible
+from dbes.scoring import REPLICATED
+
+CURVE_FIELDS = ("score", "score_low", "score_high", "control")
+PAIRED_MODELS = 24
+"""Models up to which every pair is compared on the page; above it the table and `dbes compare A B` remain."""
+
+
+def render_leaderboard(comparison: Comparison) -> str:
+    """The HTML of a comparison. The same results give the same bytes."""
+    first = comparison.entries[0].result if comparison.entries else None
+    payload = leaderboard_payload(comparison)
+    return render(
+        "leaderboard.html",
+        scripts=("page.js", "leaderboard.js"),
+        payload=payload,
+        title="Leaderboard",
+        task=None if first is None else first.task,
+        phase="all" if first is None else str(first.settings.get("phase", "all")),
+        models=sum(not entry.baseline for entry in comparison.entries),
+        baselines=sum(entry.baseline for entry in comparison.entries),
+        ranked_by=charts.METRICS[comparison.metric][0],
+        apart=[(legible(each.name, 80), legible(each.reason, 400)) for each in comparison.apart],
+        level=LEVEL,
+        accuracy=any(row["accuracy"] is not None for row in payload["rows"]),
+    )
+
+
+def leaderboard_payload(comparison: Comparison) -> dict[str, Any]:
+    """Everything the page's script draws from."""
+    entries = comparison.entries
+    rows = [entry_row(entry, comparison) for entry in entries]
+    for row, entry in zip(rows, entries, strict=True):
+        row["rank_text"] = str(comparison.ranks[entry.label]) if entry.label in comparison.ranks else ""
+    return {
+        "name": "leaderboard",
+        "metric": comparison.metric,
+        "metrics": {metric: charts.METRICS[metric][0] for metric in REPLICATED},
+        "depths": [depth for depth, _, _ in DEPTHS],
+        "rows": rows,
+        "published": [published_row(entry) for entry in entries],
+        "curves": columns(curve_rows(entries), ("model", "metric", "layer", "depth", *CURVE_FIELDS)),
+        "pairs": columns(
+            [_pair_row(pair) for pair in _all_pairs(entries)],
+            ("first", "second", "metric", "depth", "score_first", "score_second", "difference", "low", "high", "p", "adjusted"),
+        ),
+        "specs": {"overlay": charts.overlay_spec(), "parallel": charts.parallel_spec(), "scatter": charts.scatter_spec()},
+    }
+
+
+def curve_rows(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    """Score of every model at the relative depth of each layer; models with a gap in a metric are left out of it."""
+    rows = []
+    for entry in entries:
+        depth = dict(zip(entry.result.model.layers, depth_of(len(entry.result.model.layers)).tolist(), strict=True))
+        for record in entry.result.calibrated:
+            if record.metric in REPLICATED and record.domain is None and record.layer is not None:
+                if model_score(entry.result, record.metric) is None:
+                    continue
+                about = {"model": legible(entry.label, 80), "metric": record.metric, "layer": record.layer, "depth": depth[record.layer]}
+                rows.append(about | {name: getattr(record, name) for name in CURVE_FIELDS})
+    return rows
+
+
+def _all_pairs(entries: Sequence[Entry]) -> list[Difference]:
+    if len(entries) > PAIRED_MODELS:
+        return []
+    return [found for index, a in enumerate(entries) for b in entries[index + 1 :] for found in differences(a, b)]
+
+
+def _pair_row(pair: Difference) -> dict[str, Any]:
+    return {**vars(pair), "first": legible(pair.first, 80), "second": legible(pair.second, 80)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Terminal
+
+
+def render_terminal(comparison: Comparison, paired: Sequence[Difference] = (), *, published: bool = False) -> RenderableType:
+    """The comparison for ``Console.print``: the table, a paired test of two models, and what stands apart with the reason."""
+    parts: list[RenderableType] = [_published_table(comparison) if published else _score_table(comparison)]
+    if paired:
+        parts.append(_difference_table(paired))
+    rule = (
+        f"Rank by {charts.METRICS[comparison.metric][0].lower()}: 1 + the models that are significantly better (paired jackknife over "
+        f"the common documents, {LEVEL:.0%} over all pairs after Holm); in brackets the places that cannot be excluded. "
+        "Baselines are not ranked."
+    )
+    notes = [] if published else [rule]
+    notes += [f"{entry.label}: {entry.problem}" for entry in comparison.entries if entry.problem]
+    notes += [f"Not in the table: {each.name}: {each.reason}" for each in comparison.apart]
+    parts += [Text(legible(note, 600), style="dim") for note in notes]
+    return Group(*parts)
+
+
+def _score_table(comparison: Comparison) -> Table:
+    task = comparison.entries[0].result.task if comparison.entries else None
+    title = "" if task is None else f"Task {legible(task.name, 60)}, version {task.version}, fingerprint {str(task.fingerprint)[:12]}"
+    table = Table(title=Text(title), title_justify="left", title_style="italic", header_style="bold")
+    table.add_column("Rank")
+    table.add_column("Model", overflow="fold")
+    for heading in ("Experts", "k", "Layers", *(charts.METRICS[metric][0] for metric in REPLICATED), "Random router", "Load used"):
+        table.add_column(heading, justify="right")
+    for entry in comparison.entries:
+        row, rank = entry_row(entry, comparison), comparison.ranks.get(entry.label)
+        name = Text(row["model"] + ("  (baseline)" if entry.baseline else ""), style="dim" if entry.baseline else "")
+        scores = [_score(row[metric], row[f"{metric}_low"], row[f"{metric}_high"]) for metric in REPLICATED]
+        shares = [_score(row["random_router"], None, None), _score(row["utilization"], None, None)]
+        table.add_row("–" if rank is None else str(rank), name, str(row["experts"]), str(row["k"]), str(row["layers"]), *scores, *shares)
+    return table
+
+
+def _published_table(comparison: Comparison) -> Table:
+    rows = [published_row(entry) for entry in comparison.entries]
+    names = list(dict.fromkeys(name for row in rows for name in row if name != "model"))
+    table = Table(title="Published values: uncalibrated, without chance level", title_justify="left", header_style="bold")
+    table.add_column("Model", overflow="fold")
+    for name in names:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(Text(row["model"]), *("–" if row.get(name) is None else f"{row[name]:.4f}" for name in names))
+    return table
+
+
+def _difference_table(paired: Sequence[Difference]) -> Table:
+    title = Text(f"{legible(paired[0].first, 60)} minus {legible(paired[0].second, 60)}, paired over the common documents")
+    table = Table(title=title, title_justify="left", title_style="italic", header_style="bold")
+    for heading in ("Metric", "Depth", "First", "Second", "Difference", "95 % interval", "p (Holm)"):
+        table.add_column(heading, justify="left" if heading in ("Metric", "Depth") else "right")
+    for each in paired:
+        style = "" if each.adjusted <= LEVEL else "dim"
+        p = "<0.001" if each.adjusted < 0.001 else f"{each.adjusted:.3f}"
+        scores = (f"{each.score_first:.1%}", f"{each.score_second:.1%}", f"{each.difference:+.1%}", f"{each.low:+.1%} to {each.high:+.1%}")
+        table.add_row(charts.METRICS[each.metric][0], each.depth, *scores, p, style=style)
+    return table
+
+
+def _score(score: float | None, low: float | None, high: float | None) -> str:
+    if score is None:
+        return "–"
+    return f"{score:.1%}" if low is None or high is None else f"{score:.1%} ±{50 * (high - low):.1f}"

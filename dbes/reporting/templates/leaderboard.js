@@ -1,0 +1,60 @@
+"use strict";
+start((data) => {
+  const metrics = Object.entries(data.metrics), models = data.rows.map((row) => row.model), MOST = 6;
+  const withInterval = (metric) => (row) => (row[metric] === null ? "–" : element("span", {}, percent(row[metric]), row[`${metric}_low`] === null ? "" : element("span", { class: "small" }, ` ±${(50 * (row[`${metric}_high`] - row[`${metric}_low`])).toFixed(1)}`)));
+
+  // Table
+  const size = (row) => { const n = Number(String(row.experts).split("–").at(-1)); return n <= 16 ? "up to 16" : n <= 64 ? "17 to 64" : "65 and more"; };
+  const any = (values) => [["", "all"], ...[...new Set(values)].filter((v) => v !== null).sort().map((v) => [v, v])];
+  fill("l-family", any(data.rows.map((row) => row.family)));
+  fill("l-size", any(data.rows.filter((row) => Number(String(row.experts).split("–").at(-1)) > 0).map(size)));
+  const rows = data.rows.map((row, i) => ({ ...row, place: row.rank ?? 1e6 + i }));
+  const table = sortableTable(document.getElementById("l-table"), [
+    { key: "place", label: "Rank", number: true, show: (row) => row.rank_text || "–" },
+    { key: "model", label: "Model", show: (row) => element("span", {}, element("bdi", {}, row.model), row.baseline ? element("span", {}, " ", element("span", { class: "badge" }, "baseline")) : "", row.note ? element("div", { class: "small" }, row.note) : "") },
+    ...metrics.map(([metric, label]) => ({ key: metric, label, number: true, show: withInterval(metric) })),
+    { key: "random_router", label: "Random router", number: true, show: (row) => percent(row.random_router) },
+    { key: "excess", label: "Excess", number: true, show: (row) => (row.excess === null ? "–" : element("span", {}, (row.excess > 0 ? "+" : "") + percent(row.excess), row.excess_low === null ? "" : element("span", { class: "small" }, ` (${percent(row.excess_low)} to ${percent(row.excess_high)})`))) },
+    { key: "utilization", label: "Load used", number: true, show: (row) => percent(row.utilization) },
+    { key: "family", label: "Family" }, { key: "experts", label: "Experts", number: true }, { key: "k", label: "k", number: true }, { key: "layers", label: "Layers", number: true },
+    { key: "tokens", label: "Tokens", number: true, show: (row) => (row.tokens === null ? "–" : row.tokens.toLocaleString("en")) }, { key: "phase", label: "Text" }, { key: "dtype", label: "dtype" }, { key: "date", label: "Date" }, { key: "versions", label: "Versions" },
+  ], rows, { size: 50, pager: document.getElementById("l-pager"), sort: "place", down: false });
+  const filter = () => {
+    const text = chosen("l-text").trim().toLowerCase(), family = chosen("l-family"), experts = chosen("l-size"), baselines = document.getElementById("l-baselines").checked;
+    table.set(rows.filter((row) => (!text || row.model.toLowerCase().includes(text)) && (!family || row.family === family) && (!experts || size(row) === experts) && (baselines || !row.baseline)));
+  };
+  ["l-family", "l-size", "l-baselines"].forEach((id) => onChange(id, filter));
+  document.getElementById("l-text").addEventListener("input", filter);
+  document.getElementById("l-csv").addEventListener("click", () => download("leaderboard.csv", csv(table.all().map(({ place, rank_text, ...row }) => row)), "text/csv;charset=utf-8"));
+
+  // Overlay and profile
+  fill("l-metric", metrics);
+  const boxes = models.map((model, i) => { const box = element("input", { type: "checkbox", value: model }); box.checked = i < 4; return element("label", {}, box, element("bdi", {}, model)); });
+  document.getElementById("l-models").replaceChildren(...boxes);
+  const inputs = [...document.querySelectorAll("#l-models input")], wanted = () => inputs.filter((box) => box.checked).map((box) => box.value);
+  inputs.forEach((box) => box.addEventListener("change", () => { if (wanted().length > MOST) box.checked = false; redraw("overlay", "parallel"); }));
+  onChange("l-metric", () => redraw("overlay"));
+  addFigure("overlay", () => data.specs.overlay, () => rowsOf(data.curves, (i) => data.curves.metric[i] === chosen("l-metric") && wanted().includes(data.curves.model[i])), () => rowsOf(data.curves));
+  addFigure("parallel", () => data.specs.parallel, () => data.rows.filter((row) => wanted().includes(row.model)).flatMap((row) => metrics.map(([metric, label]) => ({ model: row.model, metric: label, score: row[metric], score_low: row[`${metric}_low`], score_high: row[`${metric}_high`] }))).filter((row) => row.score !== null));
+  addFigure("scatter", () => data.specs.scatter, () => data.rows.filter((row) => row.accuracy !== null && row.specialization !== null).map((row) => ({ model: row.model, accuracy: row.accuracy, score: row.specialization, score_low: row.specialization_low, score_high: row.specialization_high })));
+
+  // Pairs
+  const named = models.map((model) => [model, model]), signed = (value) => (value > 0 ? "+" : "") + percent(value, 2);
+  fill("p-first", named, models[0]);
+  fill("p-second", named, models[1] ?? models[0]);
+  const pairs = () => {
+    const first = chosen("p-first"), second = chosen("p-second"), found = rowsOf(data.pairs, (i) => data.pairs.first[i] === first && data.pairs.second[i] === second);
+    if (found.length || first === second) return found;
+    return rowsOf(data.pairs, (i) => data.pairs.first[i] === second && data.pairs.second[i] === first).map((row) => ({ ...row, first, second, score_first: row.score_second, score_second: row.score_first, difference: -row.difference, low: -row.high, high: -row.low }));
+  };
+  const pairTable = sortableTable(document.getElementById("p-table"), [
+    { key: "metric", label: "Metric", show: (row) => data.metrics[row.metric] }, { key: "depth", label: "Depth" }, { key: "score_first", label: "First", number: true, show: (row) => percent(row.score_first, 2) }, { key: "score_second", label: "Second", number: true, show: (row) => percent(row.score_second, 2) },
+    { key: "difference", label: "Difference", number: true, show: (row) => signed(row.difference) }, { key: "low", label: "95 % interval", number: true, show: (row) => (row.low === null ? "–" : `${signed(row.low)} to ${signed(row.high)}`) }, { key: "adjusted", label: "p (Holm)", number: true, show: (row) => small(row.adjusted) },
+    { key: "told", label: "Told apart", show: (row) => (row.adjusted !== null && row.adjusted <= 0.05 ? "yes" : "no") },
+  ], pairs(), { pager: document.getElementById("p-pager") });
+  ["p-first", "p-second"].forEach((id) => onChange(id, () => pairTable.set(pairs())));
+
+  // Published
+  const names = [...new Set(data.published.flatMap(Object.keys))];
+  sortableTable(document.getElementById("u-table"), names.map((name) => (name === "model" ? { key: name, label: "Model" } : { key: name, label: name, number: true, show: (row) => fixed(row[name], 4) })), data.published, { size: 500 });
+});
