@@ -86,7 +86,7 @@ def test_equal_settings_give_equal_weights_and_other_seeds_do_not():
 )
 def test_an_interrupted_run_goes_on_to_the_same_end(tmp_path, monkeypatch, routing):
     whole = train(settings(8, routing=routing), tiny_mix(), folder=tmp_path / "whole", log_every=1)
-    real, steps = training._train_step, []
+    real, steps = training.train_step, []
 
     def interrupted(*arguments, **named):
         if named["step"] == 5 and 5 not in steps:
@@ -94,7 +94,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(tmp_path, monkeypatch, routi
             raise KeyboardInterrupt
         return real(*arguments, **named)
 
-    monkeypatch.setattr(training, "_train_step", interrupted)
+    monkeypatch.setattr(training, "train_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(settings(8, routing=routing), tiny_mix(), folder=tmp_path / "cut", log_every=1, checkpoint_seconds=0)
     again = train(settings(8, routing=routing), tiny_mix(), folder=tmp_path / "cut", log_every=1, checkpoint_seconds=0)

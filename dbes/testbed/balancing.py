@@ -39,26 +39,27 @@ def groups_of(settings: RoutingSettings, sequences: int) -> int:
 def expert_shares(ids: Tensor, experts: int, groups: int = 1) -> Tensor:
     """Share of the slots of each group that each expert took, float [groups, experts]; rows sum to 1."""
     slots = ids.reshape(groups, -1)
-    counts = torch.zeros(groups, experts, dtype=torch.float32, device=ids.device)
-    counts.scatter_add_(1, slots, torch.ones_like(slots, dtype=torch.float32))
-    return counts / slots.shape[1]
+    offset = torch.arange(groups, device=ids.device)[:, None] * experts
+    counts = torch.bincount((slots + offset).reshape(-1), minlength=groups * experts)
+    return counts.reshape(groups, experts).float() / slots.shape[1]
 
 
-def balancing_loss(scores: Tensor, ids: Tensor, *, groups: int, reduce: Reduce | None = None) -> Tensor:
+def balancing_loss(scores: Tensor, ids: Tensor, *, groups: int, reduce: Reduce | None = None, normalised: bool = False) -> Tensor:
     r"""The auxiliary loss of **one** layer, mean over the groups of its scope.
 
     .. math:: L = E \sum_e f_e P_e
 
     f is the share of slots that chose expert e, P its mean score (each token's scores normalised to 1). 1 for a uniform router
     and, because layers are never pooled, up to E/k for a router that collapsed, whatever the other layers do. Only P carries
-    a gradient. ``reduce`` averages f over processes when the group spans them.
+    a gradient. ``reduce`` averages f over processes when the group spans them; ``normalised``: scores sum to 1 already.
     """
     experts = scores.shape[-1]
     shares = expert_shares(ids, experts, groups)
     if reduce is not None and groups == 1:
         shares = reduce(shares)
-    probabilities = scores / scores.sum(-1, keepdim=True)
-    means = probabilities.reshape(groups, -1, experts).mean(1)
+    if not normalised:
+        scores = scores / scores.sum(-1, keepdim=True)
+    means = scores.reshape(groups, -1, experts).mean(1)
     return experts * (shares * means).sum(-1).mean()
 
 
@@ -82,7 +83,7 @@ class Processes:
         return rows.chunk(self.count)[self.index]
 
 
-def sinkhorn_scores(logits: Tensor, *, groups: int, iterations: int = 20, sharpness: float = 20.0) -> Tensor:
+def sinkhorn_scores(logits: Tensor, *, groups: int, iterations: int = 12, sharpness: float = 8.0) -> Tensor:
     """Logits minus a price per expert and group such that choices by them are nearly balanced in each group.
 
     Sinkhorn's algorithm on exp(sharpness * logits / std): rows are scaled to equal token mass, columns to equal expert mass.

@@ -31,7 +31,7 @@ class Decision:
         logits: float [tokens, experts].
         scores: float [tokens, experts], softmax or sigmoid of the logits: what gate weights are taken from.
         selection: float [tokens, experts], what the top-k was taken on; -inf for experts that could not be chosen. None when
-            nothing was weighed (hash).
+            nothing was weighed (hash) and while training.
         weights: float [tokens, slots], gate weights as used; 0 where the slot was dropped.
         ids: int64 [tokens, slots], chosen experts.
         dropped: share of the slots that were dropped for capacity.
@@ -140,7 +140,10 @@ class Routing:
             return torch.zeros(())
         groups = balancing.groups_of(self.settings, len(self._tokens))
         mean = self._processes.mean if self._processes else None
-        losses = [balancing.balancing_loss(made.scores, made.ids, groups=groups, reduce=mean) for made in self.decisions]
+        softmax = not hasattr(self._routers[0], "e_score_correction_bias")
+        losses = [
+            balancing.balancing_loss(made.scores, made.ids, groups=groups, reduce=mean, normalised=softmax) for made in self.decisions
+        ]
         return torch.stack(losses).sum()
 
     def _hook(self, layer: int) -> Any:
@@ -208,7 +211,7 @@ class Routing:
         return everywhere.own(ids) if everywhere else ids
 
     def _selection(self, layer: int, logits: Tensor, scores: Tensor) -> Tensor | None:
-        if self.settings.router == "hash":
+        if self.settings.router == "hash" or self.training:
             return None
         own = getattr(self._routers[layer], "e_score_correction_bias", None)
         biased = scores.detach() + (self.bias[layer] if own is None else own)

@@ -126,7 +126,7 @@ def train(
         model = model.to(accelerator.device)
         processes = _processes(accelerator)
     with Routing(model, settings.routing, domains=len(batches.mix.domains), seed=settings.seed, processes=processes) as routing:
-        optimizer = _optimizer(model, settings.optimizer)
+        optimizer = optimizer_of(model, settings.optimizer)
         identity = settings.identity(mix.digest)
         start, spent = _restore(folder, identity, model, optimizer, routing) if folder else (0, 0.0)
         spent -= time.process_time()
@@ -135,11 +135,11 @@ def train(
         for step in range(start, steps):
             began = time.monotonic()
             batch = _share_of_process(batches(step), accelerator)
-            record = _train_step(
-                model, optimizer, routing, batch, step=step, settings=settings, names=batches.mix.domains, processes=processes
-            )
-            failed = not math.isfinite(record["loss"])
+            loss, nats, balance, norm = train_step(model, optimizer, routing, batch, step=step, settings=settings, processes=processes)
+            failed = not math.isfinite(loss)
             if step % log_every == 0 or step == steps - 1 or failed:
+                record = _record(routing, batch, loss, nats, balance, norm, names=batches.mix.domains, processes=processes)
+                record = {"step": step, **record, "learning_rate": round(learning_rate(settings.optimizer, step), 7)}
                 elapsed = time.monotonic() - began
                 record["tokens_per_second"] = round(settings.mix.tokens_per_step / elapsed)
                 log.append(_finite(record))
@@ -149,7 +149,7 @@ def train(
                 if progress:
                     progress(log[-1])
             if failed:
-                raise TrainingError(f"the loss is {record['loss']} at step {step}: training stopped; lower the learning rate (log kept)")
+                raise TrainingError(f"the loss is {loss} at step {step}: training stopped; lower the learning rate (log kept)")
             if folder and (step == steps - 1 or time.monotonic() - saved > checkpoint_seconds):
                 if accelerator is None or accelerator.is_main_process:
                     _save_state(folder, identity, step + 1, spent + time.process_time(), model, optimizer, routing)
@@ -178,7 +178,7 @@ def learning_rate(settings: OptimizerSettings, step: int) -> float:
     return settings.learning_rate * share
 
 
-def _train_step(
+def train_step(
     model: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
     routing: Routing,
@@ -186,12 +186,11 @@ def _train_step(
     *,
     step: int,
     settings: TrainSettings,
-    names: tuple[str, ...],
-    processes: Processes | None,
-) -> dict[str, Any]:
-    rate = learning_rate(settings.optimizer, step)
+    processes: Processes | None = None,
+) -> tuple[float, Tensor, Tensor, Tensor]:
+    """One step on one batch: the loss over all processes, this one's nats per token, the balancing loss, the gradient's norm."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = learning_rate(settings.optimizer, step)
     device = next(model.parameters()).device
     tokens, domain = torch.from_numpy(batch.tokens).to(device), torch.from_numpy(batch.domain).to(device)
     routing.begin(tokens, domain, step=step)
@@ -199,35 +198,50 @@ def _train_step(
     balance = routing.balancing_loss()
     (loss + settings.routing.coefficient * balance).backward()
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    loss = loss.detach()
     if processes is not None:
         for parameter in parameters:
             parameter.grad = processes.mean(parameter.grad)  # pyright: ignore[reportArgumentType]
+        loss = processes.mean(loss)
     norm = torch.nn.utils.clip_grad_norm_(parameters, settings.optimizer.clip)
     optimizer.step()
     optimizer.zero_grad()
+    return float(loss), nats, balance.detach(), norm
+
+
+def _record(
+    routing: Routing,
+    batch: Batch,
+    loss: float,
+    nats: Tensor,
+    balance: Tensor,
+    norm: Tensor,
+    *,
+    names: tuple[str, ...],
+    processes: Processes | None,
+) -> dict[str, Any]:
+    """What the log keeps of a step."""
     shares = torch.stack([expert_shares(made.ids, routing.experts)[0] for made in routing.decisions])
-    nats_of = nats.mean(1)
-    values = torch.cat([shares.reshape(-1), torch.stack([loss.detach(), balance.detach()])])
     if processes is not None:
-        values = processes.mean(values)
-    shares = values[:-2].reshape(shares.shape)
+        shares, balance = processes.mean(shares), processes.mean(balance)
     entropy = torch.special.entr(shares).sum(-1) / math.log(routing.experts)
+    by_sequence = nats.mean(1).cpu().numpy()
     by_domain = {
-        name: round(float(nats_of[domain == index].mean()), 4) for index, name in enumerate(names) if bool((domain == index).any())
+        name: round(float(by_sequence[batch.domain == index].mean()), 4)
+        for index, name in enumerate(names)
+        if (batch.domain == index).any()
     }
     return {
-        "step": step,
-        "loss": float(values[-2]),
+        "loss": loss,
         "loss_by_domain": by_domain,
-        "balancing_loss": round(float(values[-1]) / len(routing.decisions), 5),
+        "balancing_loss": round(float(balance) / len(routing.decisions), 5),
         "load_entropy": [round(float(value), 4) for value in entropy],
         "dropped": round(float(np.mean([made.dropped for made in routing.decisions])), 5),
         "gradient_norm": round(float(norm), 4),
-        "learning_rate": round(rate, 7),
     }
 
 
-def _optimizer(model: PreTrainedModel, settings: OptimizerSettings) -> torch.optim.AdamW:
+def optimizer_of(model: PreTrainedModel, settings: OptimizerSettings) -> torch.optim.AdamW:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in trained if parameter.ndim > 1]
     vectors = [parameter for parameter in trained if parameter.ndim <= 1]
