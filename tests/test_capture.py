@@ -170,7 +170,10 @@ def test_a_composite_model_is_found_with_its_layers() -> None:
             "patch_size": 14, "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32,
         },
     )  # fmt: skip
-    sites = find_sites(transformers.Llama4ForConditionalGeneration(config).eval())
+    model = transformers.Llama4ForConditionalGeneration(config).eval()
+    sites = find_sites(model)
+    assert all(bool(decision.matched.all()) for (decision,) in decisions_of(model, text()).values())
+    assert ablation_agrees(model, sites[1], text())
     assert [(site.layer, site.num_experts, site.top_k, site.adapter) for site in sites] == [(0, 8, 1, "scores"), (1, 8, 1, "scores")]
 
 

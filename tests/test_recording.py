@@ -158,6 +158,35 @@ def test_what_is_recorded() -> None:
     assert trace.control.provenance["router"] == "random"
 
 
+def test_margins_agree_with_the_logits_the_model_returns() -> None:
+    """An independent way to OLMoE's logits and scores (a softmax): ``output_router_logits``."""
+    document = written(1)[0]
+    loaded, routes = loaded_model("olmoe"), joined(record("olmoe", [document], window=100).trace)
+    with torch.inference_mode():
+        ids = torch.tensor([loaded.tokenizer(document.text)["input_ids"]])
+        layers = loaded.model(input_ids=ids, output_router_logits=True).router_logits
+    for column, logits in enumerate(layers):
+        ordered, scores = (values.sort(dim=-1, descending=True)[0][1:].numpy() for values in (logits, logits.softmax(dim=-1)))
+        np.testing.assert_allclose(routes.logit_margins[:, column], ordered[:, 1] - ordered[:, 2], rtol=2e-3, atol=1e-4)
+        margins = scores[:, 1] - scores[:, 2]
+        np.testing.assert_allclose(routes.selection_margins[:, column], margins, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(routes.scaled_margins[:, column], margins / scores.std(axis=-1), rtol=2e-3, atol=1e-4)
+        best = logits.topk(TOP_K, dim=-1)[1][1:].sort(dim=-1)[0].numpy()
+        np.testing.assert_array_equal(np.sort(routes.ids[:, column]), best)
+
+
+def test_choosing_every_expert_leaves_nothing_to_flip() -> None:
+    model = tiny_model("olmoe", num_experts=2)
+    routes = joined(record_documents(load_model(model, tokenizer=character_tokenizer()), written(), domains=("a", "b"), window=40).trace)
+    assert np.isnan(routes.selection_margins).all() and np.isnan(routes.logit_margins).all() and (routes.kept == 2).all()
+
+
+def test_bfloat16_records() -> None:
+    loaded = load_model(tiny_model("olmoe").to(torch.bfloat16), tokenizer=character_tokenizer())
+    trace = record_documents(loaded, written(), domains=("a", "b"), window=40).trace
+    assert trace.provenance["dtype"] == "bfloat16" and (joined(trace).selection_margins >= 0).all()
+
+
 def test_missing_scores_have_reasons_and_idle_slots_are_reported() -> None:
     hashed = record("deepseek_v4", written()).trace
     assert set(hashed.provenance["scores_missing"]) == {"0", "1", "2"}
@@ -391,3 +420,14 @@ class TestErrors:
 def test_recordings_are_values() -> None:
     done = record("olmoe", written())
     assert replace(done, seconds=0.0).tokens_per_second == 0.0
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_tokens() -> None:
+    benchmark = Path(__file__).parents[1] / "benchmarks" / "recording.py"
+
+    def peak(tokens: int) -> float:
+        command = [sys.executable, str(benchmark), "--memory", str(tokens)]
+        return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+    assert peak(200_000) - peak(10_000) < 100
