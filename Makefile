@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
-.PHONY: evaluate test test-slow check lint types contracts model benchmark-data benchmarks clean
+.PHONY: evaluate test test-slow check lint types contracts model benchmark-data benchmarks leaderboard browser clean
 
 evaluate: $(READY)  ## Evaluate the embedded checkpoint on the embedded benchmark.
 	$(OFFLINE) $(BIN)/dbes evaluate --model embedded --tasks embedded --output-path results
@@ -30,6 +30,19 @@ contracts: $(READY)
 benchmarks: $(READY)  ## Speed and memory, as ratios within one run.
 	$(OFFLINE) $(BIN)/python benchmarks/recording.py build/recording.json
 	$(OFFLINE) $(BIN)/python benchmarks/scoring.py build/scoring.json
+
+leaderboard: $(READY)  ## Check the shipped results and rebuild reports/leaderboard.html from them.
+	$(OFFLINE) $(BIN)/dbes compare reports/entries --check
+	$(OFFLINE) $(BIN)/dbes compare reports/entries --format html --output reports/leaderboard.html
+
+browser: $(READY) build/axe/package/axe.min.js  ## The pages in a real headless Chromium.
+	command -v chromium > /dev/null || (apt-get update -qq && apt-get install -qq --yes chromium)
+	$(OFFLINE) $(BIN)/python -m pytest -m browser
+
+build/axe/package/axe.min.js:
+	mkdir -p build/axe
+	command -v npm > /dev/null || (apt-get update -qq && apt-get install -qq --yes npm)
+	cd build/axe && npm pack --silent axe-core@4 && tar xzf axe-core-4*.tgz
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
