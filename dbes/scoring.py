@@ -224,12 +224,13 @@ def _example_tokens(trace: Trace, cells: np.ndarray, phase: int | None) -> list[
             return [() for _ in cells]
         row_domain = np.where(of_phase(routes, phase), trace.shape.document_domain[routes.document], -1)
         for domain in domains:
-            kinds, number = np.unique(routes.token_ids[row_domain == domain], return_counts=True)
-            text[domain].update(dict(zip(kinds.tolist(), number.tolist(), strict=True)))
-        for cell, (domain, column, expert) in zip(counts, cells, strict=True):
-            rows = (row_domain == domain) & (routes.ids[:, column] == expert).any(axis=1)
-            kinds, number = np.unique(routes.token_ids[rows], return_counts=True)
-            cell.update(dict(zip(kinds.tolist(), number.tolist(), strict=True)))
+            rows = np.flatnonzero(row_domain == domain)
+            tokens, ids = routes.token_ids[rows], routes.ids[rows]
+            _add_counts(text[domain], tokens)
+            for cell, (of_domain, column, expert) in zip(counts, cells, strict=True):
+                if of_domain == domain:
+                    chosen = np.logical_or.reduce([ids[:, column, slot] == expert for slot in range(ids.shape[2])])
+                    _add_counts(cell, tokens[chosen])
     examples = []
     for cell, (domain, _, _) in zip(counts, cells, strict=True):
         hits, total = sum(cell.values()), sum(text[domain].values())
@@ -237,6 +238,11 @@ def _example_tokens(trace: Trace, cells: np.ndarray, phase: int | None) -> list[
         best = sorted(scored, key=lambda token: (-scored[token], token))[:EXAMPLE_TOKENS]
         examples.append(tuple(trace.vocabulary.get(token, f"#{token}") for token in best))
     return examples
+
+
+def _add_counts(counter: Counter[int], tokens: np.ndarray) -> None:
+    kinds, number = np.unique(tokens, return_counts=True)
+    counter.update(dict(zip(kinds.tolist(), number.tolist(), strict=True)))
 
 
 def _similarity(statistics: RoutingStatistics) -> np.ndarray:
