@@ -19,7 +19,7 @@ from dbes.estimates import Estimate, estimate_all, reference_scores
 from dbes.statistics import RoutingStatistics, StiffnessSums, count_routes
 from dbes.trace import Trace
 from dbes.types import LOGIT_NOISE, NOISE_SCALES, RoutingShape
-from dbes.uncertainty import permuted_labels
+from dbes.uncertainty import DomainScores, permuted_labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,9 +152,11 @@ def draw_trace(about: Population, random: np.random.Generator, *, documents: int
     )
 
 
-def estimates(statistics: RoutingStatistics, *, permutations: int, seed: int) -> dict[str, Estimate]:
+def estimates(statistics: RoutingStatistics, *, permutations: int, seed: int, reference: DomainScores | None = None) -> dict[str, Estimate]:
+    """The estimates of one draw; the reference, which only scales scores, may be that of another draw."""
+    reference = reference_scores(statistics, seed=seed) if reference is None else reference
     labels = permuted_labels(statistics.shape.document_domain, permutations=permutations, seed=seed)
-    return estimate_all(statistics, labels, reference_scores(statistics, seed=seed), sign_flips=0, seed=seed).by_metric
+    return estimate_all(statistics, labels, reference, sign_flips=0, seed=seed).by_metric
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,10 +182,11 @@ def coverage(
     corrected: dict[str, list[float]] = {name: [] for name in true}
     values: dict[str, list[float]] = {name: [] for name in true}
     widths: dict[str, list[float]] = {name: [] for name in true}
+    reference = reference_scores(draw_statistics(about, np.random.default_rng(seed), documents=documents, tokens=tokens), seed=seed)
     for run in range(runs):
         random = np.random.default_rng((seed, run))
         statistics = draw_statistics(about, random, documents=documents, tokens=tokens)
-        found = estimates(statistics, permutations=permutations, seed=run)
+        found = estimates(statistics, permutations=permutations, seed=run, reference=reference)
         for name, value in true.items():
             held[name].append((found[name].ci_low <= value + 1e-12) & (value - 1e-12 <= found[name].ci_high))
             corrected[name].append(found[name].corrected[-1, -1])
@@ -217,10 +220,11 @@ def null_p(*, runs: int, permutations: int = 200, seed: int = 0, documents: int 
     """p-values of the domain metrics on shuffled traces of a router that does specialize, [runs] (model), [runs, ...] (cells)."""
     about = population(3, domains=4, layers=3, experts=24, top_k=3, effect=effect)
     found: dict[str, list[np.ndarray]] = {}
+    reference = reference_scores(draw_statistics(about, np.random.default_rng(seed), documents=documents, tokens=50), seed=seed)
     for run in range(runs):
         random = np.random.default_rng((seed, run, 1))
         statistics = shuffled(draw_statistics(about, random, documents=documents, tokens=50), random)
-        for name, estimate in estimates(statistics, permutations=permutations, seed=run).items():
+        for name, estimate in estimates(statistics, permutations=permutations, seed=run, reference=reference).items():
             found.setdefault(name, []).append(estimate.p)
     return {name: np.array(values) for name, values in found.items() if np.isfinite(values).any()}
 
