@@ -1,0 +1,292 @@
+"""The pages in a real headless Chromium: they open offline and silently, every control works, nothing hostile runs.
+
+Needs Debian's chromium and axe-core; ``make browser`` fetches both. Their absence is an error, not a skip.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from report_results import HOSTILE, simulated_trace, write_result
+
+from dbes.reporting.compare import compare
+from dbes.reporting.leaderboard import render_leaderboard
+from dbes.reporting.page import unpacked, write_page
+
+pytestmark = pytest.mark.browser
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+AXE = ROOT / "build" / "axe" / "package" / "axe.min.js"
+SHOTS = ROOT / "build" / "screenshots"
+READY = "document.documentElement.dataset.ready === 'yes'"
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    from playwright.sync_api import sync_playwright
+
+    path = shutil.which("chromium")
+    assert path is not None, "chromium is not installed: make browser"
+    assert AXE.is_file(), f"{AXE} is missing: make browser"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def model_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_page(write_result(tmp_path_factory.mktemp("model"), simulated_trace()))
+
+
+@pytest.fixture(scope="module")
+def leaderboard_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("leaderboard")
+    for seed, lean in enumerate((0.1, 0.4, 0.7)):
+        write_result(folder / str(seed), simulated_trace(seed, lean=lean, model=f"model-{seed}"), keep_trace=False)
+    page = folder / "leaderboard.html"
+    page.write_text(render_leaderboard(compare([folder])), "utf-8")
+    return page
+
+
+class Opened:
+    """A page, with everything it said or asked for."""
+
+    def __init__(self, chromium, path: Path, width: int = 1400, scheme: str = "light") -> None:
+        self.context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, accept_downloads=True)
+        self.tab = self.context.new_page()
+        self.said: list[str] = []
+        self.asked: list[str] = []
+        self.tab.on("console", lambda message: self.said.append(f"{message.type}: {message.text}"))
+        self.tab.on("pageerror", lambda problem: self.said.append(f"pageerror: {problem}"))
+        self.tab.on("request", lambda request: self.asked.append(request.url))
+        started = time.perf_counter()
+        self.tab.goto(path.as_uri())
+        self.tab.wait_for_function(READY)
+        self.seconds = time.perf_counter() - started
+        self.home = path.as_uri()
+
+    def scroll_through(self) -> None:
+        height = self.tab.evaluate("document.documentElement.scrollHeight")
+        for top in range(0, height, 500):
+            self.tab.evaluate(f"window.scrollTo({{top: {top}, behavior: 'instant'}})")
+            self.tab.wait_for_timeout(60)
+        self.tab.wait_for_timeout(400)
+        self.tab.evaluate("window.scrollTo({top: 0, behavior: 'instant'})")
+
+    def drawn(self, name: str) -> None:
+        self.tab.locator(f'[data-figure="{name}"]').scroll_into_view_if_needed()
+        self.tab.wait_for_function(f"document.querySelector('[data-figure=\"{name}\"] [data-plot]').dataset.ready")
+
+    def rows(self, name: str) -> list[dict]:
+        """The rows that a figure really draws, from the running Vega view."""
+        self.drawn(name)
+        return self.tab.evaluate(f"page.figures.get('{name}').view.view.data('rows').map((row) => ({{...row}}))")
+
+    def choose(self, figure: str, select: str, value: str) -> None:
+        before = self.tab.evaluate(f"page.figures.get('{figure}').drawn")
+        self.tab.select_option(f"#{select}", value)
+        wait = f"Number(document.querySelector('[data-figure=\"{figure}\"] [data-plot]').dataset.ready) > {before}"
+        self.tab.wait_for_function(wait)
+
+    def save(self, selector: str) -> str:
+        with self.tab.expect_download() as waiting:
+            self.tab.locator(selector).click()
+        path = waiting.value.path()
+        return path.read_text("utf-8", errors="replace") if waiting.value.suggested_filename[-3:] != "png" else path.read_bytes()[:8].hex()
+
+    def silent(self) -> None:
+        assert self.said == []
+        outside = [url for url in self.asked if not url.startswith((self.home, "data:", "blob:"))]
+        assert outside == []
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1400, "light"), (1400, "dark"), (390, "light"), (390, "dark")])
+@pytest.mark.parametrize("which", ["model", "leaderboard"])
+def test_pages_open_silently_fit_and_are_accessible(chromium, request, which: str, width: int, scheme: str) -> None:
+    page = Opened(chromium, request.getfixturevalue(f"{which}_page"), width, scheme)
+    page.scroll_through()
+    page.silent()
+    assert page.tab.evaluate("document.documentElement.scrollWidth") <= width
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    page.tab.screenshot(path=SHOTS / f"{which}-{width}-{scheme}.png", full_page=True)
+    page.tab.evaluate(AXE.read_text("utf-8"))
+    found = page.tab.evaluate("axe.run().then((found) => found.violations)")
+    serious = [(each["id"], each["nodes"][0]["html"][:200]) for each in found if each["impact"] in ("serious", "critical")]
+    assert serious == []
+
+
+def test_what_is_drawn_is_what_the_result_says(chromium, model_page: Path) -> None:
+    page = Opened(chromium, model_page)
+    result = json.loads((model_page.parent / "result.json").read_text("utf-8"))
+    for metric in ("specialization", "der", "ngram_expertise_2"):
+        drawn = {row["layer"]: row for row in page.rows(f"curve-{metric}")}
+        expected = [row for row in result["calibrated"] if row["metric"] == metric and row["domain"] is None and row["layer"] is not None]
+        assert len(drawn) == len(expected) == 4
+        for row in expected:
+            for name in ("score", "score_low", "score_high", "value", "null", "p"):
+                assert drawn[row["layer"]][name] == pytest.approx(row[name], rel=1e-4, abs=1e-9)
+
+
+def test_scale_domain_and_axis_of_the_curves(chromium, model_page: Path) -> None:
+    page = Opened(chromium, model_page)
+    page.drawn("curve-specialization")
+    page.choose("curve-specialization", "curve-domain", "law")
+    assert {row["domain"] for row in page.rows("curve-specialization")} == {"law"}
+    assert {row["domain"] for row in page.rows("curve-der")} == {None}
+    page.tab.check("input[value=value]")
+    page.tab.check("#full")
+    page.tab.wait_for_timeout(600)
+    assert "ideal router" in page.tab.inner_text("#curve-key")
+    assert page.tab.evaluate("page.figures.get('curve-specialization').spec().layer.length") == 7
+    page.silent()
+
+
+def test_heat_map_switches_layers_and_tells_on_hover(chromium, model_page: Path) -> None:
+    import pandas as pd
+
+    page = Opened(chromium, model_page)
+    usage = pd.read_parquet(model_page.parent / "expert_usage.parquet")
+    for layer in (1, 4):
+        page.drawn("heat")
+        page.choose("heat", "heat-layer", str(layer)) if str(layer) != page.tab.input_value("#heat-layer") else None
+        drawn = {(row["domain"], row["expert"]): row for row in page.rows("heat")}
+        for row in usage[usage["layer"] == layer].to_dict("records"):
+            cell = drawn[row["domain"], row["expert"]]
+            assert cell["hits"] == row["hits"]
+            assert cell["share"] == pytest.approx(row["share"], rel=1e-6)
+            assert cell["lift"] == pytest.approx(row["lift"], rel=1e-3)
+            assert cell["lift_low"] == pytest.approx(row["lift_low"], abs=2e-3)
+            assert (cell["kind"] == "specialist") == row["specialist"]
+    page.tab.locator('[data-figure="heat"] button[data-step="-1"]').click()
+    assert page.tab.input_value("#heat-layer") == "3"
+    page.tab.wait_for_timeout(500)
+    page.tab.locator('[data-figure="heat"] svg .mark-rect path').nth(5).hover()
+    page.tab.wait_for_selector("#vg-tooltip-element.visible")
+    told = page.tab.inner_text("#vg-tooltip-element")
+    assert all(word in told for word in ("hits", "share", "lift", "q-value", "expert", "domain"))
+    page.silent()
+
+
+def test_specialists_sort_filter_and_show_contexts(chromium, model_page: Path) -> None:
+    page = Opened(chromium, model_page)
+    column = "() => [...document.querySelectorAll('#s-table tbody tr')].map((row) => row.cells[3].textContent)"
+    falling = [float(text) for text in page.tab.evaluate(column)]
+    assert falling == sorted(falling, reverse=True) and len(falling) > 3
+    page.tab.click("#s-table th[data-key=lift] button")
+    rising = [float(text) for text in page.tab.evaluate(column)]
+    assert rising == sorted(rising)
+    assert page.tab.get_attribute("#s-table th[data-key=lift]", "aria-sort") == "ascending"
+    page.tab.select_option("#s-domain", "code")
+    page.tab.select_option("#s-layer", "4")
+    rows = page.tab.evaluate(
+        "() => [...document.querySelectorAll('#s-table tbody tr')].map((r) => [r.cells[0].textContent, r.cells[1].textContent])"
+    )
+    assert rows and all(row == ["code", "4"] for row in rows)
+    saved = list(csv.DictReader(io.StringIO(page.save("#s-csv"))))
+    assert len(saved) == len(rows) and {row["domain"] for row in saved} == {"code"}
+    page.tab.locator("#s-table details").first.locator("summary").click()
+    assert page.tab.locator("#s-table details[open] mark").count() >= 1
+    page.tab.fill("#s-text", "no such token")
+    assert page.tab.inner_text("#s-pager") == "nothing matches"
+
+
+def test_text_view_by_mouse_and_keyboard(chromium, model_page: Path) -> None:
+    page = Opened(chromium, model_page)
+    text = unpacked(model_page.read_text("utf-8"))["text"][0]
+    page.tab.select_option("#t-layer", "2")
+    page.tab.locator("#t-tokens [data-token='3']").hover()
+    start = (3 * 4 + 1) * 2
+    told = page.tab.inner_text("#t-inspector")
+    for slot in range(2):
+        assert f"expert {text['experts'][start + slot]} · {text['weights'][start + slot]} %" in told
+    page.tab.focus("#t-tokens")
+    page.tab.keyboard.press("ArrowRight")
+    assert "position 4" in page.tab.inner_text("#t-inspector")
+    page.tab.select_option("#t-expert", index=1)
+    assert page.tab.locator("#t-tokens .uses").count() >= 1
+    page.tab.locator('[data-figure="text"] [data-save=csv]')
+    rows = list(csv.DictReader(io.StringIO(page.save('[data-figure="text"] [data-save=csv]'))))
+    assert len(rows) == len(text["tokens"]) * 4 * 2
+
+
+def test_trajectories_and_downloads(chromium, model_page: Path) -> None:
+    page = Opened(chromium, model_page)
+    page.drawn("trajectory")
+    page.choose("trajectory", "move-domain", "math")
+    moves = [row for row in page.rows("trajectory") if row["kind"] == "move"]
+    assert moves and all(0 < row["share"] <= 1 for row in moves)
+    assert page.save('[data-figure="trajectory"] [data-save=svg]').startswith("<svg")
+    assert page.save('[data-figure="heat"] [data-save=png]') == "89504e470d0a1a0a"
+    rows = list(csv.DictReader(io.StringIO(page.save('[data-figure="heat"] [data-save=csv]'))))
+    assert len(rows) == 4 * 4 * 16
+    page.silent()
+
+
+def test_theme_switches_and_redraws(chromium, model_page: Path) -> None:
+    page = Opened(chromium, model_page)
+    page.drawn("curve-specialization")
+    page.tab.click("#theme")
+    assert page.tab.get_attribute("html", "data-theme") == "dark"
+    page.tab.wait_for_timeout(600)
+    assert page.tab.evaluate("page.figures.get('curve-specialization').view.view.background()") == "#171b21"
+    page.silent()
+
+
+def test_leaderboard_sorts_filters_and_pairs(chromium, leaderboard_page: Path) -> None:
+    page = Opened(chromium, leaderboard_page)
+    names = "() => [...document.querySelectorAll('#l-table tbody tr')].map((row) => row.cells[1].textContent)"
+    assert page.tab.evaluate(names) == ["model-2", "model-1", "model-0"]
+    page.tab.click("#l-table th[data-key=specialization] button")
+    page.tab.click("#l-table th[data-key=specialization] button")
+    assert page.tab.evaluate(names) == ["model-0", "model-1", "model-2"]
+    page.tab.fill("#l-text", "model-1")
+    assert page.tab.evaluate(names) == ["model-1"]
+    page.tab.select_option("#p-first", "model-0")
+    page.tab.select_option("#p-second", "model-2")
+    assert "-" in page.tab.inner_text("#p-table tbody tr:first-child td:nth-child(5)")
+    assert {row["model"] for row in page.rows("overlay")} == {"model-0", "model-1", "model-2"}
+    assert len(list(csv.DictReader(io.StringIO(page.save("#l-csv"))))) == 1
+    page.silent()
+
+
+def test_hostile_names_and_tokens_never_run(chromium, tmp_path: Path) -> None:
+    words = dict(enumerate(HOSTILE))
+    trace = simulated_trace(model=HOSTILE[0] + "\u202e\x07", domains=(HOSTILE[1], HOSTILE[3], "=cmd()", "\u202elaw"), vocabulary=words)
+    folder = write_result(tmp_path / "model", trace)
+    board = tmp_path / "board.html"
+    board.write_text(render_leaderboard(compare([folder])), "utf-8")
+    for path in (write_page(folder), board):
+        assert path.stat().st_size < 2_000_000
+        page = Opened(chromium, path)
+        page.scroll_through()
+        if path.name == "report.html":
+            page.tab.locator("#t-tokens [data-token='0']").hover()
+            page.tab.locator("#s-table details").first.locator("summary").click()
+            assert "'=cmd()" in page.save('[data-figure="heat"] [data-save=csv]')
+            page.tab.locator('[data-figure="heat"] svg .mark-rect path').first.hover()
+        assert page.tab.evaluate("window.hacked") is None
+        assert page.tab.locator("img[src=x]").count() == 0
+        page.silent()
+
+
+def test_page_of_94_layers_and_128_experts_opens_in_three_seconds(chromium, tmp_path: Path) -> None:
+    domains = tuple(f"domain {index}" for index in range(8))
+    trace = simulated_trace(domains=domains, documents=3, layers=94, experts=128, top_k=8, tokens=(30, 60))
+    path = write_page(write_result(tmp_path, trace, permutations=20))
+    page = Opened(chromium, path)
+    page.drawn("curve-specialization")
+    print(f"94 x 128 x 8: {path.stat().st_size / 1e6:.2f} MB, ready in {page.seconds:.2f} s")
+    assert path.stat().st_size < 8_000_000
+    assert page.seconds < 3
+    page.silent()

@@ -1,0 +1,418 @@
+"""Results side by side: only like with like, ranks that do not claim more than the documents can tell, exports that say the same."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simulate
+import yaml
+from report_results import simulated_trace, write_result
+from safetensors.numpy import load_file, save_file
+
+from dbes.errors import ResultError
+from dbes.estimates import estimate_all, reference_scores
+from dbes.reporting import export
+from dbes.reporting.card import card_section
+from dbes.reporting.check import check_folder
+from dbes.reporting.compare import (
+    Difference,
+    Entry,
+    Replicates,
+    compare,
+    depth_of,
+    difference,
+    differences,
+    model_score,
+    paired_of,
+    ranks_of,
+)
+from dbes.reporting.compare import _holm as holm
+from dbes.reporting.leaderboard import curve_rows, render_leaderboard
+from dbes.reporting.page import unpacked
+from dbes.results import CalibratedRecord, Result, load_result
+from dbes.uncertainty import jackknife, permuted_labels
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("results")
+    for seed, lean in enumerate((0.1, 0.5, 0.5)):
+        write_result(made / f"m{seed}", simulated_trace(seed, lean=lean, model=f"model-{seed}"), keep_trace=False)
+    return made
+
+
+@pytest.fixture
+def copied(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+def change(folder: Path, **update: object) -> None:
+    path = folder / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | update), "utf-8")
+
+
+def pair(first: str, second: str, gap: float, p: float) -> Difference:
+    return Difference(first=first, second=second, metric="specialization", depth="all layers", score_first=0.0, score_second=0.0,
+                      difference=gap, low=0.0, high=0.0, p=p, adjusted=p)  # fmt: skip
+
+
+def test_models_with_a_gap_are_ordered_and_equal_ones_share_a_rank(folder: Path) -> None:
+    found = compare([folder])
+    assert [entry.label for entry in found.entries][-1] == "model-0"
+    assert (found.ranks["model-0"].place, found.ranks["model-0"].last) == (3, 3)
+    assert str(found.ranks["model-1"]) == str(found.ranks["model-2"]) == "1 (1–2)"
+    assert found.apart == ()
+
+
+@pytest.mark.parametrize(
+    ("pairs", "expected"),
+    [
+        ([], {"a": "1 (1–3)", "b": "1 (1–3)", "c": "1 (1–3)"}),
+        ([("a", "b", 1, 0.001), ("a", "c", 1, 0.001), ("b", "c", 1, 0.001)], {"a": "1", "b": "2", "c": "3"}),
+        ([("a", "b", 1, 0.5), ("a", "c", 1, 0.01), ("b", "c", 1, 0.5)], {"a": "1 (1–2)", "b": "1 (1–3)", "c": "2 (2–3)"}),
+        ([("a", "b", -1, 0.01), ("a", "c", 1, 0.06)], {"a": "2 (2–3)", "b": "1 (1–2)", "c": "1 (1–3)"}),
+        ([("a", "b", 1, math.nan)], {"a": "1 (1–3)", "b": "1 (1–3)", "c": "1 (1–3)"}),
+    ],
+    ids=["nothing told apart", "all ordered", "not transitive", "direction", "no test"],
+)
+def test_ranks_by_hand(pairs: list, expected: dict[str, str]) -> None:
+    found = ranks_of(["a", "b", "c"], [pair(*each) for each in pairs])
+    assert {label: str(rank) for label, rank in found.items()} == expected
+
+
+def test_holm_by_hand() -> None:
+    tests = [pair("a", "b", 1, p) for p in (0.01, 0.04, 0.03, math.nan)]
+    assert [each.adjusted for each in holm(tests)[:3]] == pytest.approx([0.03, 0.06, 0.06])
+    assert math.isnan(holm(tests)[3].adjusted)
+
+
+def test_difference_is_the_paired_jackknife(folder: Path) -> None:
+    entries = {entry.label: entry for entry in compare([folder]).entries}
+    a, b = entries["model-0"], entries["model-1"]
+    assert a.replicates is not None and b.replicates is not None
+    found = difference(a, b, "specialization", "all layers", 0.0, 1.0)
+    assert found is not None
+    left = a.replicates.by_metric["specialization"][:, -1].astype(float) - b.replicates.by_metric["specialization"][:, -1].astype(float)
+    _, error = jackknife(np.asarray(found.difference), left, a.replicates.document_domain)
+    assert found.difference == pytest.approx(a.result.record("specialization").score - b.result.record("specialization").score)
+    assert found.high - found.difference == pytest.approx(2.0154 * error, rel=1e-3)  # t of 48 - 4 degrees of freedom
+    back = difference(b, a, "specialization", "all layers", 0.0, 1.0)
+    assert back is not None and (back.difference, back.p) == pytest.approx((-found.difference, found.p))
+
+
+def test_depths_take_their_thirds(folder: Path) -> None:
+    a, b = (entry for entry in compare([folder]).entries if entry.label != "model-2")
+    found = {each.depth: each for each in differences(a, b) if each.metric == "domain_isolation"}
+    scores = [a.result.record("domain_isolation", layer=layer).score for layer in a.result.model.layers]
+    assert found["first third"].score_first == pytest.approx(scores[0])
+    assert found["middle third"].score_first == pytest.approx(scores[1])
+    assert found["last third"].score_first == pytest.approx(np.mean(scores[2:]))
+    assert depth_of(1).tolist() == [0] and depth_of(3).tolist() == [0, 0.5, 1]
+
+
+def simulated_entry(label: str, effect: float, seed: int, *, documents: int = 25) -> Entry:
+    """A model whose truth depends on ``effect`` alone, on documents drawn with ``seed``."""
+    about = simulate.population(3, domains=3, layers=1, experts=16, top_k=2, effect=effect)
+    statistics = simulate.draw_statistics(about, np.random.default_rng(seed), documents=documents)
+    labels = permuted_labels(statistics.shape.document_domain, permutations=20, seed=seed)
+    estimate = estimate_all(statistics, labels, reference_scores(statistics, seed=0), sign_flips=0, seed=0).by_metric["specialization"]
+    rest = {name: math.nan for name in CalibratedRecord.model_fields if name not in ("metric", "layer", "domain", "score")}
+    domains = (*statistics.shape.domains, None)
+    records = tuple(
+        CalibratedRecord(metric="specialization", layer=layer, domain=domain, score=estimate.score[row, column], **rest)
+        for row, domain in enumerate(domains)
+        for column, layer in enumerate((0, None))
+    )
+    sizes = {name: {"documents": documents, "sources": documents, "tokens": 1000} for name in statistics.shape.domains}
+    result = Result.model_validate(
+        {"status": "ok", "created": "2026-01-01", "model": {"name": label, "layers": [0], "experts": [16], "top_k": [2]},
+         "task": {"name": "t", "domains": sizes}}
+    ).model_copy(update={"calibrated": records})  # fmt: skip
+    replicates = Replicates(
+        documents=statistics.shape.document_ids, document_domain=statistics.shape.document_domain,
+        by_metric={"specialization": estimate.left_out_score[:, -1]},
+    )  # fmt: skip
+    return Entry(result=result, folder=Path(), label=label, replicates=replicates)
+
+
+@pytest.mark.slow
+def test_equal_models_share_a_rank_in_95_percent_of_draws() -> None:
+    shared, draws = 0, 200
+    for draw in range(draws):
+        entries = [simulated_entry(str(number), 0.3, 10 * draw + number) for number in range(3)]
+        tests = holm([difference(a, b, "specialization", "all layers", 0, 1) for i, a in enumerate(entries) for b in entries[i + 1 :]])
+        shared += {rank.place for rank in ranks_of([entry.label for entry in entries], tests).values()} == {1}
+    assert shared / draws >= 0.92  # 95 % less two standard errors of 200 draws
+
+
+def test_equal_models_mostly_share_and_a_known_gap_is_ordered() -> None:
+    outcome = []
+    for draw in range(25):
+        entries = [
+            simulated_entry(label, effect, 100 * draw + place) for place, (label, effect) in enumerate((("a", 0.3), ("b", 0.3), ("c", 0.6)))
+        ]
+        tests = holm([difference(x, y, "specialization", "all layers", 0, 1) for i, x in enumerate(entries) for y in entries[i + 1 :]])
+        ranks = ranks_of(["a", "b", "c"], tests)
+        outcome.append((ranks["a"].place == ranks["b"].place, ranks["c"].place == 1 and ranks["a"].place > 1 and ranks["b"].place > 1))
+    share, ordered = np.mean(outcome, axis=0)
+    assert share >= 0.8
+    assert ordered >= 0.95
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What may share a table
+
+
+@pytest.mark.parametrize(
+    ("update", "reason"),
+    [
+        ({"fingerprint": "cd" * 32}, "another task fingerprint cdcdcdcdcdcd instead of abababababab"),
+        ({"version": 2}, "another task version 2 instead of 1"),
+        ({"name": "other"}, "another task other instead of simulated"),
+    ],
+    ids=["fingerprint", "version", "task"],
+)
+def test_other_tasks_stand_apart_with_the_reason(copied: Path, update: dict, reason: str) -> None:
+    content = json.loads((copied / "m1" / "result.json").read_text("utf-8"))
+    change(copied / "m1", task=content["task"] | update)
+    found = compare([copied])
+    assert [entry.label for entry in found.entries] == ["model-2", "model-0"]
+    assert [(each.name, each.reason) for each in found.apart] == [("model-1", reason)]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("[]", "result schema None"),
+        ('{"schema_version": 99}', "result schema 99; this dbes reads 1"),
+        ('{"schema_version": 1, "status": "ok"}', "field created: Field required"),
+        ("\x00\xff", "cannot be read as JSON"),
+    ],
+    ids=["truncated", "not an object", "newer schema", "missing fields", "binary"],
+)
+def test_unreadable_results_are_named_and_the_rest_compared(copied: Path, text: str, reason: str) -> None:
+    (copied / "m1" / "result.json").write_text(text, "latin-1")
+    found = compare([copied])
+    assert len(found.entries) == 2
+    assert reason in found.apart[0].reason
+
+
+def test_failed_evaluations_stand_apart(copied: Path) -> None:
+    change(copied / "m1", status="error", error="out of memory")
+    assert compare([copied]).apart[0].reason == "the evaluation failed: out of memory"
+
+
+def test_a_missing_domain_or_layer_makes_no_mean(folder: Path) -> None:
+    result = load_result(folder / "m1")
+    assert model_score(result, "specialization") == result.record("specialization").score
+    for gone in ({"domain": "law"}, {"layer": 2}):
+        name, value = next(iter(gone.items()))
+        kept = tuple(record for record in result.calibrated if getattr(record, name) != value)
+        assert model_score(result.model_copy(update={"calibrated": kept}), "specialization") is None
+    unknown = tuple(
+        record.model_copy(update={"score": math.nan}) if record.domain == "law" and record.layer == 2 else record
+        for record in result.calibrated
+    )
+    assert model_score(result.model_copy(update={"calibrated": unknown}), "specialization") is None
+    assert model_score(result, "no such metric") is None
+
+
+def test_models_without_replicates_are_shown_but_not_ranked(copied: Path) -> None:
+    (copied / "m1" / "replicates.safetensors").unlink()
+    (copied / "m2" / "replicates.safetensors").write_bytes(b"nonsense")
+    found = compare([copied])
+    assert set(found.ranks) == {"model-0"}
+    problems = {entry.label: entry.problem for entry in found.entries}
+    assert "neither replicates nor a trace" in str(problems["model-1"])
+    assert "cannot be read" in str(problems["model-2"])
+
+
+def test_replicates_come_from_the_trace_where_they_are_missing(tmp_path: Path) -> None:
+    folder = write_result(tmp_path / "m", simulated_trace(documents=4, layers=2), permutations=10)
+    saved = load_file(folder / "replicates.safetensors")
+    (folder / "replicates.safetensors").unlink()
+    replicates = compare([folder]).entries[0].replicates
+    assert replicates is not None
+    np.testing.assert_allclose(replicates.by_metric["der"], saved["der"])
+
+
+def test_other_documents_are_not_paired(copied: Path) -> None:
+    arrays = load_file(copied / "m1" / "replicates.safetensors")
+    names = json.dumps([f"other-{i}" for i in range(len(arrays["document_domain"]))])
+    save_file(arrays, copied / "m1" / "replicates.safetensors", metadata={"documents": names, "domains": "[]"})
+    found = compare([copied])
+    assert "model-1" not in found.ranks
+    assert "other documents" in str({entry.label: entry.problem for entry in found.entries}["model-1"])
+
+
+def test_baselines_are_marked_and_not_ranked(folder: Path, tmp_path: Path) -> None:
+    write_result(tmp_path / "r", simulated_trace(9, lean=1.0, model="reference router"), keep_trace=False)
+    found = compare([folder, tmp_path])
+    assert found.entries[-1].baseline and "reference router" not in found.ranks
+    assert found.ranks["model-1"].last == 2
+
+
+def test_results_of_another_k_and_depth_are_compared(folder: Path, tmp_path: Path) -> None:
+    write_result(tmp_path / "deep", simulated_trace(5, layers=7, experts=32, top_k=4, model="deep"), keep_trace=False)
+    found = compare([folder / "m1", tmp_path])
+    assert set(found.ranks) == {"model-1", "deep"}
+    assert {each.depth for each in paired_of(found)} == {"all layers", "first third", "middle third", "last third"}
+
+
+def test_namesakes_get_different_labels(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        write_result(tmp_path / str(seed), simulated_trace(seed, model="twin", documents=3, layers=2), keep_trace=False, permutations=5)
+    content = json.loads((tmp_path / "2" / "result.json").read_text("utf-8"))
+    change(tmp_path / "2", model=content["model"] | {"revision": "0123456789abcdef"})
+    assert {entry.label for entry in compare([tmp_path]).entries} == {"twin @00000000", "twin @01234567"}
+
+
+def test_what_cannot_be_compared_is_an_error(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(ResultError, match="no such file or folder"):
+        compare([tmp_path / "nothing"])
+    with pytest.raises(ResultError, match=r"no result\.json below"):
+        compare([tmp_path])
+    with pytest.raises(ResultError, match="not by 'accuracy'"):
+        compare([folder], metric="accuracy")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Exports
+
+
+def test_csv_json_and_markdown_say_the_same(folder: Path) -> None:
+    found = compare([folder])
+    rows = list(csv.DictReader(io.StringIO(export.as_csv(found))))
+    content = json.loads(export.as_json(found, paired_of(found)))
+    for row, entry, shown in zip(rows, found.entries, content["entries"], strict=True):
+        score = entry.result.record("specialization").score
+        assert float(row["specialization"]) == shown["specialization"] == score
+        assert f"{score:.1%}" in export.as_markdown(found)
+    assert rows[0]["rank"] == "1"
+    assert next(csv.DictReader(io.StringIO(export.as_csv(found, published=True))))["rs (published, uncalibrated)"]
+    assert export.as_markdown(found, published=True).startswith("Published values: uncalibrated")
+
+
+def test_cells_can_neither_run_nor_break_a_table(tmp_path: Path) -> None:
+    write_result(tmp_path, simulated_trace(model="=HYPERLINK(1)|<b>`\u202e", documents=3, layers=2), keep_trace=False, permutations=5)
+    found = compare([tmp_path])
+    assert next(csv.DictReader(io.StringIO(export.as_csv(found))))["model"].startswith("'=HYPERLINK")
+    line = export.as_markdown(found).splitlines()[2]
+    assert "\\|" in line and "<b>" not in line and "\u202e" not in line
+    assert "<b>" not in card_section(found.entries[0].result)
+
+
+def test_hub_metadata_and_open_record(folder: Path) -> None:
+    from huggingface_hub import parse_eval_result_entries
+
+    result = load_result(folder / "m1")
+    entries = parse_eval_result_entries(yaml.safe_load(export.hub_entries(result, dataset="org/benchmark")))
+    assert {entry.task_id for entry in entries} >= {"simulated_specialization", "simulated_der"}
+    assert entries[0].value == pytest.approx(result.record("specialization").score, abs=1e-6)
+    record = json.loads(export.open_record(result))
+    assert set(record) == {"config", "results"}
+    assert record["results"]["simulated_specialization"]["score"] == result.record("specialization").score
+    assert record["config"]["model_sha"] == result.model.revision
+
+
+def test_card_has_scores_and_command(folder: Path) -> None:
+    result = load_result(folder / "m1")
+    card = card_section(result)
+    assert f"{result.record('specialization').score:.1%}" in card and "dbes score TRACE" in card
+    assert "failed: out\\_of" in card_section(result.model_copy(update={"status": "error", "error": "out_of memory"}))
+
+
+def test_leaderboard_page_holds_the_numbers_and_is_reproducible(folder: Path) -> None:
+    found = compare([folder])
+    page = render_leaderboard(found)
+    assert page == render_leaderboard(compare([folder]))
+    payload = unpacked(page)
+    assert [row["specialization"] for row in payload["rows"]] == [entry.result.record("specialization").score for entry in found.entries]
+    assert len(payload["curves"]["score"]) == len(curve_rows(found.entries)) == 3 * 4 * 4  # models x layers x metrics (no stiffness)
+    assert set(payload["pairs"]["first"]) <= {entry.label for entry in found.entries}
+
+
+def test_shipped_leaderboard_is_what_its_entries_give() -> None:
+    reports = Path(__file__).resolve().parent.parent / "reports"
+    shown = unpacked((reports / "leaderboard.html").read_text("utf-8"))
+    found = compare([reports / "entries"])
+    assert [row["model"] for row in shown["rows"]] == [entry.label for entry in found.entries]
+    assert [row["specialization"] for row in shown["rows"]] == [model_score(entry.result, "specialization") for entry in found.entries]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --check
+
+
+def test_a_sound_result_passes(folder: Path) -> None:
+    assert check_folder(folder / "m1") == []
+
+
+def edited(kind: str, content: dict) -> None:
+    model = next(
+        each for each in content["calibrated"] if each["metric"] == "specialization" and each["layer"] is None and each["domain"] is None
+    )
+    cell = next(
+        each for each in content["calibrated"] if each["metric"] == "specialization" and each["layer"] == 2 and each["domain"] == "law"
+    )
+    if kind == "score above 1":
+        model["score"] = 1.5
+    elif kind == "mean":
+        model["value"] += 0.1
+    elif kind == "score does not follow":
+        cell["score"] += 0.2
+        cell["score_high"] += 0.2
+    elif kind == "p":
+        cell["p"] = 0
+    elif kind == "record missing":
+        content["calibrated"].remove(cell)
+    elif kind == "tokens":
+        content["task"]["domains"]["law"]["tokens"] += 5
+    elif kind == "specialist":
+        content["specialists"][0]["expert"] = 99
+    elif kind == "revision":
+        content["model"]["revision"] = None
+    elif kind == "date":
+        content["created"] = "yesterday"
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("score above 1", "score 1.5"), ("mean", "is not the mean of its domains"), ("score does not follow", "is not (value - null)"),
+        ("p", "p = 0"), ("record missing", "records, one for each layer and domain"), ("tokens", "do not add up"),
+        ("specialist", "no such expert"), ("revision", "no revision"), ("date", "is not a date"),
+    ],
+)  # fmt: skip
+def test_implausible_results_are_refused(copied: Path, kind: str, message: str) -> None:
+    content = json.loads((copied / "m1" / "result.json").read_text("utf-8"))
+    edited(kind, content)
+    change(copied / "m1", **content)
+    assert any(message in problem for problem in check_folder(copied / "m1"))
+
+
+def test_replicates_of_another_model_are_refused(copied: Path) -> None:
+    shutil.copy(copied / "m1" / "replicates.safetensors", copied / "m0" / "replicates.safetensors")
+    assert any("replicates: domain_isolation is about" in problem for problem in check_folder(copied / "m0"))
+
+
+HISTORIC = sorted((Path(__file__).resolve().parent / "historic_results").glob("*/result.json"))
+
+
+@pytest.mark.parametrize("path", HISTORIC, ids=[path.parent.name for path in HISTORIC])
+def test_every_released_result_loads(path: Path) -> None:
+    result = load_result(path)
+    assert result.status in ("ok", "error")
+    assert compare([path.parent]).entries or result.status == "error"
+
+
+def test_there_are_historic_results() -> None:
+    assert HISTORIC

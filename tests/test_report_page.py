@@ -1,0 +1,246 @@
+"""The page of one model: its numbers are the result's, nothing in the data can become markup, bad input is named."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from report_results import HOSTILE, simulated_trace, write_result
+from safetensors.numpy import load_file
+
+from dbes.errors import ResultError
+from dbes.reporting import charts
+from dbes.reporting.page import command, packed, read_usage, slug, unpacked, write_page
+from dbes.reporting.text_view import contexts, documents, legible, read_sample, token_text, trajectories
+from dbes.results import Result, load_result
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_result(tmp_path_factory.mktemp("result"), simulated_trace())
+
+
+@pytest.fixture(scope="module")
+def page(folder: Path) -> str:
+    return write_page(folder).read_text("utf-8")
+
+
+@pytest.fixture(scope="module")
+def payload(page: str) -> dict:
+    return unpacked(page)
+
+
+@pytest.fixture(scope="module")
+def result(folder: Path) -> Result:
+    return load_result(folder)
+
+
+def test_curves_are_the_calibrated_records(payload: dict, result: Result) -> None:
+    curves = payload["curves"]
+    expected = [record for record in result.calibrated if record.layer is not None]
+    assert len(curves["metric"]) == len(expected)
+    for index, record in enumerate(expected):
+        assert (curves["metric"][index], curves["layer"][index], curves["domain"][index]) == (record.metric, record.layer, record.domain)
+        for name in charts.CURVE_FIELDS:
+            value = getattr(record, name)
+            shown = curves[name][index]
+            assert (shown is None and math.isnan(value)) or shown == pytest.approx(value, rel=1e-4)
+
+
+def test_heat_map_is_the_expert_usage(payload: dict, folder: Path, result: Result) -> None:
+    usage = pd.read_parquet(folder / "expert_usage.parquet")
+    heat = payload["heat"]
+    index = 0
+    for domain in result.task.domains:
+        for layer, experts in zip(result.model.layers, result.model.experts, strict=True):
+            rows = usage[(usage["domain"] == domain) & (usage["layer"] == layer)].sort_values("expert")
+            for row in rows.to_dict("records"):
+                assert heat["hits"][index] == row["hits"]
+                assert heat["lift"][index] == pytest.approx(row["lift"], rel=1e-3)
+                assert heat["lift_high"][index] == pytest.approx(row["lift_high"], rel=1e-3)
+                assert (heat["kind"][index] == 2) == row["specialist"]
+                # What the page computes for the lower end of the interval.
+                assert max(0.0, 2 * heat["lift"][index] - heat["lift_high"][index]) == pytest.approx(row["lift_low"], abs=2e-3)
+                index += 1
+            assert len(rows) == experts
+    assert index == len(heat["hits"])
+
+
+def test_similarity_specialists_and_load_are_the_results(payload: dict, folder: Path, result: Result) -> None:
+    matrix = load_file(folder / "matrices.safetensors")["similarity"]
+    np.testing.assert_allclose(np.array(payload["similarity"][:-1], float), matrix, rtol=1e-4)
+    shown = payload["specialists"]
+    assert shown["expert"] == [each.expert for each in result.specialists]
+    assert shown["lift"] == pytest.approx([each.lift for each in result.specialists], rel=1e-4)
+    used = result.companions["by_layer"]["utilization"]
+    assert [row["utilization"] for row in payload["load"]] == [used[str(layer)] for layer in result.model.layers]
+    assert sorted(payload["order"]) == sorted(result.task.domains)
+
+
+def test_text_view_shows_the_recorded_routes(payload: dict) -> None:
+    trace = simulated_trace()
+    routes = trace.loaded[0]
+    for text in payload["text"]:
+        document = trace.shape.document_ids.index(text["id"])
+        rows = np.flatnonzero(routes.document == document)[: len(text["tokens"])]
+        experts = np.array(text["experts"]).reshape(len(rows), len(trace.shape.layers), 2)
+        assert (np.sort(experts, axis=-1) == np.sort(routes.ids[rows], axis=-1)).all()
+        assert (np.diff(np.array(text["weights"]).reshape(experts.shape), axis=-1) <= 0).all()
+        assert text["tokens"] == [trace.vocabulary[int(token)] for token in routes.token_ids[rows]]
+
+
+def test_trajectories_count_primary_experts() -> None:
+    trace = simulated_trace()
+    sample = read_sample(trace)
+    assert sample is not None and sample.primary is not None
+    moves = trajectories(sample)
+    assert moves is not None
+    rows = np.flatnonzero(sample.domain == 2)
+    start, end, share, lift = moves[2][1][0]
+    here, there = sample.primary[rows, 1], sample.primary[rows, 2]
+    assert share == pytest.approx(np.mean((here == start) & (there == end)), rel=1e-3)
+    each = [np.mean((sample.primary[sample.domain == d, 1] == start) & (sample.primary[sample.domain == d, 2] == end)) for d in range(4)]
+    assert lift == pytest.approx(share / np.mean(each), rel=1e-2)
+
+
+def test_contexts_show_the_token_where_the_expert_fired(result: Result) -> None:
+    sample = read_sample(simulated_trace())
+    for specialist, places in zip(result.specialists[:20], contexts(sample, result.specialists)[:20], strict=True):
+        assert places
+        assert all(token in specialist.tokens for _, token, _ in places)
+
+
+def test_without_weights_no_primary_is_claimed(tmp_path: Path) -> None:
+    trace = simulated_trace()
+    routes = replace(trace.loaded[0], weights=None)
+    folder = write_result(tmp_path, replace(trace, loaded=(routes,), control=None))
+    shown = unpacked(write_page(folder).read_text("utf-8"))
+    assert shown["moves"] is None
+    assert shown["text"] and all(text["weights"] == [] for text in shown["text"])
+
+
+def test_page_without_trace_and_tables_says_less(tmp_path: Path, result: Result) -> None:
+    result.save(tmp_path)
+    shown = unpacked(write_page(tmp_path).read_text("utf-8"))
+    assert shown["has"] == {"heat": False, "tree": True, "text": False, "moves": False, "weights": False, "more_specialists": False}
+
+
+def test_page_is_one_file_without_requests(page: str) -> None:
+    head = page[:4000]
+    assert "default-src 'none'" in head and "unsafe-eval" not in head and "script-src 'sha256-" in head
+    body = page[page.index("<body") : page.index('id="data"')]
+    assert "http://" not in body and "https://" not in body and "src=" not in body
+    assert len(page.encode()) < 1_500_000
+
+
+def test_same_result_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    first, second = (write_page(folder, output=tmp_path / name).read_bytes() for name in ("a.html", "b.html"))
+    assert first == second
+
+
+def test_hostile_text_stays_text(tmp_path: Path) -> None:
+    words = dict(enumerate(HOSTILE))
+    trace = simulated_trace(model=HOSTILE[0], domains=(HOSTILE[1], HOSTILE[3], "=cmd()", "\u202elaw"), vocabulary=words)
+    page = write_page(write_result(tmp_path, trace)).read_text("utf-8")
+    assert "window.hacked = 1</script>" not in page
+    assert "<img" not in page
+    assert "\u202e" not in page and "\x00" not in page
+    assert "&lt;script&gt;window.hacked" in page
+    assert len(page) < 1_500_000
+    shown = unpacked(page)
+    assert max(len(token) for text in shown["text"] for token in text["tokens"]) <= 33
+    assert not any("\u202e" in name for name in shown["domains"])
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain", "plain"),
+        ("a\u202eb\u2066c", "a�b�c"),
+        ("\x00\x1b[31m", "��[31m"),
+        ("line\nend\t", "line⏎end⇥"),
+        ("x" * 10_000_000, "x" * 32 + "…"),
+        ("\ud800", "�"),
+    ],
+    ids=["plain", "direction marks", "control", "line end", "ten megabytes", "lone surrogate"],
+)
+def test_token_text_is_legible(text: str, shown: str) -> None:
+    assert token_text(text) == shown
+    assert len(legible(text)) <= 33
+
+
+def test_error_results_have_a_page(tmp_path: Path, result: Result) -> None:
+    failed = result.model_copy(update={"status": "error", "error": "<b>out of memory</b>", "calibrated": (), "specialists": ()})
+    failed.save(tmp_path)
+    page = write_page(tmp_path).read_text("utf-8")
+    assert "&lt;b&gt;out of memory" in page and "<script" not in page
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "expert_usage.parquet").write_bytes(b"PAR1 nonsense"), "expert_usage.parquet: cannot be read"),
+        (lambda f: pd.DataFrame({"domain": ["a"]}).to_parquet(f / "expert_usage.parquet"), "not the table of this result"),
+        (lambda f: (f / "matrices.safetensors").write_bytes(b"nonsense"), "matrices.safetensors: cannot be read"),
+        (lambda f: (f / "result.json").write_text("{", "utf-8"), "cannot be read as JSON"),
+        (lambda f: (f / "result.json").unlink(), "there is no result here"),
+    ],
+    ids=["damaged table", "another table", "damaged matrices", "truncated", "missing"],
+)
+def test_bad_files_are_named(tmp_path: Path, damage, message: str) -> None:
+    folder = write_result(tmp_path, simulated_trace(documents=3, layers=2), keep_trace=False, permutations=5)
+    damage(folder)
+    with pytest.raises(ResultError, match=message):
+        write_page(folder)
+
+
+def test_specs_are_valid_and_name_their_data() -> None:
+    import altair as alt
+
+    specs = [*charts.curve_specs((1, 2)).values(), charts.domain_spec(3), charts.heat_spec(3), charts.similarity_spec(3),
+             charts.load_spec(), charts.utilization_spec((1,)), charts.trajectory_spec((1, 2)), charts.scatter_spec(),
+             charts.overlay_spec(),
+             charts.parallel_spec(), charts.dendrogram_spec(["a", "b"])]  # fmt: skip
+    for spec in specs:
+        alt.Chart.from_dict(spec)
+        assert '"name": "rows"' in json.dumps(spec)
+        assert "config" not in spec
+
+
+def test_dendrogram_joins_the_nearest_domains_first() -> None:
+    similarity = np.array([[1, 0.2, 0.9], [0.2, 1, 0.3], [0.9, 0.3, 1]])
+    rows, order = charts.dendrogram_rows(similarity, ["a", "b", "c"])
+    assert abs(order.index("a") - order.index("c")) == 1
+    heights = sorted({row["distance"] for row in rows})
+    assert heights == pytest.approx([0, 0.1, 0.75])
+    assert charts.dendrogram_rows(np.full((2, 2), np.nan), ["a", "b"]) == ([], ["a", "b"])
+
+
+def test_command_repeats_the_result(result: Result) -> None:
+    assert command(result) == "dbes score TRACE --seed 0 --permutations 60"
+    settings = {"permutations": 10, "seed": 3, "limit": 5, "batch_size": "auto"}
+    model = result.model.model_copy(update={"name": "org/model; rm -rf /", "revision": "0123abc"})
+    words = command(result.model_copy(update={"settings": settings, "model": model}))
+    assert words.startswith("dbes evaluate --model 'org/model; rm -rf /' --revision 0123abc --tasks simulated --dtype float32 --limit 5")
+
+
+def test_slug_and_packing_are_safe() -> None:
+    assert slug("../../etc/<x>") == "etc_x"
+    assert "<" not in packed({"a": "</script>"})
+
+
+def test_usage_of_another_result_is_refused(folder: Path, result: Result) -> None:
+    other = result.model_copy(update={"model": result.model.model_copy(update={"experts": (16, 16, 16, 8)})})
+    with pytest.raises(ResultError, match="not the table of this result"):
+        read_usage(folder, other)
+
+
+def test_documents_fit_their_budget() -> None:
+    sample = read_sample(simulated_trace(tokens=(500, 600), documents=2))
+    assert sample is not None
+    assert all(48 <= len(text["tokens"]) <= 240 and not text["whole"] for text in documents(sample))
