@@ -25,7 +25,7 @@ from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
 from dbes.batches import Recorder, Window
 from dbes.models import LoadedModel, find_sites, load_model
-from dbes.recording import BATCH_TOKENS, batches, record_documents
+from dbes.recording import automatic_budget, batches, record_documents
 
 VOCABULARY = 50_304
 
@@ -88,7 +88,8 @@ def plain_forward(loaded: LoadedModel, documents: list[Document], *, with_head: 
     for index, document in enumerate(documents):
         ids = np.asarray(loaded.tokenizer(document.text)["input_ids"], np.int32)
         windows += [Window(index, document.id, start, ids[start : start + 2048]) for start in range(0, len(ids), 2048)]
-    for batch in batches(windows, BATCH_TOKENS["cpu"], by_count=False, batching="padded", extra=0):
+    budget = automatic_budget(loaded, recorder.sites)
+    for batch in batches(windows, budget, by_count=False, batching="padded", extra=0):
         inputs, _ = recorder.inputs(batch)
         (loaded.model if with_head else loaded.model.model)(**inputs, use_cache=False)
 
@@ -142,7 +143,10 @@ def main() -> None:
                 spent, busy = timed(work, Path(folder) / "trace")
             seconds[name] = min(spent, seconds.get(name, spent))
             processor[name] = min(busy, processor.get(name, busy))
-            print(f"{turn + 1}/{chosen.rounds} {name}: {tokens / spent:.0f} tokens/s", file=sys.stderr)
+            print(
+                f"{turn + 1}/{chosen.rounds} {name}: {tokens / spent:.0f} tokens/s, {tokens / busy:.0f} per processor second",
+                file=sys.stderr,
+            )
     small, large = peak_memory(10_000), peak_memory(chosen.largest)
     result = {
         "parameters": loaded.parameters,

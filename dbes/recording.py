@@ -22,7 +22,11 @@ from dbes.types import PROMPT, RoutingShape, TokenRoutes, storage_dtype
 
 SHARD_TOKENS = 65_536
 SHARD_BYTES = 12 * 2**20
-BATCH_TOKENS = {"cpu": 4_096}
+ACTIVATION_BYTES = 16 * 2**20
+"""On a CPU a batch is as large as lets the experts' inputs (tokens x slots x hidden, float32) stay near the caches: measured on a
+260 M-parameter OLMoE, 1,024 tokens are 1.5 times as fast as 4,096; a 4 M-parameter one is fastest with 8,192."""
+
+CPU_BATCH_TOKENS = (512, 8_192)
 ACCELERATOR_BATCH_TOKENS = 16_384
 
 Progress = Callable[[int, int], None]
@@ -107,7 +111,7 @@ def record_documents(
     facts = {**_identity(recorder), **dict(provenance or {}), "window": window, "seed": seed, "control": control, "stiffness": stiffness}
     plan = list(_shards(texts, _bytes_per_token(recorder)))
     batching = find_batching(recorder, texts, window)
-    budget = batch_size if isinstance(batch_size, int) else BATCH_TOKENS.get(loaded.device, ACCELERATOR_BATCH_TOKENS)
+    budget = batch_size if isinstance(batch_size, int) else automatic_budget(loaded, sites)
     if budget < 1:
         raise RecordingError(f"batch_size: expected at least 1, or 'auto', got {batch_size}")
 
@@ -137,6 +141,15 @@ def record_documents(
         vocabulary = {int(token): str(loaded.tokenizer.decode([int(token)])) for token in sorted(tally.seen)}
         trace = target.finish(vocabulary=vocabulary, provenance=tally.facts(sites, stiffness=stiffness))
     return Recording(trace=trace, documents=len(documents), tokens=done - first, seconds=seconds, batching=batching)
+
+
+def automatic_budget(loaded: LoadedModel, sites: Sequence[RoutingSite]) -> int:
+    """Tokens per batch when nobody asks for a number; it changes no count."""
+    if loaded.device != "cpu":
+        return ACCELERATOR_BATCH_TOKENS
+    hidden = getattr(loaded.model.config.get_text_config(), "hidden_size", None) or 1024
+    fewest, most = CPU_BATCH_TOKENS
+    return min(most, max(fewest, ACTIVATION_BYTES // (4 * hidden * max(site.top_k for site in sites))))
 
 
 def special_tokens(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:

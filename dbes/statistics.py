@@ -6,8 +6,12 @@ whole domain). All sums are per document, because the document is the unit of ev
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
+from itertools import islice
+from threading import Lock
 from typing import TypeVar
 
 import numpy as np
@@ -15,6 +19,8 @@ import numpy as np
 from dbes.metrics import NGRAM_SIZES, consecutive, expert_group
 from dbes.trace import Trace
 from dbes.types import LOGIT_NOISE, NOISE_SCALES, PROMPT, RoutingShape, TokenRoutes
+
+WORKERS = min(os.cpu_count() or 1, 8)
 
 PIECE_TOKENS = 4_096
 """Tokens worked on at a time: bounds the memory of the passes and keeps them in the cache; changes no value."""
@@ -172,13 +178,11 @@ def count_routes(trace: Trace, *, phase: int | None = None) -> RoutingStatistics
     """
     shape = trace.shape
     sums = _Sums(shape)
-    for piece in _pieces(trace, phase):
-        sums.add(piece)
+    _each(_pieces(trace, phase), sums.add)
     ngrams = None
     if sums.primaries is not None and sums.mass is not None:
         groups = expert_group(domain_sums(sums.mass, shape))
-        for piece in _pieces(trace, phase, "weights", "phase"):
-            sums.add_groups(piece, groups)
+        _each(_pieces(trace, phase, "weights", "phase"), lambda piece: sums.add_groups(piece, groups))
         ngrams = NgramSums(
             primaries=sums.primaries,
             windows=sums.windows,
@@ -272,10 +276,18 @@ def _pieces(trace: Trace, phase: int | None, *columns: str) -> Iterator[TokenRou
             yield from pieces_of(chosen)
 
 
+def _each(pieces: Iterator[TokenRoutes], add: Callable[[TokenRoutes], None]) -> None:
+    """Add up the pieces on all cores. A document lies in one piece only, so no two threads write to the same sums."""
+    with ThreadPoolExecutor(WORKERS) as pool:
+        while batch := list(islice(pieces, 2 * WORKERS)):
+            list(pool.map(add, batch))
+
+
 class _Sums:
     """Accumulates the statistics piece by piece."""
 
     def __init__(self, shape: RoutingShape) -> None:
+        self._first = Lock()
         documents, layers, sizes = len(shape.document_domain), len(shape.layers), len(NGRAM_SIZES)
         self.shape = shape
         self.top_k = np.asarray(shape.top_k)
@@ -310,16 +322,22 @@ class _Sums:
         self.hits[documents] += self._tally(cells, None, len(documents))
         self._add_overlaps(routes, slots, present, documents, reduce)
         if routes.weights is not None:
-            if self.mass is None:
-                self.mass = np.zeros_like(self.hits)
+            mass = self._made("mass", self.hits)
             weights = _slot_planes(routes.weights)
             weights[~present] = 0
             total = weights.sum(axis=0)
             total[~(total > 0)] = np.inf  # no slot ran, or none with weight: no mass
             weights /= total
-            self.mass[documents] += self._tally(cells, weights, len(documents))
+            mass[documents] += self._tally(cells, weights, len(documents))
         self._add_windows(routes, missing, documents, reduce)
         self._add_stiffness(routes, documents, reduce)
+
+    def _made(self, name: str, like: np.ndarray) -> np.ndarray:
+        """An array that only some traces need, made when the first piece needs it."""
+        with self._first:
+            if getattr(self, name) is None:
+                setattr(self, name, np.zeros_like(like))
+        return getattr(self, name)
 
     def add_groups(self, routes: TokenRoutes, groups: np.ndarray) -> None:
         """Second pass: windows whose primaries lie in the expert group of the document's domain."""
@@ -375,22 +393,16 @@ class _Sums:
         if primary is None:
             return
         known = primary >= 0
-        if self.primaries is None:
-            self.primaries = np.zeros_like(self.hits)
-        if self.mass is None and routes.weights is None:
-            self.mass = np.zeros_like(self.hits)
         cells = self._cells(routes, primary[None], known[None], len(documents))
         tally = self._tally(cells, None, len(documents))
-        self.primaries[documents] += tally
-        if routes.weights is None and self.mass is not None:
-            self.mass[documents] += tally  # k = 1: the only slot carries the whole weight
+        self._made("primaries", self.hits)[documents] += tally
+        if routes.weights is None:
+            self._made("mass", self.hits)[documents] += tally  # k = 1: the only slot carries the whole weight
         follows = follows_previous(routes)
         same = np.zeros(primary.shape, bool)
         same[1:] = (primary[1:] == primary[:-1]) & known[1:] & follows[1:, None]
         repeated = None
         if routes.token_ids is not None:
-            if self.distinct_windows is None or self.distinct_alike is None:
-                self.distinct_windows, self.distinct_alike = np.zeros_like(self.windows), np.zeros_like(self.alike)
             repeated = np.zeros(len(routes), bool)
             repeated[1:] = (routes.token_ids[1:] == routes.token_ids[:-1]) & follows[1:]
         for index, size in enumerate(NGRAM_SIZES):
@@ -398,10 +410,10 @@ class _Sums:
             alike = consecutive(same, size - 1)
             self.windows[documents, :, index] += reduce(whole)
             self.alike[documents, :, index] += reduce(alike)
-            if repeated is not None and self.distinct_windows is not None and self.distinct_alike is not None:
+            if repeated is not None:
                 varied = ~consecutive(repeated, size - 1)[:, None]
-                self.distinct_windows[documents, :, index] += reduce(whole & varied)
-                self.distinct_alike[documents, :, index] += reduce(alike & varied)
+                self._made("distinct_windows", self.windows)[documents, :, index] += reduce(whole & varied)
+                self._made("distinct_alike", self.windows)[documents, :, index] += reduce(alike & varied)
 
     def _add_stiffness(self, routes: TokenRoutes, documents: np.ndarray, reduce: _Reduce) -> None:
         sums = self.stiffness

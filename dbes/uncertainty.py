@@ -7,7 +7,9 @@ statistics and run as matrix products, never as a loop over tokens.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -23,6 +25,8 @@ from dbes.metrics import (
     isolation_of_gram,
     usage_of,
 )
+
+WORKERS = min(os.cpu_count() or 1, 4)
 
 TIE = 1e-12
 """Two values closer than this count as equal, so that rounding never makes a value 'beat' its own null."""
@@ -122,10 +126,10 @@ def permutation_null(
     """
     documents, layers, experts = hits.shape
     sizes = np.full(layers, experts) if sizes is None else sizes
-    scores: list[DomainScores] = []
     tested_p = np.full((domains, layers, experts), np.nan)
     tested_z = np.full((domains, layers, experts), np.nan)
-    for layer in range(layers):
+
+    def draw(layer: int) -> DomainScores:
         columns = _moment_columns(hits[:, layer], active[:, layer])
         observed = _layer_moments(_domain_sums(document_domain[None], columns, domains), experts)
         z = studentized_difference(*observed.parts)[0]
@@ -136,13 +140,14 @@ def permutation_null(
             size = sizes[layer : layer + 1]
             batches.append(domain_scores(drawn.hits[..., None, :], drawn.tokens[..., None], experts=size, exact=False))
             null_z.append(studentized_difference(*drawn.parts).astype(np.float32))
-        if batches:
-            scores.append(DomainScores.stack(batches, axis=0))
-            tested_p[:, layer] = pooled_p(z, np.concatenate(null_z), expected=observed.hits[0].sum(axis=0))
         tested_z[:, layer] = z
-    if not scores:
-        empty = domain_scores(np.zeros((0, domains, layers, experts)), np.zeros((0, domains, layers)), exact=False)
-        return NullDraws(scores=empty, specialist_p=tested_p, z=tested_z)
+        if not batches:
+            return domain_scores(np.zeros((0, domains, 1, experts)), np.zeros((0, domains, 1)), exact=False)
+        tested_p[:, layer] = pooled_p(z, np.concatenate(null_z), expected=observed.hits[0].sum(axis=0))
+        return DomainScores.stack(batches, axis=0)
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        scores = list(pool.map(draw, range(layers)))
     return NullDraws(scores=DomainScores.stack(scores, axis=-1), specialist_p=tested_p, z=tested_z)
 
 
