@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from dbes import companions, metrics
-from dbes.estimates import calibrated_records, estimate_all, reference_scores
+from dbes.estimates import Estimate, calibrated_records, estimate_all, reference_scores
 from dbes.reference import blocks_overlap
 from dbes.results import DomainFacts, ModelFacts, PublishedMetric, RecordingFacts, Result, Specialist, TaskFacts
 from dbes.specialists import SpecialistTable, find_specialists
@@ -30,6 +30,12 @@ PHASES = {None: "all", 0: "prompt", 1: "generated"}
 
 REPLICATED = ("specialization", "der", "domain_isolation", "stiffness", "ngram_expertise_2")
 """Metrics whose delete-one-document scores are kept, so that models can be compared on the same documents."""
+
+FEW_SOURCES = 10
+DOMINANT_SHARE = 0.25
+LARGE_CHANCE = 0.2
+"""Fewer source texts in a domain, a larger share of its tokens in one text, or a higher chance level (as a share of the ideal
+router's value) than these make intervals unreliable; see tests/simulate.py."""
 
 EXAMPLE_TOKENS = 6
 """Token texts shown with a specialist."""
@@ -99,7 +105,7 @@ def score_tables(trace: Trace, *, permutations: int = 1000, seed: int = 0, phase
         environment=_environment(trace),
         settings={"permutations": permutations, "seed": seed, "phase": PHASES[phase], "control": trace.control is not None},
         recording=RecordingFacts(documents=int((counted.tokens > 0).sum()), tokens=int(counted.tokens.sum())),
-        warnings=tuple(_warnings(statistics)),
+        warnings=(*_warnings(statistics), *_small_sample_warnings(statistics, estimates.by_metric["specialization"])),
         published=_published(statistics),
         calibrated=tuple(records),
         specialists=tuple(_specialist_records(table, trace, phase)),
@@ -139,6 +145,23 @@ def _warnings(statistics: RoutingStatistics) -> Iterator[str]:
         yield "the trace has no gate weights: the primary expert is unknown, n-gram values are NaN"
     if not statistics.stiffness.kept_count.any():
         yield "the trace has no selection scores: stiffness is NaN"
+
+
+def _small_sample_warnings(statistics: RoutingStatistics, specialization: Estimate) -> Iterator[str]:
+    """Where intervals were seen to fail in simulations although the permutation test holds."""
+    shape = statistics.shape
+    for index, domain in enumerate(shape.domains):
+        tokens = statistics.tokens[shape.document_domain == index]
+        if 1 < len(tokens) < FEW_SOURCES:
+            yield f"domain {domain!r} has {len(tokens)} source texts: trust p, not the intervals"
+        elif len(tokens) > 1 and tokens.max() > DOMINANT_SHARE * tokens.sum():
+            yield f"one source text holds {tokens.max() / tokens.sum():.0%} of the tokens of domain {domain!r}: trust p, not the intervals"
+    chance, ideal = specialization.null[-1, -1], specialization.reference[-1, -1]
+    if chance > LARGE_CHANCE * ideal:
+        yield (
+            f"chance alone gives {chance / ideal:.0%} of the ideal router's specialization: too few tokens for so many experts; "
+            "trust p, not the intervals or single specialists"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
