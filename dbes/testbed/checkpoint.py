@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from dbes.errors import MixError
 from dbes.files import write_json, write_text
@@ -43,7 +42,7 @@ def train_checkpoint(
     trained = train(settings, prepared.mix, folder=out / "state", progress=progress)
     chosen = prepared.mix.only(settings.mix.domains)
     heldout = measure(trained.model, chosen, routing=settings.routing, seed=settings.seed, step=settings.optimizer.steps)
-    trained.model.to(torch.bfloat16).save_pretrained(out)
+    trained.model.bfloat16().save_pretrained(out)
     prepared.tokenizer.save_pretrained(out)
     write_text(out / "training_log.jsonl", (out / "state" / "log.jsonl").read_text("utf-8"))
     write_json(

@@ -67,10 +67,10 @@ def train_embedded(train_data: Path, out: Path, *, seed: int = 0, work: Path | N
     print(f"{sum(len(domain.tokens) for domain in mix.training):,} training tokens of {len(mix.domains)} domains", file=sys.stderr)
     trained = train(settings, mix, folder=work, progress=_say)
     # The losses are those of the weights as saved; computed in float32, which every CPU does fast.
-    model = trained.model.to(torch.bfloat16).float()
+    model = trained.model.bfloat16().float()
     heldout = measure(model, mix, routing=settings.routing, length=512, documents=10_000)
     out.mkdir(parents=True, exist_ok=True)
-    model.to(torch.bfloat16).save_pretrained(out)
+    model.bfloat16().save_pretrained(out)
     (out / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(out)
     shutil.copyfile(work / LOG, out / "training_log.jsonl")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -83,7 +84,7 @@ def measure(
                 chosen.append((index, place, row))
     names = tuple(f"{mix.domains[domain]}/{place}" for domain, place, _ in chosen)
     layers = tuple(range(len(routers_of(model))))
-    experts, slots = int(routers_of(model)[0].num_experts), int(routers_of(model)[0].top_k)  # pyright: ignore[reportArgumentType]
+    experts, slots = int(routers_of(model)[0].num_experts), int(routers_of(model)[0].top_k)
     noise = Noise.drawn(classes=experts, slots=slots, seed=seed)
     columns: dict[str, list[np.ndarray]] = defaultdict(list)
     totals = np.zeros((3, len(mix.domains)))
@@ -128,7 +129,7 @@ def measure(
         layers=layers,
         experts=experts,
         document_ids=names,
-        **joined,
+        **cast(Any, joined),
     )
     nats, count, octets = totals
     return Heldout(trace=trace, nats=nats, tokens=count.astype(np.int64), bytes=octets.astype(np.int64), entropy=entropy, inputs=inputs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, OlmoeConfig, OlmoeForCausalLM, PreTrainedModel
@@ -71,12 +73,12 @@ def build_model(settings: ModelSettings, *, seed: int) -> PreTrainedModel:
     generator = torch.Generator().manual_seed(seed + 1_000_003)
     with torch.no_grad():
         for router in routers_of(model):
-            router.weight.normal_(0.0, std, generator=generator)  # pyright: ignore[reportCallIssue]
+            router.weight.normal_(0.0, std, generator=generator)
     # Sorted by expert, one grouped product: as exact as the loop over experts and faster on a CPU.
     model.set_experts_implementation("grouped_mm")
     return model
 
 
-def routers_of(model: nn.Module) -> list[nn.Module]:
-    """The router modules, first layer first."""
+def routers_of(model: nn.Module) -> list[Any]:
+    """The router modules, first layer first: each has ``weight``, ``num_experts`` and ``top_k``."""
     return [module for module in model.modules() if isinstance(module, OlmoeTopKRouter | DeepseekV3TopkRouter)]

@@ -21,7 +21,7 @@ SCOPES: tuple[Scope, ...] = ("sequence", "micro_batch", "global_batch")
 AUX = 0.1
 """Coefficient of the auxiliary loss of every arm that has one, per layer."""
 
-BIAS_RATE = 0.02
+BIAS_RATE = 0.002
 """Step of the loss-free bias of every arm that has one."""
 
 
@@ -57,7 +57,7 @@ def preset(name: PresetName) -> Preset:
 
 def _smoke() -> Preset:
     grid = Preset(name="smoke", mix="embedded", seeds=2, vocabulary=1024)
-    base = _base(steps=90, tokens=2048)
+    base = _base(steps=80, tokens=2048)
     # Half the layers and half the vocabulary halve the time, which twice the steps use better.
     base = base.model_copy(update={"model": base.model.model_copy(update={"layers": 2, "vocabulary": 1024})})
     small = {"documents": 24, "permutations": 100}

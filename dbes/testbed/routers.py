@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +111,7 @@ class Routing:
         if settings.router == "rerandomised":
             self._std = float(self._routers[0].weight.detach().std())
         self._table: Tensor | None = None
-        self._vocabulary = int(model.config.vocab_size)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+        self._vocabulary = int(cast(Any, model).config.vocab_size)
         self.bias = torch.zeros(len(self._routers), experts)
 
     def __enter__(self) -> Self:
@@ -147,7 +147,7 @@ class Routing:
         return torch.stack(losses).sum()
 
     def _hook(self, layer: int) -> Any:
-        def decide(router: nn.Module, arguments: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        def decide(router: Any, arguments: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
             logits, weights, ids = output
             scores = _scores(router, logits)
             if self.settings.router != "learned" or self.settings.balancing not in ("none", "aux_loss"):
@@ -171,8 +171,8 @@ class Routing:
 
         return decide
 
-    def _decide(self, layer: int, router: nn.Module, logits: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        kind, top_k = self.settings.router, int(router.top_k)  # pyright: ignore[reportArgumentType]
+    def _decide(self, layer: int, router: Any, logits: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        kind, top_k = self.settings.router, int(router.top_k)
         if kind == "hash":
             if self._table is None:
                 self._table = _hash_table(self.seed, len(self._routers), self._vocabulary, self.experts, top_k)
@@ -191,7 +191,7 @@ class Routing:
         ids = self._select(layer, router, logits, scores, top_k)
         return logits, scores, _weights(router, scores, ids), ids
 
-    def _select(self, layer: int, router: nn.Module, logits: Tensor, scores: Tensor, top_k: int) -> Tensor:
+    def _select(self, layer: int, router: Any, logits: Tensor, scores: Tensor, top_k: int) -> Tensor:
         """Experts by the balancing method while training; by plain top-k (with the loss-free bias) otherwise."""
         method = self.settings.balancing
         own_bias = getattr(router, "e_score_correction_bias", None)
@@ -226,12 +226,12 @@ class Routing:
         return everywhere.own(kept) if everywhere else kept
 
 
-def _scores(router: nn.Module, logits: Tensor) -> Tensor:
+def _scores(router: Any, logits: Tensor) -> Tensor:
     """What the router's own architecture makes of its logits."""
     return logits.float().sigmoid() if hasattr(router, "e_score_correction_bias") else logits.float().softmax(-1)
 
 
-def _weights(router: nn.Module, scores: Tensor, ids: Tensor) -> Tensor:
+def _weights(router: Any, scores: Tensor, ids: Tensor) -> Tensor:
     """Gate weights of chosen experts, as the router's own architecture computes them."""
     weights = scores.gather(1, ids)
     if router.norm_topk_prob:

@@ -38,12 +38,12 @@ class MixSettings(Strict):
 
     domains: tuple[str, ...] = ()
     weights: tuple[float, ...] = ()
-    tokens_per_step: int = Field(4096, ge=2)
+    tokens_per_step: int = Field(default=4096, ge=2)
     lengths: tuple[int, ...] = (128,)
     order: Literal["one_domain", "mixed"] = "one_domain"
     stratified: bool = True
-    overlap: float = Field(0.0, ge=0.0, lt=1.0)
-    span: int = Field(16, ge=1)
+    overlap: float = Field(default=0.0, ge=0.0, lt=1.0)
+    span: int = Field(default=16, ge=1)
 
     @model_validator(mode="after")
     def _whole_sequences(self) -> Self:
@@ -68,11 +68,11 @@ class ModelSettings(Strict):
 
     architecture: Literal["olmoe", "deepseek_v3"] = "olmoe"
     size: Literal["1m", "4m", "12m"] = "1m"
-    vocabulary: int = Field(2048, ge=300)
-    experts: int = Field(16, ge=1)
-    top_k: int = Field(2, ge=1)
+    vocabulary: int = Field(default=2048, ge=300)
+    experts: int = Field(default=16, ge=1)
+    top_k: int = Field(default=2, ge=1)
     router_std: float | Literal["1/sqrt(hidden)"] = 0.02
-    max_positions: int = Field(512, ge=2)
+    max_positions: int = Field(default=512, ge=2)
     normalise: bool = False
     hidden: int | None = None
     layers: int | None = None
@@ -98,22 +98,22 @@ class RoutingSettings(Strict):
     router: RouterKind = "learned"
     balancing: BalancingKind = "aux_loss"
     scope: Scope = "global_batch"
-    micro_batch: int = Field(4, ge=1)
-    coefficient: float = Field(0.05, ge=0.0)
-    capacity: float | None = Field(None, gt=0.0)
+    micro_batch: int = Field(default=4, ge=1)
+    coefficient: float = Field(default=0.05, ge=0.0)
+    capacity: float | None = Field(default=None, gt=0.0)
 
 
 class OptimizerSettings(Strict):
     """AdamW with linear warm-up and a cosine to ``final_share`` of the learning rate."""
 
-    steps: int = Field(350, ge=1)
-    learning_rate: float = Field(4e-3, gt=0)
-    warmup: int = Field(20, ge=0)
-    final_share: float = Field(0.05, ge=0, le=1)
+    steps: int = Field(default=350, ge=1)
+    learning_rate: float = Field(default=4e-3, gt=0)
+    warmup: int = Field(default=20, ge=0)
+    final_share: float = Field(default=0.05, ge=0, le=1)
     beta1: float = 0.9
     beta2: float = 0.95
     weight_decay: float = 0.01
-    clip: float = Field(1.0, gt=0)
+    clip: float = Field(default=1.0, gt=0)
 
 
 class TrainSettings(Strict):
@@ -125,7 +125,7 @@ class TrainSettings(Strict):
     optimizer: OptimizerSettings = OptimizerSettings()
     seed: int = 0
     data_seed: int = 0
-    threads: int = Field(1, ge=1)
+    threads: int = Field(default=1, ge=1)
 
     @model_validator(mode="after")
     def _scopes_fit(self) -> Self:

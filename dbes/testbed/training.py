@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -83,7 +83,7 @@ class _MeanCrossEntropy(torch.autograd.Function):
 def next_token_loss(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Mean nats per predicted token, and the nats of each, [sequences, length - 1] (without gradient)."""
     hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1]
-    head = model.get_output_embeddings().weight
+    head = cast(torch.nn.Linear, model.get_output_embeddings()).weight
     loss, nats = _MeanCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), head, tokens[:, 1:].reshape(-1), 1024)  # pyright: ignore[reportGeneralTypeIssues]
     return loss, nats.view(len(tokens), -1)
 
