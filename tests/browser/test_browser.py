@@ -171,7 +171,7 @@ def test_heat_map_switches_layers_and_tells_on_hover(chromium, model_page: Path)
     page.tab.locator('[data-figure="heat"] button[data-step="-1"]').click()
     assert page.tab.input_value("#heat-layer") == "3"
     page.tab.wait_for_timeout(500)
-    page.tab.locator('[data-figure="heat"] svg .mark-rect path').nth(5).hover()
+    page.tab.locator('[data-figure="heat"] svg .mark-rect path').nth(5).hover(force=True)
     page.tab.wait_for_selector("#vg-tooltip-element.visible")
     told = page.tab.inner_text("#vg-tooltip-element")
     assert all(word in told for word in ("hits", "share", "lift", "q-value", "expert", "domain"))
@@ -274,7 +274,7 @@ def test_hostile_names_and_tokens_never_run(chromium, tmp_path: Path) -> None:
             page.tab.locator("#t-tokens [data-token='0']").hover()
             page.tab.locator("#s-table details").first.locator("summary").click()
             assert "'=cmd()" in page.save('[data-figure="heat"] [data-save=csv]')
-            page.tab.locator('[data-figure="heat"] svg .mark-rect path').first.hover()
+            page.tab.locator('[data-figure="heat"] svg .mark-rect path').first.hover(force=True)
         assert page.tab.evaluate("window.hacked") is None
         assert page.tab.locator("img[src=x]").count() == 0
         page.silent()

@@ -45,7 +45,6 @@ function theme() {
   const ink = dark() ? "#e9edf2" : "#14181f", soft = dark() ? "#a7b1be" : "#525c69", line = dark() ? "#2c333d" : "#dde1e7";
   const accent = dark() ? "#7fb8ff" : "#0b5cad", second = dark() ? "#ffb066" : "#9a4a00";
   return {
-    aria: false, // the figure as a whole is named; its numbers are in the CSV
     background: dark() ? "#171b21" : "#ffffff", font: "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif", view: { stroke: null },
     axis: { labelColor: soft, titleColor: soft, titleFontWeight: 500, gridColor: line, domainColor: line, tickColor: line, labelFontSize: 11, titleFontSize: 12, labelLimit: 150 },
     legend: { labelColor: soft, titleColor: soft, titleFontWeight: 500, labelFontSize: 11, titleFontSize: 11, titleLimit: 300 },
@@ -92,7 +91,10 @@ async function draw(figure) {
   if (figure.view) figure.view.finalize();
   figure.view = shown;
   const graphic = target.querySelector("svg, canvas");
-  if (graphic) { graphic.setAttribute("role", "img"); graphic.setAttribute("aria-label", figure.place.querySelector("h3")?.textContent || figure.name); }
+  // The figure as a whole is named; its numbers are in the CSV.
+  graphic?.setAttribute("aria-hidden", "true");
+  target.setAttribute("role", "img");
+  target.setAttribute("aria-label", figure.place.querySelector("h3")?.textContent || figure.name);
   target.dataset.ready = String(turn);
 }
 const redraw = (...names) => names.forEach((name) => { const figure = page.figures.get(name); if (figure) draw(figure); });
