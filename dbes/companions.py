@@ -75,7 +75,7 @@ def coactivation(sample: TokenSample, shape: RoutingShape) -> np.ndarray:
         for first, second in combinations(slots, 2):
             counts[column] += _pair_counts(first * (width + 1), second, width)
         counts[column] += counts[column].T.copy()
-        counts[column][np.diag_indices(width)] = sum(np.bincount(slot, minlength=width + 1) for slot in slots)[:width]
+        counts[column][np.diag_indices(width)] = np.bincount(np.concatenate(slots), minlength=width + 1)[:width]
     return counts
 
 

@@ -37,7 +37,8 @@ def test_help_loads_nothing_heavy() -> None:
 
 
 def test_json_is_the_result_and_nothing_else(results: Path, tiny_checkpoint: Path, tiny_task: Path) -> None:
-    done = run("evaluate", "--model", tiny_checkpoint, "--tasks", tiny_task, "--output-path", results, "--permutations", "50", "--format", "json")
+    arguments = ("--model", tiny_checkpoint, "--tasks", tiny_task, "--output-path", results, "--permutations", "50")
+    done = run("evaluate", *arguments, "--format", "json")
     assert done.returncode == 0
     assert json.loads(done.stdout)["status"] == "ok"
 

@@ -147,8 +147,8 @@ def test_killed_recording_goes_on_and_ends_the_same(tiny_checkpoint: Path, tiny_
         "import sys, time, dbes, dbes.recording as recording\n"
         "recording.SHARD_TOKENS = 1500\n"
         "slow = lambda stage, done, total: time.sleep(float(sys.argv[3]))\n"
-        f"dbes.evaluate({str(tiny_checkpoint)!r}, tasks={str(tiny_task)!r}, output_path=sys.argv[1], permutations=50, batch_size=int(sys.argv[2]),"
-        " progress=slow)\n"
+        f"dbes.evaluate({str(tiny_checkpoint)!r}, tasks={str(tiny_task)!r}, output_path=sys.argv[1], permutations=50,"
+        " batch_size=int(sys.argv[2]), progress=slow)\n"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 

@@ -21,7 +21,7 @@ def token_classes(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
     """Class of every vocabulary id, int [vocabulary], index into TOKEN_CLASSES."""
     classes = np.full(len(tokenizer), TOKEN_CLASSES.index("other script"))
     for token in range(len(tokenizer)):
-        text = str(tokenizer.decode([token]))
+        text = "".join(tokenizer.decode([token]))
         bare = text.strip()
         if not bare:
             name = "white space"

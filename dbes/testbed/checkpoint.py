@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from dbes.errors import MixError
 from dbes.files import write_json, write_text
@@ -42,7 +43,8 @@ def train_checkpoint(
     trained = train(settings, prepared.mix, folder=out / "state", progress=progress)
     chosen = prepared.mix.only(settings.mix.domains)
     heldout = measure(trained.model, chosen, routing=settings.routing, seed=settings.seed, step=settings.optimizer.steps)
-    trained.model.bfloat16().save_pretrained(out)
+    nn.Module.bfloat16(trained.model)  # in place
+    trained.model.save_pretrained(out)
     prepared.tokenizer.save_pretrained(out)
     write_text(out / "training_log.jsonl", (out / "state" / "log.jsonl").read_text("utf-8"))
     write_json(

@@ -19,6 +19,7 @@ import safetensors
 import tokenizers
 import torch
 import transformers
+from torch import nn
 
 from dbes.errors import MixError
 from dbes.files import sha256_of, write_json, write_text
@@ -67,10 +68,12 @@ def train_embedded(train_data: Path, out: Path, *, seed: int = 0, work: Path | N
     print(f"{sum(len(domain.tokens) for domain in mix.training):,} training tokens of {len(mix.domains)} domains", file=sys.stderr)
     trained = train(settings, mix, folder=work, progress=_say)
     # The losses are those of the weights as saved; computed in float32, which every CPU does fast.
-    model = trained.model.bfloat16().float()
+    model = trained.model
+    nn.Module.float(nn.Module.bfloat16(model))  # in place
     heldout = measure(model, mix, routing=settings.routing, length=512, documents=10_000)
     out.mkdir(parents=True, exist_ok=True)
-    model.bfloat16().save_pretrained(out)
+    nn.Module.bfloat16(model)
+    model.save_pretrained(out)
     (out / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(out)
     shutil.copyfile(work / LOG, out / "training_log.jsonl")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -122,14 +122,16 @@ def measure(
     in_order = np.lexsort((joined["positions"], joined["document"]))
     entropy = joined.pop("entropy")[in_order].astype(np.float32)
     inputs = joined.pop("inputs")[in_order] if keep_inputs else None
+    ids = joined.pop("ids")
+    columns_left: dict[str, Any] = dict(joined)
     trace = Trace.from_arrays(
-        joined.pop("ids"),
+        ids,
         domain=[domain for domain, _, _ in chosen],
         domains=mix.domains,
         layers=layers,
         experts=experts,
         document_ids=names,
-        **cast(Any, joined),
+        **columns_left,
     )
     nats, count, octets = totals
     return Heldout(trace=trace, nats=nats, tokens=count.astype(np.int64), bytes=octets.astype(np.int64), entropy=entropy, inputs=inputs)

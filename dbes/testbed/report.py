@@ -59,7 +59,7 @@ def write_report(folder: Path) -> Path:
     for name, table in findings.tables.items():
         with replacing(out / f"{name}.parquet") as path:
             table.to_parquet(path, index=False)
-        write_json(out / f"{name}.json", json.loads(table.to_json(orient="records", double_precision=6) or "[]"))
+        write_json(out / f"{name}.json", json.loads(str(table.to_json(orient="records", double_precision=6))))
     failed = [{"arm": r["arm"], "seed": r["seed"], "error": r["error"]} for r in records if r["status"] != "ok"]
     write_json(
         out / "verdicts.json",
