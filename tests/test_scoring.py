@@ -282,7 +282,8 @@ WARNINGS = {
 
 @pytest.mark.parametrize("name", WARNINGS)
 def test_warnings_name_what_is_undefined(name: str) -> None:
-    found = scored(name).result.warnings
+    # these recordings are small, and warned of as such besides: see test_warnings.py
+    found = [warning for warning in scored(name).result.warnings if "trust p" not in warning]
     assert len(found) == len(WARNINGS[name])
     for warning, expected in zip(found, WARNINGS[name], strict=True):
         assert expected in warning
