@@ -19,5 +19,5 @@ def test_notebook_runs() -> None:
     NotebookClient(notebook, timeout=60, kernel_name="python3", resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert "specialization" in cells[1]["outputs"][0]["data"]["text/html"]
-    assert any("vega" in kind for kind in cells[2]["outputs"][0]["data"])
+    assert "<svg" in cells[2]["outputs"][0]["data"]["image/svg+xml"]
     assert "dbes-embedded" in cells[0]["outputs"][0]["data"]["text/plain"]
