@@ -28,6 +28,8 @@ ACTIVATION_BYTES = 16 * 2**20
 
 CPU_BATCH_TOKENS = (512, 8_192)
 ACCELERATOR_BATCH_TOKENS = 16_384
+PADDING_LIMIT = 0.1
+"""Largest share of padding in a batch whose size was not asked for."""
 
 Progress = Callable[[int, int], None]
 
@@ -245,14 +247,18 @@ def _shards(texts: Sequence[np.ndarray], bytes_per_token: int) -> Iterator[tuple
 def batches(windows: Sequence[Window], budget: int, *, by_count: bool, batching: Batching, extra: int) -> Iterator[list[Window]]:
     """The windows, longest first (what does not fit in memory fails at once), in batches of about equal lengths."""
     batch: list[Window] = []
+    tokens = 0
     for window in sorted(windows, key=lambda window: (-len(window), window.document, window.start)):
         if batch:
-            size = len(batch) + 1 if by_count else (len(batch) + 1) * (len(batch[0]) + extra)
+            padded = (len(batch) + 1) * (len(batch[0]) + extra)
+            wasted = 1 - (tokens + len(window) + extra) / padded
+            full = len(batch) >= budget if by_count else padded > budget or wasted > PADDING_LIMIT
             apart = batching == "one at a time" or (batching == "equal lengths" and len(window) != len(batch[0]))
-            if size > budget or apart:
+            if full or apart:
                 yield batch
-                batch = []
+                batch, tokens = [], 0
         batch.append(window)
+        tokens += len(window) + extra
     if batch:
         yield batch
 

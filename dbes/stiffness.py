@@ -87,10 +87,14 @@ def selection_stiffness(scores: Tensor, choice: Tensor, normal: Tensor, blocked:
     mean = scores.masked_fill(out, 0).sum(dim=-1) / count
     deviation = (((scores - mean[:, None]).masked_fill(out, 0) ** 2).sum(dim=-1) / count).sqrt()
     candidates = scores.masked_fill(out, -torch.inf)
-    kept = torch.empty(len(scores), len(NOISE_SCALES), dtype=torch.uint8, device=scores.device)
+    kept = torch.full((len(scores), len(NOISE_SCALES)), slots, dtype=torch.uint8, device=scores.device)
     noise = normal[:, :classes] * deviation[:, None]
+    reach = noise.amax(dim=-1) - noise.amin(dim=-1)
     for place, scale in enumerate(NOISE_SCALES):
-        shaken = candidates + scale * noise
+        rows: Tensor | slice = slice(None)
+        if scores.device.type == "cpu":  # elsewhere, asking which rows can flip costs more than shaking them all
+            rows = (margin <= scale * reach).nonzero()[:, 0]
+        shaken = candidates[rows] + scale * noise[rows]
         weakest = shaken.topk(slots, dim=-1)[0][:, -1:]
-        kept[:, place] = (shaken.gather(1, choice) >= weakest).sum(dim=-1)
+        kept[rows, place] = (shaken.gather(1, choice[rows]) >= weakest).sum(dim=-1).to(torch.uint8)
     return margin, margin / deviation, kept
