@@ -72,9 +72,16 @@ class Opened:
         self.tab.on("request", lambda request: self.asked.append(request.url))
         started = time.perf_counter()
         self.tab.goto(path.as_uri())
-        self.tab.wait_for_function(READY)
+        self.until(READY)
         self.seconds = time.perf_counter() - started
         self.home = path.as_uri()
+
+    def until(self, condition: str, seconds: float = 20.0) -> None:
+        """Waits from outside: the page's own policy forbids the evaluation that Playwright's wait_for_function relies on."""
+        end = time.perf_counter() + seconds
+        while not self.tab.evaluate(condition):
+            assert time.perf_counter() < end, f"never true: {condition}"
+            self.tab.wait_for_timeout(30)
 
     def scroll_through(self) -> None:
         height = self.tab.evaluate("document.documentElement.scrollHeight")
@@ -86,7 +93,7 @@ class Opened:
 
     def drawn(self, name: str) -> None:
         self.tab.locator(f'[data-figure="{name}"]').scroll_into_view_if_needed()
-        self.tab.wait_for_function(f"document.querySelector('[data-figure=\"{name}\"] [data-plot]').dataset.ready")
+        self.until(f"document.querySelector('[data-figure=\"{name}\"] [data-plot]').dataset.ready")
 
     def rows(self, name: str) -> list[dict]:
         """The rows that a figure really draws, from the running Vega view."""
@@ -97,7 +104,7 @@ class Opened:
         before = self.tab.evaluate(f"page.figures.get('{figure}').drawn")
         self.tab.select_option(f"#{select}", value)
         wait = f"Number(document.querySelector('[data-figure=\"{figure}\"] [data-plot]').dataset.ready) > {before}"
-        self.tab.wait_for_function(wait)
+        self.until(wait)
 
     def save(self, selector: str) -> str:
         with self.tab.expect_download() as waiting:
