@@ -300,7 +300,8 @@ def overlay_spec() -> Spec:
     layers = [
         base.mark_area(opacity=0.12).encode(y=alt.Y("score_low:Q", title=None), y2="score_high:Q"),
         base.mark_line(strokeWidth=2).encode(strokeDash=alt.StrokeDash("model:N", legend=None)),
-        base.mark_point(size=50, filled=True, opacity=1).encode(shape=alt.Shape("model:N", legend=MODELS), tooltip=tooltip),
+        base.mark_point(size=50, filled=True, opacity=1).encode(shape=alt.Shape("model:N", legend=None), tooltip=tooltip),
+        base.mark_text(align="right", dx=-6, dy=-9, fontSize=11).transform_filter("datum.depth == 1").encode(text="model:N"),
     ]
     return _finished(alt.layer(*layers).properties(width="container", height=300))
 
@@ -316,7 +317,8 @@ def parallel_spec() -> Spec:
     tooltip = ["model:N", "metric:N", *(alt.Tooltip(f"{name}:Q", format=".4f") for name in ("score", "score_low", "score_high"))]
     layers = [
         base.mark_line(strokeWidth=2).encode(strokeDash=alt.StrokeDash("model:N", legend=None)),
-        base.mark_point(size=60, filled=True, opacity=1).encode(shape=alt.Shape("model:N", legend=MODELS), tooltip=tooltip),
+        base.mark_point(size=60, filled=True, opacity=1).encode(shape=alt.Shape("model:N", legend=None), tooltip=tooltip),
+        base.mark_text(align="left", dx=8, dy=-9, fontSize=11).transform_filter("datum.first").encode(text="model:N"),
     ]
     return _finished(alt.layer(*layers).properties(width="container", height=300))
 

@@ -35,7 +35,7 @@ start((data) => {
   inputs.forEach((box) => box.addEventListener("change", () => { if (wanted().length > MOST) box.checked = false; redraw("overlay", "parallel"); }));
   onChange("l-metric", () => redraw("overlay"));
   addFigure("overlay", () => data.specs.overlay, () => rowsOf(data.curves, (i) => data.curves.metric[i] === chosen("l-metric") && wanted().includes(data.curves.model[i])), () => rowsOf(data.curves));
-  addFigure("parallel", () => data.specs.parallel, () => data.rows.filter((row) => wanted().includes(row.model)).flatMap((row) => metrics.map(([metric, label]) => ({ model: row.model, metric: label, score: row[metric], score_low: row[`${metric}_low`], score_high: row[`${metric}_high`] }))).filter((row) => row.score !== null));
+  addFigure("parallel", () => data.specs.parallel, () => data.rows.filter((row) => wanted().includes(row.model)).flatMap((row) => metrics.map(([metric, label], i) => ({ model: row.model, first: i === 0, metric: label, score: row[metric], score_low: row[`${metric}_low`], score_high: row[`${metric}_high`] }))).filter((row) => row.score !== null));
   addFigure("scatter", () => data.specs.scatter, () => data.rows.filter((row) => row.accuracy !== null && row.specialization !== null).map((row) => ({ model: row.model, accuracy: row.accuracy, score: row.specialization, score_low: row.specialization_low, score_high: row.specialization_high })));
 
   // Pairs
