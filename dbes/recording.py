@@ -234,7 +234,8 @@ def _bytes_per_token(recorder: Recorder) -> int:
 
 def _shards(texts: Sequence[np.ndarray], bytes_per_token: int) -> Iterator[tuple[int, int]]:
     """[first, last + 1) documents of each shard: whole documents, bounded in tokens so that memory is."""
-    limit = min(SHARD_TOKENS, max(1, SHARD_BYTES // bytes_per_token))
+    # not below one full batch of an accelerator, however many layers a token has
+    limit = min(SHARD_TOKENS, max(ACCELERATOR_BATCH_TOKENS, SHARD_BYTES // bytes_per_token))
     low, tokens = 0, 0
     for index, ids in enumerate(texts):
         if tokens and tokens + len(ids) > limit:
