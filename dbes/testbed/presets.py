@@ -21,6 +21,9 @@ SCOPES: tuple[Scope, ...] = ("sequence", "micro_batch", "global_batch")
 AUX = 0.1
 """Coefficient of the auxiliary loss of every arm that has one, per layer."""
 
+SCALE_STEPS = 50
+"""Steps of the arms that compare sizes."""
+
 BIAS_RATE = 0.002
 """Step of the loss-free bias of every arm that has one."""
 
@@ -69,8 +72,9 @@ def _smoke() -> Preset:
 
 def _standard() -> Preset:
     grid = Preset(name="standard", mix="packages", seeds=3, vocabulary=2048)
-    base = _base(steps=100, tokens=4096)
+    base = _base(steps=90, tokens=4096)
     _scope(grid, base)
+    _soft(grid, base)
     for name in ("aux_loss/global_batch", "no balancing", "frozen", "rerandomised", "hash"):
         _add(grid, "frozen", name, base, _routing(name))
     _levels(grid, base)
@@ -97,8 +101,18 @@ def _scope(grid: Preset, base: TrainSettings) -> None:
     for scope in SCOPES:
         name = f"aux_loss/{scope}/dropping"
         _add(grid, "scope", name, base, _routing(name))
+    # Micro-batches of many domains: what counts as scope is how many domains it spans, not its name.
+    alternating = base.model_copy(update={"mix": base.mix.model_copy(update={"order": "mixed"})})
+    _add(grid, "scope", "aux_loss/micro_batch/mixed order", alternating, _routing("aux_loss/micro_batch"))
     wide = base.model_copy(update={"model": base.model.model_copy(update={"router_std": "1/sqrt(hidden)"})})
     _add(grid, "scope", "aux_loss/global_batch/wide init", wide, _routing("aux_loss/global_batch"))
+
+
+def _soft(grid: Preset, base: TrainSettings) -> None:
+    """The contrast of scope on documents of which a third comes from other domains: separable domains are the method's known limit."""
+    mixed = base.model_copy(update={"mix": base.mix.model_copy(update={"overlap": 0.33})})
+    for name in ("reference", "aux_loss/global_batch", "frozen", "aux_loss/sequence"):
+        _add(grid, "soft", f"{name}/a third of other domains", mixed, _routing(name))
 
 
 def _levels(grid: Preset, base: TrainSettings) -> None:
@@ -114,9 +128,9 @@ def _levels(grid: Preset, base: TrainSettings) -> None:
 def _scale(grid: Preset) -> None:
     """The contrast of scope at three sizes, on equally many tokens; shorter, because the largest is dear."""
     for size in ("1m", "4m", "12m"):
-        base = _base(steps=60, tokens=4096, size=size)
-        for name in ("aux_loss/global_batch", "aux_loss/sequence"):
-            _add(grid, "scale", f"{name}/{size}, 60 steps", base, _routing(name))
+        base = _base(steps=SCALE_STEPS, tokens=4096, size=size)
+        for name in ("aux_loss/global_batch", "frozen", "aux_loss/sequence"):
+            _add(grid, "scale", f"{name}/{size}, {SCALE_STEPS} steps", base, _routing(name))
 
 
 def _upstream(grid: Preset, base: TrainSettings) -> None:

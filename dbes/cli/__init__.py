@@ -1,0 +1,26 @@
+"""The command line: one function per command, no logic. Answers go to stdout, progress and errors to stderr.
+
+Heavy modules are imported inside the commands, so that ``dbes --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from dbes.cli import evaluation, reports, tasks, testbed
+
+app = typer.Typer(
+    help="Do the experts of a Mixture-of-Experts language model specialize, in what, and is that more than chance?",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    add_completion=False,
+)
+for command in (evaluation.evaluate, evaluation.score, reports.report, reports.compare, evaluation.doctor):
+    app.command()(command)
+app.add_typer(tasks.app, name="tasks")
+app.add_typer(testbed.app, name="testbed")
+
+
+def main() -> None:
+    app()

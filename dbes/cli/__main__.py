@@ -1,0 +1,3 @@
+from dbes.cli import main
+
+main()

@@ -1,0 +1,92 @@
+"""`dbes report` and `dbes compare`."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dbes.cli.common import FAILED, errors, stdout
+
+
+class ReportFormat(StrEnum):
+    html = "html"
+    card = "card"
+    hub = "hub"
+    record = "record"
+
+
+class CompareFormat(StrEnum):
+    table = "table"
+    csv = "csv"
+    json = "json"
+    markdown = "markdown"
+    html = "html"
+
+
+def report(
+    result: Annotated[Path, typer.Argument(help="Folder of a result, or its result.json.")],
+    format: Annotated[
+        ReportFormat, typer.Option(help="html page, model card section, hub metadata, or leaderboard record.")
+    ] = ReportFormat.html,
+    trace: Annotated[Path | None, typer.Option(help="Folder of the recorded routes, where they are not beside the result.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Page to write; report.html beside the result by default.")] = None,
+    dataset: Annotated[str, typer.Option(help="Hub id of the benchmark's dataset, for the hub metadata.")] = "dbes/embedded",
+) -> None:
+    """Write the page of one result, a single HTML file that needs no network; the other formats go to stdout."""
+    from dbes.reporting.card import card_section
+    from dbes.reporting.export import hub_entries, open_record
+    from dbes.reporting.page import write_page
+    from dbes.results import load_result
+
+    with errors():
+        if format is ReportFormat.html:
+            typer.echo(write_page(result, trace=trace, output=output))
+        elif format is ReportFormat.card:
+            typer.echo(card_section(load_result(result)))
+        elif format is ReportFormat.hub:
+            typer.echo(hub_entries(load_result(result), dataset=dataset))
+        else:
+            typer.echo(open_record(load_result(result)))
+
+
+def compare(
+    results: Annotated[list[Path], typer.Argument(help="Results, or folders with results below them.")],
+    by: Annotated[str, typer.Option(help="Metric the models are ranked by.")] = "specialization",
+    format: Annotated[CompareFormat, typer.Option(help="How to show the comparison; html is the leaderboard page.")] = CompareFormat.table,
+    output: Annotated[Path | None, typer.Option(help="File to write instead of stdout.")] = None,
+    published: Annotated[bool, typer.Option("--published", help="Show the published, uncalibrated values instead.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Only check that the results may be published.")] = False,
+) -> None:
+    """Put results side by side; of two, the paired difference for every metric and layer depth."""
+    from dbes.reporting import export, leaderboard
+    from dbes.reporting.check import check_all
+    from dbes.reporting.compare import compare as run
+    from dbes.reporting.compare import paired_of
+
+    with errors():
+        if check:
+            problems = check_all(results)
+            for line in problems or ["every result may be published"]:
+                typer.echo(line)
+            raise typer.Exit(FAILED if problems else 0)
+        found = run(results, metric=by)
+        paired = paired_of(found)
+        if format is CompareFormat.table and output is None:
+            stdout().print(leaderboard.render_terminal(found, paired, published=published))
+            return
+        if format is CompareFormat.csv:
+            text = export.as_csv(found, published=published)
+        elif format is CompareFormat.json:
+            text = export.as_json(found, paired)
+        elif format is CompareFormat.html:
+            text = leaderboard.render_leaderboard(found)
+        else:
+            text = export.as_markdown(found, paired, published=published)
+        if output is None:
+            typer.echo(text, nl=False)
+        else:
+            export.write(text, output)
+            typer.echo(output)

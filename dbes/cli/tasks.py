@@ -1,0 +1,36 @@
+"""`dbes tasks`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dbes.cli.common import errors, stdout
+
+app = typer.Typer(help="List the tasks; `dbes tasks validate FILE` checks one of your own.", rich_markup_mode=None)
+
+
+@app.callback(invoke_without_command=True)
+def tasks(context: typer.Context) -> None:
+    """List the tasks that ship with dbes."""
+    if context.invoked_subcommand is not None:
+        return
+    from dbes.benchmark import list_tasks
+    from dbes.reporting.tasks import render
+
+    with errors():
+        found = list_tasks()
+    stdout().print(render(found))
+
+
+@app.command()
+def validate(file: Annotated[Path, typer.Argument(help="Task YAML.")]) -> None:
+    """Check a task file and every document it names."""
+    from dbes.pipeline import read_benchmark
+    from dbes.reporting.tasks import render_documents
+
+    with errors():
+        benchmark = read_benchmark(file)
+    stdout().print(render_documents(benchmark))
