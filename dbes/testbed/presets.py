@@ -72,7 +72,7 @@ def _smoke() -> Preset:
 
 def _standard() -> Preset:
     grid = Preset(name="standard", mix="packages", seeds=3, vocabulary=2048)
-    base = _base(steps=90, tokens=4096)
+    base = _base(steps=75, tokens=4096)
     _scope(grid, base)
     _soft(grid, base)
     for name in ("aux_loss/global_batch", "no balancing", "frozen", "rerandomised", "hash"):
