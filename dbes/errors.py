@@ -27,3 +27,7 @@ class ResultError(DbesError):
 
 class MixError(DbesError):
     """A testbed mix or training configuration cannot be used."""
+
+
+class PathError(DbesError):
+    """An expert path cannot be found, read or applied to this model."""

@@ -1,0 +1,112 @@
+"""An expert path: the cells of a model chosen for one domain, what they cover, and how sure the choice is."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PATH_SCHEMA = 1
+
+
+class Cell(NamedTuple):
+    """One routed expert of one layer. ``layer`` is the model's own decoder-layer number, not the place among its MoE layers."""
+
+    layer: int
+    expert: int
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Trajectory(_Strict):
+    r"""One expert per MoE layer, e_1 -> ... -> e_L, that the domain follows more than all domains together do.
+
+    .. math:: \ln\frac{p_d(e_1)}{\bar p(e_1)} + \sum_l \ln\frac{p_d(e_{l+1} | e_l)}{\bar p(e_{l+1} | e_l)}
+
+    in nats, over pairs of slots of one token in neighbouring MoE layers; the mixture weighs domains alike. The chain is found on
+    one random half of the documents and measured on the other, so that the search cannot inflate the value.
+
+    Attributes:
+        experts: one per MoE layer of the path's ``layers``.
+        found: log-lift in the half it was found in (inflated by the search).
+        log_lift, low, high: log-lift in the other half and its 95 % interval (jackknife over source texts); None where a
+            transition of the chain does not occur there, or the domain has fewer than two texts there.
+    """
+
+    experts: tuple[int, ...]
+    found: float
+    log_lift: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+class Overlap(_Strict):
+    """How much another domain uses the same cells.
+
+    Attributes:
+        coverage: share of the other domain's slots that the cells take.
+        jaccard: of the cells with the other domain's own path by the same rule and budget; None where it has none.
+    """
+
+    coverage: float
+    jaccard: float | None = None
+
+
+class Provenance(_Strict):
+    """What a path was found on; ``finetuning`` refuses a path of another model."""
+
+    model: str
+    revision: str | None = None
+    task: str | None = None
+    task_version: int | None = None
+    task_fingerprint: str | None = None
+    dbes: str
+    seed: int = 0
+
+
+class ExpertPath(_Strict):
+    """A set of cells for one domain.
+
+    Attributes:
+        rule: how the cells were chosen.
+        budget: most of the routed-expert parameters the cells may hold, as a share; None: the rule's own size.
+        cells: chosen cells, by layer and expert.
+        layers: the model's MoE layers, ascending; experts: routed experts of each.
+        share: routed-expert parameters the cells do hold, as a share.
+        coverage: share of the domain's (token, slot) pairs that the cells take; None for a path read from an ESFT config.
+        overlap: by name of each other domain.
+        stability: share of the cells chosen again when the same rule sees a random half of every domain's source texts, mean
+            of several draws; None where the rule does not look at documents.
+        trajectories: strongest chains, no two sharing a cell.
+    """
+
+    schema_version: Literal[1] = PATH_SCHEMA
+    domain: str
+    rule: str
+    budget: float | None = None
+    cells: tuple[Cell, ...]
+    layers: tuple[int, ...]
+    experts: tuple[int, ...]
+    share: float
+    coverage: float | None = None
+    overlap: dict[str, Overlap] = Field(default_factory=dict)
+    stability: float | None = None
+    trajectories: tuple[Trajectory, ...] = ()
+    provenance: Provenance
+
+    @model_validator(mode="after")
+    def _cells_of_the_model(self) -> ExpertPath:
+        if len(self.layers) != len(self.experts):
+            raise ValueError(f"{len(self.layers)} layers, but {len(self.experts)} numbers of experts")
+        if not self.cells:
+            raise ValueError("no cells: an expert path holds at least one")
+        if list(self.cells) != sorted(set(self.cells)):
+            raise ValueError("cells must be distinct and ordered by layer and expert")
+        sizes = dict(zip(self.layers, self.experts, strict=True))
+        for cell in self.cells:
+            if not 0 <= cell.expert < sizes.get(cell.layer, 0):
+                known = f"experts 0 to {sizes[cell.layer] - 1}" if cell.layer in sizes else f"MoE layers {list(self.layers)}"
+                raise ValueError(f"cell (layer {cell.layer}, expert {cell.expert}) does not exist: the model has {known}")
+        return self
