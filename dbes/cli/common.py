@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dbes.errors import DbesError, TaskError
+from dbes.errors import DbesError, MixError, TaskError
 
 if TYPE_CHECKING:
     from dbes.pipeline import Progress
@@ -42,7 +42,7 @@ def errors() -> Iterator[None]:
     """Turns dbes's own errors into one line on stderr and the exit code; anything else is a defect and keeps its traceback."""
     try:
         yield
-    except TaskError as problem:
+    except (TaskError, MixError) as problem:
         typer.echo(f"dbes: {problem}", err=True)
         raise typer.Exit(USAGE) from None
     except DbesError as problem:

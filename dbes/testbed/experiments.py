@@ -54,6 +54,9 @@ def analyse(about: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> F
     if grid.arms("scope"):
         findings.tables["scope"] = arm_table(grid, "scope")
         findings.verdicts.extend(_scope(grid))
+    if grid.arms("soft"):
+        findings.tables["soft"] = arm_table(grid, "soft")
+        findings.verdicts.extend(_soft(grid))
     if grid.arms("scale"):
         findings.tables["scale"] = arm_table(grid, "scale")
         findings.verdicts.extend(_scale(grid))
@@ -124,6 +127,17 @@ def _scope(grid: Grid) -> list[Verdict]:
                 f"with it, global scope is still {kept} above per-sequence scope without.",
             )
         )
+    alternating = grid.contrast("aux_loss/micro_batch/mixed order", "aux_loss/micro_batch", SPECIALIZATION)
+    if alternating.seeds:
+        verdicts.append(
+            Verdict(
+                experiment="scope",
+                claim="what counts is how many domains a scope spans, not its size",
+                outcome=_sign(alternating, wanted=1),
+                sentence="Micro-batches of the same size that hold several domains instead of one change normalised specialization "
+                f"by {alternating} (same sequences in every global batch).",
+            )
+        )
     utilization, loss = grid.contrast(GLOBAL, SEQUENCE, UTILIZATION), grid.contrast(GLOBAL, SEQUENCE, LOSS)
     if utilization.seeds:
         verdicts.append(
@@ -137,6 +151,25 @@ def _scope(grid: Grid) -> list[Verdict]:
     return verdicts
 
 
+def _soft(grid: Grid) -> list[Verdict]:
+    """The contrasts of scope where domains overlap; arms are named like those of separable domains, with a suffix."""
+    suffix = "/" + grid.arms("soft")[0].split("/")[-1]
+    found = grid.contrast(GLOBAL + suffix, SEQUENCE + suffix, SPECIALIZATION)
+    if not found.seeds:
+        return []
+    above = grid.contrast(GLOBAL + suffix, f"frozen{suffix}", SPECIALIZATION)
+    separable = grid.contrast(GLOBAL, SEQUENCE, SPECIALIZATION)
+    return [
+        Verdict(
+            experiment="soft",
+            claim="the contrast of scope survives domains that overlap",
+            outcome=_sign(found, wanted=1),
+            sentence=f"With {suffix[1:]} in every document, global minus sequence scope is {found} of normalised specialization "
+            f"(separable domains: {separable}); global minus frozen random router {above}.",
+        )
+    ]
+
+
 def _scale(grid: Grid) -> list[Verdict]:
     sizes = list(dict.fromkeys(arm.rsplit("/", 1)[1] for arm in grid.arms("scale")))
     contrasts = {size: grid.contrast(f"{GLOBAL}/{size}", f"{SEQUENCE}/{size}", SPECIALIZATION) for size in sizes}
@@ -145,12 +178,15 @@ def _scale(grid: Grid) -> list[Verdict]:
         return []
     told = ", ".join(f"{size.split(',')[0]} {found}" for size, found in contrasts.items())
     outcomes = {_sign(found, wanted=1) for found in contrasts.values()}
+    above = {size: grid.contrast(f"{GLOBAL}/{size}", f"frozen/{size}", SPECIALIZATION) for size in sizes}
+    beyond = ", ".join(f"{size.split(',')[0]} {found}" for size, found in above.items() if found.seeds)
     return [
         Verdict(
             experiment="scale",
             claim="the order of scopes holds at every size",
             outcome="reproduces" if outcomes == {"reproduces"} else "undecided" if "undecided" in outcomes else "does not reproduce",
-            sentence=f"Global minus sequence scope, normalised specialization on equally many tokens: {told}.",
+            sentence=f"Global minus sequence scope, normalised specialization on equally many tokens: {told}."
+            + (f" Global scope minus frozen random router: {beyond}." if beyond else ""),
         )
     ]
 

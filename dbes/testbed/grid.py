@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import platform
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +83,7 @@ def run_grid(
     pending.sort(key=lambda job: -_cost(job[2]))
     began, done = time.monotonic(), 0
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=processes, mp_context=context) as pool:
+    with ProcessPoolExecutor(max_workers=processes, mp_context=context, initializer=end_with_parent) as pool:
         running = {pool.submit(run_cell, cell, prepared.folder, folder): (arm, seed) for arm, seed, cell, folder in pending}
         for finished in as_completed(running):
             arm, seed = running[finished]
@@ -92,6 +95,18 @@ def run_grid(
             told = record["error"] or f"loss {record['training_loss']:.3f}"
             say(f"{done}/{len(pending)} {arm}, seed {seed}: {told} ({time.monotonic() - began:.0f} s)")
     return about
+
+
+def end_with_parent() -> None:
+    """End this worker when the process that started it is killed: it would go on writing beside the run that takes over."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def read_grid(out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

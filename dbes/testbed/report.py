@@ -18,6 +18,7 @@ from dbes.testbed.grid import read_grid
 
 TITLES = {
     "scope": "Scope: methods by scopes",
+    "soft": "Soft domains: documents that hold other domains' text",
     "scale": "Scale: the contrast at three sizes",
     "frozen": "Learned, frozen, re-randomised, hashed",
     "levels": "Token or sequence level: topic against syntax",
@@ -29,6 +30,7 @@ TITLES = {
 
 CHARTS: dict[str, tuple[tuple[str, str], ...]] = {
     "scope": (("specialization", "normalised specialization"), ("utilization", "utilization"), ("bits_per_byte", "bits per byte")),
+    "soft": (("specialization", "normalised specialization"), ("bits_per_byte", "bits per byte")),
     "scale": (("specialization", "normalised specialization"), ("bits_per_byte", "bits per byte")),
     "frozen": (("specialization", "normalised specialization"), ("nats_per_token", "nats per token")),
     "levels": (("topic", "topic information, nats"), ("syntax", "syntax information, nats"), ("bits_per_byte", "bits per byte")),
