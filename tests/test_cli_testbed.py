@@ -1,8 +1,10 @@
 """`dbes testbed`: one model to a checkpoint that `dbes evaluate` reads, a grid and its report, and what is refused before training."""
 
 import json
+import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -81,6 +83,23 @@ def test_one_model_becomes_a_checkpoint_that_plain_transformers_and_evaluate_rea
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["status"] == "ok"
+
+
+@pytest.mark.slow
+def test_two_launched_processes_write_the_checkpoint_of_one(mix, tmp_path):
+    config = written(tmp_path / "config.yaml")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = ["testbed", "train", "--config", str(config), "--mix", str(mix), "--cache", str(tmp_path / "cache")]
+    command = [sys.executable, "-m", "dbes.cli", *common, "--out", str(tmp_path / "two")]
+    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    started = [subprocess.Popen(command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+    assert [process.wait(timeout=300) for process in started] == [0, 0]
+    assert run(*common[1:], "--out", tmp_path / "one").exit_code == 0
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert set(one) == set(two)
+    assert all(torch.allclose(value.float(), two[name].float(), atol=2e-3) for name, value in one.items())
 
 
 def test_the_loss_free_bias_is_part_of_the_checkpoint(mix, tmp_path):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from dbes.errors import MixError
@@ -40,7 +42,12 @@ def train_checkpoint(
     settings = read_settings(config)
     refuse_lost_routing(settings, where=str(config))
     prepared = prepare_mix(mix, vocabulary=settings.model.vocabulary, max_positions=settings.model.max_positions, cache=cache)
-    trained = train(settings, prepared.mix, folder=out / "state", progress=progress)
+    accelerator = accelerator_of_launch()
+    trained = train(settings, prepared.mix, folder=out / "state", accelerator=accelerator, progress=progress)
+    if accelerator is not None:
+        trained.model.cpu()
+        if not accelerator.is_main_process:
+            return out
     chosen = prepared.mix.only(settings.mix.domains)
     heldout = measure(trained.model, chosen, routing=settings.routing, seed=settings.seed, step=settings.optimizer.steps)
     nn.Module.bfloat16(trained.model)  # in place
@@ -59,6 +66,15 @@ def train_checkpoint(
         },
     )
     return out
+
+
+def accelerator_of_launch() -> Any:
+    """An accelerator where this process was started by ``accelerate launch`` or has a GPU; None for one process on a CPU."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not torch.cuda.is_available():
+        return None
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=not torch.cuda.is_available())
 
 
 def refuse_lost_routing(settings: TrainSettings, *, where: str) -> None:

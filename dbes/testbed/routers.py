@@ -103,8 +103,9 @@ class Routing:
         self._domain: Tensor | None = None
         experts, top_k = int(self._routers[0].num_experts), int(self._routers[0].top_k)
         self.experts = experts
+        device = self._routers[0].weight.device
         if settings.router == "reference":
-            self._allowed = domain_experts(domains, experts, top_k)
+            self._allowed = domain_experts(domains, experts, top_k).to(device)
         if settings.router in ("frozen", "rerandomised"):
             for router in self._routers:
                 router.weight.requires_grad_(False)
@@ -112,7 +113,7 @@ class Routing:
             self._std = float(self._routers[0].weight.detach().std())
         self._table: Tensor | None = None
         self._vocabulary = int(cast(Any, model).config.vocab_size)
-        self.bias = torch.zeros(len(self._routers), experts)
+        self.bias = torch.zeros(len(self._routers), experts, device=device)
 
     def __enter__(self) -> Self:
         for layer, router in enumerate(self._routers):
@@ -132,7 +133,8 @@ class Routing:
             generator = torch.Generator().manual_seed(_seed(self.seed, "rerandomised", step))
             with torch.no_grad():
                 for router in self._routers:
-                    router.weight.normal_(0.0, self._std, generator=generator)
+                    # Drawn on the CPU, so that every device sees the same router.
+                    router.weight.copy_(torch.empty(router.weight.shape).normal_(0.0, self._std, generator=generator))
 
     def balancing_loss(self) -> Tensor:
         """The auxiliary loss, summed over layers (each layer by itself); 0 where the method has none."""
@@ -175,10 +177,10 @@ class Routing:
         kind, top_k = self.settings.router, int(router.top_k)
         if kind == "hash":
             if self._table is None:
-                self._table = _hash_table(self.seed, len(self._routers), self._vocabulary, self.experts, top_k)
+                self._table = _hash_table(self.seed, len(self._routers), self._vocabulary, self.experts, top_k).to(logits.device)
             ids = self._table[layer][self._tokens.reshape(-1)]
             # Nothing was weighed, so every slot weighs the same.
-            return logits.detach(), scores.detach(), torch.full(ids.shape, 1 / top_k, dtype=logits.dtype), ids
+            return logits.detach(), scores.detach(), torch.full(ids.shape, 1 / top_k, dtype=logits.dtype, device=logits.device), ids
         if kind == "sequence":
             logits = prefix_mean(logits, len(self._tokens))
             scores = _scores(router, logits)

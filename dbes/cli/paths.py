@@ -1,0 +1,65 @@
+"""`dbes paths`."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dbes.cli.common import errors
+
+
+class PathFormat(StrEnum):
+    dbes = "dbes"
+    esft = "esft"
+
+
+def paths(
+    result: Annotated[Path, typer.Argument(help="Folder of a result that kept its trace.")],
+    domain: Annotated[str, typer.Option(help="Domain to find the experts of.")],
+    out: Annotated[Path, typer.Option(help="File to write.")],
+    rule: Annotated[
+        str,
+        typer.Option(
+            help="specialization, trajectory, lift, esft-token, esft-gate, target-load, load, gradient, gradient-contrast, "
+            "gradient-layer, causal, random, random-load-matched, bottom or all."
+        ),
+    ] = "specialization",
+    budget: Annotated[
+        float | None, typer.Option(help="Share of the routed-expert parameters at most; 0.15, or ESFT's own sets, by default.")
+    ] = None,
+    match: Annotated[str, typer.Option(help="Rule whose cells random-load-matched carries the load of.")] = "specialization",
+    model: Annotated[str | None, typer.Option(help="The evaluated model, for rules that look at it: folder, hub id or embedded.")] = None,
+    tasks: Annotated[str, typer.Option(help="The evaluated task, for rules that look at the model.")] = "embedded",
+    seed: Annotated[int, typer.Option(help="Seed of random rules and of resampling.")] = 0,
+    format: Annotated[PathFormat, typer.Option(help="dbes: everything; esft: ESFT's expert config.")] = PathFormat.dbes,
+) -> None:
+    """Choose the experts that serve a domain, within a budget, and say what they cover and how sure the choice is."""
+    from dbes.errors import PathError
+    from dbes.paths.evidence import read_evidence
+    from dbes.paths.files import write_esft, write_path
+    from dbes.paths.rules import ESFT_SHARES, NEED_MODEL, RULES
+    from dbes.paths.search import DEFAULT_BUDGET, find_path
+
+    with errors():
+        if rule not in RULES or match not in RULES:
+            raise PathError(f"rule {rule if rule not in RULES else match!r}: expected one of {', '.join(RULES)}")
+        evidence = read_evidence(result)
+        if model is not None:
+            from dbes.paths.model_evidence import with_model
+
+            asked = {rule, match} if rule == "random-load-matched" else {rule}
+            gradients = bool(asked & {*NEED_MODEL} - {"causal"})
+            evidence = with_model(evidence, model, tasks=tasks, gradients=gradients, effects="causal" in asked)
+        size: Any = budget if budget is not None else None if rule in ESFT_SHARES else DEFAULT_BUDGET
+        path = find_path(evidence, domain=domain, rule=rule, budget=size, match=match, seed=seed)
+        written = (write_esft if format is PathFormat.esft else write_path)(path, out)
+    stability = "" if path.stability is None else f", {path.stability:.0%} chosen again on half of the texts"
+    typer.echo(
+        f"{len(path.cells)} of {sum(path.experts)} cells ({path.share:.1%} of the expert parameters) take {path.coverage:.1%} of the "
+        f"slots of {domain}{stability}",
+        err=True,
+    )
+    typer.echo(written)
