@@ -31,3 +31,7 @@ class MixError(DbesError):
 
 class PathError(DbesError):
     """An expert path cannot be found, read or applied to this model."""
+
+
+class FinetuneError(DbesError):
+    """Chosen experts cannot be trained: the path, the data, the settings or the model do not fit, or training went wrong."""

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -181,21 +183,43 @@ def expert_weights(site: RoutingSite, expert: int) -> list[torch.Tensor]:
     Raises:
         ModelError: the weights of one expert cannot be told from those of the others.
     """
+    return [cut(parameter.data) for parameter, cut in expert_slices(site, expert)]
+
+
+def expert_slices(site: RoutingSite, expert: int) -> list[tuple[nn.Parameter, Callable[[torch.Tensor], torch.Tensor]]]:
+    """Where everything that belongs to one expert alone is: parameters, and how to cut the expert's rows out of a tensor shaped as each.
+
+    Raises:
+        ModelError: the weights of one expert cannot be told from those of the others.
+    """
     if isinstance(site.experts, nn.ModuleList):
-        return [parameter.data for parameter in site.experts[expert].parameters()]
+        return [(parameter, _whole) for parameter in site.experts[expert].parameters()]
     children = dict(site.block.named_children())
     owners = {"sorted": ("input_linear", "output_linear"), "embedding": ("down_embed", "up_embed")}.get(site.adapter)
     modules = [site.experts] if owners is None else [children[name] for name in owners]
-    views = []
+    found: list[tuple[nn.Parameter, Callable[[torch.Tensor], torch.Tensor]]] = []
     for parameter in (parameter for module in modules for parameter in module.parameters()):
-        rows = parameter.shape[0] if parameter.ndim else 0
+        # vectors are shared by the experts (a norm after each expert), even where their length is a multiple of the experts
+        rows = parameter.shape[0] if parameter.ndim > 1 else 0
         if rows in (site.num_experts, site.num_experts + site.zero_experts):
-            views.append(parameter.data[expert])
+            found.append((parameter, partial(_row, expert=expert)))
         elif rows and rows % site.num_experts == 0:
-            views.append(parameter.data.view(site.num_experts, rows // site.num_experts, *parameter.shape[1:])[expert])
-    if not views:
+            found.append((parameter, partial(_rows, experts=site.num_experts, expert=expert)))
+    if not found:
         raise ModelError(f"{site.name}: no parameter of {type(site.experts).__name__} has one row per expert")
-    return views
+    return found
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _row(tensor: torch.Tensor, *, expert: int) -> torch.Tensor:
+    return tensor[expert]
+
+
+def _rows(tensor: torch.Tensor, *, experts: int, expert: int) -> torch.Tensor:
+    return tensor.view(experts, tensor.shape[0] // experts, *tensor.shape[1:])[expert]
 
 
 def score_reason(site: RoutingSite, missing: int, tokens: int) -> str:
