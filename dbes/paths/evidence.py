@@ -1,0 +1,177 @@
+"""What the rules look at: per-document statistics of a trace, the routes of a sample, and tables made of them when needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dbes.companions import TokenSample, sample_routes, transitions
+from dbes.errors import PathError
+from dbes.metrics import usage_of
+from dbes.pipeline import TRACE_FOLDER
+from dbes.results import load_result
+from dbes.scoring import PHASES
+from dbes.specialists import SpecialistTable, find_specialists
+from dbes.statistics import RoutingStatistics, count_routes
+from dbes.trace import Trace
+from dbes.types import RoutingShape, TokenRoutes
+from dbes.uncertainty import permutation_null, permuted_labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What a model's routing of a benchmark shows about its cells.
+
+    Attributes:
+        statistics: sums per source text (the unit of sampling); texts without tokens are left out.
+        routes: routes of some whole texts, with ``document`` numbering the rows of ``statistics``; None where nothing ran.
+        permutations, seed: of the specialist test; the result's own, so that the same experts pass.
+        gradients: [domains, layers, experts], squared gradient norm of each cell on each domain; None without a model.
+        effects: [domains, layers, experts], nats per token added on each domain when one cell's output is zero; None
+            without a model.
+        sizes: [layers], parameters of one expert; equal when the model was not looked at.
+        provenance: as of the trace.
+    """
+
+    statistics: RoutingStatistics
+    routes: TokenRoutes | None
+    permutations: int = 1000
+    seed: int = 0
+    gradients: np.ndarray | None = None
+    effects: np.ndarray | None = None
+    sizes: np.ndarray | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> RoutingShape:
+        return self.statistics.shape
+
+    @cached_property
+    def hits(self) -> np.ndarray:
+        """(token, slot) pairs, float64 [domains, layers, experts]."""
+        return self.statistics.by_domain(self.statistics.hits)
+
+    @cached_property
+    def usage(self) -> np.ndarray:
+        """Share of a layer's slots, p[d,l,e]; a domain without tokens is NaN."""
+        return usage_of(self.hits)
+
+    @cached_property
+    def load(self) -> np.ndarray:
+        """Share of all slots of a domain, over all its layers, that each cell takes: [domains, layers, experts]."""
+        return self.hits / self.hits.sum(axis=(1, 2), keepdims=True)
+
+    @cached_property
+    def exists(self) -> np.ndarray:
+        """Bool [layers, experts]: false where a narrow layer has no such expert."""
+        return np.asarray(self.shape.experts)[:, None] > np.arange(self.shape.width)
+
+    @cached_property
+    def specialists(self) -> SpecialistTable:
+        shape = self.shape
+        labels = permuted_labels(shape.document_domain, permutations=self.permutations, seed=self.seed)
+        sizes = np.asarray(shape.experts)
+        null = permutation_null(
+            self.statistics.hits, self.statistics.active, labels, shape.document_domain, len(shape.domains), sizes=sizes
+        )
+        return find_specialists(self.statistics, null, seed=self.seed)
+
+    @cached_property
+    def transitions(self) -> np.ndarray:
+        """Pairs of slots of one token in neighbouring MoE layers, float64 [domains, layers - 1, experts, experts]."""
+        return self._pairs(np.ones(len(self.shape.document_domain), bool))
+
+    def transitions_of(self, texts: np.ndarray) -> np.ndarray:
+        """As ``transitions``, of the texts where bool [texts] is true."""
+        return self._pairs(texts)
+
+    def _pairs(self, texts: np.ndarray) -> np.ndarray:
+        shape = self.shape
+        counts = np.zeros((len(shape.domains), max(len(shape.layers) - 1, 0), shape.width, shape.width))
+        if self.routes is None or len(shape.layers) < 2:
+            return counts
+        pairs = np.asarray(shape.top_k[:-1]) * np.asarray(shape.top_k[1:])
+        domain = np.where(texts[self.routes.document], shape.document_domain[self.routes.document], -1)
+        for index in range(len(shape.domains)):
+            rows = np.flatnonzero(domain == index)
+            if len(rows):
+                chosen = TokenSample(routes=self.routes.take(rows), tokens=len(rows))
+                counts[index] = transitions(chosen, shape) * pairs[:, None, None]
+        return counts
+
+    def domain(self, name: str) -> int:
+        """Index of a domain.
+
+        Raises:
+            PathError: unknown, or without tokens.
+        """
+        if name not in self.shape.domains:
+            raise PathError(f"domain {name!r}: the result has {', '.join(map(repr, self.shape.domains))}")
+        index = self.shape.domains.index(name)
+        if not self.hits[index].any():
+            raise PathError(f"domain {name!r} has no tokens in this result: nothing can be said about its experts")
+        return index
+
+    def half(self, *, seed: int | list[int], permutations: int) -> Evidence:
+        """The evidence of a random half of every domain's texts (of an odd number the larger half)."""
+        random = np.random.default_rng(seed)
+        domains = self.shape.document_domain
+        kept = np.sort(np.concatenate([random.permutation(m)[: (len(m) + 1) // 2] for m in map(self._members, np.unique(domains))]))
+        routes = self.routes
+        if routes is not None:
+            rows = np.flatnonzero(np.isin(routes.document, kept))
+            routes = replace(routes.take(rows), document=np.searchsorted(kept, routes.document[rows]))
+        return replace(self, statistics=self.statistics.take(kept), routes=routes, permutations=permutations)
+
+    def _members(self, domain: int) -> np.ndarray:
+        return np.flatnonzero(self.shape.document_domain == domain)
+
+
+def gather(trace: Trace, *, permutations: int = 1000, seed: int = 0, phase: int | None = None) -> Evidence:
+    """The evidence in a trace.
+
+    Raises:
+        TraceError: the trace is incomplete, altered or inconsistent.
+        PathError: it has no tokens.
+    """
+    counted = count_routes(trace, phase=phase)
+    if not counted.tokens.any():
+        raise PathError("the trace has no tokens (of this phase): there is nothing to choose experts by")
+    statistics = counted.by_unit()
+    used = np.flatnonzero(statistics.tokens > 0)
+    sample = sample_routes(trace, counted.tokens, phase=phase)
+    routes = None
+    if sample is not None:
+        routes = replace(sample.routes, document=np.searchsorted(used, trace.shape.units[sample.routes.document]))
+    return Evidence(
+        statistics=statistics.take(used), routes=routes, permutations=permutations, seed=seed, provenance=dict(trace.provenance)
+    )
+
+
+def read_evidence(result: str | Path) -> Evidence:
+    """The evidence of a result folder that kept its trace.
+
+    Raises:
+        ResultError: no result there.
+        PathError: the evaluation failed, or its trace was not kept.
+        TraceError: the trace is incomplete or altered.
+    """
+    folder = Path(result)
+    folder = folder.parent if folder.is_file() else folder
+    found = load_result(folder)
+    if found.status != "ok":
+        raise PathError(f"{folder}: this evaluation failed ({found.error}); evaluate again")
+    if not (folder / TRACE_FOLDER).is_dir():
+        raise PathError(f"{folder}: the routes were not kept beside the result; evaluate again with --save-trace --overwrite")
+    phases = {name: number for number, name in PHASES.items()}
+    return gather(
+        Trace.load(folder / TRACE_FOLDER),
+        permutations=int(found.settings.get("permutations", 1000)),
+        seed=int(found.settings.get("seed", 0)),
+        phase=phases.get(str(found.settings.get("phase", "all"))),
+    )

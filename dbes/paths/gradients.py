@@ -1,0 +1,140 @@
+"""What only the model itself can tell of its cells: gradients on a domain's text, and the loss when a cell gives nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dbes.errors import PathError
+from dbes.sites import expert_slices, expert_weights, find_sites, input_device
+
+Windows = Sequence[np.ndarray]
+"""Runs of token ids that the model sees at once, int [tokens] each."""
+
+
+def gradient_norms(model: Any, windows: Windows, *, batch_tokens: int = 4096) -> np.ndarray:
+    r"""Squared norm of the gradient of every cell, float64 [layers, experts].
+
+    .. math:: \Big\| \nabla_{\theta_{l,e}} \tfrac1T \sum_t -\ln p(x_{t+1} | x_{\le t}) \Big\|^2
+
+    of the mean loss over all predicted tokens: batches are added up before the norm is taken, so how the text is batched does not
+    matter. Cells that a narrow layer does not have are 0. Nothing of the model changes; its gradients are dropped.
+
+    Raises:
+        PathError: no window has two tokens; the loss is no number.
+        ModelError: the weights of one expert cannot be told from those of the others.
+    """
+    sites = find_sites(model)
+    owned = [[expert_slices(site, expert) for expert in range(site.num_experts)] for site in sites]
+    wanted = {id(parameter) for layer in owned for slices in layer for parameter, _ in slices}
+    switched = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    predicted = sum(max(len(window) - 1, 0) for window in windows)
+    if not predicted:
+        raise PathError("gradient: no text with at least two tokens in this domain")
+    norms = np.zeros((len(sites), max(site.num_experts for site in sites)))
+    try:
+        for parameter, _ in switched:
+            parameter.requires_grad_(id(parameter) in wanted)
+            parameter.grad = None
+        for batch in _batches(windows, batch_tokens):
+            loss = _summed_loss(model, batch) / predicted
+            if not torch.isfinite(loss):
+                raise PathError("gradient: the loss on this domain is no number; check the checkpoint")
+            loss.backward()
+        for row, layer in enumerate(owned):
+            for expert, slices in enumerate(layer):
+                # a parameter without gradient: no token of these texts reached it
+                gradients = [cut(parameter.grad) for parameter, cut in slices if parameter.grad is not None]
+                norms[row, expert] = sum(float(gradient.double().pow(2).sum()) for gradient in gradients)
+    finally:
+        for parameter, before in switched:
+            parameter.requires_grad_(before)
+            parameter.grad = None
+    return norms
+
+
+@torch.no_grad()
+def masking_effects(model: Any, windows: Sequence[Windows], *, batch_tokens: int = 8192) -> np.ndarray:
+    """Nats per token added on each domain's windows when one cell's output is zero, float64 [domains, layers, experts].
+
+    One forward over all windows for every cell.
+    """
+    sites = find_sites(model)
+    base = [mean_loss(model, own, batch_tokens=batch_tokens) for own in windows]
+    effects = np.zeros((len(windows), len(sites), max(site.num_experts for site in sites)))
+    for row, site in enumerate(sites):
+        for expert in range(site.num_experts):
+            with masked(model, [(site.layer, expert)]):
+                for domain, own in enumerate(windows):
+                    effects[domain, row, expert] = mean_loss(model, own, batch_tokens=batch_tokens) - base[domain]
+    return effects
+
+
+@torch.no_grad()
+def mean_loss(model: Any, windows: Windows, *, batch_tokens: int = 8192) -> float:
+    """Nats per predicted token over windows; NaN where there is nothing to predict."""
+    predicted = sum(max(len(window) - 1, 0) for window in windows)
+    total = sum(float(_summed_loss(model, batch)) for batch in _batches(windows, batch_tokens))
+    return total / predicted if predicted else float("nan")
+
+
+@contextmanager
+def masked(model: Any, cells: Iterable[tuple[int, int]]) -> Iterator[None]:
+    """Inside the block these cells (layer, expert) add nothing to the residual stream; routing itself is not changed.
+
+    Their weights and biases are zero inside the block and put back, bit for bit, at its end.
+
+    Raises:
+        PathError: a layer that is no MoE layer, or an expert that it does not have.
+    """
+    sites = {site.layer: site for site in find_sites(model)}
+    kept: list[tuple[Tensor, Tensor]] = []
+    try:
+        for layer, expert in cells:
+            if layer not in sites or not 0 <= expert < sites[layer].num_experts:
+                raise PathError(f"cell (layer {layer}, expert {expert}) does not exist: the model's MoE layers are {sorted(sites)}")
+            for view in expert_weights(sites[layer], expert):
+                kept.append((view, view.clone()))
+                view.zero_()
+        yield
+    finally:
+        for view, before in kept:
+            view.copy_(before)
+
+
+def expert_parameters(model: Any) -> np.ndarray:
+    """Parameters of one routed expert of each MoE layer, int64 [layers]."""
+    return np.asarray([sum(view.numel() for view in expert_weights(site, 0)) for site in find_sites(model)], np.int64)
+
+
+def _summed_loss(model: Any, batch: list[np.ndarray]) -> Tensor:
+    """Nats summed over the predicted tokens of a batch, padded on the right (causal attention never looks there)."""
+    lengths = np.asarray([len(window) for window in batch])
+    ids = np.zeros((len(batch), int(lengths.max())), np.int64)
+    for row, window in enumerate(batch):
+        ids[row, : len(window)] = window
+    tokens = torch.from_numpy(ids).to(input_device(model))
+    real = torch.from_numpy(np.arange(1, ids.shape[1])[None] < lengths[:, None]).to(tokens.device)
+    inputs = {"input_ids": tokens, "use_cache": False}
+    if lengths.min() != lengths.max():
+        inputs["attention_mask"] = torch.from_numpy((np.arange(ids.shape[1])[None] < lengths[:, None]).astype(np.int64)).to(tokens.device)
+    logits = model(**inputs).logits[:, :-1].float()
+    losses = nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:].to(logits.device), reduction="none")
+    return losses[real.to(losses.device)].sum()
+
+
+def _batches(windows: Windows, batch_tokens: int) -> Iterator[list[np.ndarray]]:
+    """Windows of at least two tokens, longest first, in batches of at most about ``batch_tokens`` tokens with padding."""
+    batch: list[np.ndarray] = []
+    for window in sorted((window for window in windows if len(window) > 1), key=len, reverse=True):
+        if batch and (len(batch) + 1) * len(batch[0]) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(window)
+    if batch:
+        yield batch

@@ -1,0 +1,86 @@
+"""Evidence that needs the model and the benchmark's text: gradients, masking effects, sizes of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dbes.errors import PathError
+from dbes.models import LoadedModel, load_model
+from dbes.paths.evidence import Evidence
+from dbes.paths.gradients import expert_parameters, gradient_norms, masking_effects
+from dbes.pipeline import EMBEDDED_MODEL, EMBEDDED_NAME, read_benchmark
+from dbes.recording import special_tokens
+from dbes.sites import find_sites, max_positions
+
+GRADIENT_TOKENS = 16_384
+"""Tokens of each domain for the gradient."""
+
+MASKING_TOKENS = 2_048
+"""Tokens of each domain for the masking effects, which need a forward over all of them for every cell."""
+
+
+def with_model(
+    evidence: Evidence, model: str | Path | LoadedModel, *, tasks: str | Path, gradients: bool = False, effects: bool = False
+) -> Evidence:
+    """The same evidence with sizes of experts and, where asked for, gradients and masking effects on the benchmark's documents.
+
+    Raises:
+        PathError: the model is not the one that was recorded, or the task has other domains.
+        TaskError, ModelError: the task or the model cannot be used.
+    """
+    loaded = model
+    if not isinstance(loaded, LoadedModel):
+        embedded = str(model) == "embedded"
+        loaded = load_model(EMBEDDED_MODEL if embedded else str(model), name=EMBEDDED_NAME if embedded else None)
+    check_model(evidence, loaded)
+    benchmark = read_benchmark(tasks)
+    if benchmark.domains != evidence.shape.domains:
+        raise PathError(f"task {tasks} has domains {list(benchmark.domains)}, the result {list(evidence.shape.domains)}; give its own task")
+    texts: list[list[str]] = [[] for _ in benchmark.domains]
+    for document in benchmark.documents:
+        texts[benchmark.domains.index(document.domain)].append(document.text)
+    found = replace(evidence, sizes=expert_parameters(loaded.model))
+    if gradients:
+        windows = [cut_windows(loaded, own, window=benchmark.task.window, tokens=GRADIENT_TOKENS) for own in texts]
+        found = replace(found, gradients=np.stack([gradient_norms(loaded.model, own) for own in windows]))
+    if effects:
+        windows = [cut_windows(loaded, own, window=benchmark.task.window, tokens=MASKING_TOKENS) for own in texts]
+        found = replace(found, effects=masking_effects(loaded.model, windows))
+    return found
+
+
+def check_model(evidence: Evidence, loaded: LoadedModel) -> None:
+    """Refuse a model that is not the one whose routing was recorded.
+
+    Raises:
+        PathError: another revision, or other layers or experts.
+    """
+    recorded = evidence.provenance.get("revision")
+    sites = find_sites(loaded.model)
+    layers, experts = tuple(site.layer for site in sites), tuple(site.num_experts for site in sites)
+    if (recorded is not None and recorded != loaded.revision) or (layers, experts) != (evidence.shape.layers, evidence.shape.experts):
+        raise PathError(
+            f"{loaded.name} is not the model of this result: revision {loaded.revision} with layers {list(layers)}, recorded was "
+            f"{evidence.provenance.get('model')} at {recorded} with layers {list(evidence.shape.layers)}"
+        )
+
+
+def cut_windows(loaded: Any, texts: Sequence[str], *, window: int, tokens: int) -> list[np.ndarray]:
+    """Token windows of some texts, with the special tokens before a text; whole texts in order until ``tokens`` are reached."""
+    before, _ = special_tokens(loaded.tokenizer)
+    limit = max_positions(loaded.model)
+    length = (window if limit is None else min(window, limit)) - len(before)
+    windows, total = [], 0
+    for text in texts:
+        if total >= tokens:
+            break
+        ids = np.asarray(loaded.tokenizer(text, add_special_tokens=False)["input_ids"], np.int64)[: tokens - total]
+        for start in range(0, len(ids), length):
+            windows.append(np.concatenate([np.asarray(before, np.int64), ids[start : start + length]]))
+        total += len(ids)
+    return windows

@@ -1,0 +1,133 @@
+"""find_path(): evidence and a rule -> the expert path of a domain."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+import numpy as np
+
+from dbes.errors import PathError
+from dbes.paths.evidence import Evidence
+from dbes.paths.rules import ESFT_SHARES, RULES, WITHOUT_TEXTS, Rule, score_cells
+from dbes.paths.selection import cells_of, check_budget, choose, jaccard, random_load_matched
+from dbes.paths.trajectories import strongest
+from dbes.paths.types import ExpertPath, Overlap, Provenance
+
+DEFAULT_BUDGET = 0.15
+
+RESAMPLES = 20
+"""Random halves of the texts in which the rule chooses again."""
+
+RESAMPLE_PERMUTATIONS = 200
+"""Permutations of the specialist test in each of them; pooled over experts, they resolve its p-values well enough."""
+
+TRAJECTORIES = 5
+
+
+def find_path(
+    evidence: Evidence,
+    *,
+    domain: str,
+    rule: Rule = "specialization",
+    budget: float | None = DEFAULT_BUDGET,
+    match: Rule = "specialization",
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    trajectories: int = TRAJECTORIES,
+) -> ExpertPath:
+    """The cells that a rule chooses for a domain, and what they are worth.
+
+    Args:
+        budget: share of the routed-expert parameters, not exceeded; None: all cells the rule admits (ESFT's own sets).
+        match: the rule whose cells ``random-load-matched`` is matched with.
+        seed: of random rules, the random halves of the stability figure and of the trajectories.
+        resamples: random halves for the stability figure; 0 leaves it out.
+        trajectories: chains to report at most.
+
+    Raises:
+        PathError: unknown domain or rule; a budget that is no share; no cell passes; the rule needs the model.
+    """
+    if rule not in RULES:
+        raise PathError(f"rule {rule!r}: expected one of {', '.join(RULES)}")
+    if budget is not None:
+        check_budget(budget)
+    index = evidence.domain(domain)
+    chosen = chosen_cells(evidence, index, rule, budget=budget, match=match, seed=seed)
+    shape, about = evidence.shape, evidence.provenance
+    task = about.get("task") or {}
+    sizes = expert_sizes(evidence)
+    return ExpertPath(
+        domain=domain,
+        rule=rule,
+        budget=budget,
+        cells=cells_of(chosen, shape),
+        layers=shape.layers,
+        experts=shape.experts,
+        share=float((chosen.sum(axis=1) * sizes).sum() / (sizes * np.asarray(shape.experts)).sum()),
+        coverage=float(evidence.load[index][chosen].sum()),
+        overlap=_overlap(evidence, index, chosen, rule, budget=budget),
+        stability=_stability(evidence, index, chosen, rule, budget=budget, seed=seed, resamples=resamples),
+        trajectories=strongest(evidence, index, limit=trajectories, seed=seed) if trajectories else (),
+        provenance=Provenance(
+            model=str(about.get("model", "unnamed")),
+            revision=about.get("revision"),
+            task=task.get("name"),
+            task_version=task.get("version"),
+            task_fingerprint=task.get("fingerprint"),
+            dbes=version("dbes"),
+            seed=seed,
+        ),
+    )
+
+
+def chosen_cells(
+    evidence: Evidence, domain: int, rule: Rule, *, budget: float | None, match: Rule = "specialization", seed: int = 0
+) -> np.ndarray:
+    """Bool [layers, experts]; arguments and errors as of ``find_path``."""
+    if rule == "random-load-matched":
+        if match == rule:
+            raise PathError("random-load-matched is matched with the cells of another rule (--match), not with itself")
+        reference = chosen_cells(evidence, domain, match, budget=budget, seed=seed)
+        return random_load_matched(reference, evidence.load[domain], evidence.exists, seed=seed)
+    score = score_cells(evidence, domain, rule, seed=seed)
+    limit = None if rule == "all" else budget
+    if limit is None and rule not in (*ESFT_SHARES, "all", "specialization"):
+        raise PathError(f"rule {rule!r} ranks cells but sets no limit of its own: give a budget")
+    return choose(score, evidence.usage[domain], sizes=expert_sizes(evidence), experts=np.asarray(evidence.shape.experts), budget=limit)
+
+
+def expert_sizes(evidence: Evidence) -> np.ndarray:
+    """Parameters of one expert of each layer, float64 [layers]; 1 where the model was not looked at."""
+    return np.ones(len(evidence.shape.layers)) if evidence.sizes is None else np.asarray(evidence.sizes, np.float64)
+
+
+def _overlap(evidence: Evidence, domain: int, chosen: np.ndarray, rule: Rule, *, budget: float | None) -> dict[str, Overlap]:
+    found = {}
+    for index, name in enumerate(evidence.shape.domains):
+        if index == domain or not evidence.hits[index].any():
+            continue
+        alike = None
+        if rule not in ("random", "random-load-matched", "all"):
+            try:
+                alike = jaccard(chosen, chosen_cells(evidence, index, rule, budget=budget))
+            except PathError:
+                alike = None  # this domain has no path by the rule
+        found[name] = Overlap(coverage=float(evidence.load[index][chosen].sum()), jaccard=alike)
+    return found
+
+
+def _stability(
+    evidence: Evidence, domain: int, chosen: np.ndarray, rule: Rule, *, budget: float | None, seed: int, resamples: int
+) -> float | None:
+    """Share of the cells chosen again on random halves of the texts; a half in which no cell passes counts as none."""
+    if rule in WITHOUT_TEXTS or not resamples or (evidence.shape.document_domain == domain).sum() < 2:
+        return None
+    again = []
+    for draw in range(resamples):
+        half = evidence.half(seed=[seed, draw, 11], permutations=min(RESAMPLE_PERMUTATIONS, evidence.permutations))
+        try:
+            same = chosen & chosen_cells(half, domain, rule, budget=budget)
+            again.append(same.sum() / chosen.sum())
+        except PathError:
+            again.append(0.0)
+    return float(np.mean(again))
