@@ -1,12 +1,14 @@
 r"""Chains of experts through the layers that a domain follows more than all domains together, by dynamic programming.
 
-A token's route is read as a walk: from one of its slots in a layer to one of its slots in the next. With P_d[l, e, f] the share of
-the domain's pairs of slots and Pbar their mean over domains, a chain's log-lift is
+A token's route is read as a walk: from one of its slots in a layer to one of its slots in the next. With p_d(f | e) the domain's
+probability of such a step and pbar the mean of all domains' probabilities, a chain's log-lift is
 
-.. math:: \ln\frac{P_d(e_1)}{\bar P(e_1)} + \sum_l \ln\frac{P_d(e_{l+1} | e_l)}{\bar P(e_{l+1} | e_l)}
+.. math:: \ln\frac{p_d(e_1)}{\bar p(e_1)} + \sum_l \ln\frac{p_d(e_{l+1} | e_l)}{\bar p(e_{l+1} | e_l)}
 
-which is a sum over transitions, so the best chain is found exactly (Viterbi 1967). Only transitions count that the domain would
-make at least ``RARE_HITS`` times if it were like the mixture; the best chain would else be the rarest.
+(pbar is a mean of conditional probabilities: pooling the domains' pairs instead would reward a chain for leaving the domain's own
+experts, where few of its tokens are, and coming back). It is a sum over transitions, so the best chain is found exactly (Viterbi
+1967). Only transitions count that the domain would make at least ``RARE_HITS`` times if it were like the mixture; the best chain
+would else be the rarest.
 """
 
 from __future__ import annotations
@@ -35,16 +37,22 @@ def log_lifts(transitions: np.ndarray, hits: np.ndarray, domain: int) -> tuple[n
     """
     if not transitions.shape[1]:
         usage = usage_of(hits[:, 0])
-        return _log_ratio(usage[domain], np.nanmean(usage, axis=0), hits[domain, 0].sum()), np.zeros((0, hits.shape[2], hits.shape[2]))
+        return _log_ratio(usage[domain], _mean(usage), hits[domain, 0].sum()), np.zeros((0, hits.shape[2], hits.shape[2]))
     totals = transitions.sum(axis=(2, 3), keepdims=True)
+    origins = transitions.sum(axis=3, keepdims=True)
     with np.errstate(invalid="ignore", divide="ignore"):
-        shares = np.where(totals > 0, transitions / totals, np.nan)
-    own, mixture = shares[domain], np.nanmean(shares, axis=0)
-    first = _log_ratio(own[0].sum(axis=-1), mixture[0].sum(axis=-1), totals[domain, 0, 0, 0])
-    steps = _log_ratio(own, mixture, totals[domain])
-    with np.errstate(invalid="ignore", divide="ignore"):
-        steps = steps - np.log(own.sum(axis=-1, keepdims=True) / mixture.sum(axis=-1, keepdims=True))
-    return first, np.where(np.isnan(steps), -np.inf, steps)
+        shares, starts = np.where(totals > 0, transitions / totals, np.nan), origins[:, 0, :, 0] / totals[:, 0, :, 0]
+        steps = np.where(origins > 0, transitions / origins, np.nan)
+        common = _mean(shares) * totals[domain] >= RARE_HITS
+        lifts = np.where(common, np.log(steps[domain] / _mean(steps)), -np.inf)
+    return _log_ratio(starts[domain], _mean(starts), totals[domain, 0, 0, 0]), np.where(np.isnan(lifts), -np.inf, lifts)
+
+
+def _mean(values: np.ndarray) -> np.ndarray:
+    """Mean over domains of those that are known; NaN where none is."""
+    known = ~np.isnan(values)
+    with np.errstate(invalid="ignore"):
+        return np.where(known, values, 0.0).sum(axis=0) / known.sum(axis=0)
 
 
 def _log_ratio(own: np.ndarray, mixture: np.ndarray, total: float | np.ndarray) -> np.ndarray:
@@ -162,9 +170,7 @@ def measured_lift(
 
 
 def _log_lift(sums: np.ndarray, domain: int) -> float:
-    """From sums [domains, layers - 1, (joint, origin, pairs)]; domains without pairs are left out of the mixture."""
+    """From sums [domains, layers - 1, (joint, origin, pairs)]; a domain that is never at an expert is left out of that step's mean."""
     with np.errstate(invalid="ignore", divide="ignore"):
-        shares = sums[..., :2] / sums[..., 2:]
-        own, mixture = np.log(shares[domain]), np.log(np.nanmean(shares, axis=0))
-        ratio = own - mixture
-        return float(ratio[0, 1] + (ratio[:, 0] - ratio[:, 1]).sum())
+        starts, steps = sums[:, 0, 1] / sums[:, 0, 2], sums[..., 0] / sums[..., 1]
+        return float(np.log(starts[domain] / _mean(starts)) + np.log(steps[domain] / _mean(steps)).sum())

@@ -25,8 +25,8 @@ class Trajectory(_Strict):
 
     .. math:: \ln\frac{p_d(e_1)}{\bar p(e_1)} + \sum_l \ln\frac{p_d(e_{l+1} | e_l)}{\bar p(e_{l+1} | e_l)}
 
-    in nats, over pairs of slots of one token in neighbouring MoE layers; the mixture weighs domains alike. The chain is found on
-    one random half of the documents and measured on the other, so that the search cannot inflate the value.
+    in nats, over pairs of slots of one token in neighbouring MoE layers; pbar is the mean of the domains' probabilities. The chain
+    is found on one random half of the texts and measured on the other, so that the search cannot inflate the value.
 
     Attributes:
         experts: one per MoE layer of the path's ``layers``.
