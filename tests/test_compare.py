@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import simulate
 import yaml
@@ -397,6 +398,15 @@ def test_implausible_results_are_refused(copied: Path, kind: str, message: str) 
     edited(kind, content)
     change(copied / "m1", **content)
     assert any(message in problem for problem in check_folder(copied / "m1"))
+
+
+@pytest.mark.parametrize("column", ["share", "lift"])
+def test_usage_that_does_not_follow_from_its_hits_is_refused(copied: Path, column: str) -> None:
+    path = copied / "m1" / "expert_usage.parquet"
+    usage = pd.read_parquet(path)
+    usage.loc[3, column] *= 1.01
+    usage.to_parquet(path)
+    assert any("do not follow from the hits" in problem for problem in check_folder(copied / "m1"))
 
 
 def test_replicates_of_another_model_are_refused(copied: Path) -> None:

@@ -1,4 +1,6 @@
-"""The figures of the pages as Vega-Lite specifications, made and checked by Altair.
+"""The figures of the pages as Vega-Lite specifications, made by Altair.
+
+Checking them against the schema costs more than making them, so that the tests check them and a page only makes them.
 
 A specification names its data (``rows``) instead of holding them; the page hands the rows over when it draws, so that one
 specification serves every layer, metric and domain. Colours come from the page's theme (dark or light), never from here.
@@ -7,10 +9,12 @@ specification serves every layer, metric and domain. Colours come from the page'
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import altair as alt
 import numpy as np
+from altair.utils.schemapi import debug_mode
 from scipy.cluster.hierarchy import dendrogram, linkage
 
 from dbes.results import Result
@@ -27,7 +31,7 @@ METRICS = {
     "specialization_normalized": ("Specialization, normalized", "Domain information as a share of its upper bound"),
     "ngram_expertise_5": ("N-gram (n = 5)", "Runs of five tokens with one expert, above a shuffle"),
     "ngram_expertise_10": ("N-gram (n = 10)", "Runs of ten tokens with one expert, above a shuffle"),
-    "ngram_expertise_20": ("N-gram (n = 2)0", "Runs of twenty tokens with one expert, above a shuffle"),
+    "ngram_expertise_20": ("N-gram (n = 20)", "Runs of twenty tokens with one expert, above a shuffle"),
 }
 """Title and meaning of every calibrated metric, the five of the summary first."""
 
@@ -46,6 +50,11 @@ MODELS = alt.Legend(orient="bottom", columns=2, title=None, labelLimit=260, symb
 
 TIMES = alt.Legend(orient="top", gradientLength=160, labelExpr="format(pow(2, datum.value), '.2~f') + 'x'")
 """Legend of a colour that shows the logarithm of a ratio, labelled with the ratio."""
+
+
+def unchecked() -> AbstractContextManager[None]:
+    """Inside, Altair makes its objects without looking each of them up in the schema."""
+    return debug_mode(False)
 
 
 def curve_rows(result: Result) -> list[Row]:
@@ -325,6 +334,6 @@ def parallel_spec() -> Spec:
 
 def _finished(chart: Any, **more: Any) -> Spec:
     """The chart as a checked dict; Altair's own theme is taken out, the page brings one for dark and one for light."""
-    spec = chart.to_dict()
+    spec = chart.to_dict(validate=False)
     spec.pop("config", None)
     return spec | {"autosize": {"type": "fit-x", "contains": "padding"}} | more

@@ -56,6 +56,13 @@ def check_folder(folder: str | Path) -> list[str]:
         sums = np.asarray(usage[ran].groupby(["domain", "layer"])["share"].sum(), float)
         if (np.abs(sums - 1) > 1e-4).any():
             problems.append("expert usage: shares of a layer do not add up to 1")
+        counted = usage.groupby(["domain", "layer"])["hits"].transform("sum").to_numpy(float)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            of_hits = hits / counted
+            lift = of_hits / usage.assign(share=of_hits).groupby(["layer", "expert"])["share"].transform("mean").to_numpy(float)
+        told = np.asarray(usage["lift"], float)
+        if not np.allclose(of_hits[ran], share[ran], atol=CLOSE) or not np.allclose(lift, told, atol=1e-4, equal_nan=True):
+            problems.append("expert usage: shares or lifts do not follow from the hits")
     return problems
 
 

@@ -47,6 +47,8 @@ def leaderboard_payload(comparison: Comparison) -> dict[str, Any]:
     rows = [entry_row(entry, comparison) for entry in entries]
     for row, entry in zip(rows, entries, strict=True):
         row["rank_text"] = str(comparison.ranks[entry.label]) if entry.label in comparison.ranks else ""
+    with charts.unchecked():
+        specs = {"overlay": charts.overlay_spec(), "parallel": charts.parallel_spec(), "scatter": charts.scatter_spec()}
     return {
         "name": "leaderboard",
         "metric": comparison.metric,
@@ -59,7 +61,7 @@ def leaderboard_payload(comparison: Comparison) -> dict[str, Any]:
             [_pair_row(pair) for pair in _all_pairs(entries)],
             ("first", "second", "metric", "depth", "score_first", "score_second", "difference", "low", "high", "p", "adjusted"),
         ),
-        "specs": {"overlay": charts.overlay_spec(), "parallel": charts.parallel_spec(), "scatter": charts.scatter_spec()},
+        "specs": specs,
     }
 
 

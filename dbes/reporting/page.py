@@ -90,7 +90,7 @@ def read_usage(folder: Path, result: Result) -> pd.DataFrame | None:
     except (OSError, ValueError) as problem:
         raise ResultError(f"{path}: cannot be read ({problem}); write it again with `dbes score`") from None
     rows = len(result.task.domains) * sum(result.model.experts)
-    if len(table) != rows or not {"domain", "layer", "expert", "hits", "share", "lift", "q"} <= set(table.columns):
+    if len(table) != rows or not {"domain", "layer", "expert", "hits", "share", "lift", "lift_high", "q"} <= set(table.columns):
         raise ResultError(f"{path}: {len(table)} rows, expected {rows} (domains x experts of all layers): not the table of this result")
     return table
 
@@ -188,16 +188,17 @@ def model_payload(result: Result, *, usage: pd.DataFrame | None, arrays: dict[st
 
 def _specs(result: Result, order: list[str]) -> dict[str, Any]:
     layers, domains = result.model.layers, len(order)
-    return {
-        "curve": charts.curve_specs(layers),
-        "domain": charts.domain_spec(domains),
-        "heat": charts.heat_spec(domains),
-        "similarity": charts.similarity_spec(domains),
-        "dendrogram": charts.dendrogram_spec(order),
-        "load": charts.load_spec(),
-        "utilization": charts.utilization_spec(layers),
-        "trajectory": charts.trajectory_spec(layers),
-    }
+    with charts.unchecked():
+        return {
+            "curve": charts.curve_specs(layers),
+            "domain": charts.domain_spec(domains),
+            "heat": charts.heat_spec(domains),
+            "similarity": charts.similarity_spec(domains),
+            "dendrogram": charts.dendrogram_spec(order),
+            "load": charts.load_spec(),
+            "utilization": charts.utilization_spec(layers),
+            "trajectory": charts.trajectory_spec(layers),
+        }
 
 
 def columns(rows: list[dict[str, Any]], names: tuple[str, ...]) -> dict[str, list[Any]]:
@@ -208,14 +209,18 @@ def columns(rows: list[dict[str, Any]], names: tuple[str, ...]) -> dict[str, lis
 def heat_columns(usage: pd.DataFrame, result: Result) -> dict[str, list[Any]]:
     """Expert usage as columns in the order domains, layers, experts; ``kind`` 2 specialist, 1 too rare to tell, 0 neither.
 
-    The lower end of the lift's interval is left to the page: the interval is symmetric and cut at 0.
+    The page computes the lift from the hits, which is exact, and both ends of its interval from ``reach``, half its width: the
+    interval is symmetric and cut at 0. ``reach`` has as many decimals as the upper end has with four significant digits.
     """
     order = {name: index for index, name in enumerate(result.task.domains)}
     table = usage.assign(_domain=[order[name] for name in usage["domain"]]).sort_values(["_domain", "layer", "expert"], kind="stable")
     kind = np.where(table["specialist"], 2, np.where(table["unknown"], 1, 0))
     found: dict[str, list[Any]] = {"hits": table["hits"].astype(int).tolist(), "kind": kind.tolist()}
-    for name, digits in (("lift", 4), ("lift_high", 4), ("q", 2)):
-        found[name] = [_short(number, digits) for number in table[name].tolist()]
+    lift, high = (table[name].to_numpy(float) for name in ("lift", "lift_high"))
+    scale = 10.0 ** np.clip(3 - np.floor(np.log10(np.maximum(high, 1e-3))), 0, 6)
+    reach = np.rint((high - lift) * scale) / scale
+    found["reach"] = [number if math.isfinite(number) else None for number in reach.tolist()]
+    found["q"] = [_short(number, 2) for number in table["q"].tolist()]
     return found
 
 

@@ -21,7 +21,7 @@ SAMPLE_TOKENS = 1 << 17
 SAMPLE_CELLS = 1 << 26
 """Tokens, and tokens x layers x slots, read for examples and trajectories at most."""
 
-TEXT_CELLS = 200_000
+TEXT_CELLS = 160_000
 """Tokens x layers x slots shown in the text view, over all documents, as long as a document keeps its shortest length."""
 
 DOCUMENT_TOKENS = (48, 240)
@@ -137,14 +137,15 @@ def contexts(sample: Sample | None, specialists: Sequence[Specialist]) -> list[l
     written: dict[str, list[int]] = {}
     for token, text in sample.vocabulary.items():
         written.setdefault(text, []).append(token)
+    members = [np.flatnonzero(sample.domain == domain) for domain in range(len(shape.domains))]
     for index, specialist in enumerate(specialists[:CONTEXT_SPECIALISTS]):
         if specialist.layer not in shape.layers or specialist.domain not in shape.domains:
             continue
         column, domain = shape.layers.index(specialist.layer), shape.domains.index(specialist.domain)
-        here = (sample.domain == domain) & (routes.ids[:, column] == specialist.expert).any(axis=-1)
+        here = members[domain][(routes.ids[members[domain], column] == specialist.expert).any(axis=-1)]
         used: set[int] = set()
         for text in specialist.tokens:
-            rows = np.flatnonzero(here & np.isin(token_ids, written.get(text, [])))
+            rows = here[np.isin(token_ids[here], written.get(text, []))]
             fresh = [int(row) for row in rows[:50] if int(routes.document[row]) not in used] or [int(row) for row in rows[:1]]
             if fresh:
                 used.add(int(routes.document[fresh[0]]))

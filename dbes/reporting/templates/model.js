@@ -52,18 +52,23 @@ start((data) => {
   let cells = 0;
   if (heat) {
     for (const _ of domains) { starts.push([]); for (const [i, experts] of data.experts.entries()) { starts.at(-1).push(cells); cells += experts; } }
+    // Share of a layer's choices in a domain, and lift: that share over its mean over the domains; null where it is not defined.
+    const usage = (column) => {
+      const experts = data.experts[column];
+      const share = starts.map((at) => { const hits = heat.hits.slice(at[column], at[column] + experts), total = hits.reduce((a, b) => a + b, 0); return hits.map((count) => (total ? count / total : null)); });
+      const mean = Array.from({ length: experts }, (_, expert) => share.reduce((sum, each) => (sum === null || each[expert] === null ? null : sum + each[expert]), 0)).map((sum) => (sum ? sum / domains.length : null));
+      return { share, mean, lift: share.map((each) => each.map((value, expert) => (value === null || mean[expert] === null ? null : value / mean[expert]))) };
+    };
     page.heatRows = (layer) => {
-      const column = layers.indexOf(layer), experts = data.experts[column], rows = [];
-      const best = Array.from({ length: experts }, (_, expert) => domains.reduce((top, _, domain) => ((heat.lift[starts[domain][column] + expert] ?? 0) > (heat.lift[starts[top][column] + expert] ?? 0) ? domain : top), 0));
-      const rank = best.map((domain, expert) => [data.order.indexOf(domains[domain]), -(heat.lift[starts[domain][column] + expert] ?? 0), expert]).sort((a, b) => a[0] - b[0] || a[1] - b[1] || a[2] - b[2]);
+      const column = layers.indexOf(layer), experts = data.experts[column], rows = [], { share, lift } = usage(column);
+      const best = Array.from({ length: experts }, (_, expert) => domains.reduce((top, _, domain) => ((lift[domain][expert] ?? 0) > (lift[top][expert] ?? 0) ? domain : top), 0));
+      const rank = best.map((domain, expert) => [data.order.indexOf(domains[domain]), -(lift[domain][expert] ?? 0), expert]).sort((a, b) => a[0] - b[0] || a[1] - b[1] || a[2] - b[2]);
       const order = new Map(rank.map(([, , expert], place) => [expert, place]));
       for (const name of data.order) {
         const domain = domains.indexOf(name), start = starts[domain][column];
-        let total = 0;
-        for (let expert = 0; expert < experts; expert++) total += heat.hits[start + expert];
         for (let expert = 0; expert < experts; expert++) {
-          const i = start + expert;
-          rows.push({ layer, domain: name, expert, hits: heat.hits[i], share: total ? heat.hits[i] / total : null, lift: heat.lift[i], lift_low: heat.lift[i] === null ? null : Math.max(0, Number((2 * heat.lift[i] - heat.lift_high[i]).toPrecision(4))), lift_high: heat.lift_high[i], q: heat.q[i], kind: ["not above", "too rare to tell", "specialist"][heat.kind[i]], shade: log2(heat.lift[i]), order: order.get(expert) });
+          const i = start + expert, value = lift[domain][expert], reach = heat.reach[i], end = (number) => (value === null || reach === null ? null : Math.max(0, Number(number.toFixed(4))));
+          rows.push({ layer, domain: name, expert, hits: heat.hits[i], share: share[domain][expert], lift: value === null ? null : Number(value.toPrecision(6)), lift_low: end(value - reach), lift_high: end(value + reach), q: heat.q[i], kind: ["not above", "too rare to tell", "specialist"][heat.kind[i]], shade: log2(value), order: order.get(expert) });
         }
       }
       return rows;
@@ -72,13 +77,8 @@ start((data) => {
     addFigure("heat", () => specs.heat, () => page.heatRows(Number(chosen("heat-layer"))), () => layers.flatMap((layer) => page.heatRows(layer)).map(({ shade, order, ...row }) => row));
     onChange("heat-layer", () => redraw("heat"));
     const load = () => layers.flatMap((layer, column) => {
-      const experts = data.experts[column], shares = new Array(experts).fill(0);
-      for (const [domain] of domains.entries()) {
-        const start = starts[domain][column];
-        let total = 0;
-        for (let expert = 0; expert < experts; expert++) total += heat.hits[start + expert];
-        for (let expert = 0; expert < experts; expert++) shares[expert] += total ? heat.hits[start + expert] / total / domains.length : 0;
-      }
+      const experts = data.experts[column], { share } = usage(column);
+      const shares = Array.from({ length: experts }, (_, expert) => share.reduce((sum, each) => sum + (each[expert] ?? 0), 0) / domains.length);
       return shares.map((share, expert) => [share, expert]).sort((a, b) => b[0] - a[0]).map(([share, expert], rank) => ({ layer, rank: experts - rank, expert, load: share, relative: share * experts, shade: log2(share * experts) }));
     });
     addFigure("load", () => specs.load, load, () => load().map(({ shade, rank, ...row }) => row));
