@@ -126,8 +126,13 @@ def assigned_experts(scores: Tensor, top_k: int, *, groups: int) -> Tensor:
     return torch.from_numpy(np.nonzero(held)[2].reshape(-1, top_k)).to(scores.device)
 
 
+EXACT_TOKENS = 128
+"""Tokens up to which what is left is assigned exactly: the time for that grows with the cube of their number."""
+
+
 def _place_rest(held: np.ndarray, worth: np.ndarray, top_k: int, share: int) -> None:
     """Give every token that holds fewer than ``top_k`` experts what it lacks, in place; ``held`` is bool [tokens, experts]."""
+    _place_many(held, worth, top_k, share)
     for _ in range(top_k):
         lacking = np.flatnonzero(held.sum(1) < top_k)
         if not len(lacking):
@@ -141,6 +146,27 @@ def _place_rest(held: np.ndarray, worth: np.ndarray, top_k: int, share: int) -> 
         held[lacking[rows[given]], room[columns[given]]] = True
         for token in lacking[rows[~given]]:
             held[token, np.where(held[token], -np.inf, worth[token]).argmax()] = True
+
+
+def _place_many(held: np.ndarray, worth: np.ndarray, top_k: int, share: int) -> None:
+    """Place lacking tokens until ``EXACT_TOKENS`` are left, in place: each asks for its best expert with room, which takes those that
+    would lose most by their second choice. Every round fills an expert or places all tokens, so there are at most ``experts`` rounds."""
+    for _ in range(held.shape[1] * top_k):
+        room = np.maximum(share - held.sum(0), 0)
+        lacking = np.flatnonzero(held.sum(1) < top_k)
+        options = np.where(held[lacking] | (room == 0), -np.inf, worth[lacking])
+        open_tokens = np.isfinite(options).any(1)
+        lacking, options = lacking[open_tokens], options[open_tokens]
+        if len(lacking) <= EXACT_TOKENS:
+            return
+        wanted = options.argmax(1)
+        two = np.partition(options, -2, axis=1)[:, -2:]
+        # A token with a single expert left comes first.
+        loss = np.where(np.isfinite(two[:, 0]), two[:, 1] - two[:, 0], np.inf)
+        order = np.lexsort((-loss, wanted))
+        starts = np.searchsorted(wanted[order], np.arange(held.shape[1]))
+        taken = order[np.arange(len(order)) - starts[wanted[order]] < room[wanted[order]]]
+        held[lacking[taken], wanted[taken]] = True
 
 
 def biased_experts(scores: Tensor, bias: Tensor, top_k: int, *, groups: int, rate: float, mean: Reduce | None = None) -> Tensor:

@@ -14,7 +14,8 @@ from dbes.files import write_json
 from dbes.results import Result
 from dbes.scoring import score
 from dbes.testbed.analysis import domain_probe, forking_tokens, token_classes, topic_and_syntax
-from dbes.testbed.heldout import measure
+from dbes.testbed.heldout import measure, training_routes
+from dbes.testbed.mix import Mix
 from dbes.testbed.mixes import Prepared, read_prepared
 from dbes.testbed.settings import Strict, TrainSettings
 from dbes.testbed.training import LOG, STATE, Trained, TrainingError, train
@@ -127,10 +128,25 @@ def _measured(cell: Cell, trained: Trained, prepared: Prepared) -> dict[str, Any
         "nats_per_token": dict(zip(mix.domains, heldout.nats_per_token.tolist(), strict=True)),
         "calibrated": _calibrated(result),
         "published": _published(result),
+        "as_trained": _as_trained(cell, trained, mix),
         "companions": {name: result.companions["model"].get(name) for name in COMPANIONS},
         "information": topic_and_syntax(heldout, token_classes(prepared.tokenizer)),
         "forking": forking_tokens(heldout),
         "probe": domain_probe(heldout) if cell.probe else None,
+    }
+
+
+def _as_trained(cell: Cell, trained: Trained, mix: Mix) -> dict[str, Any] | None:
+    """Specialization and utilization with the assignment that training makes; None where that is no other than the checkpoint's."""
+    routing = cell.settings.routing
+    if routing.balancing in ("none", "aux_loss") and routing.capacity is None:
+        return None
+    result = score(training_routes(trained.model, mix, cell.settings, bias=trained.bias), permutations=cell.permutations, seed=0)
+    specialization = result.record("specialization_normalized")
+    return {
+        "specialization_normalized": {"corrected": specialization.corrected, "score": specialization.score},
+        "utilization": result.companions["model"]["utilization"],
+        "max_violation": result.companions["model"]["max_violation"],
     }
 
 

@@ -44,6 +44,8 @@ SPECIALIZATION: Value = lambda record: record["calibrated"]["specialization_norm
 SHARE: Value = lambda record: record["calibrated"]["specialization_normalized"]["score"]  # noqa: E731
 LOSS: Value = lambda record: float(np.mean(list(record["bits_per_byte"].values())))  # noqa: E731
 NATS: Value = lambda record: float(np.mean(list(record["nats_per_token"].values())))  # noqa: E731
+AS_TRAINED: Value = lambda record: (record.get("as_trained") or record["calibrated"])["specialization_normalized"]["corrected"]  # noqa: E731
+TRAINED_UTILIZATION: Value = lambda record: (record.get("as_trained") or record["companions"])["utilization"]  # noqa: E731
 UTILIZATION: Value = lambda record: record["companions"]["utilization"]  # noqa: E731
 
 

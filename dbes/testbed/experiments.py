@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from dbes.testbed.contrasts import LOSS, NATS, SPECIALIZATION, UTILIZATION, Grid, Interval, interval
+from dbes.testbed.contrasts import AS_TRAINED, LOSS, NATS, SPECIALIZATION, UTILIZATION, Grid, Interval, Value, interval
 from dbes.testbed.presets import SCOPES
 from dbes.testbed.tables import (
     GLOBAL,
@@ -77,30 +77,11 @@ def analyse(about: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> F
 
 
 def _scope(grid: Grid) -> list[Verdict]:
-    verdicts = []
-    gains = {method: grid.differences(f"{method}/global_batch", f"{method}/sequence", SPECIALIZATION) for method in METHODS}
-    # Methods of one seed share weights and data, so they are averaged before seeds are compared.
-    complete = [of for of in gains.values() if of]
-    pooled = interval([float(np.mean(of)) for of in zip(*complete, strict=False)])
-    if pooled.seeds:
-        told = ", ".join(f"{method} {interval(of)}" for method, of in gains.items() if of)
-        shares = explained_by(grid, SPECIALIZATION)
-        variance = (
-            f" Scope explains {shares['scope']:.0%} of the variance between the {len(METHODS) * len(SCOPES)} method-by-scope arms, "
-            f"method {shares['method']:.0%}, their interplay {shares['interplay']:.0%}."
-            if shares
-            else ""
-        )
-        decides = shares is None or shares["scope"] > shares["method"]
-        verdicts.append(
-            Verdict(
-                experiment="scope",
-                claim="scope, not method, decides how far experts specialize",
-                outcome=_sign(pooled, wanted=1) if decides else "does not reproduce",
-                sentence=f"Widening the scope from one sequence to the global batch adds {pooled} of normalised specialization "
-                f"(mean over methods, paired by seed; by method: {told}).{variance}",
-            )
-        )
+    verdicts = [
+        verdict
+        for value, how in ((SPECIALIZATION, "as a plain checkpoint routes"), (AS_TRAINED, "as training routes, with its assignment"))
+        for verdict in _scope_or_method(grid, value, how)
+    ]
     learned = grid.contrast(GLOBAL, "frozen", SPECIALIZATION)
     narrow = grid.contrast(SEQUENCE, "frozen", SPECIALIZATION)
     if learned.seeds:
@@ -149,6 +130,40 @@ def _scope(grid: Grid) -> list[Verdict]:
             )
         )
     return verdicts
+
+
+def _scope_or_method(grid: Grid, value: Value, how: str) -> list[Verdict]:
+    """Whether specialization follows the scope of balancing whatever the method: every method's contrast must say so by itself."""
+    gains = {method: grid.differences(f"{method}/global_batch", f"{method}/sequence", value) for method in METHODS}
+    gains = {method: of for method, of in gains.items() if of}
+    # Methods of one seed share weights and data, so they are averaged before seeds are compared.
+    pooled = interval([float(np.mean(of)) for of in zip(*gains.values(), strict=False)])
+    if not pooled.seeds:
+        return []
+    signs = {method: _sign(interval(of), wanted=1) for method, of in gains.items()}
+    shares = explained_by(grid, value)
+    variance = (
+        f" Scope explains {shares['scope']:.0%} of the variance between the {len(METHODS) * len(SCOPES)} method-by-scope arms, "
+        f"method {shares['method']:.0%}, their interplay {shares['interplay']:.0%}."
+        if shares
+        else ""
+    )
+    if set(signs.values()) == {"reproduces"} and (shares is None or shares["scope"] > shares["method"]):
+        outcome: Outcome = "reproduces"
+    elif "does not reproduce" in signs.values() or (shares is not None and shares["scope"] < shares["method"]):
+        outcome = "does not reproduce"
+    else:
+        outcome = "undecided"
+    told = ", ".join(f"{method} {interval(of)}" for method, of in gains.items())
+    return [
+        Verdict(
+            experiment="scope",
+            claim=f"scope, not method, decides how far experts specialize ({how})",
+            outcome=outcome,
+            sentence=f"Widening the scope from one sequence to the global batch adds {pooled} of normalised specialization "
+            f"(mean over methods, paired by seed; by method: {told}).{variance}",
+        )
+    ]
 
 
 def _soft(grid: Grid) -> list[Verdict]:

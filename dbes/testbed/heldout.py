@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dbes.stiffness import Noise, logit_stiffness, noise_rows, selection_stiffness
-from dbes.testbed.mix import Mix, overlap_domains
+from dbes.testbed.mix import Batches, Mix, overlap_domains
 from dbes.testbed.models import routers_of
 from dbes.testbed.routers import Decision, Routing
-from dbes.testbed.settings import MixSettings, RoutingSettings
+from dbes.testbed.settings import MixSettings, RoutingSettings, TrainSettings
 from dbes.trace import Trace
 from dbes.types import NOISE_SCALES
 
@@ -135,6 +135,40 @@ def measure(
     )
     nats, count, octets = totals
     return Heldout(trace=trace, nats=nats, tokens=count.astype(np.int64), bytes=octets.astype(np.int64), entropy=entropy, inputs=inputs)
+
+
+@torch.no_grad()
+def training_routes(model: PreTrainedModel, mix: Mix, settings: TrainSettings, *, bias: Tensor, batches: int = 12) -> Trace:
+    """Held-out tokens in batches as in training, routed as in training: balanced over the scope, dropped beyond capacity.
+
+    What ``measure`` says of a plain checkpoint leaves out an assignment that only training makes; the difference between the two
+    is what the router has learned to do by itself. Every sequence is a document of the trace; dropped slots are missing.
+    """
+    drawn = Batches(replace(mix, training=mix.heldout), settings.mix, steps=batches, seed=settings.data_seed)
+    kept = {name: value.clone() for name, value in model.state_dict().items() if name.endswith("e_score_correction_bias")}
+    ids, tokens, document, domain = [], [], [], []
+    with Routing(model, settings.routing, domains=len(mix.domains), seed=settings.seed) as session:
+        session.bias.copy_(bias)
+        for step in range(batches):
+            batch = drawn(step)
+            # The step of the re-randomised router's last draw: a new one would not be what training ended with.
+            session.begin(torch.from_numpy(batch.tokens), torch.from_numpy(batch.domain), step=settings.optimizer.steps)
+            model.base_model(input_ids=torch.from_numpy(batch.tokens), use_cache=False)
+            made = [torch.where(layer.weights > 0, layer.ids, -1) for layer in session.decisions]
+            ids.append(torch.stack(made, 1).numpy())
+            tokens.append(batch.tokens.reshape(-1))
+            document.append(len(domain) + np.repeat(np.arange(len(batch.domain)), batch.tokens.shape[1]))
+            domain.extend(batch.domain.tolist())
+    model.load_state_dict(kept, strict=False)
+    return Trace.from_arrays(
+        np.concatenate(ids),
+        document=np.concatenate(document),
+        token_ids=np.concatenate(tokens),
+        domain=domain,
+        domains=mix.domains,
+        layers=tuple(range(len(routers_of(model)))),
+        experts=int(routers_of(model)[0].num_experts),
+    )
 
 
 def _predictions(model: PreTrainedModel, tokens: Tensor) -> tuple[np.ndarray, np.ndarray]:

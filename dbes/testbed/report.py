@@ -29,7 +29,12 @@ TITLES = {
 }
 
 CHARTS: dict[str, tuple[tuple[str, str], ...]] = {
-    "scope": (("specialization", "normalised specialization"), ("utilization", "utilization"), ("bits_per_byte", "bits per byte")),
+    "scope": (
+        ("specialization", "normalised specialization"),
+        ("as_trained", "normalised specialization, as trained"),
+        ("utilization", "utilization"),
+        ("bits_per_byte", "bits per byte"),
+    ),
     "soft": (("specialization", "normalised specialization"), ("bits_per_byte", "bits per byte")),
     "scale": (("specialization", "normalised specialization"), ("bits_per_byte", "bits per byte")),
     "frozen": (("specialization", "normalised specialization"), ("nats_per_token", "nats per token")),
@@ -41,7 +46,8 @@ CHARTS: dict[str, tuple[tuple[str, str], ...]] = {
 """Columns drawn for every table, with their axis; a column's interval is in ``<column>_low`` and ``<column>_high``."""
 
 COLUMNS: dict[str, tuple[str, ...]] = {
-    "arms": ("arm", "seeds", "specialization", "above_frozen", "score", "utilization", "max_violation", "dead_experts", "dropped",
+    "arms": ("arm", "seeds", "specialization", "above_frozen", "score", "as_trained", "utilization", "trained_utilization", "max_violation",
+             "dead_experts", "dropped",
              "bits_per_byte", "nats_per_token", "tokens_per_cpu_second"),
 }  # fmt: skip
 """Columns of the page's tables; the files have all of them."""

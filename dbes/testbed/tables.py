@@ -10,7 +10,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dbes.testbed.contrasts import LOSS, NATS, SHARE, SPECIALIZATION, UTILIZATION, Grid, Value, interval, number
+from dbes.testbed.contrasts import (
+    AS_TRAINED,
+    LOSS,
+    NATS,
+    SHARE,
+    SPECIALIZATION,
+    TRAINED_UTILIZATION,
+    UTILIZATION,
+    Grid,
+    Value,
+    interval,
+    number,
+)
 from dbes.testbed.presets import SCOPES
 
 METHODS = ("aux_loss", "loss_free", "sinkhorn", "assignment")
@@ -25,7 +37,9 @@ def arm_table(grid: Grid, experiment: str) -> pd.DataFrame:
     measures: dict[str, Value] = {
         "specialization": SPECIALIZATION,
         "score": SHARE,
+        "as_trained": AS_TRAINED,
         "utilization": UTILIZATION,
+        "trained_utilization": TRAINED_UTILIZATION,
         "max_violation": lambda record: record["companions"]["max_violation"],
         "dead_experts": lambda record: record["companions"]["dead_experts"],
         "dropped": lambda record: record["dropped"],
