@@ -1,0 +1,180 @@
+"""Entries as token sequences that know which of their tokens count, and as batches of one length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dbes.errors import FinetuneError
+from dbes.finetuning.data import Entry
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A run of tokens.
+
+    Attributes:
+        ids: int64 [tokens].
+        counted: bool [tokens], whether the prediction of this token counts; never the first.
+        octets: UTF-8 bytes of the text that the counted tokens stand for.
+    """
+
+    ids: np.ndarray
+    counted: np.ndarray
+    octets: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples side by side, padded on the right.
+
+    Attributes:
+        inputs: ``input_ids`` int64 [samples, tokens], and ``attention_mask`` where there is padding.
+        counted: bool [samples, tokens].
+    """
+
+    inputs: dict[str, Tensor]
+    counted: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """Predictions that count."""
+        return int(self.counted.sum())
+
+
+def encode(entry: Entry, tokenizer: Any, *, end: bool) -> Sample:
+    """The tokens of an entry.
+
+    A conversation is what the chat template renders; the assistant's turns count, with the mark that ends them. A text has the
+    special tokens that the tokenizer puts before it.
+
+    Args:
+        end: let the end-of-text token follow a text or completion and count (training); without it, only text counts.
+
+    Raises:
+        FinetuneError: a conversation, and the tokenizer has no chat template or one that rewrites earlier turns.
+    """
+    conversation = bool(entry.messages)
+    segments = _rendered(entry, tokenizer) if conversation else list(entry.segments)
+    before = [] if conversation else _before(tokenizer)
+    ids, marks, first = _tokens(segments, tokenizer)
+    last = tokenizer.eos_token_id
+    if end and not conversation and last is not None:
+        ids, marks = [*ids, last], [*marks, True]
+    counted = np.asarray([False] * len(before) + marks, bool)
+    octets = sum(len(text.encode()) for text, marked in segments if marked)
+    if len(counted) and counted[0]:
+        counted[0], octets = False, octets - first  # nothing stands before the first token, so it cannot be predicted
+    return Sample(np.asarray([*before, *ids], np.int64), counted, max(octets, 0))
+
+
+def windows(sample: Sample, length: int) -> list[Sample]:
+    """The sample in runs of at most ``length`` tokens that share one token, so that every counted one is predicted once.
+
+    Runs in which nothing counts are left out. Bytes go with the share of counted tokens.
+    """
+    total, found = int(sample.counted.sum()), []
+    for start in range(0, max(len(sample.ids) - 1, 0), length - 1):
+        counted = sample.counted[start : start + length].copy()
+        counted[0] = False
+        if counted.any():
+            found.append(Sample(sample.ids[start : start + length], counted, round(sample.octets * int(counted.sum()) / total)))
+    return found
+
+
+def pack(samples: Iterable[Sample], length: int) -> list[Sample]:
+    """Samples one after the other, cut into runs of ``length`` tokens; a text may attend to the one before it."""
+    kept = list(samples)
+    if not kept:
+        return []
+    joined = Sample(
+        np.concatenate([sample.ids for sample in kept]), np.concatenate([sample.counted for sample in kept]), sum(s.octets for s in kept)
+    )
+    return windows(joined, length)
+
+
+def training_samples(entries: Sequence[Entry], tokenizer: Any, *, length: int, packing: bool) -> list[Sample]:
+    """What is trained on: plain texts packed or each in runs of its own; conversations and completions always by themselves.
+
+    Raises:
+        FinetuneError: nothing in the data counts.
+    """
+    plain = [encode(entry, tokenizer, end=True) for entry in entries if entry.is_plain]
+    found = pack(plain, length) if packing else [part for sample in plain for part in windows(sample, length)]
+    for entry in entries:
+        if not entry.is_plain:
+            found += windows(encode(entry, tokenizer, end=True), length)
+    if not found:
+        raise FinetuneError("the data is empty: not one token of it counts in the loss")
+    return found
+
+
+def collate(samples: Sequence[Sample], *, padding: int) -> Batch:
+    """The samples as one batch."""
+    width = max(len(sample.ids) for sample in samples)
+    ids, counted = np.full((len(samples), width), padding, np.int64), np.zeros((len(samples), width), bool)
+    mask = np.zeros((len(samples), width), np.int64)
+    for row, sample in enumerate(samples):
+        length = len(sample.ids)
+        ids[row, :length], counted[row, :length], mask[row, :length] = sample.ids, sample.counted, 1
+    inputs = {"input_ids": torch.from_numpy(ids)}
+    if not mask.all():
+        inputs["attention_mask"] = torch.from_numpy(mask)
+    return Batch(inputs, torch.from_numpy(counted))
+
+
+def padding_id(tokenizer: Any) -> int:
+    """The token that fills up shorter rows; any will do, since they are masked."""
+    return next((value for value in (tokenizer.pad_token_id, tokenizer.eos_token_id) if value is not None), 0)
+
+
+def _before(tokenizer: Any) -> list[int]:
+    """Special tokens the tokenizer puts before a text."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    places = [start for start in range(len(whole)) if whole[start : start + len(plain)] == plain]
+    return list(whole[: places[0]]) if places else []
+
+
+def _tokens(segments: Sequence[tuple[str, bool]], tokenizer: Any) -> tuple[list[int], list[bool], int]:
+    """Ids, marks, and the bytes of the first token."""
+    if not getattr(tokenizer, "is_fast", False):
+        parts = [(tokenizer(text, add_special_tokens=False)["input_ids"], marked) for text, marked in segments]
+        ids = [token for part, _ in parts for token in part]
+        return ids, [marked for part, marked in parts for _ in part], len(tokenizer.decode(ids[:1]).encode())
+    text = "".join(part for part, _ in segments)
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    marked_character = np.concatenate([np.full(len(part), marked) for part, marked in segments] or [np.zeros(0, bool)])
+    # a token that reaches from a prompt into its completion holds some of it, so it counts
+    marks = [bool(marked_character[start:stop].any()) for start, stop in found["offset_mapping"]]
+    stop = found["offset_mapping"][0][1] if marks else 0
+    return list(found["input_ids"]), marks, len(text[:stop].encode())
+
+
+def _rendered(entry: Entry, tokenizer: Any) -> list[tuple[str, bool]]:
+    """The conversation as the chat template writes it, cut where the assistant begins and ends to speak."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise FinetuneError(
+            f"{entry.id}: this is a conversation, and the model's tokenizer has no chat template; "
+            "use a tokenizer that has one, or give prompt and completion"
+        )
+    messages, segments, done = list(entry.messages), [], ""
+    for place, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        # a template may refuse to render no message at all
+        opened = tokenizer.apply_chat_template(messages[:place], tokenize=False, add_generation_prompt=True) if place else ""
+        closed = tokenizer.apply_chat_template(messages[: place + 1], tokenize=False)
+        if not closed.startswith(opened) or not opened.startswith(done):
+            raise FinetuneError(
+                f"{entry.id}: the chat template of this tokenizer rewrites earlier turns, so the assistant's words cannot be found in it; "
+                "give prompt and completion"
+            )
+        segments += [(opened[len(done) :], False), (closed[len(opened) :], place >= entry.first)]
+        done = closed
+    return segments

@@ -1,0 +1,222 @@
+"""`finetune`: from a checkpoint, an expert path and data to a checkpoint whose other experts are untouched, and a report."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from accelerate import Accelerator
+
+from dbes.errors import FinetuneError, PathError
+from dbes.finetuning.cells import TrainableCells
+from dbes.finetuning.data import prepare_data
+from dbes.finetuning.encoding import padding_id, training_samples
+from dbes.finetuning.evaluation import DomainScore, measure
+from dbes.finetuning.output import base_rows_digest, refuse_occupied, round_rows, save_checkpoint, save_delta, storage_dtype
+from dbes.finetuning.report import FinetuneReport, changes, peak_memory, read_report, versions, write_report
+from dbes.finetuning.settings import FinetuneSettings
+from dbes.finetuning.state import STATE
+from dbes.finetuning.training import memory_explained, refuse_sharding, train
+from dbes.models import LoadedModel, load_model
+from dbes.paths.files import read_esft, read_path
+from dbes.paths.types import ExpertPath
+from dbes.pipeline import EMBEDDED_MODEL
+from dbes.sites import find_sites
+
+Say = Callable[[str], None]
+
+
+def finetune(
+    model: str | Path,
+    paths: str | Path | ExpertPath,
+    data: str,
+    out: Path,
+    settings: FinetuneSettings,
+    *,
+    tasks: str | Path = "embedded",
+    limit: int | None = 64,
+    save: Literal["model", "delta"] = "model",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    accelerator: Any = None,
+    checkpoint_seconds: float = 120.0,
+    say: Say = lambda _: None,
+    progress: Callable[[dict[str, Any]], None] | None = None,
+) -> FinetuneReport:
+    """Train only the experts of a path, and report what that did to the target domain and to all others.
+
+    The same call goes on with an interrupted run, and returns the report of a finished one. Under ``accelerate launch`` every
+    process calls it.
+
+    Args:
+        model: folder, hub id, or ``embedded``.
+        paths: an expert path, its file, or an ESFT expert config.
+        data: a file, or ``task:DOMAIN``.
+        tasks: whose domains are measured before and after, on at most ``limit`` held-out texts of each.
+        save: a whole checkpoint, or only the trained slices (`dbes.finetuning.output.merge_delta`).
+        checkpoint_seconds: between two states on disk.
+
+    Raises:
+        FinetuneError: see `prepare_data`, `TrainableCells` and `train`; a path of another model; ``out`` holds something else.
+        ModelError, PathError, TaskError: model, path or task cannot be read.
+    """
+    where = str(EMBEDDED_MODEL if str(model) == "embedded" else model)
+    found = prepare_data(data, tasks=tasks, limit=limit)
+    accelerator = accelerator if accelerator is not None else _accelerator(settings, out)
+    refuse_sharding(accelerator)
+    say("loading")
+    place = {"": accelerator.device} if accelerator.num_processes > 1 and accelerator.device.type != "cpu" else None
+    with memory_explained():
+        loaded = load_model(where, revision=revision, device_map=place, trust_remote_code=trust_remote_code)
+    path = checked_path(paths, loaded)
+    identity = settings.identity(loaded.revision, path.cells, found.digest, tasks, limit, save)
+    finished = read_report(out)
+    if finished is not None:
+        if finished.identity != identity:
+            raise FinetuneError(f"{out}: holds another run (model, path, data or settings differ); choose another --out folder")
+        return finished
+    if not (out / STATE).is_file():
+        refuse_occupied(out)
+    out.mkdir(parents=True, exist_ok=True)
+    stored = storage_dtype(where, revision=revision, trust_remote_code=trust_remote_code)
+    samples = training_samples(found.training, loaded.tokenizer, length=settings.seq_len, packing=settings.packing)
+
+    def evaluate() -> dict[str, DomainScore]:
+        with memory_explained(), accelerator.autocast():
+            return measure(loaded.model, loaded.tokenizer, found.heldout, length=settings.seq_len, accelerator=accelerator)
+
+    say("measuring before")
+    before = evaluate()
+    digest = base_rows_digest(loaded.model, path.cells, stored)
+    say("training")
+    with TrainableCells(
+        loaded.model,
+        path.cells,
+        method=settings.method,
+        rank=settings.lora_rank,
+        train_router=settings.train_router,
+        seed=settings.seed,
+    ) as cells:
+        trained = train(
+            loaded.model,
+            cells,
+            samples,
+            settings,
+            padding=padding_id(loaded.tokenizer),
+            accelerator=accelerator,
+            folder=out,
+            identity=identity,
+            evaluate=evaluate,
+            progress=progress,
+            checkpoint_seconds=checkpoint_seconds,
+        )
+        cells.merge()
+        round_rows(loaded.model, cells, stored)
+        method = cells.method
+        if save == "delta" and accelerator.is_main_process:
+            save_delta(cells, out, model=loaded.name, revision=loaded.revision, dtype=stored, base_digest=digest)
+    say("measuring after")
+    after = evaluate()
+    report = FinetuneReport(
+        identity=identity,
+        model=loaded.name,
+        revision=loaded.revision,
+        path_domain=path.domain,
+        path_rule=path.rule,
+        cells=path.cells,
+        share=path.share,
+        data=data if data.startswith("task:") else Path(data).name,
+        data_sha256=found.digest,
+        sequences=len(samples),
+        target=found.target,
+        settings=settings,
+        method=method,
+        steps=trained.steps,
+        train_loss=(trained.log[0]["loss"], trained.log[-1]["loss"]),
+        before=before,
+        after=after,
+        **changes(before, after, found.target),
+        parameters=trained.parameters,
+        chosen_bytes=trained.chosen_bytes,
+        optimizer_bytes=trained.optimizer_bytes,
+        peak_memory_bytes=peak_memory(),
+        seconds=round(trained.seconds, 2),
+        device=loaded.device,
+        processes=accelerator.num_processes,
+        dtype=loaded.dtype,
+        saved=save,
+        versions=versions(),
+    )
+    if accelerator.is_main_process:
+        say("saving")
+        if save == "model":
+            save_checkpoint(loaded.model, loaded.tokenizer, out, stored)
+        write_report(report, out)
+        (out / STATE).unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return report
+
+
+def checked_path(paths: str | Path | ExpertPath, loaded: LoadedModel) -> ExpertPath:
+    """The expert path, which fits the model.
+
+    Raises:
+        PathError: it cannot be read.
+        FinetuneError: its layers, experts or revision are another model's.
+    """
+    sites = find_sites(loaded.model)
+    layers, experts = tuple(site.layer for site in sites), tuple(site.num_experts for site in sites)
+    path = paths if isinstance(paths, ExpertPath) else _read_path(Path(paths), layers, experts, loaded)
+    if path.layers != layers:
+        raise FinetuneError(
+            f"the path is of another model: its MoE layers are {_span(path.layers)}, those of {loaded.name} {_span(layers)}"
+        )
+    if path.experts != experts:
+        raise FinetuneError(f"the path is of another model: it has {_span(path.experts)} experts by layer, {loaded.name} {_span(experts)}")
+    revision = path.provenance.revision
+    if revision is not None and loaded.revision != "unknown" and revision != loaded.revision:
+        raise FinetuneError(
+            f"the path was found on revision {revision[:24]} of {path.provenance.model}, this is {loaded.revision[:24]} of {loaded.name}: "
+            "the experts differ; run `dbes paths` on this model"
+        )
+    return path
+
+
+def _read_path(file: Path, layers: tuple[int, ...], experts: tuple[int, ...], loaded: LoadedModel) -> ExpertPath:
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError):
+        content = None
+    if isinstance(content, dict) and content.get("cells") == []:
+        raise FinetuneError(f"{file}: the expert path is empty: it has no cells, so there is nothing to train")
+    if isinstance(content, dict) and "schema_version" not in content and "experts" in content:
+        if isinstance(content["experts"], dict) and not any(content["experts"].values()):
+            raise FinetuneError(f"{file}: the expert path is empty: it has no cells, so there is nothing to train")
+        try:
+            return read_esft(file, layers=layers, experts=experts, model=loaded.name)
+        except PathError as problem:
+            raise FinetuneError(f"{problem}: is it the path of another model?") from None
+    return read_path(file)
+
+
+def _accelerator(settings: FinetuneSettings, out: Path) -> Accelerator:
+    tracker = settings.tracker
+    if tracker != "none" and importlib.util.find_spec(tracker) is None:
+        raise FinetuneError(f"--tracker {tracker}: this needs the package {tracker}; install it with pip install 'dbes[{tracker}]'")
+    made = Accelerator(
+        mixed_precision="bf16" if settings.bf16 else None,
+        log_with=tracker if tracker != "none" else None,
+        project_dir=str(out),
+    )
+    if tracker != "none":
+        config = {name: value for name, value in settings.model_dump(mode="json").items() if value is not None}
+        made.init_trackers("dbes", config=config)
+    return made
+
+
+def _span(values: tuple[int, ...]) -> str:
+    return str(values[0]) if len(set(values)) == 1 else ", ".join(map(str, values[:6])) + (", ..." if len(values) > 6 else "")

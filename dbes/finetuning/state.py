@@ -1,0 +1,73 @@
+"""The resumable state of a run on disk: leaves, moments of the optimizer, and the step they belong to; and the log beside it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import nn
+
+from dbes.errors import FinetuneError
+from dbes.files import write_bytes, write_text
+
+STATE, LOG = "training.safetensors", "train.jsonl"
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def save_state(
+    folder: Path, identity: str, step: int, seconds: float, leaves: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> None:
+    """Write the state with which step number ``step`` begins."""
+    tensors = {f"leaf {name}": leaf.detach() for name, leaf in leaves.items()}
+    for name, leaf in leaves.items():
+        tensors |= {f"{moment} {name}": torch.as_tensor(optimizer.state[leaf][moment]) for moment in _MOMENTS}
+    metadata = {"identity": identity, "step": str(step), "seconds": str(round(seconds, 1))}
+    write_bytes(folder / STATE, save({name: value.cpu().contiguous() for name, value in tensors.items()}, metadata))
+
+
+def load_state(folder: Path, identity: str, leaves: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+    """(step to go on with, seconds spent so far); (0, 0) when there is no state.
+
+    Raises:
+        FinetuneError: the folder holds the state of another run.
+    """
+    path = folder / STATE
+    if not path.is_file():
+        return 0, 0.0
+    with safe_open(path, "pt") as state:
+        metadata = state.metadata() or {}
+        if metadata.get("identity") != identity:
+            raise FinetuneError(f"{folder}: holds the state of another run (model, path, data or settings differ); choose another folder")
+        with torch.no_grad():
+            for name, leaf in leaves.items():
+                leaf.copy_(state.get_tensor(f"leaf {name}"))
+                for moment in _MOMENTS:
+                    optimizer.state[leaf][moment].copy_(state.get_tensor(f"{moment} {name}"))
+        return int(metadata["step"]), float(metadata["seconds"])
+
+
+def kept_log(folder: Path, start: int) -> list[dict[str, Any]]:
+    """The records of steps before ``start``; what a killed run logged beyond its state will be logged again."""
+    path, records = folder / LOG, []
+    if path.is_file():
+        for line in path.read_text("utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                break  # the line that was being written when the run was killed
+            if record["step"] < start:
+                records.append(record)
+    write_text(path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
+    return records
+
+
+def append_log(folder: Path, record: dict[str, Any]) -> None:
+    """Add a record; numbers that are none become null, so that the log stays strict JSON."""
+    clean = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()}
+    with (folder / LOG).open("a", encoding="utf-8") as log:
+        log.write(json.dumps(clean, allow_nan=False) + "\n")
