@@ -1,8 +1,12 @@
 """Settings: strict, checked before any training, and part of a run's identity."""
 
+from pathlib import Path
+
 import pytest
+import torch
 
 from dbes.errors import MixError
+from dbes.testbed.models import build_model
 from dbes.testbed.presets import preset
 from dbes.testbed.settings import TrainSettings, parse_settings, read_settings
 
@@ -83,5 +87,15 @@ def test_presets_are_whole(name):
 def test_standard_has_every_experiment_with_three_seeds():
     grid = preset("standard")
     assert grid.seeds >= 3
-    assert set(grid.experiments) == {"scope", "frozen", "levels", "scale", "upstream", "metrics"}
+    assert set(grid.experiments) == {"scope", "soft", "frozen", "levels", "scale", "upstream", "metrics"}
     assert len([arm for arm in grid.experiments["scope"] if arm.count("/") == 1 and "wide" not in arm]) == 12
+
+
+def test_the_plan_for_a_billion_parameters_is_a_configuration_of_that_size():
+    """The counts that reports/testbed/SCALE_1B.md computes with."""
+    found = read_settings(Path(__file__).parents[1] / "reports" / "testbed" / "scale_1b.yaml").model
+    with torch.device("meta"):
+        model = build_model(found, seed=0)
+    experts = sum(value.numel() for name, value in model.named_parameters() if ".experts." in name)
+    assert model.num_parameters() == 1_058_079_744
+    assert model.num_parameters() - experts * (found.experts - found.top_k) // found.experts == 161_547_264
