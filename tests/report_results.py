@@ -34,8 +34,14 @@ def simulated_trace(
     model: str = "simulated",
     vocabulary: dict[int, str] | None = None,
     tokens: tuple[int, int] = (40, 90),
+    family: str = "olmoe",
+    generated: bool = False,
 ) -> Trace:
-    """Documents whose tokens follow the ideal router with probability ``lean`` (rising with the layer), else any expert."""
+    """Documents whose tokens follow the ideal router with probability ``lean`` (rising with the layer), else any expert.
+
+    Args:
+        generated: mark every document from its 20th token on as generated.
+    """
     random = np.random.default_rng(seed)
     count = documents * len(domains)
     lengths = np.random.default_rng(7).integers(*tokens, count)
@@ -52,17 +58,20 @@ def simulated_trace(
     own = random.random((len(token_ids), layers)) < np.linspace(0, lean, layers)
     ids = np.where(own[..., None], parts[0].ids, parts[1].ids)
     weights = -np.sort(-random.dirichlet(np.ones(top_k), ids.shape[:2]), axis=-1).astype(np.float16)
-    routes = TokenRoutes(ids=ids, document=parts[0].document, positions=parts[0].positions, token_ids=token_ids, weights=weights)
-    about = {"model": model, "revision": f"sha256:{seed:064x}", "family": "olmoe", "dtype": "float32", "versions": {"dbes": "0.1.0"},
+    phase = (parts[0].positions >= 20).astype(np.uint8) if generated else None
+    routes = TokenRoutes(
+        ids=ids, document=parts[0].document, positions=parts[0].positions, token_ids=token_ids, phase=phase, weights=weights
+    )
+    about = {"model": model, "revision": f"sha256:{seed:064x}", "family": family, "dtype": "float32", "versions": {"dbes": "0.1.0"},
              "task": {"name": "simulated", "version": 1, "fingerprint": "ab" * 32, "separability": 0.9}}  # fmt: skip
     made = Trace(shape=shape, provenance=about, loaded=(routes,), vocabulary=words)
-    control = Trace(shape=shape, provenance=about, loaded=(parts[1],))
+    control = Trace(shape=shape, provenance=about, loaded=(replace(parts[1], phase=phase),))
     return replace(made, control=control)
 
 
-def write_result(folder: Path, trace: Trace, *, keep_trace: bool = True, permutations: int = 60) -> Path:
-    """A result folder as `dbes evaluate` leaves it."""
-    scores = score_tables(trace, permutations=permutations)
+def write_result(folder: Path, trace: Trace, *, keep_trace: bool = True, permutations: int = 60, phase: int | None = None) -> Path:
+    """A result folder as `dbes evaluate` leaves it, or `dbes score --phase`."""
+    scores = score_tables(trace, permutations=permutations, phase=phase)
     write_tables(scores, folder)
     scores.result.save(folder)
     if keep_trace:

@@ -15,8 +15,11 @@ import pytest
 import simulate
 import yaml
 from report_results import simulated_trace, write_result
+from rich.console import Console
 from safetensors.numpy import load_file, save_file
+from typer.testing import CliRunner
 
+from dbes.cli import app
 from dbes.errors import ResultError
 from dbes.estimates import estimate_all, reference_scores
 from dbes.reporting import export
@@ -32,12 +35,14 @@ from dbes.reporting.compare import (
     differences,
     model_score,
     paired_of,
+    phase_differences,
     ranks_of,
 )
 from dbes.reporting.compare import _holm as holm
-from dbes.reporting.leaderboard import curve_rows, render_leaderboard
+from dbes.reporting.leaderboard import curve_rows, render_leaderboard, render_terminal
 from dbes.reporting.page import unpacked
 from dbes.results import CalibratedRecord, Result, load_result
+from dbes.scoring import PHASES
 from dbes.uncertainty import jackknife, permuted_labels
 
 
@@ -268,6 +273,65 @@ def test_results_of_another_k_and_depth_are_compared(folder: Path, tmp_path: Pat
     assert {each.depth for each in paired_of(found)} == {"all layers", "first third", "middle third", "last third"}
 
 
+@pytest.fixture(scope="module")
+def by_phase(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models scored on all their tokens, on prompts and on generated text; of the second, generated text is missing."""
+    made = tmp_path_factory.mktemp("phases")
+    for seed, phases in enumerate(((None, 0, 1), (None, 0))):
+        trace = simulated_trace(seed, lean=0.5, model=f"model-{seed}", documents=5, layers=2, generated=True)
+        for phase in phases:
+            write_result(made / f"m{seed}-{PHASES[phase]}", trace, keep_trace=False, permutations=5, phase=phase)
+    return made
+
+
+def test_prompt_and_generated_text_stand_beside_the_model(by_phase: Path) -> None:
+    found = compare([by_phase])
+    assert {entry.label for entry in found.entries} == {"model-0", "model-1"}
+    assert [(each.name, each.reason) for each in found.apart] == [("model-1", "another phase prompt instead of all")]
+    single = {phase: load_result(by_phase / f"m0-{phase}") for phase in ("prompt", "generated")}
+    rows = {row["model"]: row for row in csv.DictReader(io.StringIO(export.as_csv(found)))}
+    assert rows["model-1"]["prompt"] == rows["model-1"]["generated"] == ""
+    shown = json.loads(export.as_json(found))["prompt_and_generated"]
+    assert {row["model"] for row in shown} == {"model-0"} and len(shown) > 3
+    for phase, result in single.items():
+        assert float(rows["model-0"][phase]) == result.record("specialization").score
+        assert float(rows["model-0"][f"{phase}_low"]) == result.record("specialization").score_low
+        for row in shown:
+            assert row[phase] == result.record(row["metric"]).score
+    assert unpacked(render_leaderboard(found))["phases"]["generated"] == pytest.approx([row["generated"] for row in shown], rel=1e-4)
+    assert "Prompt and generated text:" in export.as_markdown(found)
+    console = Console(width=200, file=io.StringIO())
+    console.print(render_terminal(found))
+    assert "Generated minus prompt" in console.file.getvalue()
+
+
+def test_prompt_and_generated_text_are_compared_on_the_same_documents(by_phase: Path) -> None:
+    entry = next(entry for entry in compare([by_phase]).entries if entry.phases)
+    each = next(found for found in phase_differences(entry) if found.metric == "specialization")
+    assert each.test is not None and each.test.difference == pytest.approx(each.generated - each.prompt)
+    sides = [entry.phases[phase].replicates for phase in ("generated", "prompt")]
+    assert sides[0] is not None and sides[1] is not None
+    left = sides[0].by_metric["specialization"][:, -1].astype(float) - sides[1].by_metric["specialization"][:, -1].astype(float)
+    _, error = jackknife(np.asarray(each.test.difference), left, sides[0].document_domain)
+    assert each.test.high - each.test.difference == pytest.approx(2.1199 * error, rel=1e-3)  # t of 20 - 4 degrees of freedom
+
+
+def test_phases_of_namesakes_are_not_guessed(by_phase: Path, tmp_path: Path) -> None:
+    shutil.copytree(by_phase / "m0-generated", tmp_path / "again")
+    found = compare([by_phase, tmp_path])
+    assert not any(entry.phases for entry in found.entries)
+    assert (
+        sorted(each.reason for each in found.apart)
+        == ["another phase generated instead of all"] * 2 + ["another phase prompt instead of all"] * 2
+    )
+
+
+def test_without_phases_no_column_speaks_of_them(folder: Path) -> None:
+    found = compare([folder])
+    assert unpacked(render_leaderboard(found))["phases"]["model"] == []
+    assert "Prompt" not in export.as_markdown(found)
+
+
 def test_namesakes_get_different_labels(tmp_path: Path) -> None:
     for seed in (1, 2):
         write_result(tmp_path / str(seed), simulated_trace(seed, model="twin", documents=3, layers=2), keep_trace=False, permutations=5)
@@ -322,6 +386,15 @@ def test_hub_metadata_and_open_record(folder: Path) -> None:
     assert set(record) == {"config", "results"}
     assert record["results"]["simulated_specialization"]["score"] == result.record("specialization").score
     assert record["config"]["model_sha"] == result.model.revision
+
+
+def test_hub_metadata_need_the_id_of_a_dataset(folder: Path) -> None:
+    command = ["report", str(folder / "m1"), "--format", "hub"]
+    missing = CliRunner().invoke(app, command)
+    assert missing.exit_code == 2 and "--dataset OWNER/NAME" in missing.stderr
+    wrong = CliRunner().invoke(app, [*command, "--dataset", "no owner"])
+    assert wrong.exit_code == 1 and "expected the id of a dataset on the hub, owner/name" in wrong.stderr
+    assert "id: org/benchmark" in CliRunner().invoke(app, [*command, "--dataset", "org/benchmark"]).stdout
 
 
 def test_card_has_scores_and_command(folder: Path) -> None:

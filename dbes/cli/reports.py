@@ -33,7 +33,7 @@ def report(
     ] = ReportFormat.html,
     trace: Annotated[Path | None, typer.Option(help="Folder of the recorded routes, where they are not beside the result.")] = None,
     output: Annotated[Path | None, typer.Option(help="Page to write; report.html beside the result by default.")] = None,
-    dataset: Annotated[str, typer.Option(help="Hub id of the benchmark's dataset, for the hub metadata.")] = "dbes/embedded",
+    dataset: Annotated[str | None, typer.Option(help="With --format hub: hub id of the benchmark's dataset, owner/name.")] = None,
 ) -> None:
     """Write the page of one result, a single HTML file that needs no network; the other formats go to stdout."""
     from dbes.reporting.card import card_section
@@ -47,6 +47,9 @@ def report(
         elif format is ReportFormat.card:
             typer.echo(card_section(load_result(result)))
         elif format is ReportFormat.hub:
+            if dataset is None:
+                message = "with --format hub the id of the benchmark's dataset on the hub is needed: --dataset OWNER/NAME"
+                raise typer.BadParameter(message, param_hint="--dataset")
             typer.echo(hub_entries(load_result(result), dataset=dataset))
         else:
             typer.echo(open_record(load_result(result)))
@@ -58,6 +61,9 @@ def compare(
     format: Annotated[CompareFormat, typer.Option(help="How to show the comparison; html is the leaderboard page.")] = CompareFormat.table,
     output: Annotated[Path | None, typer.Option(help="File to write instead of stdout.")] = None,
     published: Annotated[bool, typer.Option("--published", help="Show the published, uncalibrated values instead.")] = False,
+    accuracy: Annotated[
+        list[Path] | None, typer.Option(help="Accuracies of the models: CSV `model,accuracy`, or results of lm-eval (may be repeated).")
+    ] = None,
     check: Annotated[bool, typer.Option("--check", help="Only check that the results may be published.")] = False,
 ) -> None:
     """Put results side by side; of two, the paired difference for every metric and layer depth."""
@@ -72,7 +78,7 @@ def compare(
             for line in problems or ["every result may be published"]:
                 typer.echo(line)
             raise typer.Exit(FAILED if problems else 0)
-        found = run(results, metric=by)
+        found = run(results, metric=by, accuracy=accuracy or ())
         paired = paired_of(found)
         if format is CompareFormat.table and output is None:
             stdout().print(leaderboard.render_terminal(found, paired, published=published))

@@ -1,7 +1,8 @@
 """Results side by side: what may stand in one table, ranks with intervals, and paired differences of two models.
 
 Only results of one task, version, fingerprint, phase and set of documents share a table; the others are listed apart with the
-reason. Intervals and tests pair the documents: both models read the same texts, so what one text adds to both cancels. Each is the
+reason. Where the prompt and the generated text of one recording were scored apart, both stand beside the model's entry.
+Intervals and tests pair the documents: both models read the same texts, so what one text adds to both cancels. Each is the
 delete-one-document jackknife, as everywhere in dbes (a percentile bootstrap over documents does not cover, see ``uncertainty``).
 """
 
@@ -10,8 +11,8 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from scipy.stats import t as student
 
 from dbes.errors import DbesError, ResultError
+from dbes.reporting.accuracy import Accuracies, read_accuracies
 from dbes.results import RESULT_FILE, Result, load_result
 from dbes.scoring import REPLICATED, score_tables
 from dbes.tables import REPLICATES
@@ -43,13 +45,18 @@ class Replicates:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One result of a comparison. ``label`` is unique in its table; ``problem`` says why it cannot be ranked."""
+    """One result of a comparison. ``label`` is unique in its table; ``problem`` says why it cannot be ranked.
+
+    ``phases`` holds the entries "prompt" and "generated" of the same model where both were scored, and is empty otherwise.
+    """
 
     result: Result
     folder: Path
     label: str
     replicates: Replicates | None = None
     problem: str | None = None
+    phases: Mapping[str, Entry] = field(default_factory=dict)
+    accuracy: float | None = None
 
     @property
     def baseline(self) -> bool:
@@ -96,30 +103,40 @@ class Rank:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Results that may stand side by side, their ranks and pairwise differences by one metric, and what stands apart."""
+    """Results that may stand side by side, their ranks and pairwise differences by one metric, and what stands apart.
+
+    ``accuracy_of``: the tasks or the file that accuracies come from; empty without accuracies.
+    """
 
     metric: str
     entries: tuple[Entry, ...]
     ranks: dict[str, Rank]
     pairs: tuple[Difference, ...]
     apart: tuple[Apart, ...]
+    accuracy_of: str = ""
 
 
-def compare(paths: Sequence[str | Path], *, metric: str = "specialization") -> Comparison:
+def compare(paths: Sequence[str | Path], *, metric: str = "specialization", accuracy: Sequence[str | Path] = ()) -> Comparison:
     """Every result below the paths, side by side.
 
+    Args:
+        accuracy: files with the models' accuracies, see ``accuracy``.
+
     Raises:
-        ResultError: no result can be read, or ``metric`` is not one of those that are ranked.
+        ResultError: no result can be read, ``metric`` is not one of those that are ranked, or accuracies do not fit the results.
     """
     if metric not in REPLICATED:
         raise ResultError(f"models are ranked by {', '.join(REPLICATED)}; not by {metric!r}")
+    known = read_accuracies(accuracy)
     entries, apart = read_entries(paths)
     entries, others = comparable(entries)
-    entries = labelled(entries)
+    entries = with_accuracies(labelled(entries), known, elsewhere={each.name for each in (*apart, *others)})
     pairs = _holm([found for a, b in _pairs(entries) if (found := difference(a, b, metric, *DEPTHS[0])) is not None])
     ranks = ranks_of([entry.label for entry in entries if _rankable(entry, metric)], pairs)
     by_score = sorted(entries, key=lambda entry: (entry.baseline, -_or(model_score(entry.result, metric), -math.inf), entry.label))
-    return Comparison(metric=metric, entries=tuple(by_score), ranks=ranks, pairs=tuple(pairs), apart=(*apart, *others))
+    return Comparison(
+        metric=metric, entries=tuple(by_score), ranks=ranks, pairs=tuple(pairs), apart=(*apart, *others), accuracy_of=known.source
+    )
 
 
 def paired_of(comparison: Comparison) -> list[Difference]:
@@ -197,13 +214,15 @@ def comparable(entries: list[Entry]) -> tuple[list[Entry], list[Apart]]:
     groups = Counter(_identity(entry.result) for entry in entries)
     if not groups:
         return [], []
-    # The most results; of equally many those that stand first, so that the order of the arguments decides and not chance.
-    chosen = max(groups, key=lambda key: groups[key])
-    kept, apart = [], []
+    # The most results; of equally many those of whole texts, then those that stand first: the order of the arguments decides, not chance.
+    chosen = max(groups, key=lambda key: (groups[key], key[-1] == "all"))
+    kept = [entry for entry in entries if _identity(entry.result) == chosen]
+    kept = with_phases(kept, [entry for entry in entries if _identity(entry.result)[:-1] == chosen[:-1]])
+    shown = {id(entry.result) for each in kept for entry in (each, *each.phases.values())}
+    apart = []
     for entry in entries:
         found = _identity(entry.result)
-        if found == chosen:
-            kept.append(entry)
+        if id(entry.result) in shown:
             continue
         names = ("task", "task version", "task fingerprint", "phase")
         words = [f"{name} {str(a)[:12]} instead of {str(b)[:12]}" for name, a, b in zip(names, found, chosen, strict=True) if a != b]
@@ -218,6 +237,49 @@ def comparable(entries: list[Entry]) -> tuple[list[Entry], list[Apart]]:
             for entry in kept
         ]
     return kept, apart
+
+
+def with_phases(kept: Sequence[Entry], candidates: Sequence[Entry]) -> list[Entry]:
+    """The entries with their model's prompt and generated text, where each was scored once; other entries as they are."""
+    found: dict[tuple[str | None, ...], list[Entry]] = {}
+    for entry in candidates:
+        found.setdefault(_model_of(entry.result), []).append(entry)
+    namesakes = Counter(_model_of(entry.result) for entry in kept)
+    made = []
+    for entry in kept:
+        who = _model_of(entry.result)
+        phases = {phase: [each for each in found.get(who, []) if _identity(each.result)[-1] == phase] for phase in ("prompt", "generated")}
+        once = namesakes[who] == 1 and all(len(each) == 1 for each in phases.values())
+        made.append(replace(entry, phases={phase: each[0] for phase, each in phases.items()}) if once else entry)
+    return made
+
+
+def _model_of(result: Result) -> tuple[str | None, ...]:
+    return result.model.name, result.model.revision, result.model.dtype
+
+
+def with_accuracies(entries: Sequence[Entry], known: Accuracies, *, elsewhere: set[str]) -> list[Entry]:
+    """The entries with their accuracy, found by label or by name.
+
+    Args:
+        elsewhere: names of results that stand apart: their accuracies are left out.
+
+    Raises:
+        ResultError: an accuracy belongs to none of the results, or its name to several of them.
+    """
+    made, used = [], set[str]()
+    for entry in entries:
+        name = entry.result.model.name
+        alike = [other.label for other in entries if other.result.model.name == name]
+        if name in known.by_model and name != entry.label and len(alike) > 1:
+            raise ResultError(f"accuracy of {name!r}: several results have that name; use one of {', '.join(alike)}")
+        key = entry.label if entry.label in known.by_model else name
+        used.add(key)
+        made.append(replace(entry, accuracy=known.by_model.get(key)))
+    if missing := sorted(known.by_model.keys() - used - elsewhere):
+        there = ", ".join(entry.label for entry in entries)
+        raise ResultError(f"accuracy of {', '.join(map(repr, missing))}: no such model among the results; there are {there}")
+    return made
 
 
 def _identity(result: Result) -> tuple[str, int | None, str | None, str]:
@@ -259,6 +321,32 @@ def _pairs(entries: list[Entry]) -> list[tuple[Entry, Entry]]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Differences and ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseDifference:
+    """A metric on a model's prompts and on its generated text; ``test``: generated minus prompt, where the documents are the same."""
+
+    entry: Entry
+    metric: str
+    prompt: float
+    generated: float
+    test: Difference | None
+
+
+def phase_differences(entry: Entry) -> list[PhaseDifference]:
+    """Prompt and generated text side by side, for every metric that both have."""
+    if not entry.phases:
+        return []
+    prompt, generated = entry.phases["prompt"], entry.phases["generated"]
+    found = []
+    for metric in REPLICATED:
+        scores = model_score(prompt.result, metric), model_score(generated.result, metric)
+        if scores[0] is None or scores[1] is None:
+            continue
+        test = difference(generated, prompt, metric, *DEPTHS[0])
+        found.append(PhaseDifference(entry=entry, metric=metric, prompt=scores[0], generated=scores[1], test=test))
+    return found
 
 
 def differences(first: Entry, second: Entry) -> list[Difference]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +16,7 @@ import yaml
 from dbes.errors import ResultError
 from dbes.files import write_text
 from dbes.reporting.charts import METRICS
-from dbes.reporting.compare import Comparison, Difference, Entry, model_score
+from dbes.reporting.compare import Comparison, Difference, Entry, PhaseDifference, model_score, phase_differences
 from dbes.reporting.text_view import legible
 from dbes.results import Result
 from dbes.scoring import REPLICATED
@@ -55,7 +56,16 @@ def entry_row(entry: Entry, comparison: Comparison) -> dict[str, Any]:
         "excess_high": None if specialization is None else _known(specialization.excess_high),
         "utilization": _known(result.companions.get("model", {}).get("utilization")),
         "phase": str(result.settings.get("phase", "all")),
-        "accuracy": _known(result.companions.get("accuracy")),
+    }
+    for phase in ("prompt", "generated"):  # by the metric that ranks; the other metrics in phase_row
+        each = entry.phases.get(phase)
+        score = None if each is None else model_score(each.result, comparison.metric)
+        record = None if each is None or score is None else each.result.record(comparison.metric)
+        row[phase] = score
+        row[f"{phase}_low"] = None if record is None else _known(record.score_low)
+        row[f"{phase}_high"] = None if record is None else _known(record.score_high)
+    row |= {
+        "accuracy": entry.accuracy,
         "date": result.created[:10],
         "versions": legible(_versions(result), 120),
         "note": entry.problem,
@@ -66,6 +76,22 @@ def entry_row(entry: Entry, comparison: Comparison) -> dict[str, Any]:
 def table(comparison: Comparison) -> pd.DataFrame:
     """The leaderboard as a table, one row each."""
     return pd.DataFrame([entry_row(entry, comparison) for entry in comparison.entries], dtype=object)
+
+
+def phase_row(each: PhaseDifference) -> dict[str, Any]:
+    """Prompt and generated text of one model by one metric, and the difference between them with its 95 % interval."""
+    row: dict[str, Any] = {"model": legible(each.entry.label, NAME_WIDTH), "metric": each.metric}
+    for phase, score in (("prompt", each.prompt), ("generated", each.generated)):
+        record = each.entry.phases[phase].result.record(each.metric)
+        row |= {phase: score, f"{phase}_low": _known(record.score_low), f"{phase}_high": _known(record.score_high)}
+    test = each.test
+    row |= {"difference": each.generated - each.prompt, "low": None if test is None else _known(test.low)}
+    return row | {"high": None if test is None else _known(test.high), "p": None if test is None else _known(test.p)}
+
+
+def phase_rows(comparison: Comparison) -> list[dict[str, Any]]:
+    """Prompt and generated text of every model that has both, by every metric."""
+    return [phase_row(each) for entry in comparison.entries for each in phase_differences(entry)]
 
 
 def published_row(entry: Entry) -> dict[str, Any]:
@@ -110,6 +136,8 @@ def as_json(comparison: Comparison, paired: Sequence[Difference] = ()) -> str:
         "published_uncalibrated": [published_row(entry) for entry in comparison.entries],
         "pairs": [_plain(asdict(pair)) for pair in comparison.pairs],
         "paired_differences": [_plain(asdict(pair)) for pair in paired],
+        "prompt_and_generated": phase_rows(comparison),
+        "accuracy_of": comparison.accuracy_of or None,
         "apart": [asdict(each) for each in comparison.apart],
     }
     return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
@@ -137,6 +165,7 @@ def as_markdown(comparison: Comparison, paired: Sequence[Difference] = (), *, pu
             *(METRICS[metric][0] for metric in REPLICATED),
             "Random router",
             "Load used",
+            *(["Accuracy"] if comparison.accuracy_of else []),
         ]
         body = []
         for entry in comparison.entries:
@@ -144,8 +173,16 @@ def as_markdown(comparison: Comparison, paired: Sequence[Difference] = (), *, pu
             name = row["model"] + (" (baseline)" if entry.baseline else "")
             scores = [_interval(row[metric], row[f"{metric}_low"], row[f"{metric}_high"]) for metric in REPLICATED]
             body.append(["–" if rank is None else str(rank), name, row["experts"], row["k"], row["layers"], row["tokens"], *scores,
-                         _percent(row["random_router"]), _percent(row["utilization"])])  # fmt: skip
+                         _percent(row["random_router"]), _percent(row["utilization"]),
+                         *([_percent(row["accuracy"])] if comparison.accuracy_of else [])])  # fmt: skip
         lines += _grid(names, body)
+        if comparison.accuracy_of:
+            lines += ["", f"Accuracy: {markdown_cell(comparison.accuracy_of)}"]
+        if phases := phase_rows(comparison):
+            lines += ["", "Prompt and generated text:", ""]
+            body = [[row["model"], METRICS[row["metric"]][0], *(_interval(row[phase], row[f"{phase}_low"], row[f"{phase}_high"])
+                     for phase in ("prompt", "generated")), _change(row)] for row in phases]  # fmt: skip
+            lines += _grid(["Model", "Metric", "Prompt", "Generated", "Generated minus prompt"], body)
     if paired:
         lines += ["", f"Paired difference, {markdown_cell(paired[0].first)} minus {markdown_cell(paired[0].second)}:", ""]
         body = [[METRICS[each.metric][0], each.depth, f"{each.score_first:.4f}", f"{each.score_second:.4f}",
@@ -180,7 +217,12 @@ def hub_entries(result: Result, *, dataset: str) -> str:
 
     Args:
         dataset: id of the benchmark's dataset on the hub, where the leaderboard collects the entries.
+
+    Raises:
+        ResultError: ``dataset`` is not an id of the form owner/name.
     """
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", dataset):
+        raise ResultError(f"dataset {legible(dataset, 80)!r}: expected the id of a dataset on the hub, owner/name")
     from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
     entries = []
@@ -242,6 +284,11 @@ def _interval(score: float | None, low: float | None, high: float | None) -> str
     if score is None:
         return "–"
     return f"{score:.1%}" if low is None or high is None else f"{score:.1%} ({low:.1%} to {high:.1%})"
+
+
+def _change(row: dict[str, Any]) -> str:
+    interval = "" if row["low"] is None else f" ({row['low']:+.1%} to {row['high']:+.1%})"
+    return f"{row['difference']:+.1%}{interval}"
 
 
 def _percent(share: float | None) -> str:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from dbes.reporting import charts
 from dbes.reporting.compare import DEPTHS, LEVEL, Comparison, Difference, Entry, depth_of, differences, model_score
-from dbes.reporting.export import entry_row, published_row
+from dbes.reporting.export import entry_row, phase_rows, published_row
 from dbes.reporting.page import columns, render
 from dbes.reporting.text_view import legible
 from dbes.scoring import REPLICATED
@@ -37,7 +37,8 @@ def render_leaderboard(comparison: Comparison) -> str:
         ranked_by=charts.METRICS[comparison.metric][0],
         apart=[(legible(each.name, 80), legible(each.reason, 400)) for each in comparison.apart],
         level=LEVEL,
-        accuracy=any(row["accuracy"] is not None for row in payload["rows"]),
+        accuracy=legible(comparison.accuracy_of, 400),
+        phases=bool(payload["phases"]["model"]),
     )
 
 
@@ -52,10 +53,28 @@ def leaderboard_payload(comparison: Comparison) -> dict[str, Any]:
     return {
         "name": "leaderboard",
         "metric": comparison.metric,
+        "accuracy": legible(comparison.accuracy_of, 400),
         "metrics": {metric: charts.METRICS[metric][0] for metric in REPLICATED},
         "depths": [depth for depth, _, _ in DEPTHS],
         "rows": rows,
         "published": [published_row(entry) for entry in entries],
+        "phases": columns(
+            phase_rows(comparison),
+            (
+                "model",
+                "metric",
+                "prompt",
+                "prompt_low",
+                "prompt_high",
+                "generated",
+                "generated_low",
+                "generated_high",
+                "difference",
+                "low",
+                "high",
+                "p",
+            ),
+        ),
         "curves": columns(curve_rows(entries), ("model", "metric", "layer", "depth", *CURVE_FIELDS)),
         "pairs": columns(
             [_pair_row(pair) for pair in _all_pairs(entries)],
@@ -96,6 +115,8 @@ def _pair_row(pair: Difference) -> dict[str, Any]:
 def render_terminal(comparison: Comparison, paired: Sequence[Difference] = (), *, published: bool = False) -> RenderableType:
     """The comparison for ``Console.print``: the table, a paired test of two models, and what stands apart with the reason."""
     parts: list[RenderableType] = [_published_table(comparison) if published else _score_table(comparison)]
+    if not published and (phases := phase_rows(comparison)):
+        parts.append(_phase_table(phases))
     if paired:
         parts.append(_difference_table(paired))
     rule = (
@@ -104,6 +125,7 @@ def render_terminal(comparison: Comparison, paired: Sequence[Difference] = (), *
         "Baselines are not ranked."
     )
     notes = [] if published else [rule]
+    notes += [f"Accuracy: {comparison.accuracy_of}"] if comparison.accuracy_of and not published else []
     notes += [f"{entry.label}: {entry.problem}" for entry in comparison.entries if entry.problem]
     notes += [f"Not in the table: {each.name}: {each.reason}" for each in comparison.apart]
     parts += [Text(legible(note, 600), style="dim") for note in notes]
@@ -118,11 +140,14 @@ def _score_table(comparison: Comparison) -> Table:
     table.add_column("Model", overflow="fold")
     for heading in ("Experts", "k", "Layers", *(charts.METRICS[metric][0] for metric in REPLICATED), "Random router", "Load used"):
         table.add_column(heading, justify="right")
+    if comparison.accuracy_of:
+        table.add_column("Accuracy", justify="right")
     for entry in comparison.entries:
         row, rank = entry_row(entry, comparison), comparison.ranks.get(entry.label)
         name = Text(row["model"] + ("  (baseline)" if entry.baseline else ""), style="dim" if entry.baseline else "")
         scores = [_score(row[metric], row[f"{metric}_low"], row[f"{metric}_high"]) for metric in REPLICATED]
         shares = [_score(row["random_router"], None, None), _score(row["utilization"], None, None)]
+        shares += [_score(row["accuracy"], None, None)] if comparison.accuracy_of else []
         table.add_row("–" if rank is None else str(rank), name, str(row["experts"]), str(row["k"]), str(row["layers"]), *scores, *shares)
     return table
 
@@ -136,6 +161,19 @@ def _published_table(comparison: Comparison) -> Table:
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(Text(row["model"]), *("–" if row.get(name) is None else f"{row[name]:.4f}" for name in names))
+    return table
+
+
+def _phase_table(rows: Sequence[dict[str, Any]]) -> Table:
+    table = Table(title="Prompt and generated text", title_justify="left", title_style="italic", header_style="bold")
+    table.add_column("Model", overflow="fold")
+    table.add_column("Metric")
+    for heading in ("Prompt", "Generated", "Generated minus prompt", "95 % interval"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        scores = [_score(row[phase], row[f"{phase}_low"], row[f"{phase}_high"]) for phase in ("prompt", "generated")]
+        interval = "–" if row["low"] is None else f"{row['low']:+.1%} to {row['high']:+.1%}"
+        table.add_row(Text(row["model"]), charts.METRICS[row["metric"]][0], *scores, f"{row['difference']:+.1%}", interval)
     return table
 
 

@@ -16,6 +16,8 @@ start((data) => {
     { key: "random_router", label: "Random router", number: true, show: (row) => percent(row.random_router) },
     { key: "excess", label: "Excess", number: true, show: (row) => (row.excess === null ? "–" : element("span", {}, (row.excess > 0 ? "+" : "") + percent(row.excess), row.excess_low === null ? "" : element("span", { class: "small" }, ` (${percent(row.excess_low)} to ${percent(row.excess_high)})`))) },
     { key: "utilization", label: "Load used", number: true, show: (row) => percent(row.utilization) },
+    ...(data.phases.model.length ? ["prompt", "generated"].map((phase) => ({ key: phase, label: phase === "prompt" ? "Prompt" : "Generated", title: `${data.metrics[data.metric]}, ${phase} only`, number: true, show: withInterval(phase) })) : []),
+    ...(data.accuracy ? [{ key: "accuracy", label: "Accuracy", number: true, show: (row) => percent(row.accuracy) }] : []),
     { key: "family", label: "Family" }, { key: "experts", label: "Experts", number: true }, { key: "k", label: "k", number: true }, { key: "layers", label: "Layers", number: true },
     { key: "tokens", label: "Tokens", number: true, show: (row) => (row.tokens === null ? "–" : row.tokens.toLocaleString("en")) }, { key: "phase", label: "Text" }, { key: "dtype", label: "dtype" }, { key: "date", label: "Date" }, { key: "versions", label: "Versions" },
   ], rows, { size: 50, pager: document.getElementById("l-pager"), sort: "place", down: false });
@@ -53,6 +55,18 @@ start((data) => {
     { key: "told", label: "Told apart", show: (row) => (row.adjusted !== null && row.adjusted <= 0.05 ? "yes" : "no") },
   ], pairs(), { pager: document.getElementById("p-pager") });
   ["p-first", "p-second"].forEach((id) => onChange(id, () => pairTable.set(pairs())));
+
+  // Prompt and generated
+  if (data.phases.model.length) {
+    fill("g-metric", metrics.filter(([metric]) => data.phases.metric.includes(metric)), data.metric);
+    const phases = () => rowsOf(data.phases, (i) => data.phases.metric[i] === chosen("g-metric"));
+    const phaseTable = sortableTable(document.getElementById("g-table"), [
+      { key: "model", label: "Model" }, { key: "prompt", label: "Prompt", number: true, show: withInterval("prompt") }, { key: "generated", label: "Generated", number: true, show: withInterval("generated") },
+      { key: "difference", label: "Difference", number: true, show: (row) => signed(row.difference) }, { key: "low", label: "95 % interval", number: true, show: (row) => (row.low === null ? "–" : `${signed(row.low)} to ${signed(row.high)}`) }, { key: "p", label: "p", number: true, show: (row) => small(row.p) },
+    ], phases(), { size: 50, pager: document.getElementById("g-pager"), sort: "difference" });
+    onChange("g-metric", () => phaseTable.set(phases()));
+    document.getElementById("g-csv").addEventListener("click", () => download("prompt-and-generated.csv", csv(rowsOf(data.phases)), "text/csv;charset=utf-8"));
+  }
 
   // Published
   const names = [...new Set(data.published.flatMap(Object.keys))];
