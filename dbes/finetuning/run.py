@@ -65,8 +65,8 @@ def finetune(
     """
     where = str(EMBEDDED_MODEL if str(model) == "embedded" else model)
     found = prepare_data(data, tasks=tasks, limit=limit)
-    accelerator = accelerator if accelerator is not None else _accelerator(settings, out)
     refuse_sharding(accelerator)
+    accelerator = accelerator if accelerator is not None else _accelerator(settings, out)
     say("loading")
     place = {"": accelerator.device} if accelerator.num_processes > 1 and accelerator.device.type != "cpu" else None
     with memory_explained():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,9 @@ from dbes.finetuning.evaluation import DomainScore, token_losses
 from dbes.finetuning.settings import FinetuneSettings, learning_rate
 from dbes.finetuning.state import STATE, append_log, kept_log, load_state, save_state
 from dbes.sites import base_of, find_sites, input_device
+
+SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP")
+"""What accelerate calls ways to spread one model over processes."""
 
 MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
 
@@ -158,13 +162,19 @@ def batch_places(step: int, size: int, samples: int, seed: int) -> list[int]:
     return [int(orders[place // samples][place % samples]) for place in places]
 
 
-def refuse_sharding(accelerator: Any) -> None:
-    """Raises FinetuneError under FSDP, DeepSpeed and the like: they cut the fused tensors whose rows are trained."""
-    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
-    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU", "MULTI_HPU"):
+def refuse_sharding(accelerator: Any = None) -> None:
+    """Raises FinetuneError under FSDP, DeepSpeed and the like: they cut the fused tensors whose rows are trained.
+
+    Without an accelerator, by what `accelerate launch` put into the environment: making one would start the sharding already.
+    """
+    kind = next((name for name in SHARDING if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true")), None)
+    if accelerator is not None and kind is None:
+        given = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+        kind = given if given in SHARDING else None
+    if kind is not None:
         raise FinetuneError(
             f"{kind} cuts the fused tensors of the experts into shards, and single experts cannot be trained in shards; "
-            "run several processes without it (every process holds the model), or spread the model with one process"
+            "use accelerate's plain multi-process mode, in which every process holds the model"
         )
 
 
