@@ -35,3 +35,7 @@ class PathError(DbesError):
 
 class FinetuneError(DbesError):
     """Chosen experts cannot be trained: the path, the data, the settings or the model do not fit, or training went wrong."""
+
+
+class InterventionError(DbesError):
+    """An intervention experiment cannot be set up, gone on with or read."""

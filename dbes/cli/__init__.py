@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from dbes.cli import evaluation, finetuning, paths, reports, tasks, testbed
+from dbes.cli import evaluation, finetuning, intervention, paths, reports, tasks, testbed
 
 app = typer.Typer(
     help="Do the experts of a Mixture-of-Experts language model specialize, in what, and is that more than chance?",
@@ -16,9 +16,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     add_completion=False,
 )
-for command in (evaluation.evaluate, evaluation.score, reports.report, reports.compare, evaluation.doctor, paths.paths):
+for command in (evaluation.evaluate, evaluation.score, reports.report, reports.compare, evaluation.doctor):
     app.command()(command)
-for command in (finetuning.finetune, finetuning.merge):
+for command in (paths.paths, finetuning.finetune, finetuning.merge, intervention.intervene):
     app.command()(command)
 app.add_typer(tasks.app, name="tasks")
 app.add_typer(testbed.app, name="testbed")

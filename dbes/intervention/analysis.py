@@ -1,0 +1,255 @@
+"""From the records of an experiment to its outcome: figures of every arm, paired tests, Pareto front, masks, verdicts. Plain JSON."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dbes.intervention.outcomes import (
+    Curves,
+    Measured,
+    Strata,
+    curves_of,
+    figure,
+    holm,
+    log_ratio,
+    matched,
+    pareto,
+    strata_of,
+)
+from dbes.intervention.settings import CONTROL, EXTRA_ARMS, FULL, LOAD, SLOW, Arm, Settings
+from dbes.intervention.verdicts import overall_verdict, target_verdict
+
+OUTCOME_SCHEMA = 1
+SIGNIFICANT = 0.05
+
+Records = Sequence[tuple[Arm, dict[str, Any]]]
+Key = tuple[str, float | None]
+"""An arm's name and budget."""
+
+
+def analyse(about: Mapping[str, Any], records: Records, masks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The outcome of an experiment, as far as it is finished.
+
+    Args:
+        about, records, masks: as ``grid.read_experiment`` gives them.
+    """
+    settings = Settings.model_validate(about["settings"])
+    base = {name: np.asarray(nats) for name, nats in about["base"].items()}
+    sizes = {name: np.asarray(count, np.float64) for name, count in about["bytes"].items()}
+    targets = {}
+    for target in settings.domains:
+        others = [name for name in about["data"]["domains"] if name not in (target, *settings.new)]
+        own = [(arm, record) for arm, record in records if arm.target == target]
+        targets[target] = _target(target, others, own, settings, base=base, sizes=sizes, is_new=target in settings.new)
+    return {
+        "schema_version": OUTCOME_SCHEMA,
+        "kind": "intervention",
+        "model": about["model"],
+        "texts": about["texts"],
+        "domains": about["data"]["domains"],
+        "settings": about["settings"],
+        "versions": about["versions"],
+        "units": "bits per byte",
+        "targets": targets,
+        "masks": [_masked(mask, settings, about["data"]["domains"], base=base, sizes=sizes) for mask in masks],
+        "paths": about["paths"],
+        "skipped": about["skipped"],
+        "verdict": overall_verdict(targets),
+    }
+
+
+def _target(
+    target: str,
+    others: Sequence[str],
+    records: Records,
+    settings: Settings,
+    *,
+    base: Mapping[str, np.ndarray],
+    sizes: Mapping[str, np.ndarray],
+    is_new: bool,
+) -> dict[str, Any]:
+    by_arm: dict[Key, dict[int, tuple[Arm, dict[str, Any]]]] = defaultdict(dict)
+    failed = []
+    for arm, record in records:
+        if record["status"] == "ok":
+            by_arm[arm.name, arm.budget][arm.seed] = (arm, record)
+        else:
+            failed.append({"arm": arm.name, "budget": arm.budget, "seed": arm.seed, "error": record["error"]})
+    # figures are paired by seed: an arm that misses one is left out until it has run
+    whole = {key: runs for key, runs in by_arm.items() if len(runs) == settings.seeds}
+    strata = strata_of(target, others, seeds=settings.seeds, documents={name: len(size) for name, size in sizes.items()})
+    curves = {key: curves_of(_measured(runs), target, others, base=base, sizes=sizes) for key, runs in whole.items()}
+    arms = [_arm(key, runs, curves, strata, whole) for key, runs in whole.items()]
+    for arm, kept in zip(arms, pareto([(arm["gain"]["value"], arm["forgetting"]["value"]) for arm in arms]), strict=True):
+        arm["pareto"] = kept
+    contrasts = [row for control in (CONTROL, LOAD) for row in _contrasts(control, curves, strata)]
+    return {
+        "is_new": is_new,
+        "others": list(others),
+        "base": float(base[target].sum() / np.log(2) / sizes[target].sum()),
+        "arms": arms,
+        "contrasts": contrasts,
+        "failed": failed,
+        "verdict": target_verdict(target, arms, contrasts),
+    }
+
+
+def _measured(runs: Mapping[int, tuple[Arm, dict[str, Any]]]) -> Measured:
+    records = [runs[seed][1] for seed in sorted(runs)]
+    points = [[entry["step"] for entry in record["curve"]] for record in records]
+    names = records[0]["curve"][0]["nats"]
+    nats = {name: np.asarray([[entry["nats"][name] for entry in record["curve"]] for record in records]) for name in names}
+    seconds = np.asarray([[entry["seconds"] for entry in record["curve"]] for record in records])
+    return Measured(steps=tuple(points[0]), nats=nats, seconds=seconds)
+
+
+def _arm(
+    key: Key,
+    runs: Mapping[int, tuple[Arm, dict[str, Any]]],
+    curves: Mapping[Key, Curves],
+    strata: Strata,
+    every: Mapping[Key, Mapping[int, tuple[Arm, dict[str, Any]]]],
+) -> dict[str, Any]:
+    """The figures of one arm."""
+    name, budget = key
+    own = curves[key]
+    arms, records = [runs[seed][0] for seed in sorted(runs)], [runs[seed][1] for seed in sorted(runs)]
+    full = [curves[slot] for slot in ((FULL, None), (SLOW, None)) if slot in curves]
+    found: dict[str, Any] = {
+        "arm": name,
+        "budget": budget,
+        "kind": arms[0].kind,
+        "rate": records[0]["run"]["rate"],
+        "cells": float(np.mean([len(arm.cells) for arm in arms])),
+        "coverage": _mean([arm.coverage for arm in arms]),
+        "gain": figure(own.gain[:, -1], strata).as_json(),
+        "forgetting": figure(own.forgetting[:, -1], strata).as_json(),
+        "worst_forgetting": figure(own.worst[:, -1], strata).as_json(),
+        "trainable_parameters": _mean([record["trainable_parameters"] for record in records]),
+        "optimizer_bytes": _mean([record["optimizer_bytes"] for record in records]),
+        "peak_added_bytes": _mean([record["peak_added_bytes"] for record in records]),
+        "training_seconds": _mean([record["training_seconds"] for record in records]),
+        "steps_without_gradient": _mean([record["steps_without_gradient"] for record in records]),
+        "curve": [
+            {"step": step, "gain": round(float(gain), 5), "forgetting": round(float(lost), 5)}
+            for step, gain, lost in zip([0, *(entry["step"] for entry in records[0]["curve"])], own.gain[0], own.forgetting[0], strict=True)
+        ],
+    }
+    if full and name not in (FULL, SLOW):
+        gained, by_full, level = matched(own, *full)
+        ratio = log_ratio(gained, by_full, strata)
+        found["matched"] = {
+            "forgetting": float(level[0]),
+            "gain": figure(gained, strata).as_json(),
+            "full": figure(by_full, strata).as_json(),
+            "difference": figure(gained - by_full, strata).as_json(),
+            "ratio": None if ratio is None else ratio.as_json(),
+        }
+        if (FULL, None) in every:
+            found["equal_compute"] = _at_equal_compute(curves[FULL, None], _measured(every[FULL, None]), found["training_seconds"])
+    return found
+
+
+def _at_equal_compute(full: Curves, measured: Measured, seconds: float | None) -> dict[str, float] | None:
+    """Full finetuning stopped after as many seconds of training as the arm took (mean over seeds; read off its trajectory)."""
+    if seconds is None:
+        return None
+    times = np.concatenate([[0.0], measured.seconds.mean(axis=0)])
+    return {
+        "seconds": seconds,
+        "gain": float(np.interp(seconds, times, full.gain[0])),
+        "forgetting": float(np.interp(seconds, times, full.forgetting[0])),
+    }
+
+
+def _contrasts(control: str, curves: Mapping[Key, Curves], strata: Strata) -> list[dict[str, Any]]:
+    """Every arm of a budget against the control of the same budget: gain at matched forgetting, and plain gain. Holm over the arms."""
+    rows = []
+    for (name, budget), own in curves.items():
+        reference = curves.get((control, budget))
+        if budget is None or name in (control, CONTROL) or name in EXTRA_ARMS or reference is None:
+            continue
+        gained, by_control, level = matched(own, reference)
+        rows.append(
+            {
+                "arm": name,
+                "budget": budget,
+                "control": control,
+                "forgetting": float(level[0]),
+                "matched": figure(gained - by_control, strata),
+                "gain": figure(own.gain[:, -1] - reference.gain[:, -1], strata),
+            }
+        )
+    for outcome in ("matched", "gain"):
+        tested = [row for row in rows if row[outcome].p is not None]
+        for row, adjusted in zip(tested, holm([row[outcome].p for row in tested]), strict=True):
+            row[f"{outcome}_holm"] = adjusted
+    return [{**row, "matched": row["matched"].as_json(), "gain": row["gain"].as_json()} for row in rows]
+
+
+def _masked(
+    mask: Mapping[str, Any], settings: Settings, domains: Sequence[str], *, base: Mapping[str, np.ndarray], sizes: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+    """Loss added by masking the chosen cells and the controls, inside and outside the domain; replicates leave out control sets too."""
+    target = mask["job"]["target"]
+    others = [name for name in domains if name not in (target, *settings.new)]
+    names = (target, *others)
+
+    def added(nats: Mapping[str, Sequence[float]]) -> dict[str, np.ndarray]:
+        return {name: (np.asarray(nats[name]) - base[name]) / np.log(2) for name in names}
+
+    own, controls = added(mask["nats"]), [added(nats) for nats in mask["controls"]]
+    random = {name: np.stack([one[name] for one in controls]) for name in names}  # [sets, documents]
+    rows = [_inside_outside(own, {name: random[name].mean(axis=0) for name in names}, target, others, sizes)]
+    for left in range(len(controls)):
+        rows.append(_inside_outside(own, {n: np.delete(random[n], left, axis=0).mean(axis=0) for n in names}, target, others, sizes))
+    mean = {name: random[name].mean(axis=0) for name in names}
+    for name in names:
+        for document in range(len(sizes[name])):
+            fewer = {**sizes, name: np.delete(sizes[name], document)}
+            rows.append(
+                _inside_outside(
+                    {**own, name: np.delete(own[name], document)},
+                    {**mean, name: np.delete(mean[name], document)},
+                    target,
+                    others,
+                    fewer,
+                )
+            )
+    table = np.asarray(rows)
+    strata = Strata.of(len(controls), *(len(sizes[name]) for name in names))
+    titles = ("inside", "outside", "control_inside", "control_outside")
+    found = {title: figure(table[:, column], strata).as_json() for column, title in enumerate(titles)}
+    selectivity, by_control = table[:, 0] - table[:, 1], table[:, 2] - table[:, 3]
+    job = mask["job"]
+    return {
+        "target": target,
+        "rule": job["rule"],
+        "budget": job["budget"],
+        "cells": len(job["cells"]),
+        "control_cells": float(np.mean([len(cells) for cells in job["controls"]])),
+        **found,
+        "selectivity": figure(selectivity, strata).as_json(),
+        "control_selectivity": figure(by_control, strata).as_json(),
+        "difference": figure(selectivity - by_control, strata).as_json(),
+    }
+
+
+def _inside_outside(
+    own: Mapping[str, np.ndarray], control: Mapping[str, np.ndarray], target: str, others: Sequence[str], sizes: Mapping[str, np.ndarray]
+) -> list[float]:
+    """Bits per byte added inside and outside the domain, by the cells and by the controls."""
+    found = []
+    for added in (own, control):
+        per_byte = {name: added[name].sum() / sizes[name].sum() for name in (target, *others)}
+        found += [float(per_byte[target]), float(np.mean([per_byte[name] for name in others]))]
+    return found
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(f"{np.mean(known):.5g}") if known else None

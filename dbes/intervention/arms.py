@@ -1,0 +1,168 @@
+"""Which arms an experiment has: the cells that every rule chooses, and what they are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from dbes.errors import PathError
+from dbes.finetuning.cells import TrainableCells
+from dbes.intervention.data import Texts, tuning_split
+from dbes.intervention.settings import ALL, CONTROL, DOWN, FULL, LAYERED, LORA, PATH_LORA, ROUTER, SLOW, Arm, Settings
+from dbes.models import LoadedModel
+from dbes.paths.evidence import Evidence, gather
+from dbes.paths.gradients import expert_parameters, gradient_norms, masking_effects
+from dbes.paths.model_evidence import MASKING_TOKENS, cut_windows
+from dbes.paths.rules import NEED_MODEL, Rule, score_cells
+from dbes.paths.search import chosen_cells, expert_sizes, find_path
+from dbes.paths.selection import cells_of, choose
+from dbes.paths.types import Cell, ExpertPath
+from dbes.recording import record_documents
+
+SEARCH_SEED = 1000
+"""Seed of the search for learning rates; no seed of the outcome."""
+
+SLOWER = 0.25
+DOWN_SHARE = 3
+"""An expert's down-projection is about a third of it, so that three times the cells have as many trainable parameters."""
+
+RANDOM_RULES = ("random", CONTROL)
+STABILITY_DRAWS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Every arm with every seed, the paths behind them, and what could not be made.
+
+    Attributes:
+        arms: for every seed, and for ``SEARCH_SEED``.
+        paths: by (target, rule, budget), of the rules that do not depend on the seed.
+        skipped: (target, arm, budget, reason).
+    """
+
+    arms: tuple[Arm, ...]
+    paths: dict[tuple[str, str, float], ExpertPath]
+    skipped: tuple[dict[str, Any], ...]
+
+
+def evidence_of(loaded: LoadedModel, texts: Texts, *, targets: Sequence[str], settings: Settings) -> Evidence:
+    """The model's routing of training texts of every domain (of a target without its tuning part); gradients if a rule needs them."""
+    documents = []
+    for domain in texts.domains:
+        own = texts.training[domain]
+        own = tuning_split(own)[0] if domain in targets else own
+        total = 0
+        for text in own:
+            if total >= settings.evidence_tokens:
+                break
+            length = len(loaded.tokenizer(text.text, add_special_tokens=False)["input_ids"])  # pyright: ignore[reportArgumentType]
+            if length:
+                documents.append(text)
+                total += length
+    recording = record_documents(loaded, documents, domains=texts.domains, window=settings.length, control=False, stiffness=False)
+    evidence = gather(recording.trace, permutations=settings.permutations)
+    evidence = replace(evidence, sizes=expert_parameters(loaded.model))
+    wanted = {*settings.rules, settings.idea_rule}
+    by_domain = [[text.text for text in documents if text.domain == domain] for domain in texts.domains]
+    if wanted & ({*NEED_MODEL} - {"causal"}):
+        windows = [cut_windows(loaded, own, window=settings.length, tokens=settings.evidence_tokens) for own in by_domain]
+        evidence = replace(evidence, gradients=np.stack([gradient_norms(loaded.model, own) for own in windows]))
+    if "causal" in wanted:
+        windows = [cut_windows(loaded, own, window=settings.length, tokens=MASKING_TOKENS) for own in by_domain]
+        evidence = replace(evidence, effects=masking_effects(loaded.model, windows))
+    return evidence
+
+
+def plan_arms(evidence: Evidence, model: Any, settings: Settings) -> Plan:
+    """The arms of every target; an arm that cannot be made is skipped, with the reason."""
+    arms: list[Arm] = []
+    paths: dict[tuple[str, str, float], ExpertPath] = {}
+    skipped: list[dict[str, Any]] = []
+    seeds = (*range(settings.seeds), SEARCH_SEED)
+    for target in settings.domains:
+        index = evidence.domain(target)
+        for budget in settings.budgets:
+            for rule in settings.rules:
+                try:
+                    if rule not in RANDOM_RULES:
+                        paths[target, rule, budget] = find_path(
+                            evidence, domain=target, rule=rule, budget=budget, resamples=STABILITY_DRAWS, trajectories=3  # pyright: ignore[reportArgumentType]
+                        )  # fmt: skip
+                    for seed in seeds:
+                        chosen = chosen_cells(evidence, index, _rule(rule), budget=budget, match=_rule(settings.idea_rule), seed=seed)
+                        arms.append(_cells_arm(rule, target, seed, budget, chosen, evidence, index))
+                except PathError as problem:
+                    skipped.append({"target": target, "arm": rule, "budget": budget, "reason": str(problem)})
+            for name in settings.ideas:
+                try:
+                    arms += _idea(name, evidence, index, target, budget, settings, seeds)
+                except PathError as problem:
+                    skipped.append({"target": target, "arm": name, "budget": budget, "reason": str(problem)})
+            if LORA in settings.extras:
+                rank = equal_rank(model, evidence, budget)
+                every = cells_of(evidence.exists, evidence.shape)
+                arms += [Arm(name=LORA, target=target, seed=s, kind="cells", budget=budget, cells=every, rank=rank) for s in seeds]
+        arms += list(_without_budget(target, settings, seeds, evidence))
+    return Plan(arms=tuple(arms), paths=paths, skipped=tuple(skipped))
+
+
+def equal_rank(model: Any, evidence: Evidence, budget: float) -> int:
+    """Rank at which low-rank updates of all experts have about as many trainable parameters as the budget, at least 1."""
+    with TrainableCells(model, cells_of(evidence.exists, evidence.shape), rank=1) as cells:
+        each = sum(parameter.numel() for parameter in cells.parameters())
+    wanted = budget * float((expert_sizes(evidence) * np.asarray(evidence.shape.experts)).sum())
+    return max(1, round(wanted / each))
+
+
+def _without_budget(target: str, settings: Settings, seeds: Sequence[int], evidence: Evidence) -> Iterator[Arm]:
+    for seed in seeds:
+        if FULL in settings.extras:
+            yield Arm(name=FULL, target=target, seed=seed, kind="full")
+        if SLOW in settings.extras and seed != SEARCH_SEED:
+            yield Arm(name=SLOW, target=target, seed=seed, kind="full", rate_of=FULL, rate_factor=SLOWER)
+        if ALL in settings.extras:
+            yield Arm(name=ALL, target=target, seed=seed, kind="cells", cells=cells_of(evidence.exists, evidence.shape), coverage=1.0)
+        if ROUTER in settings.extras:
+            yield Arm(name=ROUTER, target=target, seed=seed, kind="router")
+
+
+def _idea(name: str, evidence: Evidence, index: int, target: str, budget: float, settings: Settings, seeds: Sequence[int]) -> list[Arm]:
+    rule = _rule(settings.idea_rule)
+    if name == LAYERED:
+        chosen = same_in_every_layer(evidence, index, rule, budget=budget)
+    else:
+        chosen = chosen_cells(evidence, index, rule, budget=min(1.0, DOWN_SHARE * budget) if name == DOWN else budget)
+    arms = [_cells_arm(name, target, seed, budget, chosen, evidence, index) for seed in seeds]
+    if name == DOWN:
+        return [arm.model_copy(update={"only": "down_proj"}) for arm in arms]
+    return [arm.model_copy(update={"rank": settings.lora_rank}) for arm in arms] if name == PATH_LORA else arms
+
+
+def same_in_every_layer(evidence: Evidence, domain: int, rule: Rule, *, budget: float) -> np.ndarray:
+    """The best cells of every layer by themselves, each layer within the budget, bool [layers, experts].
+
+    Raises:
+        PathError: a layer in which the rule gives no cell a score, or whose budget is below one cell of all.
+    """
+    score = score_cells(evidence, domain, rule)
+    sizes, experts = expert_sizes(evidence), np.asarray(evidence.shape.experts)
+    if budget * float((sizes * experts).sum()) < sizes.sum():
+        raise PathError(f"per-layer: a budget of {budget:.0%} does not reach one expert in every layer")
+    rows = []
+    for layer in range(len(score)):
+        one = slice(layer, layer + 1)
+        rows.append(choose(score[one], evidence.usage[domain][one], sizes=sizes[one], experts=experts[one], budget=budget))
+    return np.concatenate(rows)
+
+
+def _cells_arm(name: str, target: str, seed: int, budget: float, chosen: np.ndarray, evidence: Evidence, index: int) -> Arm:
+    coverage = float(evidence.load[index][chosen].sum())
+    cells: tuple[Cell, ...] = cells_of(chosen, evidence.shape)
+    return Arm(name=name, target=target, seed=seed, kind="cells", budget=budget, cells=cells, coverage=coverage)
+
+
+def _rule(name: str) -> Rule:
+    return name  # pyright: ignore[reportReturnType]

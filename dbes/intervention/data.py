@@ -1,0 +1,273 @@
+"""Texts of an experiment: training, tuning and held-out documents of every domain, as tokens of the model.
+
+Documents are split by source before anything is cut. A mix of the testbed keeps the split its checkpoints were trained with;
+tasks and files hold out a fifth of their sources, as ``dbes finetune`` does. Paths are found on training documents only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save
+
+from dbes.errors import FinetuneError, InterventionError, MixError
+from dbes.files import write_bytes
+from dbes.finetuning.data import Entry, hold_out, read_entries
+from dbes.intervention.settings import Settings
+from dbes.pipeline import read_benchmark
+from dbes.testbed.mix import is_heldout, read_texts
+from dbes.testbed.mixes import HELDOUT_SHARE, mix_files
+
+TASK, MIX = "task:", "mix:"
+TUNING_SHARE = 0.1
+PARTS = ("train", "tuning", "heldout")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceText:
+    """A text and what it was cut from."""
+
+    id: str
+    domain: str
+    source_document: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    """Training and held-out texts by domain."""
+
+    training: Mapping[str, tuple[SourceText, ...]]
+    heldout: Mapping[str, tuple[SourceText, ...]]
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        return tuple(self.training)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Documents as tokens: document i is ``tokens[starts[i]:starts[i + 1]]``.
+
+    Attributes:
+        bytes: int64 [documents], bytes of text behind all but the first token of each.
+    """
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    bytes: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.bytes)
+
+    def document(self, index: int) -> np.ndarray:
+        return self.tokens[self.starts[index] : self.starts[index + 1]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentData:
+    """Token documents of every domain.
+
+    Attributes:
+        parts: by (domain, ``train``, ``tuning`` or ``heldout``); training documents whole, the others cut to one window.
+        boundary: token id between training documents.
+        digest: sha256 over all of it.
+    """
+
+    domains: tuple[str, ...]
+    parts: Mapping[tuple[str, str], Part]
+    boundary: int
+    digest: str
+
+
+def read_sources(texts: str, domains: Sequence[str], *, cache: Path) -> tuple[Texts, tuple[str, ...]]:
+    """The texts of all domains, and the names of the targets.
+
+    Args:
+        texts: ``task:NAME`` (a task or its YAML), ``mix:NAME`` (a mix of the testbed) or a folder of ``<domain>.jsonl`` files.
+        domains: targets: a domain of the texts, ``NAME=FILE`` (a fifth of its sources is held out) or ``NAME=TRAINING,HELDOUT``.
+
+    Raises:
+        InterventionError: unknown domain, a name twice, a source on both sides, too few texts.
+        TaskError, MixError, FinetuneError: the texts cannot be read.
+    """
+    training, heldout = _of_mix(texts.removeprefix(MIX), cache) if not texts.startswith(TASK) else _of_task(texts.removeprefix(TASK))
+    names = []
+    for given in domains:
+        name, equals, files = given.partition("=")
+        names.append(name)
+        if not equals:
+            if name not in training:
+                raise InterventionError(f"domain {name!r}: {texts} has {', '.join(training)}; or give NAME=FILE")
+            continue
+        if name in training:
+            raise InterventionError(f"domain {given!r}: {texts} has a domain {name!r} already; choose another name for the file")
+        paths = files.split(",")
+        entries = [_plain(entry, name, path) for path in paths[:1] for entry in read_entries(Path(path))]
+        if len(paths) == 1:
+            training[name], heldout[name] = _held_out(entries, where=files)
+        else:
+            training[name], heldout[name] = entries, [_plain(entry, name, paths[1]) for entry in read_entries(Path(paths[1]))]
+            both = {one.source_document for one in training[name]} & {one.source_document for one in heldout[name]}
+            both |= {one.text for one in training[name]} & {one.text for one in heldout[name]}
+            if both:
+                raise InterventionError(f"{given}: {len(both)} texts or sources are in both files; held-out texts must be others")
+    return Texts(
+        training={name: tuple(of) for name, of in training.items()}, heldout={name: tuple(of) for name, of in heldout.items()}
+    ), tuple(names)
+
+
+Sides = tuple[dict[str, list[SourceText]], dict[str, list[SourceText]]]
+
+
+def _of_mix(name: str, cache: Path) -> Sides:
+    training: dict[str, list[SourceText]] = {}
+    heldout: dict[str, list[SourceText]] = {}
+    for domain, path in mix_files(name, cache).items():
+        for side, kept in ((training, False), (heldout, True)):
+            side[domain] = [
+                SourceText(id=text.id, domain=domain, source_document=text.source, text=text.text)
+                for text in read_texts(path)
+                if is_heldout(text.source, share=HELDOUT_SHARE) is kept
+            ]
+            if not side[domain]:
+                raise MixError(f"{path}: no {'held-out' if kept else 'training'} documents; add documents of other sources")
+    return training, heldout
+
+
+def _of_task(name: str) -> Sides:
+    benchmark = read_benchmark(name)
+    training: dict[str, list[SourceText]] = {}
+    heldout: dict[str, list[SourceText]] = {}
+    for domain in benchmark.domains:
+        own = [
+            SourceText(id=document.id, domain=domain, source_document=document.source_document or document.id, text=document.text)
+            for document in benchmark.documents
+            if document.domain == domain
+        ]
+        training[domain], heldout[domain] = _held_out(own, where=f"{name}: {domain}")
+    return training, heldout
+
+
+def _held_out(texts: Sequence[SourceText], *, where: str) -> tuple[list[SourceText], list[SourceText]]:
+    by_id = {text.id: text for text in texts}
+    if len(by_id) != len(texts):
+        raise InterventionError(f"{where}: two texts have the same id")
+    entries = [Entry(id=text.id, source=text.source_document, segments=((text.text, True),)) for text in texts]
+    training, heldout = hold_out(entries, where=where)
+    return [by_id[entry.id] for entry in training], [by_id[entry.id] for entry in heldout]
+
+
+def _plain(entry: Entry, domain: str, path: str) -> SourceText:
+    if not entry.segments:
+        raise FinetuneError(f"{path}: text {entry.id} is a conversation; the experiment measures plain text: give rows with a text")
+    return SourceText(id=entry.id, domain=domain, source_document=entry.source, text="".join(text for text, _ in entry.segments))
+
+
+def tokenize(texts: Texts, tokenizer: Any, *, targets: Sequence[str], settings: Settings) -> ExperimentData:
+    """The documents an experiment measures and trains on.
+
+    Raises:
+        InterventionError: a domain has too little text.
+    """
+    needed = settings.steps * settings.sequences * settings.length
+    parts: dict[tuple[str, str], Part] = {}
+    for domain in texts.domains:
+        target = domain in targets
+        wanted = settings.documents if target else settings.other_documents
+        parts[domain, "heldout"] = _cut(texts.heldout[domain], tokenizer, count=wanted, length=settings.length, where=domain)
+        if target:
+            training, tuning = tuning_split(texts.training[domain])
+            parts[domain, "tuning"] = _cut(tuning, tokenizer, count=settings.tuning_documents, length=settings.length, where=domain)
+            parts[domain, "train"] = _whole(training, tokenizer, tokens=2 * needed)
+            if len(parts[domain, "train"].tokens) < 2 * settings.length:
+                raise InterventionError(f"domain {domain}: fewer than {2 * settings.length} tokens to train on")
+    digest = hashlib.sha256()
+    for (domain, name), part in sorted(parts.items()):
+        digest.update(f"{domain}\0{name}\0".encode() + part.tokens.tobytes() + part.starts.tobytes())
+    boundary = tokenizer.eos_token_id
+    return ExperimentData(
+        domains=texts.domains, parts=parts, boundary=int(boundary if boundary is not None else 0), digest=digest.hexdigest()
+    )
+
+
+def tuning_split(texts: Sequence[SourceText]) -> tuple[list[SourceText], list[SourceText]]:
+    """(training, tuning) texts: a tenth of the sources, at least one, in which learning rates are chosen."""
+    rank = {source: hashlib.sha256(f"tuning\0{source}".encode()).digest() for source in {text.source_document for text in texts}}
+    order = sorted(rank, key=rank.__getitem__)
+    if len(order) < 2:
+        raise InterventionError(f"domain {texts[0].domain}: one source text only; some must be left to choose learning rates by")
+    kept = set(order[: max(1, round(TUNING_SHARE * len(order)))])
+    return [text for text in texts if text.source_document not in kept], [text for text in texts if text.source_document in kept]
+
+
+def _encode(texts: Sequence[SourceText], tokenizer: Any) -> list[np.ndarray]:
+    return [np.asarray(tokenizer(text.text, add_special_tokens=False)["input_ids"], np.int32) for text in texts]
+
+
+def _cut(texts: Sequence[SourceText], tokenizer: Any, *, count: int, length: int, where: str) -> Part:
+    """The beginnings of documents of at least two tokens, spread over sources by a hash."""
+    order = sorted(texts, key=lambda text: hashlib.sha256(f"{text.source_document}\0{text.id}".encode()).digest())
+    documents = []
+    for text in order:
+        ids = _encode([text], tokenizer)[0][:length]
+        if len(ids) > 1:
+            documents.append(ids)
+        if len(documents) == count:
+            break
+    if len(documents) < 2:
+        raise InterventionError(f"domain {where}: fewer than two held-out documents; an interval needs more")
+    return _part(documents, [len(tokenizer.decode(ids[1:].tolist()).encode()) for ids in documents])
+
+
+def _whole(texts: Sequence[SourceText], tokenizer: Any, *, tokens: int) -> Part:
+    order = sorted(texts, key=lambda text: hashlib.sha256(text.id.encode()).digest())
+    documents, total = [], 0
+    for text in order:
+        if total >= tokens:
+            break
+        documents.append(_encode([text], tokenizer)[0])
+        total += len(documents[-1])
+    return _part(documents, [len(text.text.encode()) for text in order[: len(documents)]])
+
+
+def _part(documents: Sequence[np.ndarray], sizes: Sequence[int]) -> Part:
+    starts = np.cumsum([0, *map(len, documents)]).astype(np.int64)
+    return Part(tokens=np.concatenate(documents).astype(np.int32), starts=starts, bytes=np.maximum(np.asarray(sizes, np.int64), 1))
+
+
+def training_batches(part: Part, settings: Settings, *, boundary: int, seed: int) -> list[np.ndarray]:
+    """The batches of a run, int64 [sequences, length] each: documents in random order, joined, cut; the same for every arm of a seed."""
+    random = np.random.default_rng([seed, 17])
+    needed = settings.steps * settings.sequences * settings.length
+    rows: list[np.ndarray] = []
+    while sum(map(len, rows)) < needed:
+        for index in random.permutation(len(part)):
+            rows += [part.document(index), np.asarray([boundary], np.int32)]
+    joined = np.concatenate(rows)[:needed].astype(np.int64).reshape(-1, settings.length)
+    return list(joined[random.permutation(len(joined))].reshape(settings.steps, settings.sequences, settings.length))
+
+
+def save_data(data: ExperimentData, path: Path) -> None:
+    arrays = {}
+    for (domain, name), part in data.parts.items():
+        index = data.domains.index(domain)
+        arrays |= {f"{index}.{name}.tokens": part.tokens, f"{index}.{name}.starts": part.starts, f"{index}.{name}.bytes": part.bytes}
+    write_bytes(path, save(arrays))
+
+
+def load_data(path: Path, *, domains: Sequence[str], boundary: int, digest: str) -> ExperimentData:
+    """What ``save_data`` wrote."""
+    arrays = load_file(path)
+    parts = {}
+    for key in arrays:
+        index, name, column = key.split(".")
+        if column == "tokens":
+            prefix = f"{index}.{name}"
+            parts[domains[int(index)], name] = Part(tokens=arrays[key], starts=arrays[f"{prefix}.starts"], bytes=arrays[f"{prefix}.bytes"])
+    return ExperimentData(domains=tuple(domains), parts=parts, boundary=boundary, digest=digest)

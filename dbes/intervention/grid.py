@@ -1,0 +1,260 @@
+"""Runs an experiment: paths, search for learning rates, every arm with every seed, masks; never a finished run again."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import platform
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from dbes.errors import InterventionError
+from dbes.files import write_json
+from dbes.intervention.analysis import analyse
+from dbes.intervention.arms import SEARCH_SEED, Plan, evidence_of, plan_arms
+from dbes.intervention.data import ExperimentData, load_data, read_sources, save_data, tokenize
+from dbes.intervention.masking import MaskJob, execute_masks, plan_masks
+from dbes.intervention.runs import RUN_SCHEMA, execute, measure
+from dbes.intervention.settings import Arm, Run, Settings, run_key, run_of
+from dbes.models import load_model, load_weights
+from dbes.paths.files import write_path
+from dbes.pipeline import EMBEDDED_MODEL, EMBEDDED_NAME
+from dbes.testbed.grid import end_with_parent
+
+EXPERIMENT_SCHEMA = 1
+EXPERIMENT, RUNS, MASKS, DATA, OUTCOME = "experiment.json", "runs", "masks", "data.safetensors", "intervention.json"
+
+Progress = Callable[[str], None]
+
+
+def intervene(
+    model: str,
+    out: Path,
+    settings: Settings,
+    *,
+    texts: str,
+    targets: Sequence[str] | None = None,
+    cache: Path = Path("build/testbed"),
+    processes: int = 2,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Run what ``out`` does not hold yet of an experiment, and return (and write) its outcome.
+
+    Args:
+        texts, targets: see ``data.read_sources``; the settings' own domains by default.
+        processes: runs at a time, one thread each.
+
+    Raises:
+        InterventionError: the texts or settings cannot be used; the folder holds another experiment.
+        DbesError: the model or the texts cannot be read.
+    """
+    say = progress or (lambda _: None)
+    torch.set_num_threads(1)
+    where = str(EMBEDDED_MODEL) if model == "embedded" else model
+    loaded = load_model(where, name=EMBEDDED_NAME if model == "embedded" else None)
+    sources, names = read_sources(texts, targets or settings.domains, cache=cache)
+    if names != settings.domains:
+        raise InterventionError(f"targets {list(names)} are not the settings' domains {list(settings.domains)}")
+    unknown = sorted(set(settings.new) - set(sources.domains))
+    if unknown:
+        raise InterventionError(f"new domains {unknown}: the texts have {', '.join(sources.domains)}")
+    data = tokenize(sources, loaded.tokenizer, targets=names, settings=settings)
+    for name in names:
+        if not [other for other in data.domains if other not in (name, *settings.new)]:
+            raise InterventionError(f"domain {name!r}: no other domain is left to measure forgetting on")
+    key = run_key(settings, model=loaded.revision, data=data.digest)
+    _check_folder(out, key)
+    say(f"finding paths in {len(data.domains)} domains")
+    evidence = evidence_of(loaded, sources, targets=names, settings=settings)
+    plan = plan_arms(evidence, loaded.model, settings)
+    masks = plan_masks(evidence, plan, settings)
+    for skipped in plan.skipped:
+        say(f"{skipped['target']}: no arm {skipped['arm']} at {skipped['budget']:.0%}: {skipped['reason']}")
+    for (target, rule, budget), path in plan.paths.items():
+        write_path(path, out / "paths" / f"{target}-{rule}-{budget:g}.json")
+    save_data(data, out / DATA)
+    about = {
+        "schema_version": EXPERIMENT_SCHEMA,
+        "key": key,
+        "model": {"name": loaded.name, "revision": loaded.revision, "parameters": loaded.parameters, "where": where},
+        "texts": texts,
+        "data": {"digest": data.digest, "domains": list(data.domains), "boundary": data.boundary},
+        "bytes": {domain: data.parts[domain, "heldout"].bytes.tolist() for domain in data.domains},
+        "tokens": {domain: np.diff(data.parts[domain, "heldout"].starts).tolist() for domain in data.domains},
+        "base": measure(loaded.model, {domain: data.parts[domain, "heldout"] for domain in data.domains}),
+        "settings": settings.model_dump(mode="json"),
+        "arms": [arm.model_dump(mode="json") for arm in plan.arms],
+        "paths": {f"{t}/{r}/{b:g}": _path_facts(path) for (t, r, b), path in plan.paths.items()},
+        "masks": [job.model_dump(mode="json") for job in masks],
+        "skipped": list(plan.skipped),
+        "versions": {
+            "dbes": version("dbes"),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    write_json(out / EXPERIMENT, about)
+    del loaded
+    rates = search_rates(out, plan, settings, key, where=where, processes=processes, say=say)
+    final = [run_of(arm, rate=_rate(arm, rates)) for arm in plan.arms if arm.seed != SEARCH_SEED]
+    _run_all(out, final, masks, key, where=where, processes=processes, say=say)
+    outcome = analyse(*read_experiment(out))
+    write_json(out / OUTCOME, outcome)
+    return outcome
+
+
+def search_rates(
+    out: Path, plan: Plan, settings: Settings, key: str, *, where: str, processes: int, say: Progress
+) -> dict[tuple[str, str, float | None], float]:
+    """The learning rate of every (target, arm, budget): the one that leaves the lowest loss on the tuning part, with one seed."""
+    searched = [arm for arm in plan.arms if arm.seed == SEARCH_SEED and arm.rate_of is None]
+    wanted = {(arm.target, arm.name, arm.budget): [run_of(arm, rate=r, tuning=True) for r in settings.rates] for arm in searched}
+    _run_all(out, [run for runs in wanted.values() for run in runs], (), key, where=where, processes=processes, say=say)
+    return {arm: best_rate([read_run(out, run, key) for run in runs]) for arm, runs in wanted.items()}
+
+
+def best_rate(records: Sequence[dict[str, Any]]) -> float:
+    """Rate of the run with the lowest final loss on the tuning documents.
+
+    Raises:
+        InterventionError: every run failed.
+    """
+    finished = [record for record in records if record["status"] == "ok"]
+    if not finished:
+        raise InterventionError(f"every learning rate tried ended without a number: {records[0]['error']}; give lower --rates")
+    best = min(finished, key=lambda record: sum(record["curve"][-1]["nats"][record["run"]["target"]]))
+    return float(best["run"]["rate"])
+
+
+def _rate(arm: Arm, rates: dict[tuple[str, str, float | None], float]) -> float:
+    return rates[arm.target, arm.rate_of or arm.name, arm.budget] * arm.rate_factor
+
+
+def _run_all(out: Path, runs: Iterable[Run], masks: Iterable[MaskJob], key: str, *, where: str, processes: int, say: Progress) -> None:
+    distinct = {run.identity(key): run for run in runs}
+    pending: list[tuple[str, Run | MaskJob]] = [
+        (name, run) for name, run in distinct.items() if not (out / RUNS / f"{name}.json").is_file()
+    ]
+    # dear runs first, so that no process is left alone with a long one at the end
+    pending.sort(key=lambda job: job[1].kind != "full" if isinstance(job[1], Run) else 0)
+    jobs = {job.identity(key): job for job in masks}
+    pending += [(name, job) for name, job in jobs.items() if not (out / MASKS / f"{name}.json").is_file()]
+    say(f"{len(distinct) + len(jobs) - len(pending)} of {len(distinct) + len(jobs)} runs are finished; {len(pending)} to do")
+    if not pending:
+        return
+    began = time.monotonic()
+    context = multiprocessing.get_context("spawn")
+    arguments = (where, str(out))
+    with ProcessPoolExecutor(max_workers=processes, mp_context=context, initializer=_begin, initargs=arguments) as pool:
+        running = {pool.submit(_do, name, job.model_dump(mode="json"), isinstance(job, Run)): job for name, job in pending}
+        for done, finished in enumerate(as_completed(running), 1):
+            try:
+                told = finished.result()
+            except BrokenProcessPool:
+                raise InterventionError("a process was killed (out of memory?); run the same command again to go on") from None
+            if done % 20 == 0 or done == len(pending):
+                say(f"{done}/{len(pending)} ({time.monotonic() - began:.0f} s), last: {told}")
+
+
+_STATE: dict[str, Any] = {}
+"""What a worker process keeps between its runs: the model, the data, the settings."""
+
+
+def _begin(where: str, out: str) -> None:
+    end_with_parent()
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    about = read_about(Path(out))
+    data = load_data(Path(out) / DATA, domains=about["data"]["domains"], boundary=about["data"]["boundary"], digest=about["data"]["digest"])
+    _STATE.update(model=load_weights(where), data=data, settings=Settings.model_validate(about["settings"]), out=Path(out))
+
+
+def _do(name: str, job: dict[str, Any], trains: bool) -> str:
+    model, data, settings, out = (_STATE[part] for part in ("model", "data", "settings", "out"))
+    assert isinstance(data, ExperimentData)
+    if trains:
+        run = Run.model_validate(job)
+        record = execute(model, run, data, settings)
+        write_json(out / RUNS / f"{name}.json", record)
+        return f"{run.target}, {run.kind} {len(run.cells)} cells, rate {run.rate:g}: {record['error'] or record['losses'][-1]}"
+    mask = MaskJob.model_validate(job)
+    write_json(out / MASKS / f"{name}.json", execute_masks(model, mask, data))
+    return f"{mask.target}, masks of {mask.rule}"
+
+
+def read_run(out: Path, run: Run, key: str) -> dict[str, Any]:
+    """The record of a finished run.
+
+    Raises:
+        InterventionError: missing, or not a record of this version.
+    """
+    return _read(out / RUNS / f"{run.identity(key)}.json", RUN_SCHEMA)
+
+
+def read_about(out: Path) -> dict[str, Any]:
+    return _read(out / EXPERIMENT, EXPERIMENT_SCHEMA)
+
+
+def read_experiment(out: Path) -> tuple[dict[str, Any], list[tuple[Arm, dict[str, Any]]], list[dict[str, Any]]]:
+    """What an experiment is, its finished arms with their records, and its finished masks.
+
+    Raises:
+        InterventionError: no experiment there, or a file that cannot be read.
+    """
+    about = read_about(out)
+    key, settings = about["key"], Settings.model_validate(about["settings"])
+    arms = [Arm.model_validate(arm) for arm in about["arms"]]
+    rates: dict[tuple[str, str, float | None], float] = {}
+    for arm in arms:
+        if arm.seed == SEARCH_SEED and arm.rate_of is None:
+            tried = [run_of(arm, rate=rate, tuning=True) for rate in settings.rates]
+            if all((out / RUNS / f"{run.identity(key)}.json").is_file() for run in tried):
+                rates[arm.target, arm.name, arm.budget] = best_rate([read_run(out, run, key) for run in tried])
+    records = []
+    for arm in arms:
+        if arm.seed == SEARCH_SEED or (arm.target, arm.rate_of or arm.name, arm.budget) not in rates:
+            continue
+        run = run_of(arm, rate=_rate(arm, rates))
+        if (out / RUNS / f"{run.identity(key)}.json").is_file():
+            records.append((arm, read_run(out, run, key)))
+    masks = [MaskJob.model_validate(job) for job in about["masks"]]
+    files = [out / MASKS / f"{job.identity(key)}.json" for job in masks]
+    return about, records, [_read(file, RUN_SCHEMA) for file in files if file.is_file()]
+
+
+def _read(path: Path, schema: int) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise InterventionError(f"{path}: not there; run `dbes intervene --out {path.parent}`") from None
+    except (OSError, ValueError) as problem:
+        raise InterventionError(f"{path}: cannot be read as JSON ({problem}); remove it and run the same command again") from None
+    if not isinstance(content, dict) or content.get("schema_version") != schema:
+        raise InterventionError(f"{path}: not a file of schema {schema} of this dbes")
+    return content
+
+
+def _check_folder(out: Path, key: str) -> None:
+    """Refuse a folder with another experiment; more rules, budgets or seeds of the same one are welcome."""
+    if (out / EXPERIMENT).is_file() and read_about(out)["key"] != key:
+        raise InterventionError(f"{out}: holds an experiment with another model, other texts, targets or training; choose another --out")
+
+
+def _path_facts(path: Any) -> dict[str, Any]:
+    return {
+        "cells": len(path.cells),
+        "share": path.share,
+        "coverage": path.coverage,
+        "stability": path.stability,
+        "coverage_elsewhere": float(np.mean([overlap.coverage for overlap in path.overlap.values()])) if path.overlap else None,
+    }

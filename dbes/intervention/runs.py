@@ -1,0 +1,168 @@
+"""One training run: from the base model, some parameters, one domain; held-out documents measured along the way."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from dbes.errors import InterventionError
+from dbes.finetuning.cells import TrainableCells
+from dbes.intervention.data import ExperimentData, Part, training_batches
+from dbes.intervention.settings import Run, Settings
+from dbes.sites import find_sites
+
+RUN_SCHEMA = 1
+GRADIENT_CLIP = 1.0
+BETAS = (0.9, 0.95)
+EVALUATION_TOKENS = 4096
+
+
+@torch.no_grad()
+def document_nats(model: Any, documents: Sequence[np.ndarray], *, batch_tokens: int = EVALUATION_TOKENS) -> np.ndarray:
+    """Nats summed over the predicted tokens (all but the first) of each document, float64 [documents]."""
+    nats = np.zeros(len(documents))
+    order = sorted(range(len(documents)), key=lambda index: -len(documents[index]))
+    while order:
+        width = len(documents[order[0]])
+        members, order = order[: max(1, batch_tokens // width)], order[max(1, batch_tokens // width) :]
+        ids = np.zeros((len(members), width), np.int64)
+        for row, index in enumerate(members):
+            ids[row, : len(documents[index])] = documents[index]
+        tokens = torch.from_numpy(ids)
+        # padded on the right: causal attention never looks there
+        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
+        losses = nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").double().numpy()
+        lengths = np.asarray([len(documents[index]) for index in members])
+        nats[members] = np.where(np.arange(1, width)[None] < lengths[:, None], losses, 0.0).sum(axis=1)
+    return nats
+
+
+def measure(model: Any, parts: Mapping[str, Part]) -> dict[str, list[float]]:
+    """Nats of every document of some parts, by domain; one pass over all of them."""
+    documents = [part.document(index) for part in parts.values() for index in range(len(part))]
+    nats, found, at = document_nats(model, documents), {}, 0
+    for name, part in parts.items():
+        found[name] = [round(float(value), 5) for value in nats[at : at + len(part)]]
+        at += len(part)
+    return found
+
+
+@contextmanager
+def trainable(model: Any, run: Run) -> Iterator[tuple[list[nn.Parameter], TrainableCells | None]]:
+    """The parameters of a run; the model is as before when the block ends.
+
+    Raises:
+        InterventionError: nothing of the model matches what is to be trained.
+    """
+    if run.kind == "cells":
+        with TrainableCells(model, run.cells, rank=run.rank, seed=run.seed) as cells:
+            chosen = [leaf for name, leaf in cells.named_parameters() if run.only is None or run.only in name]
+            if not chosen:
+                raise InterventionError(f"no parameter of the chosen experts has {run.only!r} in its name")
+            yield chosen, cells
+        return
+    if run.kind == "full":
+        chosen = list(model.parameters())
+    else:
+        routers = [site.router for site in find_sites(model)]
+        if any(router is None for router in routers):
+            raise InterventionError("router: not every MoE layer of this model has a router that is recognised")
+        chosen = [parameter for router in routers if router is not None for parameter in router.parameters()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    kept = [parameter.detach().clone() for parameter in chosen]
+    model.requires_grad_(False)
+    try:
+        for parameter in chosen:
+            parameter.requires_grad_(True)
+        yield chosen, None
+    finally:
+        for parameter, before in zip(chosen, kept, strict=True):
+            parameter.data.copy_(before)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+            parameter.grad = None
+
+
+def execute(model: Any, run: Run, data: ExperimentData, settings: Settings) -> dict[str, Any]:
+    """The record of one run; the model is as before afterwards.
+
+    ``curve`` holds, for every point, the nats of each held-out document by domain (of each tuning document in a run of the
+    search) and the seconds of training until then. A loss that is no number ends the run with status ``failed``.
+    """
+    began, peak = time.perf_counter(), PeakMemory()
+    batches = training_batches(data.parts[run.target, "train"], settings, boundary=data.boundary, seed=run.seed)
+    parts = {run.target: data.parts[run.target, "tuning"]} if run.tuning else {name: data.parts[name, "heldout"] for name in data.domains}
+    points = {settings.steps} if run.tuning else {*(settings.full_points if run.kind == "full" else settings.points)}
+    record: dict[str, Any] = {"schema_version": RUN_SCHEMA, "status": "ok", "error": None, "run": run.model_dump(mode="json")}
+    curve, losses, idle, training = [], [], 0, 0.0
+    with trainable(model, run) as (parameters, cells):
+        optimizer = torch.optim.AdamW(parameters, lr=run.rate, betas=BETAS, weight_decay=settings.weight_decay)
+        for step, batch in enumerate(batches, 1):
+            started = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = run.rate * min(1.0, step / (settings.warmup + 1))
+            tokens = torch.from_numpy(batch)
+            logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+            loss = nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), tokens[:, 1:].reshape(-1))
+            if not math.isfinite(float(loss)):
+                record |= {"status": "failed", "error": f"the loss is no number at step {step}"}
+                break
+            losses.append(round(float(loss.detach()), 4))
+            # A set of random cells may hold no expert that any token of this batch chose: then nothing can be learned from it.
+            if loss.requires_grad:
+                loss.backward()
+                left = cells.drop_empty_gradients() if cells is not None else 1
+                idle += left == 0
+                nn.utils.clip_grad_norm_(parameters, GRADIENT_CLIP)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            else:
+                idle += 1
+            training += time.perf_counter() - started
+            if step in points:
+                curve.append({"step": step, "seconds": round(training, 3), "nats": measure(model, parts)})
+        state = [value for slots in optimizer.state.values() for key, value in slots.items() if key != "step"]
+        record |= {
+            "trainable_parameters": sum(parameter.numel() for parameter in parameters),
+            "optimizer_bytes": sum(value.numel() * value.element_size() for value in state),
+        }
+    return record | {
+        "losses": losses,
+        "steps_without_gradient": idle,
+        "training_seconds": round(training, 3),
+        "seconds": round(time.perf_counter() - began, 3),
+        "peak_added_bytes": peak.added(),
+        "curve": curve,
+    }
+
+
+class PeakMemory:
+    """Resident memory added since this was made, at its highest; where the system lets a process reset its own mark (Linux)."""
+
+    def __init__(self) -> None:
+        self._before: int | None = None
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+            self._before = _status_bytes("VmRSS")
+        except OSError:
+            pass
+
+    def added(self) -> int | None:
+        highest = _status_bytes("VmHWM") if self._before is not None else None
+        return None if highest is None or self._before is None else max(0, highest - self._before)
+
+
+def _status_bytes(name: str) -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text("ascii", errors="replace").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)

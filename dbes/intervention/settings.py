@@ -1,0 +1,169 @@
+"""Settings of an experiment, its arms, and the runs they need."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from dbes.paths.rules import RULES
+from dbes.paths.types import Cell
+
+Kind = Literal["cells", "full", "router"]
+"""``cells``: chosen experts (whole, or low-rank updates of them); ``full``: every parameter; ``router``: the routers' weights."""
+
+CONTROL = "random-load-matched"
+LOAD = "target-load"
+FULL, SLOW, ALL, LORA, ROUTER = "full", "full-slow", "all", "lora", "router"
+DOWN, PATH_LORA, LAYERED = "down", "lora-path", "per-layer"
+EXTRA_ARMS = (FULL, SLOW, ALL, LORA, ROUTER)
+IDEAS = (DOWN, PATH_LORA, LAYERED)
+
+DEFAULT_RULES = (
+    "specialization",
+    "trajectory",
+    "lift",
+    "esft-token",
+    "esft-gate",
+    "target-load",
+    "load",
+    "gradient",
+    "gradient-contrast",
+    "gradient-layer",
+    "causal",
+    "random",
+    "random-load-matched",
+    "bottom",
+)
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Settings(Strict):
+    """What an experiment does; part of the identity of its results.
+
+    Attributes:
+        domains: targets, each trained by itself.
+        new: domains that the model was not trained on; never counted as forgotten.
+        budgets: shares of the routed-expert parameters.
+        rules: of the expert paths.
+        extras: arms that are no expert path: ``full``, ``full-slow`` (a quarter of full's learning rate, so that full
+            finetuning's trajectory is also known where it forgets little), ``all`` (experts), ``lora`` (low-rank updates of
+            all experts, with as many trainable parameters as the budget), ``router``.
+        ideas: ``down`` (only the down-projections, of three times the cells), ``lora-path`` (low-rank updates of the path's
+            cells), ``per-layer`` (the same number of cells in every layer); each of rule ``idea_rule``.
+        rates: learning rates tried for every arm; the one with the lowest loss on the tuning part of the target is used.
+        steps, sequences, length: optimizer steps, sequences of each and tokens of each sequence.
+        points: steps after which held-out documents are measured; the trajectory that early stopping is read from.
+        full_points: the same for full finetuning, denser at the beginning.
+        documents: held-out documents of the target; other_documents: of every other domain; evidence_tokens: of every
+            domain's training text, for finding paths.
+        masks: load-matched random sets of the causal check.
+    """
+
+    domains: tuple[str, ...]
+    new: tuple[str, ...] = ()
+    budgets: tuple[float, ...] = (0.15,)
+    rules: tuple[str, ...] = DEFAULT_RULES
+    extras: tuple[str, ...] = EXTRA_ARMS
+    ideas: tuple[str, ...] = ()
+    idea_rule: str = "specialization"
+    seeds: int = Field(default=5, ge=1)
+    rates: tuple[float, ...] = (5e-4, 2e-3, 8e-3)
+    steps: int = Field(default=40, ge=1)
+    warmup: int = Field(default=4, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    sequences: int = Field(default=8, ge=1)
+    length: int = Field(default=128, ge=2)
+    points: tuple[int, ...] = (5, 10, 20, 40)
+    full_points: tuple[int, ...] = (1, 2, 4, 6, 10, 16, 26, 40)
+    documents: int = Field(default=24, ge=2)
+    other_documents: int = Field(default=12, ge=2)
+    tuning_documents: int = Field(default=16, ge=1)
+    evidence_tokens: int = Field(default=12_000, ge=1)
+    permutations: int = Field(default=400, ge=1)
+    masks: int = Field(default=8, ge=2)
+    lora_rank: int = Field(default=4, ge=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Settings:
+        if not self.domains or len(set(self.domains)) != len(self.domains):
+            raise ValueError(f"domains {list(self.domains)}: expected at least one, each once")
+        for name, given, known in (("rules", self.rules, RULES), ("extras", self.extras, EXTRA_ARMS), ("ideas", self.ideas, IDEAS)):
+            unknown = sorted(set(given) - set(known))
+            if unknown:
+                raise ValueError(f"{name} {unknown}: expected some of {list(known)}")
+        if not self.rates or any(rate <= 0 for rate in self.rates):
+            raise ValueError(f"rates {list(self.rates)}: expected learning rates above 0")
+        for name, points in (("points", self.points), ("full_points", self.full_points)):
+            if not points or list(points) != sorted(set(points)) or points[0] < 1 or points[-1] != self.steps:
+                raise ValueError(f"{name} {list(points)}: expected ascending steps from 1 on, the last of them {self.steps}")
+        return self
+
+
+class Arm(Strict):
+    """One way of training, for one target and seed.
+
+    Attributes:
+        name: as in reports; arms of one name differ in target and seed only.
+        budget: None where no budget is set (full finetuning, router, all experts).
+        cells: chosen experts; empty for ``full`` and ``router``.
+        rank: low-rank updates in place of the experts' matrices.
+        only: train only the expert parameters whose name holds this.
+        rate_factor: times the learning rate that was chosen.
+        rate_of: arm whose learning rate is used; its own search otherwise.
+        coverage: share of the target's slots that the cells take.
+    """
+
+    name: str
+    target: str
+    seed: int
+    kind: Kind
+    budget: float | None = None
+    cells: tuple[Cell, ...] = ()
+    rank: int | None = None
+    only: str | None = None
+    rate_factor: float = 1.0
+    rate_of: str | None = None
+    coverage: float | None = None
+
+
+class Run(Strict):
+    """One training run. Arms that choose the same cells share it: the identity leaves names of arms and rules out.
+
+    Attributes:
+        tuning: a run of the search, measured on the tuning part of the target only.
+    """
+
+    target: str
+    kind: Kind
+    cells: tuple[Cell, ...]
+    rank: int | None
+    only: str | None
+    rate: float
+    seed: int
+    tuning: bool
+
+    def identity(self, experiment: str) -> str:
+        """Equal for runs that give the same result in experiments of the same model, data and settings."""
+        content = json.dumps([experiment, self.model_dump(mode="json")], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:20]
+
+
+def run_of(arm: Arm, *, rate: float, tuning: bool = False) -> Run:
+    """The run that an arm needs at a learning rate."""
+    return Run(
+        target=arm.target, kind=arm.kind, cells=arm.cells, rank=arm.rank, only=arm.only, rate=rate, seed=arm.seed, tuning=tuning
+    )  # fmt: skip
+
+
+def run_key(settings: Settings, *, model: str, data: str) -> str:
+    """What every run of an experiment depends on besides itself: not the targets, rules, budgets or number of seeds."""
+    kept = settings.model_dump(
+        mode="json", exclude={"domains", "budgets", "rules", "extras", "ideas", "idea_rule", "seeds", "rates", "masks", "permutations"}
+    )
+    return hashlib.sha256(json.dumps([model, data, kept], sort_keys=True).encode()).hexdigest()
