@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pandas as pd
@@ -372,3 +373,14 @@ def test_charts_show_every_arm_and_escape_names():
     assert chart.count("<circle") == 2
     assert "a&lt;b" in chart
     assert interval_chart(table.assign(x=math.nan), "x", "values") == ""
+
+
+@pytest.mark.parametrize(
+    ("values", "axis"),
+    [([0.0, 1.0], ["0.0", "0.2", "0.4", "0.6", "0.8", "1.0"]), ([3.42, 3.52], ["3.42", "3.44", "3.46", "3.48", "3.50", "3.52"])],
+    ids=["from nought", "far from nought"],
+)
+def test_axes_have_round_numbers_and_hold_every_value(values: list[float], axis: list[str]):
+    chart = interval_chart(pd.DataFrame({"arm": ["a", "b"], "x": values}), "x", "values")
+    assert re.findall(r'text-anchor="middle">([^<]*)<', chart) == axis
+    assert all(0 <= float(place) <= 100 for place in re.findall(r'(?:c?x\d?)="([-\d.]+)%"', chart))
