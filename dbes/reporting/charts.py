@@ -183,8 +183,8 @@ def similarity_spec(domains: int) -> Spec:
         ),
         tooltip=["first:N", "second:N", alt.Tooltip("similarity:Q", format=".4f")],
     )
-    numbers = base.mark_text(fontSize=11).encode(
-        text=alt.Text("similarity:Q", format=".2f"),
+    numbers = base.mark_text(fontSize=alt.ExprRef(f"width < {24 * domains} ? 9 : 11")).encode(
+        text="label:N",
         color=alt.condition("datum.strong", alt.value("#ffffff"), alt.value("#10151c")),
     )
     return _finished(alt.layer(cells, numbers).resolve_scale(color="independent").properties(width="container", height=34 * domains))
@@ -211,7 +211,7 @@ def dendrogram_spec(order: list[str]) -> Spec:
     brackets = alt.Chart(ROWS).mark_line(strokeWidth=1.8).encode(x=x, y=y, detail="bracket:N", order="corner:Q")
     labels = names.mark_text(align="left", dx=6, fontSize=12).encode(x=x, y=y, text="domain:N")
     padded = alt.layer(brackets, labels).properties(width="container", height=max(120, 30 * len(order)))
-    return _finished(padded, padding={"left": 5, "top": 5, "bottom": 5, "right": 130})
+    return _finished(padded)
 
 
 def load_spec() -> Spec:
@@ -288,12 +288,12 @@ def trajectory_spec(layers: Sequence[int]) -> Spec:
 
 def scatter_spec() -> Spec:
     """Specialization against accuracy, one point per model with its interval."""
-    base = alt.Chart(ROWS).encode(y=alt.Y("accuracy:Q", title="accuracy"))
+    base = alt.Chart(ROWS).encode(y=alt.Y("accuracy:Q", title="accuracy", axis=alt.Axis(format="%"), scale=alt.Scale(zero=False)))
     tooltip = ["model:N", alt.Tooltip("score:Q", format=".3f"), alt.Tooltip("accuracy:Q", format=".3f")]
     layers = [
-        base.mark_rule(style="interval").encode(x=alt.X("score_low:Q", title="specialization (score)"), x2="score_high:Q"),
+        base.mark_rule(style="interval").encode(x=alt.X("score_low:Q", title="specialization (score)", axis=alt.Axis(format="%", tickCount=8)), x2="score_high:Q"),
         base.mark_point(size=90, filled=True, opacity=1).encode(x="score:Q", tooltip=tooltip),
-        base.mark_text(dy=-12, fontSize=11).encode(x="score:Q", text="model:N"),
+        base.mark_text(dy=-12, fontSize=11).encode(x="score:Q", y=alt.Y("label_at:Q", title="accuracy"), text="model:N"),
     ]
     return _finished(alt.layer(*layers).properties(width="container", height=280))
 
@@ -301,7 +301,7 @@ def scatter_spec() -> Spec:
 def overlay_spec() -> Spec:
     """Scores of several models against relative depth (0 first, 1 last MoE layer), told apart by colour, dash and shape."""
     base = alt.Chart(ROWS).encode(
-        x=alt.X("depth:Q", title="relative depth of the layer", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(format="%", grid=False)),
+        x=alt.X("depth:Q", title="relative depth of the layer", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(format="%", grid=False, tickCount=5)),
         y=alt.Y("score:Q", title=None),
         color=alt.Color("model:N", legend=MODELS),
     )
@@ -310,9 +310,15 @@ def overlay_spec() -> Spec:
         base.mark_area(opacity=0.12).encode(y=alt.Y("score_low:Q", title=None), y2="score_high:Q"),
         base.mark_line(strokeWidth=2).encode(strokeDash=alt.StrokeDash("model:N", legend=None)),
         base.mark_point(size=50, filled=True, opacity=1).encode(shape=alt.Shape("model:N", legend=None), tooltip=tooltip),
-        base.mark_text(align="right", dx=-6, dy=-9, fontSize=11).transform_filter("datum.depth == 1").encode(text="model:N"),
+        _labels(base),
     ]
     return _finished(alt.layer(*layers).properties(width="container", height=300))
+
+
+def _labels(base: alt.Chart) -> alt.Chart:
+    """Names of the models right of their lines' ends, where the page has put ``label_at``: so far apart that none covers another."""
+    marks = base.mark_text(align="left", dx=9, fontSize=11).transform_filter("isValid(datum.label_at)")
+    return marks.encode(y=alt.Y("label_at:Q", title=None), text="model:N")
 
 
 def parallel_spec() -> Spec:
@@ -327,13 +333,13 @@ def parallel_spec() -> Spec:
     layers = [
         base.mark_line(strokeWidth=2).encode(strokeDash=alt.StrokeDash("model:N", legend=None)),
         base.mark_point(size=60, filled=True, opacity=1).encode(shape=alt.Shape("model:N", legend=None), tooltip=tooltip),
-        base.mark_text(align="left", dx=8, dy=-9, fontSize=11).transform_filter("datum.first").encode(text="model:N"),
+        _labels(base),
     ]
     return _finished(alt.layer(*layers).properties(width="container", height=300))
 
 
-def _finished(chart: Any, **more: Any) -> Spec:
+def _finished(chart: Any) -> Spec:
     """The chart as a checked dict; Altair's own theme is taken out, the page brings one for dark and one for light."""
     spec = chart.to_dict(validate=False)
     spec.pop("config", None)
-    return spec | {"autosize": {"type": "fit-x", "contains": "padding"}} | more
+    return spec | {"autosize": {"type": "fit-x", "contains": "padding"}}

@@ -14,7 +14,7 @@ start((data) => {
     { key: "model", label: "Model", show: (row) => element("span", {}, element("bdi", {}, row.model), row.baseline ? element("span", {}, " ", element("span", { class: "badge" }, "baseline")) : "", row.note ? element("div", { class: "small" }, row.note) : "") },
     ...metrics.map(([metric, label]) => ({ key: metric, label, number: true, show: withInterval(metric) })),
     { key: "random_router", label: "Random router", number: true, show: (row) => percent(row.random_router) },
-    { key: "excess", label: "Excess", number: true, show: (row) => (row.excess === null ? "–" : element("span", {}, (row.excess > 0 ? "+" : "") + percent(row.excess), row.excess_low === null ? "" : element("span", { class: "small" }, ` (${percent(row.excess_low)} to ${percent(row.excess_high)})`))) },
+    { key: "excess", label: "Excess", number: true, show: (row) => (row.excess === null ? "–" : element("div", {}, (row.excess > 0 ? "+" : "") + percent(row.excess), row.excess_low === null ? "" : element("div", { class: "small" }, `(${percent(row.excess_low)} to ${percent(row.excess_high)})`))) },
     { key: "utilization", label: "Load used", number: true, show: (row) => percent(row.utilization) },
     ...(data.phases.model.length ? ["prompt", "generated"].map((phase) => ({ key: phase, label: phase === "prompt" ? "Prompt" : "Generated", title: `${data.metrics[data.metric]}, ${phase} only`, number: true, show: withInterval(phase) })) : []),
     ...(data.accuracy ? [{ key: "accuracy", label: "Accuracy", number: true, show: (row) => percent(row.accuracy) }] : []),
@@ -36,9 +36,23 @@ start((data) => {
   const inputs = [...document.querySelectorAll("#l-models input")], wanted = () => inputs.filter((box) => box.checked).map((box) => box.value);
   inputs.forEach((box) => box.addEventListener("change", () => { if (wanted().length > MOST) box.checked = false; redraw("overlay", "parallel"); }));
   onChange("l-metric", () => redraw("overlay"));
-  addFigure("overlay", () => data.specs.overlay, () => rowsOf(data.curves, (i) => data.curves.metric[i] === chosen("l-metric") && wanted().includes(data.curves.model[i])), () => rowsOf(data.curves));
-  addFigure("parallel", () => data.specs.parallel, () => data.rows.filter((row) => wanted().includes(row.model)).flatMap((row) => metrics.map(([metric, label], i) => ({ model: row.model, first: i === 0, metric: label, score: row[metric], score_low: row[`${metric}_low`], score_high: row[`${metric}_high`] }))).filter((row) => row.score !== null));
-  addFigure("scatter", () => data.specs.scatter, () => data.rows.filter((row) => row.accuracy !== null && row.specialization !== null).map((row) => ({ model: row.model, accuracy: row.accuracy, score: row.specialization, score_low: row.specialization_low, score_high: row.specialization_high })));
+  // Names stand at least a line apart: from the lowest to the highest each is pushed up where it would cover one it overlaps sideways.
+  const spread = (rows, labelled, y, height, beside = () => true) => {
+    const known = rows.flatMap((row) => [row[y], row.score_low, row.score_high]).filter((value) => value !== null && value !== undefined);
+    const gap = (16 / height) * (y === "accuracy" ? Math.max(0.01, Math.max(...rows.map((row) => row[y])) - Math.min(...rows.map((row) => row[y]))) : Math.max(0.01, ...known) - Math.min(0, ...known)), placed = [];
+    for (const row of rows.filter(labelled).sort((a, b) => a[y] - b[y])) {
+      row.label_at = row[y];
+      for (const other of placed) if (beside(row, other) && row.label_at < other.label_at + gap) row.label_at = other.label_at + gap;
+      placed.push(row);
+    }
+    return rows;
+  };
+  addFigure("overlay", () => data.specs.overlay, () => spread(rowsOf(data.curves, (i) => data.curves.metric[i] === chosen("l-metric") && wanted().includes(data.curves.model[i])), (row) => row.depth === 1, "score", 300), () => rowsOf(data.curves));
+  const last = () => metrics.filter(([metric]) => data.rows.some((row) => wanted().includes(row.model) && row[metric] !== null)).at(-1)?.[1];
+  addFigure("parallel", () => data.specs.parallel, () => spread(data.rows.filter((row) => wanted().includes(row.model)).flatMap((row) => metrics.map(([metric, label]) => ({ model: row.model, metric: label, score: row[metric], score_low: row[`${metric}_low`], score_high: row[`${metric}_high`] }))).filter((row) => row.score !== null), (row) => row.metric === last(), "score", 300));
+  const scatter = () => data.rows.filter((row) => row.accuracy !== null && row.specialization !== null).map((row) => ({ model: row.model, accuracy: row.accuracy, score: row.specialization, score_low: row.specialization_low, score_high: row.specialization_high }));
+  const near = (a, b) => { const scores = scatter().map((row) => row.score); return Math.abs(a.score - b.score) < 0.25 * Math.max(0.01, Math.max(0, ...scores) - Math.min(0, ...scores)); };
+  addFigure("scatter", () => data.specs.scatter, () => spread(scatter(), () => true, "accuracy", 280, near), scatter);
 
   // Pairs
   const named = models.map((model) => [model, model]), signed = (value) => (value > 0 ? "+" : "") + percent(value, 2);

@@ -42,7 +42,7 @@ start((data) => {
   addFigure("similarity", () => specs.similarity, () => {
     const rows = similarity(chosen("similarity-layer") === "mean" ? layers.length : layers.indexOf(Number(chosen("similarity-layer"))));
     const known = rows.map((row) => row.similarity).filter((value) => value !== null), low = Math.min(...known), middle = low + 0.55 * (Math.max(...known) - low);
-    return rows.map((row) => ({ ...row, strong: dark() ? row.similarity < middle : row.similarity > middle }));
+    return rows.map((row) => ({ ...row, label: row.similarity === null ? "" : row.similarity.toFixed(2).replace(/^(-?)0/, "$1"), strong: dark() ? row.similarity < middle : row.similarity > middle }));
   }, () => data.similarity.flatMap((_, index) => similarity(index)));
   onChange("similarity-layer", () => redraw("similarity"));
   if (has.tree) addFigure("dendrogram", () => specs.dendrogram, () => data.dendrogram);
