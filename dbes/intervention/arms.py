@@ -91,9 +91,9 @@ def plan_arms(evidence: Evidence, model: Any, settings: Settings) -> Plan:
                         paths[target, rule, budget] = find_path(
                             evidence, domain=target, rule=rule, budget=budget, resamples=STABILITY_DRAWS, trajectories=3  # pyright: ignore[reportArgumentType]
                         )  # fmt: skip
-                    for seed in seeds:
-                        chosen = chosen_cells(evidence, index, _rule(rule), budget=budget, match=_rule(settings.idea_rule), seed=seed)
-                        arms.append(_cells_arm(rule, target, seed, budget, chosen, evidence, index))
+                    match = _rule(settings.idea_rule)
+                    drawn = [(s, chosen_cells(evidence, index, _rule(rule), budget=budget, match=match, seed=s)) for s in seeds]
+                    arms += [_cells_arm(rule, target, seed, budget, chosen, evidence, index) for seed, chosen in drawn]
                 except PathError as problem:
                     skipped.append({"target": target, "arm": rule, "budget": budget, "reason": str(problem)})
             for name in settings.ideas:

@@ -183,7 +183,9 @@ def tokenize(texts: Texts, tokenizer: Any, *, targets: Sequence[str], settings: 
         parts[domain, "heldout"] = _cut(texts.heldout[domain], tokenizer, count=wanted, length=settings.length, where=domain)
         if target:
             training, tuning = tuning_split(texts.training[domain])
-            parts[domain, "tuning"] = _cut(tuning, tokenizer, count=settings.tuning_documents, length=settings.length, where=domain)
+            parts[domain, "tuning"] = _cut(
+                tuning, tokenizer, count=settings.tuning_documents, length=settings.length, where=domain, least=1
+            )
             parts[domain, "train"] = _whole(training, tokenizer, tokens=2 * needed)
             if len(parts[domain, "train"].tokens) < 2 * settings.length:
                 raise InterventionError(f"domain {domain}: fewer than {2 * settings.length} tokens to train on")
@@ -210,7 +212,7 @@ def _encode(texts: Sequence[SourceText], tokenizer: Any) -> list[np.ndarray]:
     return [np.asarray(tokenizer(text.text, add_special_tokens=False)["input_ids"], np.int32) for text in texts]
 
 
-def _cut(texts: Sequence[SourceText], tokenizer: Any, *, count: int, length: int, where: str) -> Part:
+def _cut(texts: Sequence[SourceText], tokenizer: Any, *, count: int, length: int, where: str, least: int = 2) -> Part:
     """The beginnings of documents of at least two tokens, spread over sources by a hash."""
     order = sorted(texts, key=lambda text: hashlib.sha256(f"{text.source_document}\0{text.id}".encode()).digest())
     documents = []
@@ -220,8 +222,8 @@ def _cut(texts: Sequence[SourceText], tokenizer: Any, *, count: int, length: int
             documents.append(ids)
         if len(documents) == count:
             break
-    if len(documents) < 2:
-        raise InterventionError(f"domain {where}: fewer than two held-out documents; an interval needs more")
+    if len(documents) < least:
+        raise InterventionError(f"domain {where}: {len(documents)} held-out documents of two tokens or more, at least {least} are needed")
     return _part(documents, [len(tokenizer.decode(ids[1:].tolist()).encode()) for ids in documents])
 
 

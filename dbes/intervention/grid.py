@@ -51,7 +51,7 @@ def intervene(
 
     Args:
         texts, targets: see ``data.read_sources``; the settings' own domains by default.
-        processes: runs at a time, one thread each.
+        processes: runs at a time, one thread each; 1 runs them in this process.
 
     Raises:
         InterventionError: the texts or settings cannot be used; the folder holds another experiment.
@@ -153,27 +153,40 @@ def _run_all(out: Path, runs: Iterable[Run], masks: Iterable[MaskJob], key: str,
     if not pending:
         return
     began = time.monotonic()
+
+    def tell(done: int, told: str) -> None:
+        if done % 20 == 0 or done == len(pending):
+            say(f"{done}/{len(pending)} ({time.monotonic() - began:.0f} s), last: {told}")
+
+    if processes == 1:
+        _load(where, str(out))
+        for done, (name, job) in enumerate(pending, 1):
+            tell(done, _do(name, job.model_dump(mode="json"), isinstance(job, Run)))
+        _STATE.clear()
+        return
     context = multiprocessing.get_context("spawn")
     arguments = (where, str(out))
     with ProcessPoolExecutor(max_workers=processes, mp_context=context, initializer=_begin, initargs=arguments) as pool:
-        running = {pool.submit(_do, name, job.model_dump(mode="json"), isinstance(job, Run)): job for name, job in pending}
+        running = [pool.submit(_do, name, job.model_dump(mode="json"), isinstance(job, Run)) for name, job in pending]
         for done, finished in enumerate(as_completed(running), 1):
             try:
-                told = finished.result()
+                tell(done, finished.result())
             except BrokenProcessPool:
                 raise InterventionError("a process was killed (out of memory?); run the same command again to go on") from None
-            if done % 20 == 0 or done == len(pending):
-                say(f"{done}/{len(pending)} ({time.monotonic() - began:.0f} s), last: {told}")
 
 
 _STATE: dict[str, Any] = {}
-"""What a worker process keeps between its runs: the model, the data, the settings."""
+"""What a process keeps between its runs: the model, the data, the settings."""
 
 
 def _begin(where: str, out: str) -> None:
     end_with_parent()
-    torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
+    _load(where, out)
+
+
+def _load(where: str, out: str) -> None:
+    torch.set_num_threads(1)
     about = read_about(Path(out))
     data = load_data(Path(out) / DATA, domains=about["data"]["domains"], boundary=about["data"]["boundary"], digest=about["data"]["digest"])
     _STATE.update(model=load_weights(where), data=data, settings=Settings.model_validate(about["settings"]), out=Path(out))

@@ -95,7 +95,8 @@ def execute(model: Any, run: Run, data: ExperimentData, settings: Settings) -> d
     """The record of one run; the model is as before afterwards.
 
     ``curve`` holds, for every point, the nats of each held-out document by domain (of each tuning document in a run of the
-    search) and the seconds of training until then. A loss that is no number ends the run with status ``failed``.
+    search) and the processor seconds of training until then, which do not depend on what else the machine does. A loss that is
+    no number ends the run with status ``failed``.
     """
     began, peak = time.perf_counter(), PeakMemory()
     batches = training_batches(data.parts[run.target, "train"], settings, boundary=data.boundary, seed=run.seed)
@@ -106,16 +107,17 @@ def execute(model: Any, run: Run, data: ExperimentData, settings: Settings) -> d
     with trainable(model, run) as (parameters, cells):
         optimizer = torch.optim.AdamW(parameters, lr=run.rate, betas=BETAS, weight_decay=settings.weight_decay)
         for step, batch in enumerate(batches, 1):
-            started = time.perf_counter()
+            started = time.process_time()
             for group in optimizer.param_groups:
                 group["lr"] = run.rate * min(1.0, step / (settings.warmup + 1))
             tokens = torch.from_numpy(batch)
             logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
             loss = nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), tokens[:, 1:].reshape(-1))
-            if not math.isfinite(float(loss)):
+            value = float(loss.detach())
+            if not math.isfinite(value):
                 record |= {"status": "failed", "error": f"the loss is no number at step {step}"}
                 break
-            losses.append(round(float(loss.detach()), 4))
+            losses.append(round(value, 4))
             # A set of random cells may hold no expert that any token of this batch chose: then nothing can be learned from it.
             if loss.requires_grad:
                 loss.backward()
@@ -126,7 +128,7 @@ def execute(model: Any, run: Run, data: ExperimentData, settings: Settings) -> d
                 optimizer.zero_grad(set_to_none=True)
             else:
                 idle += 1
-            training += time.perf_counter() - started
+            training += time.process_time() - started
             if step in points:
                 curve.append({"step": step, "seconds": round(training, 3), "nats": measure(model, parts)})
         state = [value for slots in optimizer.state.values() for key, value in slots.items() if key != "step"]

@@ -1,0 +1,207 @@
+"""The analysis on simulated experiments: equal arms show no advantage, planted ones are found, intervals hold the truth."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+from intervention_records import BYTES, OTHERS, experiment
+from scipy import stats
+
+from dbes.intervention.analysis import analyse
+from dbes.intervention.outcomes import Curves, Measured, Strata, best_within, curves_of, figure, holm, log_ratio, matched, pareto, strata_of
+from dbes.uncertainty import jackknife
+
+EQUAL = {
+    "specialization": (0.2, 0.05),
+    "lift": (0.2, 0.05),
+    "target-load": (0.2, 0.05),
+    "random-load-matched": (0.2, 0.05),
+    "full": (0.4, 0.1),
+}
+
+
+def outcome(truth: dict[str, tuple[float, float]], seed: int) -> dict:
+    found = analyse(*experiment(truth, np.random.default_rng(seed)))
+    json.dumps(found, allow_nan=False)
+    return found["targets"]["a"]
+
+
+def arm(found: dict, name: str) -> dict:
+    return next(row for row in found["arms"] if row["arm"] == name)
+
+
+def test_equal_arms_show_no_advantage() -> None:
+    runs = 60
+    verdicts = [outcome(EQUAL, seed)["verdict"] for seed in range(runs)]
+    allowed = stats.binom.ppf(0.999, runs, 0.05)
+    for key in ("beats_target_load", "beats_random_load_matched", "beats_full"):
+        assert sum(bool(verdict[key]) for verdict in verdicts) <= allowed, key
+    plain = next(verdict for verdict in verdicts if not any(verdict[key] for key in ("beats_target_load", "beats_full")))
+    assert "no advantage over target load" in plain["text"] and "no path gains more than full" in plain["text"]
+
+
+def test_a_planted_gain_is_found_and_nothing_else() -> None:
+    truth = {**EQUAL, "specialization": (0.3, 0.05)}
+    for seed in range(10):
+        found = outcome(truth, seed)
+        verdict = found["verdict"]
+        assert verdict["beats_target_load"] == verdict["beats_random_load_matched"] == verdict["beats_full"] == ["specialization at 15%"]
+        assert verdict["prize"] == ["specialization at 15%"], "1.5 times what full finetuning gains"
+        assert arm(found, "specialization")["matched"]["ratio"]["value"] == pytest.approx(1.5, rel=0.1)
+        row = next(r for r in found["contrasts"] if r["arm"] == "specialization" and r["control"] == "target-load")
+        assert row["matched"]["value"] == pytest.approx(0.1, abs=0.03) and row["matched_holm"] <= 0.05
+
+
+def test_more_gain_for_more_forgetting_is_no_advantage() -> None:
+    truth = {**EQUAL, "specialization": (0.3, 0.075), "lift": (0.1, 0.025)}
+    found = [outcome(truth, seed) for seed in range(10)]
+    assert sum(bool(one["verdict"]["beats_target_load"]) for one in found) <= 2
+    row = next(r for r in found[0]["contrasts"] if r["arm"] == "specialization" and r["control"] == "target-load")
+    assert row["gain"]["low"] > 0.05 and abs(row["matched"]["value"]) < 0.03
+
+
+def test_intervals_of_gain_hold_the_truth() -> None:
+    held, runs = 0, 80
+    for seed in range(runs):
+        gain = arm(outcome({"specialization": (0.2, 0.05), "full": (0.4, 0.1)}, seed), "specialization")["gain"]
+        held += gain["low"] <= 0.2 <= gain["high"]
+    assert held >= stats.binom.ppf(0.001, runs, 0.95)
+
+
+def test_gain_by_hand() -> None:
+    """Two seeds, two documents of the target, one other domain of one document."""
+    base = {"a": np.array([300.0, 500.0]), "b": np.array([400.0])}
+    nats = {"a": np.array([[[290.0, 480.0]], [[280.0, 490.0]]]), "b": np.array([[[404.0]], [[408.0]]])}
+    sizes = {"a": np.array([100.0, 200.0]), "b": np.array([100.0])}
+    measured = Measured(steps=(1,), nats=nats, seconds=np.array([[1.0], [2.0]]))
+    curves = curves_of(measured, "a", ["b"], base=base, sizes=sizes)
+    strata = strata_of("a", ["b"], seeds=2, documents={"a": 2, "b": 1})
+    assert strata.label.tolist() == [-1, 0, 0, 1, 1]
+    nat = math.log(2)
+    whole = (10 + 20 + 20 + 10) / 2 / 300 / nat
+    gains = [whole, 30 / 300 / nat, 30 / 300 / nat, 15 / 200 / nat, 15 / 100 / nat]
+    np.testing.assert_allclose(curves.gain[:, 1], gains)
+    np.testing.assert_allclose(curves.forgetting[:, 1], [6 / 100 / nat, 8 / 100 / nat, 4 / 100 / nat, 6 / 100 / nat, 6 / 100 / nat])
+    assert (curves.gain[:, 0] == 0).all() and (curves.worst == curves.forgetting).all()
+
+
+def test_worst_is_the_domain_that_forgets_most() -> None:
+    about, records, _ = experiment({"lift": (0.2, 0.05)}, np.random.default_rng(0), seeds=2)
+    for _, record in records:
+        for point in record["curve"]:
+            point["nats"]["c"] = [value + 0.5 * BYTES * math.log(2) for value in point["nats"]["c"]]
+    about["settings"]["seeds"] = 2
+    found = arm(analyse(about, records, [])["targets"]["a"], "lift")
+    assert found["worst_forgetting"]["value"] == pytest.approx(0.55, abs=0.1)
+    assert found["forgetting"]["value"] == pytest.approx(0.05 + 0.5 / len(OTHERS), abs=0.05)
+
+
+def test_variance_is_the_stratified_jackknife() -> None:
+    random = np.random.default_rng(1)
+    strata = Strata.of(5, 1, 7)
+    replicates = random.normal(1.0, 0.1, len(strata.label))
+    _, error = jackknife(replicates[0], replicates[1:], strata.label[1:])
+    found = figure(replicates, strata)
+    terms = [(n - 1) * np.var(replicates[strata.label == label]) for label, n in ((0, 5), (2, 7))]
+    freedom = sum(terms) ** 2 / (terms[0] ** 2 / 4 + terms[1] ** 2 / 6)
+    assert found.high - found.value == pytest.approx(error * stats.t.ppf(0.975, freedom))  # pyright: ignore[reportOptionalOperand]
+    assert found.p == pytest.approx(2 * stats.t.sf(found.value / error, freedom))
+
+
+def test_one_seed_and_one_document_leave_no_interval() -> None:
+    found = figure(np.array([0.3]), Strata.of(1, 1))
+    assert (found.value, found.low, found.high, found.p) == (0.3, None, None, None)
+
+
+def test_identical_arms_differ_by_exactly_nothing() -> None:
+    found = figure(np.zeros(6), Strata.of(5))
+    assert (found.low, found.high, found.p) == (0.0, 0.0, 1.0)
+
+
+def line(*points: tuple[float, float]) -> Curves:
+    """A trajectory of (forgetting, gain) points after the start."""
+    forgetting, gain = (np.array([[0.0, *(point[side] for point in points)]]) for side in (0, 1))
+    return Curves(gain=gain, forgetting=forgetting, worst=forgetting)
+
+
+@pytest.mark.parametrize(
+    ("curve", "limit", "expected"),
+    [
+        pytest.param(line((0.1, 1.0)), 0.05, 0.5, id="half way on the first stretch"),
+        pytest.param(line((0.1, 1.0), (0.3, 1.5)), 0.2, 1.25, id="between two points"),
+        pytest.param(line((0.1, 1.0)), 0.5, 1.0, id="never beyond the end"),
+        pytest.param(line((0.1, 1.0), (0.2, 0.8)), 0.2, 1.0, id="stopped before it gets worse"),
+        pytest.param(line((0.1, -0.2), (0.3, 1.0)), 0.05, 0.0, id="not training at all is better"),
+        pytest.param(line((-0.1, 0.4), (0.2, 1.0)), 0.0, 0.6, id="forgets less than nothing at first"),
+        pytest.param(line((0.2, 0.5), (0.05, 0.9), (0.4, 1.2)), 0.05, 0.9, id="comes back to less forgetting"),
+    ],
+)
+def test_best_within_a_forgetting_by_hand(curve: Curves, limit: float, expected: float) -> None:
+    assert best_within(curve, np.array([limit]))[0] == pytest.approx(expected)
+
+
+def test_matched_compares_where_neither_side_is_extrapolated() -> None:
+    short, long, slow = line((0.1, 1.0)), line((0.2, 1.0), (0.4, 1.6)), line((0.05, 0.4), (0.1, 0.7))
+    gained, other, level = matched(short, long)
+    assert (gained[0], other[0], level[0]) == pytest.approx((1.0, 0.5, 0.1))
+    gained, other, level = matched(long, short)
+    assert (gained[0], other[0], level[0]) == pytest.approx((0.5, 1.0, 0.1))
+    assert matched(short, long, slow)[1][0] == pytest.approx(0.7), "the better of the two is what must be beaten"
+    assert matched(line((-0.1, 0.3)), long)[2][0] == 0.0
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([]) == []
+
+
+def test_pareto_by_hand() -> None:
+    assert pareto([(1.0, 0.1), (0.5, 0.2), (1.2, 0.2), (1.0, 0.1), (0.1, 0.0)]) == [True, False, True, True, True]
+
+
+def test_a_ratio_with_nothing_is_not_given() -> None:
+    strata = Strata.of(3)
+    assert log_ratio(np.array([1.0, 1, 1, 1]), np.array([0.0, 1, 1, 1]), strata) is None
+    found = log_ratio(np.array([2.0, 2.1, 1.9, 2.0]), np.array([1.0, 1.0, 1.0, 1.0]), strata)
+    assert found is not None and found.value == pytest.approx(2.0) and found.low is not None and found.low > 1
+
+
+def test_full_finetuning_stopped_at_equal_compute_is_read_off_its_trajectory() -> None:
+    found = arm(outcome(EQUAL, 0), "specialization")["equal_compute"]
+    full = {point["step"]: point for point in arm(outcome(EQUAL, 0), "full")["curve"]}
+    assert found["seconds"] == pytest.approx(4.0) and found["gain"] == pytest.approx(full[20]["gain"], abs=1e-4)
+
+
+def test_arms_that_miss_a_seed_wait_and_failed_runs_are_named() -> None:
+    about, records, _ = experiment(EQUAL, np.random.default_rng(0))
+    kept = [(a, r) for a, r in records if (a.name, a.seed) != ("lift", 3)]
+    kept = [(a, {**r, "status": "failed", "error": "the loss is no number at step 3"} if a.name == "full" else r) for a, r in kept]
+    found = analyse(about, kept, [])["targets"]["a"]
+    assert {row["arm"] for row in found["arms"]} == {"specialization", "target-load", "random-load-matched"}
+    assert len(found["failed"]) == 5 and "matched" not in arm(found, "specialization")
+
+
+def masked(seed: int, *, inside: float) -> dict:
+    """Cells whose mask adds ``inside`` bits per byte in the domain and 0.1 elsewhere; six controls that add 0.1 everywhere."""
+    random = np.random.default_rng(seed)
+    about, _, _ = experiment({"full": (0.4, 0.1)}, random, seeds=1)
+    bits = BYTES * math.log(2)
+
+    def nats(inside: float) -> dict[str, list[float]]:
+        effect = {name: inside if name == "a" else 0.1 for name in about["base"]}
+        return {n: [v + bits * random.normal(effect[n], 0.02) for v in values] for n, values in about["base"].items()}
+
+    job = {"target": "a", "rule": "lift", "budget": 0.15, "cells": [[0, 1]], "controls": [[[0, 2], [0, 3]]] * 6}
+    return analyse(about, [], [{"job": job, "nats": nats(inside), "controls": [nats(0.1) for _ in range(6)]}])["masks"][0]
+
+
+def test_masks_tell_drivers_from_bystanders() -> None:
+    found = masked(0, inside=0.3)
+    assert found["inside"]["value"] == pytest.approx(0.3, abs=0.03) and found["control_cells"] == 2
+    assert found["control_inside"]["value"] == pytest.approx(0.1, abs=0.03) and found["outside"]["value"] == pytest.approx(0.1, abs=0.03)
+    assert found["difference"]["low"] > 0.15
+    held = [found["difference"]["low"] <= 0 <= found["difference"]["high"] for found in (masked(seed, inside=0.1) for seed in range(100))]
+    assert sum(held) >= stats.binom.ppf(0.001, 100, 0.95)
