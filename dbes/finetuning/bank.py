@@ -10,14 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from dbes.errors import FinetuneError
+from dbes.finetuning.frozen import FrozenExperts, SumOverSlots, activate, names, project
 from dbes.finetuning.slots import Slot
 
 NAME = "dbes_split_bank"
@@ -90,48 +91,42 @@ def split_bank_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, to
         plain = type(self).forward.__wrapped__
         run = plain if bank.previous in (None, "eager") else ALL_EXPERTS_FUNCTIONS.get(bank.previous, plain)
         return run(self, hidden_states, top_k_index, top_k_weights)
-    tokens, k = top_k_index.shape
-    count = _count(self)
-    ids = top_k_index.reshape(-1)
-    places, order = torch.sort(bank.places.to(ids.device)[ids], stable=True)
+    k, count = top_k_index.shape[-1], _count(self)
+    places, order = torch.sort(bank.places.to(top_k_index.device)[top_k_index.reshape(-1)], stable=True)
     counts = torch.bincount(places, minlength=count + len(bank.experts))
-    rows = hidden_states[order // k]
-    frozen_rows, *trained_rows = [int(counts[:count].sum()), *counts[count:].tolist()]
-    outputs = []
-    if frozen_rows:
+    frozen, *trained = [int(counts[:count].sum()), *counts[count:].tolist()]
+    tokens, weights, outputs = order // k, top_k_weights.reshape(-1)[order], []
+    if frozen:
         offsets = torch.cumsum(counts[:count], 0, dtype=torch.int32)
-        outputs.append(_frozen(self, rows[:frozen_rows], places[:frozen_rows], offsets))
-    start = frozen_rows
-    for slots, length in zip(bank.experts.values(), trained_rows, strict=True):
+        outputs.append(_frozen(self, hidden_states, weights[:frozen], tokens[:frozen], places[:frozen], offsets))
+    start = frozen
+    for slots, length in zip(bank.experts.values(), trained, strict=True):
         if length:  # an expert without a token has no part in the graph: no gradient, no weight decay, no momentum
-            outputs.append(_trained(self, rows[start : start + length], slots).to(outputs[0].dtype if outputs else rows.dtype))
+            rows = hidden_states.index_select(0, tokens[start : start + length])
+            output = _trained(self, rows, slots).to(outputs[0].dtype if outputs else rows.dtype)
+            outputs.append(output * weights[start : start + length, None])
             start += length
-    weighted = torch.cat(outputs) * top_k_weights.reshape(-1)[order, None]
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(len(order), device=order.device)
-    return weighted[inverse].view(tokens, k, -1).sum(1).to(hidden_states.dtype)
+    return cast(Tensor, SumOverSlots.apply(torch.cat(outputs), order, k)).to(hidden_states.dtype)
 
 
-def _frozen(module: Any, rows: Tensor, ids: Tensor, offsets: Tensor) -> Tensor:
-    """Outputs of frozen experts, as transformers' own grouped implementation computes them. Rows are sorted by expert."""
-    up, down = _names(module)
-
-    def project(values: Tensor, name: str) -> Tensor:
-        bias = getattr(module, f"{name}_bias").detach()[ids] if module.has_bias else None
-        return _grouped_linear(values, getattr(module, name).detach(), offsets, bias=bias, is_transposed=module.is_transposed)
-
-    return _normalised(module, project(_activated(module, project(rows, up)), down))
+def _frozen(module: Any, hidden: Tensor, weights: Tensor, tokens: Tensor, ids: Tensor, offsets: Tensor) -> Tensor:
+    """Weighted outputs of frozen experts; see `FrozenExperts`."""
+    if not getattr(module, "has_post_expert_norm", False):
+        return cast(Tensor, FrozenExperts.apply(hidden, weights, module, tokens, ids, offsets))
+    up, down = names(module)
+    output = project(module, activate(module, project(module, hidden[tokens], up, ids, offsets)), down, ids, offsets)
+    return module.post_expert_norm(output) * weights[:, None]
 
 
 def _trained(module: Any, rows: Tensor, slots: Mapping[str, Slot]) -> Tensor:
     """Outputs of one trained expert for the rows routed to it."""
-    up, down = _names(module)
+    up, down = names(module)
 
-    def project(values: Tensor, name: str) -> Tensor:
+    def through(values: Tensor, name: str) -> Tensor:
         weight, bias = _value(module, slots, name), _value(module, slots, f"{name}_bias") if module.has_bias else None
         return functional.linear(values.to(weight.dtype), weight.T if module.is_transposed else weight, bias)
 
-    return _normalised(module, project(_activated(module, project(rows, up)), down))
+    return _normalised(module, through(activate(module, through(rows, up)), down))
 
 
 def _value(module: Any, slots: Mapping[str, Slot], name: str) -> Tensor:
@@ -141,17 +136,9 @@ def _value(module: Any, slots: Mapping[str, Slot], name: str) -> Tensor:
     return getattr(module, name).detach()[next(iter(slots.values())).cell.expert]
 
 
-def _names(module: Any) -> tuple[str, str]:
-    return "gate_up_proj" if module.has_gate else "up_proj", "down_proj"
-
-
-def _activated(module: Any, values: Tensor) -> Tensor:
-    return module._apply_gate(values) if module.has_gate else module.act_fn(values)
-
-
 def _normalised(module: Any, values: Tensor) -> Tensor:
     return module.post_expert_norm(values) if getattr(module, "has_post_expert_norm", False) else values
 
 
 def _count(module: Any) -> int:
-    return getattr(module, _names(module)[1]).shape[0]
+    return getattr(module, names(module)[1]).shape[0]

