@@ -59,6 +59,7 @@ OUTCOMES = {
     "reproduces": ("✓", "reproduce"),
     "does not reproduce": ("✗", "do not reproduce"),
     "undecided": ("?", "undecided"),
+    "not measured": ("–", "not measured"),
 }
 """Outcomes of a verdict, with the sign and the words of the page."""
 
