@@ -37,7 +37,7 @@ leaderboard: $(READY)  ## Check the shipped results and rebuild reports/leaderbo
 
 browser: $(READY) build/axe/package/axe.min.js  ## The pages in a real headless Chromium.
 	command -v chromium > /dev/null || (apt-get update -qq && apt-get install -qq --yes chromium)
-	$(OFFLINE) $(BIN)/python -m pytest -m browser
+	$(OFFLINE) $(BIN)/python -m pytest -m browser tests/browser
 
 build/axe/package/axe.min.js:
 	mkdir -p build/axe

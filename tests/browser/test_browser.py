@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -22,6 +23,8 @@ from report_results import HOSTILE, simulated_trace, write_result
 from dbes.reporting.compare import compare
 from dbes.reporting.leaderboard import render_leaderboard
 from dbes.reporting.page import unpacked, write_page
+from dbes.testbed import report as testbed_report
+from dbes.testbed.experiments import Findings, Verdict
 
 pytestmark = pytest.mark.browser
 
@@ -52,11 +55,32 @@ def model_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def leaderboard_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("leaderboard")
-    for seed, lean in enumerate((0.1, 0.4, 0.7)):
-        write_result(folder / str(seed), simulated_trace(seed, lean=lean, model=f"model-{seed}"), keep_trace=False)
+    for seed, (lean, family, experts) in enumerate(((0.1, "olmoe", 16), (0.4, "mixtral", 16), (0.7, "olmoe", 32))):
+        trace = simulated_trace(seed, lean=lean, model=f"model-{seed}", family=family, experts=experts, generated=seed < 2)
+        for phase in (None, 0, 1) if seed < 2 else (None,):
+            write_result(folder / f"{seed}-{phase}", trace, keep_trace=False, permutations=20, phase=phase)
+    accuracies = folder / "arc.csv"
+    accuracies.write_text("model,accuracy\nmodel-0,0.41\nmodel-1,0.412\n", "utf-8")
     page = folder / "leaderboard.html"
-    page.write_text(render_leaderboard(compare([folder])), "utf-8")
+    page.write_text(render_leaderboard(compare([folder], accuracy=[accuracies])), "utf-8")
     return page
+
+
+@pytest.fixture(scope="module")
+def testbed_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    arms = [f"{method}/global_batch/a third of other domains" for method in ("aux_loss", "sinkhorn", "a<b")]
+    table = pd.DataFrame(
+        {"arm": arms, "seeds": 3, "specialization": [0.1, 0.2, 0.4], "specialization_low": [0.05, 0.1, 0.3],
+         "specialization_high": [0.15, 0.3, 0.5], "bits_per_byte": [3.4, 3.5, 3.45], "tokens_per_cpu_second": 12345.0}
+    )  # fmt: skip
+    verdicts = [Verdict(experiment="soft", claim=f"claim {outcome}", outcome=outcome, sentence="By 0.1 [0.05, 0.2].")
+                for outcome in ("reproduces", "does not reproduce", "undecided")]  # fmt: skip
+    records = [{"status": "ok", "seed": 0, "cpu_seconds": 10.0}]
+    about = {"preset": "smoke", "mix": "tiny", "domains": ["law", "code"]}
+    path = tmp_path_factory.mktemp("testbed") / "index.html"
+    findings = Findings(tables={"soft": table}, verdicts=verdicts)
+    path.write_text(testbed_report.page(about, records, findings, [{"arm": "x", "seed": 1, "error": "out of memory"}]), "utf-8")
+    return path
 
 
 class Opened:
@@ -72,7 +96,8 @@ class Opened:
         self.tab.on("request", lambda request: self.asked.append(request.url))
         started = time.perf_counter()
         self.tab.goto(path.as_uri())
-        self.until(READY)
+        if "<script" in path.read_text("utf-8"):
+            self.until(READY)
         self.seconds = time.perf_counter() - started
         self.home = path.as_uri()
 
@@ -119,7 +144,7 @@ class Opened:
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1400, "light"), (1400, "dark"), (390, "light"), (390, "dark")])
-@pytest.mark.parametrize("which", ["model", "leaderboard"])
+@pytest.mark.parametrize("which", ["model", "leaderboard", "testbed"])
 def test_pages_open_silently_fit_and_are_accessible(chromium, request, which: str, width: int, scheme: str) -> None:
     page = Opened(chromium, request.getfixturevalue(f"{which}_page"), width, scheme)
     page.scroll_through()
@@ -160,8 +185,6 @@ def test_scale_domain_and_axis_of_the_curves(chromium, model_page: Path) -> None
 
 
 def test_heat_map_switches_layers_and_tells_on_hover(chromium, model_page: Path) -> None:
-    import pandas as pd
-
     page = Opened(chromium, model_page)
     usage = pd.read_parquet(model_page.parent / "expert_usage.parquet")
     for layer in (1, 4):
@@ -265,6 +288,72 @@ def test_leaderboard_sorts_filters_and_pairs(chromium, leaderboard_page: Path) -
     assert {row["model"] for row in page.rows("overlay")} == {"model-0", "model-1", "model-2"}
     assert len(list(csv.DictReader(io.StringIO(page.save("#l-csv"))))) == 1
     page.silent()
+
+
+def test_leaderboard_filters_by_family_and_size(chromium, leaderboard_page: Path) -> None:
+    page = Opened(chromium, leaderboard_page)
+    names = "() => [...document.querySelectorAll('#l-table tbody tr')].map((row) => row.cells[1].textContent)"
+    options = "(id) => [...document.getElementById(id).options].map((option) => option.value)"
+    assert page.tab.evaluate(options, "l-family") == ["", "mixtral", "olmoe"]
+    assert page.tab.evaluate(options, "l-size") == ["", "17 to 64", "up to 16"]
+    page.tab.select_option("#l-family", "olmoe")
+    assert page.tab.evaluate(names) == ["model-2", "model-0"]
+    page.tab.select_option("#l-size", "up to 16")
+    assert page.tab.evaluate(names) == ["model-0"]
+    saved = list(csv.DictReader(io.StringIO(page.save("#l-csv"))))
+    assert [(row["model"], row["family"], row["experts"]) for row in saved] == [("model-0", "olmoe", "16")]
+    page.tab.select_option("#l-family", "mixtral")
+    page.tab.select_option("#l-size", "17 to 64")
+    assert page.tab.evaluate(names) == [] and page.tab.inner_text("#l-pager") == "nothing matches"
+    page.tab.select_option("#l-family", "")
+    assert page.tab.evaluate(names) == ["model-2"]
+    page.tab.select_option("#l-size", "")
+    assert page.tab.evaluate(names) == ["model-2", "model-1", "model-0"]
+    page.silent()
+
+
+def test_leaderboard_shows_accuracy_and_phases(chromium, leaderboard_page: Path) -> None:
+    page = Opened(chromium, leaderboard_page)
+    data = unpacked(leaderboard_page.read_text("utf-8"))
+    scores = {row["model"]: row["specialization"] for row in data["rows"]}
+    drawn = {row["model"]: (row["accuracy"], row["score"]) for row in page.rows("scatter")}
+    assert drawn == {"model-0": (0.41, scores["model-0"]), "model-1": (0.412, scores["model-1"])}
+    column = "(key) => { const heads = [...document.querySelectorAll('#l-table th')];"
+    column += " const at = heads.findIndex((th) => th.dataset.key === key);"
+    column += " return [...document.querySelectorAll('#l-table tbody tr')].map((row) => row.cells[at].textContent); }"
+    assert page.tab.evaluate(column, "accuracy") == ["–", "41.2 %", "41.0 %"]
+    assert page.tab.evaluate(column, "generated")[0] == "–"
+    page.tab.select_option("#g-metric", "domain_isolation")
+    shown = page.tab.evaluate(
+        "() => [...document.querySelectorAll('#g-table tbody tr')].map((row) => [...row.cells].map((c) => c.textContent))"
+    )
+    phases = data["phases"]
+    expected = {
+        model: (prompt, generated)
+        for model, metric, prompt, generated in zip(phases["model"], phases["metric"], phases["prompt"], phases["generated"], strict=True)
+        if metric == "domain_isolation"
+    }
+    assert {row[0] for row in shown} == set(expected) == {"model-0", "model-1"}
+    for name, prompt, generated, *_ in shown:
+        assert prompt.startswith(f"{100 * expected[name][0]:.1f} %") and generated.startswith(f"{100 * expected[name][1]:.1f} %")
+    page.silent()
+
+
+@pytest.mark.parametrize("figure", ["overlay", "parallel", "scatter"])
+def test_names_of_models_do_not_cover_each_other(chromium, leaderboard_page: Path, figure: str) -> None:
+    page = Opened(chromium, leaderboard_page)
+    page.drawn(figure)
+    page.tab.wait_for_timeout(300)
+    boxes = page.tab.evaluate(
+        '(name) => [...document.querySelectorAll(`[data-figure="${name}"] svg g.mark-text.role-mark text`)]'
+        ".filter((text) => text.textContent.startsWith('model-')).map((text) => text.getBoundingClientRect().toJSON())",
+        figure,
+    )
+    assert len(boxes) == (2 if figure == "scatter" else 3)
+    for index, one in enumerate(boxes):
+        for other in boxes[index + 1 :]:
+            apart = one["right"] <= other["left"] or other["right"] <= one["left"]
+            assert apart or one["bottom"] <= other["top"] + 2 or other["bottom"] <= one["top"] + 2
 
 
 def test_hostile_names_and_tokens_never_run(chromium, tmp_path: Path) -> None:
