@@ -300,9 +300,9 @@ def test_prompt_and_generated_text_stand_beside_the_model(by_phase: Path) -> Non
             assert row[phase] == result.record(row["metric"]).score
     assert unpacked(render_leaderboard(found))["phases"]["generated"] == pytest.approx([row["generated"] for row in shown], rel=1e-4)
     assert "Prompt and generated text:" in export.as_markdown(found)
-    console = Console(width=200, file=io.StringIO())
-    console.print(render_terminal(found))
-    assert "Generated minus prompt" in console.file.getvalue()
+    printed = io.StringIO()
+    Console(width=200, file=printed).print(render_terminal(found))
+    assert "Generated minus prompt" in printed.getvalue()
 
 
 def test_prompt_and_generated_text_are_compared_on_the_same_documents(by_phase: Path) -> None:

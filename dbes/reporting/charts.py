@@ -291,7 +291,9 @@ def scatter_spec() -> Spec:
     base = alt.Chart(ROWS).encode(y=alt.Y("accuracy:Q", title="accuracy", axis=alt.Axis(format="%"), scale=alt.Scale(zero=False)))
     tooltip = ["model:N", alt.Tooltip("score:Q", format=".3f"), alt.Tooltip("accuracy:Q", format=".3f")]
     layers = [
-        base.mark_rule(style="interval").encode(x=alt.X("score_low:Q", title="specialization (score)", axis=alt.Axis(format="%", tickCount=8)), x2="score_high:Q"),
+        base.mark_rule(style="interval").encode(
+            x=alt.X("score_low:Q", title="specialization (score)", axis=alt.Axis(format="%", tickCount=8)), x2="score_high:Q"
+        ),
         base.mark_point(size=90, filled=True, opacity=1).encode(x="score:Q", tooltip=tooltip),
         base.mark_text(dy=-12, fontSize=11).encode(x="score:Q", y=alt.Y("label_at:Q", title="accuracy"), text="model:N"),
     ]
@@ -301,7 +303,12 @@ def scatter_spec() -> Spec:
 def overlay_spec() -> Spec:
     """Scores of several models against relative depth (0 first, 1 last MoE layer), told apart by colour, dash and shape."""
     base = alt.Chart(ROWS).encode(
-        x=alt.X("depth:Q", title="relative depth of the layer", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(format="%", grid=False, tickCount=5)),
+        x=alt.X(
+            "depth:Q",
+            title="relative depth of the layer",
+            scale=alt.Scale(domain=[0, 1]),
+            axis=alt.Axis(format="%", grid=False, tickCount=5),
+        ),
         y=alt.Y("score:Q", title=None),
         color=alt.Color("model:N", legend=MODELS),
     )
