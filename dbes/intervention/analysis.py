@@ -24,8 +24,6 @@ from dbes.intervention.settings import CONTROL, EXTRA_ARMS, FULL, LOAD, SLOW, Ar
 from dbes.intervention.verdicts import overall_verdict, target_verdict
 
 OUTCOME_SCHEMA = 1
-SIGNIFICANT = 0.05
-
 Records = Sequence[tuple[Arm, dict[str, Any]]]
 Key = tuple[str, float | None]
 """An arm's name and budget."""
@@ -180,6 +178,8 @@ def _contrasts(control: str, curves: Mapping[Key, Curves], strata: Strata) -> li
                 "budget": budget,
                 "control": control,
                 "forgetting": float(level[0]),
+                "gained": float(gained[0]),
+                "control_gain": float(reference.gain[0, -1]),
                 "matched": figure(gained - by_control, strata),
                 "gain": figure(own.gain[:, -1] - reference.gain[:, -1], strata),
             }

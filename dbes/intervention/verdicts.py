@@ -10,6 +10,10 @@ from dbes.intervention.settings import CONTROL, EXTRA_ARMS, LOAD
 
 SIGNIFICANT = 0.05
 PRIZE_RATIO = 1.3
+MATERIAL = 0.5
+"""An arm must gain at least this share of the control's gain to be called better: one that hardly trains also hardly forgets, and
+where nothing is forgotten any gain at all would win."""
+
 UNINFORMED = ("random", "bottom", CONTROL)
 """Rules that no one would choose a path by: controls, never named the best rule."""
 
@@ -70,11 +74,8 @@ def overall_verdict(targets: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _better(contrasts: Rows, control: str) -> list[str]:
     rows = [row for row in contrasts if row["control"] == control and row["arm"] not in UNINFORMED]
-    return [
-        _name(row)
-        for row in rows
-        if row.get("matched_holm") is not None and row["matched_holm"] <= SIGNIFICANT and row["matched"]["value"] > 0
-    ]  # fmt: skip
+    tested = [row for row in rows if row.get("matched_holm") is not None and row["gained"] >= MATERIAL * row["control_gain"]]
+    return [_name(row) for row in tested if row["matched_holm"] <= SIGNIFICANT and row["matched"]["value"] > 0]
 
 
 def _holm_passed(p: Sequence[float]) -> list[bool]:
