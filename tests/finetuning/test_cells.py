@@ -36,7 +36,7 @@ def used_cells(model, ids, *, per_layer=2, layers=2):
     model(input_ids=ids, labels=ids).loss.backward()
     sites = find_sites(model)
     cells = []
-    for site in (sites[0], sites[-1])[:layers]:
+    for site in list(dict.fromkeys((sites[0], sites[-1])))[:layers]:
         seen = [
             expert for expert in range(site.num_experts) if all(cut(parameter.grad).any() for parameter, cut in expert_slices(site, expert))
         ]
