@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 import re
 
 import numpy as np
@@ -24,10 +25,10 @@ from dbes.testbed.grid import read_grid, run_grid
 from dbes.testbed.heldout import measure, training_routes
 from dbes.testbed.mixes import prepare_mix
 from dbes.testbed.models import build_model
-from dbes.testbed.presets import Preset, preset
+from dbes.testbed.presets import SCALE_STEPS, Preset, preset
 from dbes.testbed.report import interval_chart, write_report
 from dbes.testbed.settings import MixSettings, ModelSettings, OptimizerSettings, RoutingSettings, TrainSettings
-from dbes.testbed.tables import TRUTH, explained_by, kendall_tau, metric_table
+from dbes.testbed.tables import TRUTH, explained_by, frozen_baseline, kendall_tau, metric_table
 from dbes.testbed.training import STATE, TrainingError
 from dbes.testbed.upcycling import merge_experts, train_upcycled
 
@@ -277,12 +278,13 @@ def test_interval_is_students():
     assert interval([]).seeds == 0
 
 
-def record_of(arm, seed, *, specialization, loss=2.0, utilization=0.95, rs=None):
+def record_of(arm, seed, cell, *, specialization, loss=2.0, utilization=0.95, rs=None):
     generator = np.random.default_rng([seed, len(arm)])
     value = specialization + 0.005 * generator.standard_normal()
     calibrated = {name: {"corrected": value, "score": value, "value": value} for name in ("specialization_normalized", "der", "stiffness")}
     return {
         "status": "ok",
+        "cell": cell.model_dump(mode="json"),
         "arm": arm,
         "seed": seed,
         "error": None,
@@ -306,14 +308,14 @@ def synthetic_grid():
     grid = preset("standard")
     level = {"sequence": 0.05, "micro_batch": 0.06, "global_batch": 0.35}
     records = []
-    for arm, seed, _ in grid.cells():
+    for arm, seed, cell in grid.cells():
         base = next((value for name, value in level.items() if arm.split("/")[1:2] == [name]), 0.25)
         base = 0.3 if arm.endswith("mixed order") else base
         base = 1.0 if arm == "reference" else 0.06 if arm.endswith("dropping") else 0.5 if "sequence level" in arm else base
         # A published value that follows load, not specialization.
         rs = {"frozen": 2.0, "aux_loss/sequence": 1.5, "aux_loss/global_batch": 0.4, "reference": 1.4}.get(arm)
         loss = 2.2 if "sequence" in arm else 2.3 if arm == "rerandomised" else 2.0
-        records.append(record_of(arm, seed, specialization=base, rs=rs, loss=loss))
+        records.append(record_of(arm, seed, cell, specialization=base, rs=rs, loss=loss))
     return {"preset": "standard", "mix": "packages", "domains": ["a", "b"], "experiments": grid.experiments}, records
 
 
@@ -336,6 +338,19 @@ def test_verdicts_follow_the_intervals():
     assert outcomes["the contrast of scope survives domains that overlap"] == "reproduces"
     assert outcomes["what counts is how many domains a scope spans, not its size"] == "reproduces"
     assert set(findings.tables) == {"scope", "soft", "scale", "frozen", "levels", "upstream", "probe", "forking", "metrics"}
+
+
+def test_specialization_is_compared_with_the_frozen_router_of_the_same_data_and_size():
+    about, records = synthetic_grid()
+    grid = Grid(about, records)
+    assert frozen_baseline(grid, "aux_loss/global_batch") == "frozen"
+    assert frozen_baseline(grid, "aux_loss/micro_batch/mixed order") == "frozen"
+    assert frozen_baseline(grid, f"aux_loss/sequence/12m, {SCALE_STEPS} steps") == f"frozen/12m, {SCALE_STEPS} steps"
+    assert frozen_baseline(grid, "aux_loss/sequence/a third of other domains") == "frozen/a third of other domains"
+    assert frozen_baseline(grid, "sequence level/16 experts, top-2") is None
+    table = analyse(about, records).tables["scale"].set_index("arm")
+    own = table.loc[f"aux_loss/global_batch/4m, {SCALE_STEPS} steps"]
+    assert own["above_frozen"] == pytest.approx(own["specialization"] - table.loc[f"frozen/4m, {SCALE_STEPS} steps", "specialization"])
 
 
 def test_the_opposite_outcome_is_said_as_plainly():
@@ -384,3 +399,12 @@ def test_axes_have_round_numbers_and_hold_every_value(values: list[float], axis:
     chart = interval_chart(pd.DataFrame({"arm": ["a", "b"], "x": values}), "x", "values")
     assert re.findall(r'text-anchor="middle">([^<]*)<', chart) == axis
     assert all(0 <= float(place) <= 100 for place in re.findall(r'(?:c?x\d?)="([-\d.]+)%"', chart))
+
+
+def test_the_committed_findings_follow_from_the_committed_cells():
+    folder = Path(__file__).parents[1] / "reports" / "testbed"
+    about, records = read_grid(folder)
+    assert len(records) == len(about["cells"]) == len(list(preset("standard").cells()))
+    assert {entry["identity"] for entry in about["cells"]} == {cell.identity(about["mix_digest"]) for _, _, cell in preset("standard").cells()}
+    found = [vars(verdict) for verdict in analyse(about, records).verdicts]
+    assert found == json.loads((folder / "report" / "verdicts.json").read_text("utf-8"))

@@ -284,14 +284,15 @@ def _upstream(grid: Grid) -> list[Verdict]:
     probes = [grid.cells[GLOBAL, seed]["probe"] for seed in grid.seeds(GLOBAL)]
     probes = [probe for probe in probes if probe]
     if probes:
-        read, used = (interval([float(np.mean(probe[name])) for probe in probes]) for name in ("input", "experts"))
+        reads, uses = ([float(np.mean(probe[name])) for probe in probes] for name in ("input", "experts"))
+        read, used, more = interval(reads), interval(uses), interval([one - other for one, other in zip(reads, uses, strict=True)])
         verdicts.append(
             Verdict(
                 experiment="upstream",
                 claim="the representation tells domains apart better than the router uses",
-                outcome="reproduces" if read.low > used.high or (read.seeds == 1 and read.mean > used.mean) else "undecided",
+                outcome=_sign(more, wanted=1),
                 sentence=f"A linear probe on the router's input names a token's domain in {read} of cases, "
-                f"the experts chosen in {used} (chance {np.mean(probes[0]['chance']):.3g}; mean over layers).",
+                f"the experts chosen in {used} (chance {np.mean(probes[0]['chance']):.3g}; mean over layers): {more} more.",
             )
         )
     gap = interval([forking_gap(grid.cells[GLOBAL, seed]) for seed in grid.seeds(GLOBAL)])

@@ -52,7 +52,8 @@ def arm_table(grid: Grid, experiment: str) -> pd.DataFrame:
         for name, value in measures.items():
             found = grid.mean(arm, value)
             row |= {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
-        above = grid.contrast(arm, "frozen", SPECIALIZATION)
+        baseline = frozen_baseline(grid, arm)
+        above = grid.contrast(arm, baseline, SPECIALIZATION) if baseline else interval([])
         row |= {"above_frozen": above.mean, "above_frozen_low": above.low, "above_frozen_high": above.high}
         first = grid.cells[arm, grid.seeds(arm)[0]]
         row |= {"tokens": first["tokens"], "parameters": first["parameters"]}
@@ -61,6 +62,21 @@ def arm_table(grid: Grid, experiment: str) -> pd.DataFrame:
             row[f"bits_per_byte/{domain}"] = grid.mean(arm, lambda record, domain=domain: record["bits_per_byte"][domain]).mean
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def frozen_baseline(grid: Grid, arm: str) -> str | None:
+    """The arm with a frozen random router on the same data, model and optimizer; None where the grid has none.
+
+    The order within a batch is left out: a frozen router has nothing that would be balanced over micro-batches.
+    """
+
+    def setting(name: str) -> Any:
+        settings = grid.cells[name, grid.seeds(name)[0]]["cell"]["settings"]
+        return [{key: value for key, value in settings[part].items() if key != "order"} for part in ("mix", "model", "optimizer")]
+
+    arms = dict.fromkeys(name for name, _ in grid.cells)
+    frozen = [name for name in arms if name.split("/")[0] == "frozen"]
+    return next((name for name in frozen if setting(name) == setting(arm)), None)
 
 
 def explained_by(grid: Grid, value: Value) -> dict[str, float] | None:
