@@ -2,8 +2,8 @@
 
 import json
 import math
-from pathlib import Path
 import re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -405,6 +405,7 @@ def test_the_committed_findings_follow_from_the_committed_cells():
     folder = Path(__file__).parents[1] / "reports" / "testbed"
     about, records = read_grid(folder)
     assert len(records) == len(about["cells"]) == len(list(preset("standard").cells()))
-    assert {entry["identity"] for entry in about["cells"]} == {cell.identity(about["mix_digest"]) for _, _, cell in preset("standard").cells()}
+    wanted = {cell.identity(about["mix_digest"]) for _, _, cell in preset("standard").cells()}
+    assert {entry["identity"] for entry in about["cells"]} == wanted
     found = [vars(verdict) for verdict in analyse(about, records).verdicts]
     assert found == json.loads((folder / "report" / "verdicts.json").read_text("utf-8"))
