@@ -19,7 +19,7 @@ from dbes.intervention.data import ExperimentData, load_data, read_sources, save
 from dbes.intervention.grid import EXPERIMENT, MASKS, OUTCOME, RUNS, best_rate, intervene
 from dbes.intervention.masking import plan_masks
 from dbes.intervention.runs import document_nats, execute
-from dbes.intervention.settings import Run, Settings
+from dbes.intervention.settings import SLOWER, Run, Settings
 from dbes.models import LoadedModel, load_model
 from dbes.paths.types import Cell
 
@@ -193,7 +193,7 @@ def test_arms_of_the_plan(loaded: LoadedModel, tiny_task: Path, new_domain: Path
         arms = [arm for arm in plan.arms if arm.target == target]
         assert {arm.name for arm in arms} == {name for name in expected if (target, name) not in skipped}
         for name in {arm.name for arm in arms}:
-            assert {arm.seed for arm in arms if arm.name == name} == {0, 1, *(() if name == "full-slow" else (SEARCH_SEED,))}
+            assert {arm.seed for arm in arms if arm.name == name} == {0, 1, *(() if name in SLOWER else (SEARCH_SEED,))}
         by_name = {arm.name: arm for arm in arms if arm.seed == 0}
         assert len(by_name["target-load"].cells) == len(by_name["random"].cells) == 4
         assert len(by_name["down"].cells) == 14 and by_name["down"].only == "down_proj"

@@ -20,7 +20,7 @@ from dbes.intervention.outcomes import (
     pareto,
     strata_of,
 )
-from dbes.intervention.settings import CONTROL, EXTRA_ARMS, FULL, LOAD, SLOW, Arm, Settings
+from dbes.intervention.settings import CONTROL, EXTRA_ARMS, FULL, LOAD, SLOWER, Arm, Settings
 from dbes.intervention.verdicts import overall_verdict, target_verdict
 
 OUTCOME_SCHEMA = 1
@@ -116,7 +116,7 @@ def _arm(
     name, budget = key
     own = curves[key]
     arms, records = [runs[seed][0] for seed in sorted(runs)], [runs[seed][1] for seed in sorted(runs)]
-    full = [curves[slot] for slot in ((FULL, None), (SLOW, None)) if slot in curves]
+    full = [curves[slot] for slot in ((FULL, None), *((name, None) for name in SLOWER)) if slot in curves]
     found: dict[str, Any] = {
         "arm": name,
         "budget": budget,
@@ -137,7 +137,7 @@ def _arm(
             for step, gain, lost in zip([0, *(entry["step"] for entry in records[0]["curve"])], own.gain[0], own.forgetting[0], strict=True)
         ],
     }
-    if full and name not in (FULL, SLOW):
+    if full and name not in (FULL, *SLOWER):
         gained, by_full, level = matched(own, *full)
         ratio = log_ratio(gained, by_full, strata)
         found["matched"] = {

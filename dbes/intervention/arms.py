@@ -11,7 +11,7 @@ import numpy as np
 from dbes.errors import PathError
 from dbes.finetuning.cells import TrainableCells
 from dbes.intervention.data import Texts, tuning_split
-from dbes.intervention.settings import ALL, CONTROL, DOWN, FULL, LAYERED, LORA, PATH_LORA, ROUTER, SLOW, Arm, Settings
+from dbes.intervention.settings import ALL, CONTROL, DOWN, FULL, LAYERED, LORA, PATH_LORA, ROUTER, SLOWER, Arm, Settings
 from dbes.models import LoadedModel
 from dbes.paths.evidence import Evidence, gather
 from dbes.paths.gradients import expert_parameters, gradient_norms, masking_effects
@@ -25,7 +25,6 @@ from dbes.recording import record_documents
 SEARCH_SEED = 1000
 """Seed of the search for learning rates; no seed of the outcome."""
 
-SLOWER = 0.25
 DOWN_SHARE = 3
 """An expert's down-projection is about a third of it, so that three times the cells have as many trainable parameters."""
 
@@ -81,7 +80,7 @@ def plan_arms(evidence: Evidence, model: Any, settings: Settings) -> Plan:
     arms: list[Arm] = []
     paths: dict[tuple[str, str, float], ExpertPath] = {}
     skipped: list[dict[str, Any]] = []
-    seeds = (*range(settings.seeds), SEARCH_SEED)
+    seeds = (*range(settings.first_seed, settings.first_seed + settings.seeds), SEARCH_SEED)
     for target in settings.domains:
         index = evidence.domain(target)
         for budget in settings.budgets:
@@ -121,8 +120,8 @@ def _without_budget(target: str, settings: Settings, seeds: Sequence[int], evide
     for seed in seeds:
         if FULL in settings.extras:
             yield Arm(name=FULL, target=target, seed=seed, kind="full")
-        if SLOW in settings.extras and seed != SEARCH_SEED:
-            yield Arm(name=SLOW, target=target, seed=seed, kind="full", rate_of=FULL, rate_factor=SLOWER)
+        for name in (name for name in SLOWER if name in settings.extras and seed != SEARCH_SEED):
+            yield Arm(name=name, target=target, seed=seed, kind="full", rate_of=FULL, rate_factor=SLOWER[name])
         if ALL in settings.extras:
             yield Arm(name=ALL, target=target, seed=seed, kind="cells", cells=cells_of(evidence.exists, evidence.shape), coverage=1.0)
         if ROUTER in settings.extras:

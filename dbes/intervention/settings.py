@@ -16,9 +16,11 @@ Kind = Literal["cells", "full", "router"]
 
 CONTROL = "random-load-matched"
 LOAD = "target-load"
-FULL, SLOW, ALL, LORA, ROUTER = "full", "full-slow", "all", "lora", "router"
+FULL, ALL, LORA, ROUTER = "full", "all", "lora", "router"
+SLOWER = {"full-slow": 1 / 4, "full-slower": 1 / 16}
+"""Full finetuning at a share of its learning rate: what early stopping is compared with must also be known where little is forgotten."""
 DOWN, PATH_LORA, LAYERED = "down", "lora-path", "per-layer"
-EXTRA_ARMS = (FULL, SLOW, ALL, LORA, ROUTER)
+EXTRA_ARMS = (FULL, *SLOWER, ALL, LORA, ROUTER)
 IDEAS = (DOWN, PATH_LORA, LAYERED)
 
 DEFAULT_RULES = (
@@ -51,12 +53,13 @@ class Settings(Strict):
         new: domains that the model was not trained on; never counted as forgotten.
         budgets: shares of the routed-expert parameters.
         rules: of the expert paths.
-        extras: arms that are no expert path: ``full``, ``full-slow`` (a quarter of full's learning rate, so that full
-            finetuning's trajectory is also known where it forgets little), ``all`` (experts), ``lora`` (low-rank updates of
-            all experts, with as many trainable parameters as the budget), ``router``.
+        extras: arms that are no expert path: ``full``, ``full-slow`` and ``full-slower`` (a quarter and a sixteenth of full's
+            learning rate, so that full finetuning's trajectory is also known where it forgets little), ``all`` (experts),
+            ``lora`` (low-rank updates of all experts, with as many trainable parameters as the budget), ``router``.
         ideas: ``down`` (only the down-projections, of three times the cells), ``lora-path`` (low-rank updates of the path's
             cells), ``per-layer`` (the same number of cells in every layer); each of rule ``idea_rule``.
         rates: learning rates tried for every arm; the one with the lowest loss on the tuning part of the target is used.
+        seeds, first_seed: number of seeds and the first of them; a confirmation takes others than the exploration did.
         steps, sequences, length: optimizer steps, sequences of each and tokens of each sequence.
         points: steps after which held-out documents are measured; the trajectory that early stopping is read from.
         full_points: the same for full finetuning, denser at the beginning.
@@ -73,6 +76,7 @@ class Settings(Strict):
     ideas: tuple[str, ...] = ()
     idea_rule: str = "specialization"
     seeds: int = Field(default=5, ge=1)
+    first_seed: int = Field(default=0, ge=0, lt=1000)
     rates: tuple[float, ...] = (5e-4, 2e-3, 8e-3)
     steps: int = Field(default=40, ge=1)
     warmup: int = Field(default=4, ge=0)
@@ -164,6 +168,7 @@ def run_of(arm: Arm, *, rate: float, tuning: bool = False) -> Run:
 def run_key(settings: Settings, *, model: str, data: str) -> str:
     """What every run of an experiment depends on besides itself: not the targets, rules, budgets or number of seeds."""
     kept = settings.model_dump(
-        mode="json", exclude={"domains", "budgets", "rules", "extras", "ideas", "idea_rule", "seeds", "rates", "masks", "permutations"}
+        mode="json",
+        exclude={"domains", "budgets", "rules", "extras", "ideas", "idea_rule", "seeds", "first_seed", "rates", "masks", "permutations"},
     )
     return hashlib.sha256(json.dumps([model, data, kept], sort_keys=True).encode()).hexdigest()
