@@ -27,15 +27,20 @@ class CompareFormat(StrEnum):
 
 
 def report(
-    result: Annotated[Path, typer.Argument(help="Folder of a result, or its result.json.")],
+    result: Annotated[Path, typer.Argument(help="Folder of a result or of `dbes intervene`, or its result.json or intervention.json.")],
     format: Annotated[
-        ReportFormat, typer.Option(help="html page, model card section, hub metadata, or leaderboard record.")
+        ReportFormat, typer.Option(help="html page; card: Markdown (section of a model card, or findings of an experiment); hub metadata; leaderboard record.")
     ] = ReportFormat.html,
     trace: Annotated[Path | None, typer.Option(help="Folder of the recorded routes, where they are not beside the result.")] = None,
     output: Annotated[Path | None, typer.Option(help="Page to write; report.html beside the result by default.")] = None,
     dataset: Annotated[str | None, typer.Option(help="With --format hub: hub id of the benchmark's dataset, owner/name.")] = None,
 ) -> None:
-    """Write the page of one result, a single HTML file that needs no network; the other formats go to stdout."""
+    """Write the page of one result or experiment, a single HTML file that needs no network; the other formats go to stdout."""
+    from dbes.reporting.outcome import is_outcome
+
+    if is_outcome(result):
+        _report_outcome(result, format, trace=trace, output=output)
+        return
     from dbes.reporting.card import card_section
     from dbes.reporting.export import hub_entries, open_record
     from dbes.reporting.page import write_page
@@ -53,6 +58,22 @@ def report(
             typer.echo(hub_entries(load_result(result), dataset=dataset))
         else:
             typer.echo(open_record(load_result(result)))
+
+
+def _report_outcome(path: Path, format: ReportFormat, *, trace: Path | None, output: Path | None) -> None:
+    from dbes.reporting.outcome import load_outcome
+    from dbes.reporting.outcome_card import outcome_card
+    from dbes.reporting.outcome_page import write_outcome_page
+
+    if format not in (ReportFormat.html, ReportFormat.card):
+        raise typer.BadParameter("an experiment has html and card only", param_hint="--format")
+    if trace is not None:
+        raise typer.BadParameter("an experiment has no recorded routes", param_hint="--trace")
+    with errors():
+        if format is ReportFormat.html:
+            typer.echo(write_outcome_page(path, output=output))
+        else:
+            typer.echo(outcome_card(load_outcome(path)), nl=False)
 
 
 def compare(

@@ -345,6 +345,82 @@ def parallel_spec() -> Spec:
     return _finished(alt.layer(*layers).properties(width="container", height=300))
 
 
+def plane_spec(groups: Sequence[str]) -> Spec:
+    """Gain against forgetting: arms with intervals and names, the Pareto front, trajectories of full finetuning.
+
+    Rows are told apart by ``mark``; the page sets the parameters x0, x1, y0, y1 (what is in view) and where names stand.
+    """
+    ends = {name: alt.param(name=name, value=value) for name, value in (("x0", 0), ("x1", 1), ("y0", 0), ("y1", 1))}
+
+    def scale(low: str, high: str) -> alt.Scale:
+        return alt.Scale(domain=[alt.ExprRef(low), alt.ExprRef(high)], nice=False, zero=False)
+
+    x_scale, y_scale = scale("x0", "x1"), scale("y0", "y1")
+    x = alt.X("x:Q", title="forgetting, bits per byte (less is better)", scale=x_scale)
+    y = alt.Y("y:Q", title="gain, bits per byte (more is better)", scale=y_scale)
+    base = alt.Chart(ROWS)
+    arms = base.transform_filter("datum.mark === 'arm'")
+    path = base.transform_filter("datum.mark === 'trajectory'").encode(x=x, y=y)
+    placed = arms.transform_filter("isValid(datum.name_x)")
+    names = placed.encode(x=alt.X("name_x:Q", scale=x_scale), y=alt.Y("name_y:Q", scale=y_scale))
+    leaders = placed.encode(x=alt.X("edge_x:Q", scale=x_scale), y=alt.Y("edge_y:Q", scale=y_scale))
+    legend = alt.Legend(orient="bottom", columns=3, title=None, labelLimit=260, symbolOpacity=1)
+    tooltip = [
+        alt.Tooltip("arm:N"), alt.Tooltip("gain:N"), alt.Tooltip("forgetting:N"), alt.Tooltip("ratio:N", title="times full, matched"),
+    ]  # fmt: skip
+    zero = alt.InlineData([{"level": 0}])
+    layers: list[Any] = [
+        alt.Chart(zero).mark_rule(style="zero", clip=True).encode(x=alt.X("level:Q", scale=x_scale)),
+        alt.Chart(zero).mark_rule(style="zero", clip=True).encode(y=alt.Y("level:Q", scale=y_scale)),
+        base.transform_filter("datum.mark === 'front'")
+        .mark_line(interpolate="step-after", style="bound", clip=True)
+        .encode(x=x, y=y, order="order:Q"),
+        path.mark_line(style="second-line", strokeWidth=2, clip=True).encode(
+            detail="arm:N", order="step:Q", strokeDash=alt.StrokeDash("arm:N", legend=None, scale=alt.Scale(range=[[1, 0], [6, 4]]))
+        ),
+        path.mark_point(style="second-tick", size=22, filled=True, opacity=1, clip=True).encode(
+            tooltip=["arm:N", "step:Q", alt.Tooltip("y:Q", title="gain", format=".4f"), alt.Tooltip("x:Q", title="forgetting", format=".4f")]
+        ),
+        arms.mark_rule(opacity=0.4, clip=True).encode(x=alt.X("x_low:Q", scale=x_scale), x2="x_high:Q", y=y),
+        arms.mark_rule(opacity=0.4, clip=True).encode(x=x, y=alt.Y("y_low:Q", scale=y_scale), y2="y_high:Q"),
+        leaders.mark_rule(style="zero", strokeDash=[2, 2], opacity=0.8).encode(x2="x:Q", y2="y:Q"),
+        arms.mark_point(size=90, filled=True, opacity=1, clip=True).encode(
+            x=x,
+            y=y,
+            tooltip=tooltip,
+            color=alt.Color("group:N", scale=alt.Scale(domain=list(groups)), legend=legend),
+            shape=alt.Shape(
+                "group:N", scale=alt.Scale(domain=list(groups), range=["circle", "diamond", "square", "cross", "triangle-up"]), legend=legend
+            ),
+        ),
+        names.mark_text(fontSize=11, baseline="middle").encode(text="label:N"),
+    ]
+    return _finished(alt.layer(*layers).add_params(*ends.values()).properties(width="container", height=430))
+
+
+def interval_spec(title: str, series: Sequence[str]) -> Spec:
+    """Values with intervals, a line for every ``label`` and ``series``; the page sets the height."""
+    base = alt.Chart(ROWS).encode(
+        y=alt.Y("label:N", title=None, sort=None, axis=alt.Axis(grid=True)),
+        yOffset=alt.YOffset("series:N", sort=list(series), scale=alt.Scale(paddingOuter=0.35)),
+    )
+    legend = alt.Legend(orient="bottom", columns=1, title=None, labelLimit=320, symbolOpacity=1)
+    domain = alt.Scale(domain=list(series))
+    shapes = alt.Scale(domain=list(series), range=["circle", "square", "triangle-up", "diamond"][: len(series)])
+    colour = alt.Color("series:N", scale=domain, legend=legend)
+    tooltip = ["label:N", "series:N", *(alt.Tooltip(f"{name}:Q", format=".4f") for name in ("value", "low", "high"))]
+    layers = [
+        alt.Chart(alt.InlineData([{"level": 0}])).mark_rule(style="zero").encode(x="level:Q"),
+        base.mark_rule(strokeWidth=2.4, opacity=0.55).encode(
+            x=alt.X("low:Q", title=title), x2="high:Q", color=alt.Color("series:N", scale=domain, legend=None)
+        ),
+        base.mark_point(size=62, filled=True, opacity=1).encode(
+            x=alt.X("value:Q", title=title), color=colour, shape=alt.Shape("series:N", scale=shapes, legend=legend), tooltip=tooltip
+        ),
+    ]
+    return _finished(alt.layer(*layers).properties(width="container", height=200))
+
+
 def _finished(chart: Any) -> Spec:
     """The chart as a checked dict; Altair's own theme is taken out, the page brings one for dark and one for light."""
     spec = chart.to_dict(validate=False)

@@ -152,7 +152,7 @@ def as_markdown(comparison: Comparison, paired: Sequence[Difference] = (), *, pu
         lines += [
             "Published values: uncalibrated, without chance level.",
             "",
-            *_grid(names, [[row.get(name) for name in names] for row in rows]),
+            *markdown_table(names, [[row.get(name) for name in names] for row in rows]),
         ]
     else:
         names = [
@@ -175,25 +175,26 @@ def as_markdown(comparison: Comparison, paired: Sequence[Difference] = (), *, pu
             body.append(["–" if rank is None else str(rank), name, row["experts"], row["k"], row["layers"], row["tokens"], *scores,
                          _percent(row["random_router"]), _percent(row["utilization"]),
                          *([_percent(row["accuracy"])] if comparison.accuracy_of else [])])  # fmt: skip
-        lines += _grid(names, body)
+        lines += markdown_table(names, body)
         if comparison.accuracy_of:
             lines += ["", f"Accuracy: {markdown_cell(comparison.accuracy_of)}"]
         if phases := phase_rows(comparison):
             lines += ["", "Prompt and generated text:", ""]
             body = [[row["model"], METRICS[row["metric"]][0], *(_interval(row[phase], row[f"{phase}_low"], row[f"{phase}_high"])
                      for phase in ("prompt", "generated")), _change(row)] for row in phases]  # fmt: skip
-            lines += _grid(["Model", "Metric", "Prompt", "Generated", "Generated minus prompt"], body)
+            lines += markdown_table(["Model", "Metric", "Prompt", "Generated", "Generated minus prompt"], body)
     if paired:
         lines += ["", f"Paired difference, {markdown_cell(paired[0].first)} minus {markdown_cell(paired[0].second)}:", ""]
         body = [[METRICS[each.metric][0], each.depth, f"{each.score_first:.4f}", f"{each.score_second:.4f}",
                  f"{each.difference:+.4f} ({each.low:+.4f} to {each.high:+.4f})", f"{each.adjusted:.3g}"] for each in paired]  # fmt: skip
-        lines += _grid(["Metric", "Depth", "First", "Second", "Difference", "p (Holm)"], body)
+        lines += markdown_table(["Metric", "Depth", "First", "Second", "Difference", "p (Holm)"], body)
     for each in comparison.apart:
         lines += ["", f"Not in the table: {markdown_cell(each.name)}: {markdown_cell(each.reason)}"]
     return "\n".join(lines) + "\n"
 
 
-def _grid(names: Sequence[str], body: Sequence[Sequence[Any]]) -> list[str]:
+def markdown_table(names: Sequence[str], body: Sequence[Sequence[Any]]) -> list[str]:
+    """Lines of a Markdown table, its cells escaped."""
     rows = ["| " + " | ".join(markdown_cell(cell) for cell in row) + " |" for row in body]
     return ["| " + " | ".join(map(markdown_cell, names)) + " |", "|" + " --- |" * len(names), *rows]
 

@@ -1,0 +1,307 @@
+"""The outcome of an experiment on expert paths (``dbes intervene``), read strictly from its ``intervention.json``."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dbes.errors import ResultError
+from dbes.reporting.text_view import legible
+from dbes.results import RESULT_FILE
+
+OUTCOME_SCHEMA = 1
+KIND = "intervention"
+OUTCOME_FILE, EXPERIMENT_FILE = "intervention.json", "experiment.json"
+
+LOAD, CONTROL = "target-load", "random-load-matched"
+FULL = ("full", "full-slow")
+EXTRA = ("all", "lora", "router")
+RANDOM = ("random", "bottom", CONTROL)
+"""Names of arms that the report treats apart; every other arm is an expert path."""
+
+GROUPS = ("expert path", "full finetuning", "target load", "random or bottom cells", "no path")
+
+WIDTH = 80
+TEXT_WIDTH = 4000
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Figure(Part):
+    """A value with its 95 % interval and p; None where too little was measured."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    p: float | None
+
+
+class Point(Part):
+    step: int
+    gain: float
+    forgetting: float
+
+
+class Matched(Part):
+    """An arm and full finetuning stopped early, both at the same forgetting."""
+
+    forgetting: float
+    gain: Figure
+    full: Figure
+    difference: Figure
+    ratio: Figure | None
+
+
+class EqualCompute(Part):
+    seconds: float
+    gain: float
+    forgetting: float
+
+
+class ArmFigures(Part):
+    arm: str
+    budget: float | None
+    kind: str
+    rate: float
+    cells: float
+    coverage: float | None
+    gain: Figure
+    forgetting: Figure
+    worst_forgetting: Figure
+    trainable_parameters: float | None
+    optimizer_bytes: float | None
+    peak_added_bytes: float | None
+    training_seconds: float | None
+    steps_without_gradient: float | None
+    curve: tuple[Point, ...]
+    matched: Matched | None = None
+    equal_compute: EqualCompute | None = None
+    pareto: bool
+
+    @property
+    def name(self) -> str:
+        """As the verdicts call it."""
+        return named(self.arm, self.budget)
+
+    @property
+    def group(self) -> str:
+        index = 1 if self.arm in FULL else 2 if self.arm == LOAD else 3 if self.arm in RANDOM else 4 if self.arm in EXTRA else 0
+        return GROUPS[index]
+
+
+class Contrast(Part):
+    arm: str
+    budget: float
+    control: str
+    forgetting: float
+    gained: float
+    control_gain: float
+    matched: Figure
+    gain: Figure
+    matched_holm: float | None = None
+    gain_holm: float | None = None
+
+
+class Failed(Part):
+    arm: str
+    budget: float | None
+    seed: int
+    error: str | None
+
+
+class TargetVerdict(Part):
+    text: str
+    beats_target_load: tuple[str, ...]
+    beats_random_load_matched: tuple[str, ...]
+    beats_full: tuple[str, ...]
+    prize: tuple[str, ...]
+
+
+class Target(Part):
+    is_new: bool
+    others: tuple[str, ...]
+    base: float
+    arms: tuple[ArmFigures, ...]
+    contrasts: tuple[Contrast, ...]
+    failed: tuple[Failed, ...]
+    verdict: TargetVerdict
+
+
+class Mask(Part):
+    """Loss added by masking cells, and by random cells that carry as much load; in bits per byte."""
+
+    target: str
+    rule: str
+    budget: float
+    cells: int
+    control_cells: float
+    inside: Figure
+    outside: Figure
+    control_inside: Figure
+    control_outside: Figure
+    selectivity: Figure
+    control_selectivity: Figure
+    difference: Figure
+
+
+class Skipped(Part):
+    target: str
+    arm: str
+    budget: float | None
+    reason: str
+
+
+class PathFacts(Part):
+    cells: int
+    share: float
+    coverage: float
+    stability: float | None
+    coverage_elsewhere: float | None
+
+
+class ModelFacts(Part):
+    name: str
+    revision: str | None = None
+    parameters: int | None = None
+    where: str | None = None
+
+
+class Outcome(Part):
+    schema_version: Literal[1]
+    kind: Literal["intervention"]
+    model: ModelFacts
+    texts: str
+    domains: tuple[str, ...]
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    units: str
+    targets: dict[str, Target] = Field(min_length=1)
+    masks: tuple[Mask, ...]
+    paths: dict[str, PathFacts]
+    skipped: tuple[Skipped, ...]
+    verdict: str
+
+
+def named(arm: str, budget: float | None) -> str:
+    return arm if budget is None else f"{arm} at {budget:.0%}"
+
+
+def is_outcome(path: str | Path) -> bool:
+    """Whether a folder or file is an experiment's, not a result; says nothing about whether it can be read."""
+    path = Path(path)
+    if path.is_dir():
+        return not (path / RESULT_FILE).is_file() and any((path / name).is_file() for name in (OUTCOME_FILE, EXPERIMENT_FILE))
+    if path.name == OUTCOME_FILE:
+        return True
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, Mapping) and content.get("kind") == KIND
+
+
+def load_outcome(path: str | Path) -> Outcome:
+    """The outcome in a file, or in a folder that holds ``intervention.json``.
+
+    Raises:
+        ResultError: missing, not JSON, not an experiment, another schema version, unknown, missing or wrong fields.
+    """
+    path = Path(path)
+    path = path / OUTCOME_FILE if path.is_dir() else path
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ResultError(f"{path}: there is no outcome here; run `dbes intervene --out {path.parent}` to its end first") from None
+    except (OSError, ValueError, RecursionError) as problem:
+        raise ResultError(f"{path}: cannot be read as JSON ({problem})") from None
+    if not isinstance(content, Mapping) or content.get("kind") != KIND:
+        raise ResultError(f"{path}: not the outcome of `dbes intervene` (no kind: {KIND})")
+    version = content.get("schema_version")
+    if version != OUTCOME_SCHEMA:
+        message = f"{path}: outcome schema {version!r}; this dbes reads {OUTCOME_SCHEMA}"
+        raise ResultError(f"{message}; `dbes intervene` in the same folder writes it again from the finished runs")
+    try:
+        return Outcome.model_validate(content)
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        place = ".".join(legible(str(part), WIDTH) for part in first["loc"])
+        raise ResultError(f"{path}: field {place}: {first['msg']}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What both the page and the Markdown say
+
+COMMAND_SETTINGS = ("domains", "new", "budgets", "rules", "ideas", "seeds")
+"""Settings with an option of their own; the others come from the file of --config."""
+
+
+def facts(outcome: Outcome) -> list[tuple[str, str]]:
+    """What identifies the experiment, as pairs of name and text."""
+    model = outcome.model
+    found: list[tuple[str, Any]] = [
+        ("Model", model.name), ("Revision", model.revision),
+        ("Parameters", None if model.parameters is None else f"{model.parameters:,}"),
+        ("Texts", _place(outcome.texts)), ("Domains of the texts", ", ".join(outcome.domains)), ("Units", outcome.units),
+    ]  # fmt: skip
+    found += [(name.replace("_", " ").capitalize(), _value(value)) for name, value in outcome.settings.items()]
+    found += list(outcome.versions.items())
+    return [(legible(name, WIDTH), legible(str(value), 400)) for name, value in found if value not in (None, "")]
+
+
+def command(outcome: Outcome) -> str:
+    """The command that runs the experiment again, given the file of ``configuration``."""
+    settings = outcome.settings
+    where = "embedded" if outcome.model.name == "dbes-embedded" else _place(outcome.model.where or outcome.model.name)
+    words = ["dbes", "intervene", "--out", "OUT", "--config", "settings.yaml", "--model", where, "--texts", _place(outcome.texts)]
+    for name in outcome.targets:
+        words += ["--domain", name]
+    for option, name in (("--new", "new"), ("--budget", "budgets"), ("--rules", "rules"), ("--ideas", "ideas")):
+        if settings.get(name):
+            words += [option, _value(settings[name]).replace(", ", ",")]
+    words += ["--seeds", str(settings["seeds"])] if "seeds" in settings else []
+    return " ".join(shlex.quote(legible(word, 400)) for word in words)
+
+
+def configuration(outcome: Outcome) -> str:
+    """The settings without an option of their own, as YAML (each value written as JSON, which YAML reads)."""
+    rest = {name: value for name, value in outcome.settings.items() if name not in COMMAND_SETTINGS}
+    return "\n".join(f"{legible(name, WIDTH)}: {legible(json.dumps(value), 2000)}" for name, value in rest.items())
+
+
+def _place(where: str) -> str:
+    """A folder of one machine by its last part."""
+    return Path(where).name if Path(where).is_absolute() else where
+
+
+def _value(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def limits(outcome: Outcome) -> list[str]:
+    """What the outcome does not show."""
+    settings = outcome.settings
+    told = [
+        f"One model ({legible(outcome.model.name, WIDTH)}) and texts of {len(outcome.domains)} domains. Other models, sizes, "
+        "domains or longer training are not shown.",
+        "Gain and forgetting are bits per byte of held-out text. Accuracy on tasks is not measured.",
+        "Forgetting is the mean over the other domains measured here (the worst of them stands beside it); what the model loses "
+        "elsewhere is not seen.",
+        "Intervals count what seeds and documents share twice and so are on the wide side. p is corrected over the arms of a target "
+        "and control (Holm), not over targets.",
+        "At matched forgetting both sides stop at the best measured point of their trajectories (straight lines between points). "
+        "Full finetuning has two trajectories and more points to choose from, which favours it.",
+        "The learning rate of an arm is the best of the few that were tried; seconds and memory are of one machine, one thread a run.",
+        "An arm that hardly trains also hardly forgets: a large ratio of two small gains means little. See the gain itself.",
+        "Masks tell what the chosen cells do for the loss of the untrained model, not what training them does.",
+    ]
+    seeds = settings.get("seeds")
+    if isinstance(seeds, int) and seeds < 3:
+        told.insert(1, f"Only {seeds} seed{'s' if seeds > 1 else ''}: the spread between runs is hardly known.")
+    return told

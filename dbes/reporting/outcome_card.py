@@ -1,0 +1,87 @@
+"""An experiment on expert paths as Markdown: verdicts first, then every arm, contrast and mask."""
+
+from __future__ import annotations
+
+from dbes.reporting.export import markdown_cell, markdown_table
+from dbes.reporting.outcome import TEXT_WIDTH, Figure, Outcome, Target, command, limits, named
+
+ARM_COLUMNS = (
+    "Arm", "Cells", "Gain", "Forgetting", "Worst domain", "Times full (matched)", "Matched gain", "of full", "Full, same seconds",
+    "Trainable", "Seconds", "Rate", "Pareto",
+)  # fmt: skip
+CONTRAST_COLUMNS = ("Arm", "Against", "Matched difference", "p (Holm)", "Plain difference", "p (Holm), plain")
+MASK_COLUMNS = ("Target", "Cells of", "Inside", "Outside", "Random, inside", "Random, outside", "Difference of selectivity", "p")
+
+
+def outcome_card(outcome: Outcome) -> str:
+    """Markdown for a terminal or a file of findings."""
+    lines = [f"## Experiment on expert paths: {markdown_cell(outcome.model.name)}", "", f"**{_text(outcome.verdict)}**", ""]
+    lines += [f"* {_text(target.verdict.text)}{' (new to the model)' if target.is_new else ''}" for target in outcome.targets.values()]
+    lines += ["", "Bits per byte of held-out text; 95 % intervals over seeds and documents in brackets."]
+    for name, target in outcome.targets.items():
+        lines += ["", f"### {markdown_cell(name)}", "", *_target(target)]
+    if outcome.masks:
+        body = [
+            [mask.target, named(mask.rule, mask.budget), *map(_told, (mask.inside, mask.outside, mask.control_inside, mask.control_outside)),
+             _told(mask.difference), _p(mask.difference.p)]
+            for mask in outcome.masks
+        ]  # fmt: skip
+        lines += ["", "### Loss added by masking", "", *markdown_table(MASK_COLUMNS, body)]
+    left = [f"{skip.target}, {named(skip.arm, skip.budget)}: {skip.reason}" for skip in outcome.skipped]
+    left += [
+        f"{name}, {named(fail.arm, fail.budget)}, seed {fail.seed}: {fail.error or 'failed'}"
+        for name, target in outcome.targets.items()
+        for fail in target.failed
+    ]
+    if left:
+        lines += ["", "### Left out", "", *(f"* {markdown_cell(reason, 400)}" for reason in left)]
+    lines += ["", "### Limits", "", *(f"* {markdown_cell(limit, 1000)}" for limit in limits(outcome))]
+    lines += ["", "```", command(outcome).replace("```", "'''"), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _target(target: Target) -> list[str]:
+    if not target.arms:
+        return ["No arm has run with every seed yet."]
+    arms = []
+    for arm in sorted(target.arms, key=lambda arm: -(arm.gain.value or 0.0)):
+        matched, equal = arm.matched, arm.equal_compute
+        arms.append(
+            [
+                arm.name, f"{arm.cells:g}", _told(arm.gain), _told(arm.forgetting), _told(arm.worst_forgetting),
+                None if matched is None else "not defined" if matched.ratio is None else _told(matched.ratio, 2),
+                None if matched is None else _told(matched.gain), None if matched is None else _told(matched.full),
+                None if equal is None else f"{_number(equal.gain)}, forgets {_number(equal.forgetting)}",
+                None if arm.trainable_parameters is None else f"{arm.trainable_parameters:,.0f}",
+                None if arm.training_seconds is None else f"{arm.training_seconds:,.1f}",
+                f"{arm.rate:g}", "yes" if arm.pareto else "",
+            ]
+        )  # fmt: skip
+    lines = markdown_table(ARM_COLUMNS, arms)
+    if target.contrasts:
+        body = [
+            [named(row.arm, row.budget), row.control, _told(row.matched), _p(row.matched_holm), _told(row.gain), _p(row.gain_holm)]
+            for row in target.contrasts
+        ]
+        lines += ["", *markdown_table(CONTRAST_COLUMNS, body)]
+    return lines
+
+
+def _text(text: str) -> str:
+    return markdown_cell(text, TEXT_WIDTH)
+
+
+def _number(value: float | None, digits: int = 4) -> str:
+    if value is None:
+        return "–"
+    shown = f"{value:.{digits}f}"
+    return shown.removeprefix("-") if float(shown) == 0 else shown
+
+
+def _told(figure: Figure, digits: int = 4) -> str:
+    value = _number(figure.value, digits)
+    return value if figure.low is None or figure.high is None else f"{value} ({_number(figure.low, digits)} to {_number(figure.high, digits)})"
+
+
+def _p(value: float | None) -> str:
+    return "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"

@@ -1,0 +1,186 @@
+"""The page of an experiment on expert paths: verdicts, gain and forgetting, contrasts, masks; one HTML file without network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dbes.errors import ResultError
+from dbes.files import write_text
+from dbes.reporting import charts
+from dbes.reporting.outcome import (
+    FULL,
+    GROUPS,
+    TEXT_WIDTH,
+    WIDTH,
+    ArmFigures,
+    Contrast,
+    EqualCompute,
+    Figure,
+    Mask,
+    Outcome,
+    Target,
+    command,
+    configuration,
+    facts,
+    limits,
+    load_outcome,
+    named,
+)
+from dbes.reporting.page import PAGE_FILE, render, slug
+from dbes.reporting.text_view import legible
+
+MASK_SERIES = ("chosen cells, inside", "chosen cells, outside", "random cells, inside", "random cells, outside")
+Row = dict[str, Any]
+
+
+def write_outcome_page(path: str | Path, *, output: str | Path | None = None) -> Path:
+    """Write ``report.html`` beside an outcome and return its path.
+
+    Raises:
+        ResultError: the outcome cannot be read, or the page not written.
+    """
+    path = Path(path)
+    page = render_outcome(load_outcome(path))
+    written = Path(output) if output is not None else (path if path.is_dir() else path.parent) / PAGE_FILE
+    try:
+        write_text(written, page)
+    except OSError as problem:
+        raise ResultError(f"{written}: cannot be written ({problem.strerror or problem})") from problem
+    return written
+
+
+def render_outcome(outcome: Outcome) -> str:
+    """The HTML of an outcome's page."""
+    skipped = [(skip.target, named(skip.arm, skip.budget), skip.reason) for skip in outcome.skipped]
+    failed = [
+        (name, f"{named(fail.arm, fail.budget)}, seed {fail.seed}", fail.error or "failed")
+        for name, target in outcome.targets.items()
+        for fail in target.failed
+    ]
+    return render(
+        "intervention.html",
+        scripts=("page.js", "intervention.js"),
+        payload=outcome_payload(outcome),
+        title=legible(outcome.model.name, WIDTH),
+        outcome=outcome,
+        text_width=TEXT_WIDTH,
+        left_out=[[legible(part, 400) for part in row] for row in (*skipped, *failed)],
+        facts=facts(outcome),
+        command=command(outcome),
+        configuration=configuration(outcome),
+        limits=limits(outcome),
+    )
+
+
+def outcome_payload(outcome: Outcome) -> dict[str, Any]:
+    """Everything the page's script draws from: the numbers of the outcome, flat, and the specifications of the figures."""
+    controls = list(dict.fromkeys(row.control for target in outcome.targets.values() for row in target.contrasts))
+    series = [f"against {legible(control, WIDTH)}" for control in controls]
+    with charts.unchecked():
+        specs = {
+            "plane": charts.plane_spec(GROUPS),
+            "contrasts": charts.interval_spec("gain at matched forgetting, arm minus control, bits per byte", series),
+            "masks": charts.interval_spec("loss added by masking, bits per byte", MASK_SERIES),
+        }
+    return {
+        "name": slug(f"intervention-{outcome.model.name}"),
+        "targets": [_target(name, target) for name, target in outcome.targets.items()],
+        "masks": [_mask_row(mask) for mask in outcome.masks],
+        "mask_series": [row for mask in outcome.masks for row in _mask_series(mask)],
+        "specs": specs,
+    }
+
+
+def _target(name: str, target: Target) -> Row:
+    short = len({arm.budget for arm in target.arms if arm.budget is not None}) <= 1
+    front = sorted((arm for arm in target.arms if arm.pareto), key=lambda arm: (arm.forgetting.value or 0.0, arm.gain.value or 0.0))
+    return {
+        "target": legible(name, WIDTH),
+        "arms": [arm_row(arm) | {"label": legible(arm.arm if short else _short(arm), 40)} for arm in target.arms],
+        "front": [legible(arm.name, WIDTH) for arm in front],
+        "trajectories": [
+            {"arm": legible(arm.name, WIDTH), "step": point.step, "gain": point.gain, "forgetting": point.forgetting}
+            for arm in target.arms
+            if arm.arm in FULL
+            for point in arm.curve
+        ],
+        "contrasts": [_contrast_row(row, target, short=short) for row in target.contrasts],
+    }
+
+
+def _short(arm: ArmFigures | Contrast) -> str:
+    return arm.arm if arm.budget is None else f"{arm.arm} {arm.budget:.0%}"
+
+
+def spread(name: str, figure: Figure | None) -> Row:
+    """A figure as flat columns."""
+    parts = (("", "value"), ("_low", "low"), ("_high", "high"), ("_p", "p"))
+    return {f"{name}{end}": None if figure is None else getattr(figure, part) for end, part in parts}
+
+
+def arm_row(arm: ArmFigures) -> Row:
+    """All figures of an arm, flat; what an arm does not have is None."""
+    matched, equal = arm.matched, arm.equal_compute
+    return {
+        "arm": legible(arm.name, WIDTH),
+        "group": arm.group,
+        "pareto": arm.pareto,
+        "budget": arm.budget,
+        "cells": arm.cells,
+        "coverage": arm.coverage,
+        **spread("gain", arm.gain),
+        **spread("forgetting", arm.forgetting),
+        **spread("worst_forgetting", arm.worst_forgetting),
+        "matched_forgetting": None if matched is None else matched.forgetting,
+        **spread("matched_gain", None if matched is None else matched.gain),
+        **spread("matched_full", None if matched is None else matched.full),
+        **spread("matched_difference", None if matched is None else matched.difference),
+        **spread("matched_ratio", None if matched is None else matched.ratio),
+        **{f"equal_compute_{part}": None if equal is None else getattr(equal, part) for part in EqualCompute.model_fields},
+        "trainable_parameters": arm.trainable_parameters,
+        "optimizer_bytes": arm.optimizer_bytes,
+        "training_seconds": arm.training_seconds,
+        "peak_added_bytes": arm.peak_added_bytes,
+        "rate": arm.rate,
+        "steps_without_gradient": arm.steps_without_gradient,
+    }
+
+
+def _contrast_row(row: Contrast, target: Target, *, short: bool) -> Row:
+    verdict = target.verdict
+    return {
+        "arm": legible(named(row.arm, row.budget), WIDTH),
+        "label": legible(row.arm if short else _short(row), 40),
+        "control": legible(row.control, WIDTH),
+        "series": f"against {legible(row.control, WIDTH)}",
+        "forgetting": row.forgetting,
+        "gained": row.gained,
+        "control_gain": row.control_gain,
+        **spread("matched", row.matched),
+        "matched_holm": row.matched_holm,
+        **spread("gain", row.gain),
+        "gain_holm": row.gain_holm,
+        "better": named(row.arm, row.budget)
+        in {"target-load": verdict.beats_target_load, "random-load-matched": verdict.beats_random_load_matched}.get(row.control, ()),
+    }
+
+
+def _mask_row(mask: Mask) -> Row:
+    parts = ("inside", "outside", "control_inside", "control_outside", "selectivity", "control_selectivity", "difference")
+    return {
+        "target": legible(mask.target, WIDTH),
+        "rule": legible(named(mask.rule, mask.budget), WIDTH),
+        "cells": mask.cells,
+        "control_cells": mask.control_cells,
+        **{name: value for part in parts for name, value in spread(part, getattr(mask, part)).items()},
+    }
+
+
+def _mask_series(mask: Mask) -> list[Row]:
+    figures = (mask.inside, mask.outside, mask.control_inside, mask.control_outside)
+    where = {"target": legible(mask.target, WIDTH), "label": legible(named(mask.rule, mask.budget), WIDTH)}
+    return [
+        {**where, "series": series, "value": figure.value, "low": figure.low, "high": figure.high}
+        for series, figure in zip(MASK_SERIES, figures, strict=True)
+    ]
