@@ -29,7 +29,10 @@ class CompareFormat(StrEnum):
 def report(
     result: Annotated[Path, typer.Argument(help="Folder of a result or of `dbes intervene`, or its result.json or intervention.json.")],
     format: Annotated[
-        ReportFormat, typer.Option(help="html page; card: Markdown (section of a model card, or findings of an experiment); hub metadata; leaderboard record.")
+        ReportFormat,
+        typer.Option(
+            help="html page; card: Markdown (section of a model card, or findings of an experiment); hub metadata; leaderboard record."
+        ),
     ] = ReportFormat.html,
     trace: Annotated[Path | None, typer.Option(help="Folder of the recorded routes, where they are not beside the result.")] = None,
     output: Annotated[Path | None, typer.Option(help="Page to write; report.html beside the result by default.")] = None,

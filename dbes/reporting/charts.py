@@ -373,13 +373,18 @@ def plane_spec(groups: Sequence[str]) -> Spec:
         alt.Chart(zero).mark_rule(style="zero", clip=True).encode(x=alt.X("level:Q", scale=x_scale)),
         alt.Chart(zero).mark_rule(style="zero", clip=True).encode(y=alt.Y("level:Q", scale=y_scale)),
         base.transform_filter("datum.mark === 'front'")
-        .mark_line(interpolate="step-after", style="bound", clip=True)
+        .mark_line(interpolate="step-after", style="bound", strokeWidth=2, clip=True)
         .encode(x=x, y=y, order="order:Q"),
         path.mark_line(style="second-line", strokeWidth=2, clip=True).encode(
-            detail="arm:N", order="step:Q", strokeDash=alt.StrokeDash("arm:N", legend=None, scale=alt.Scale(range=[[1, 0], [6, 4]]))
+            detail="arm:N", order="step:Q", strokeDash=alt.StrokeDash("arm:N", legend=None, scale=alt.Scale(range=[[1, 0], [7, 4], [2, 3]]))
         ),
         path.mark_point(style="second-tick", size=22, filled=True, opacity=1, clip=True).encode(
-            tooltip=["arm:N", "step:Q", alt.Tooltip("y:Q", title="gain", format=".4f"), alt.Tooltip("x:Q", title="forgetting", format=".4f")]
+            tooltip=[
+                "arm:N",
+                "step:Q",
+                alt.Tooltip("y:Q", title="gain", format=".4f"),
+                alt.Tooltip("x:Q", title="forgetting", format=".4f"),
+            ]
         ),
         arms.mark_rule(opacity=0.4, clip=True).encode(x=alt.X("x_low:Q", scale=x_scale), x2="x_high:Q", y=y),
         arms.mark_rule(opacity=0.4, clip=True).encode(x=x, y=alt.Y("y_low:Q", scale=y_scale), y2="y_high:Q"),
@@ -390,7 +395,9 @@ def plane_spec(groups: Sequence[str]) -> Spec:
             tooltip=tooltip,
             color=alt.Color("group:N", scale=alt.Scale(domain=list(groups)), legend=legend),
             shape=alt.Shape(
-                "group:N", scale=alt.Scale(domain=list(groups), range=["circle", "diamond", "square", "cross", "triangle-up"]), legend=legend
+                "group:N",
+                scale=alt.Scale(domain=list(groups), range=["circle", "diamond", "square", "cross", "triangle-up"]),
+                legend=legend,
             ),
         ),
         names.mark_text(fontSize=11, baseline="middle").encode(text="label:N"),
@@ -411,9 +418,7 @@ def interval_spec(title: str, series: Sequence[str]) -> Spec:
     tooltip = ["label:N", "series:N", *(alt.Tooltip(f"{name}:Q", format=".4f") for name in ("value", "low", "high"))]
     layers = [
         alt.Chart(alt.InlineData([{"level": 0}])).mark_rule(style="zero").encode(x="level:Q"),
-        base.mark_rule(strokeWidth=2.4, opacity=0.55).encode(
-            x=alt.X("low:Q", title=title), x2="high:Q", color=alt.Color("series:N", scale=domain, legend=None)
-        ),
+        base.mark_rule(strokeWidth=2.4, opacity=0.55).encode(x=alt.X("low:Q", title=title), x2="high:Q", color=colour),
         base.mark_point(size=62, filled=True, opacity=1).encode(
             x=alt.X("value:Q", title=title), color=colour, shape=alt.Shape("series:N", scale=shapes, legend=legend), tooltip=tooltip
         ),

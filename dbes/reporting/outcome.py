@@ -19,7 +19,7 @@ KIND = "intervention"
 OUTCOME_FILE, EXPERIMENT_FILE = "intervention.json", "experiment.json"
 
 LOAD, CONTROL = "target-load", "random-load-matched"
-FULL = ("full", "full-slow")
+FULL = ("full", "full-slow", "full-slower")
 EXTRA = ("all", "lora", "router")
 RANDOM = ("random", "bottom", CONTROL)
 """Names of arms that the report treats apart; every other arm is an expert path."""
@@ -296,7 +296,7 @@ def limits(outcome: Outcome) -> list[str]:
         "Intervals count what seeds and documents share twice and so are on the wide side. p is corrected over the arms of a target "
         "and control (Holm), not over targets.",
         "At matched forgetting both sides stop at the best measured point of their trajectories (straight lines between points). "
-        "Full finetuning has two trajectories and more points to choose from, which favours it.",
+        "Full finetuning has a trajectory for each of its rates and more points to choose from, which favours it.",
         "The learning rate of an arm is the best of the few that were tried; seconds and memory are of one machine, one thread a run.",
         "An arm that hardly trains also hardly forgets: a large ratio of two small gains means little. See the gain itself.",
         "Masks tell what the chosen cells do for the loss of the untrained model, not what training them does.",

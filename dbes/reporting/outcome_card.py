@@ -22,8 +22,8 @@ def outcome_card(outcome: Outcome) -> str:
         lines += ["", f"### {markdown_cell(name)}", "", *_target(target)]
     if outcome.masks:
         body = [
-            [mask.target, named(mask.rule, mask.budget), *map(_told, (mask.inside, mask.outside, mask.control_inside, mask.control_outside)),
-             _told(mask.difference), _p(mask.difference.p)]
+            [mask.target, named(mask.rule, mask.budget), _told(mask.inside), _told(mask.outside), _told(mask.control_inside),
+             _told(mask.control_outside), _told(mask.difference), _p(mask.difference.p)]
             for mask in outcome.masks
         ]  # fmt: skip
         lines += ["", "### Loss added by masking", "", *markdown_table(MASK_COLUMNS, body)]
@@ -80,7 +80,8 @@ def _number(value: float | None, digits: int = 4) -> str:
 
 def _told(figure: Figure, digits: int = 4) -> str:
     value = _number(figure.value, digits)
-    return value if figure.low is None or figure.high is None else f"{value} ({_number(figure.low, digits)} to {_number(figure.high, digits)})"
+    ends = [_number(end, digits) for end in (figure.low, figure.high) if end is not None]
+    return f"{value} ({ends[0]} to {ends[1]})" if len(ends) == 2 else value
 
 
 def _p(value: float | None) -> str:

@@ -19,9 +19,12 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from report_results import HOSTILE, simulated_trace, write_result
+from test_report_intervention import made
 
 from dbes.reporting.compare import compare
 from dbes.reporting.leaderboard import render_leaderboard
+from dbes.reporting.outcome import Outcome
+from dbes.reporting.outcome_page import render_outcome
 from dbes.reporting.page import unpacked, write_page
 from dbes.testbed import report as testbed_report
 from dbes.testbed.experiments import Findings, Verdict
@@ -80,6 +83,13 @@ def testbed_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("testbed") / "index.html"
     findings = Findings(tables={"soft": table}, verdicts=verdicts)
     path.write_text(testbed_report.page(about, records, findings, [{"arm": "x", "seed": 1, "error": "out of memory"}]), "utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def intervention_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("intervention") / "report.html"
+    path.write_text(render_outcome(Outcome.model_validate(made())), "utf-8")
     return path
 
 
@@ -144,7 +154,7 @@ class Opened:
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1400, "light"), (1400, "dark"), (390, "light"), (390, "dark")])
-@pytest.mark.parametrize("which", ["model", "leaderboard", "testbed"])
+@pytest.mark.parametrize("which", ["model", "leaderboard", "testbed", "intervention"])
 def test_pages_open_silently_fit_and_are_accessible(chromium, request, which: str, width: int, scheme: str) -> None:
     page = Opened(chromium, request.getfixturevalue(f"{which}_page"), width, scheme)
     page.scroll_through()

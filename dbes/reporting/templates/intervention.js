@@ -21,8 +21,8 @@ start((data) => {
       const [x, y] = at(row), half = row.label.length * 3.1 + 4;
       search: for (let reach = 15; reach < 190; reach += 13) {
         for (let turn = 0; turn < 16; turn++) {
-          // right first, then up and down from there, left last
-          const angle = ((turn % 2 ? 1 : -1) * Math.ceil(turn / 2) * Math.PI) / 8;
+          // right of the point first, left last, never level with it: there its interval runs
+          const angle = ((turn % 2 ? -1 : 1) * (Math.floor(turn / 2) + 1) * Math.PI) / 8.5;
           const cx = x + Math.cos(angle) * reach + Math.cos(angle) * half, cy = y - Math.sin(angle) * reach;
           const box = [cx - half, cy - 7, cx + half, cy + 7];
           if (!free(box)) continue;

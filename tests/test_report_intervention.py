@@ -1,0 +1,227 @@
+"""The page of an experiment on expert paths: its numbers are the outcome's, nothing in the names becomes markup, gaps are gaps."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from intervention_records import experiment
+from report_results import HOSTILE
+from typer.testing import CliRunner
+
+from dbes.cli import app
+from dbes.errors import ResultError
+from dbes.intervention import analysis, settings, verdicts
+from dbes.reporting import charts, outcome
+from dbes.reporting.outcome import Outcome, is_outcome, load_outcome
+from dbes.reporting.outcome_card import outcome_card
+from dbes.reporting.outcome_page import MASK_SERIES, outcome_payload, render_outcome
+from dbes.reporting.page import unpacked
+
+TRUTH = {
+    "specialization": (0.20, 0.010), "target-load": (0.15, 0.012), "random-load-matched": (0.12, 0.02),
+    "full": (0.40, 0.200), "full-slow": (0.22, 0.05),
+}  # fmt: skip
+
+
+def mask_of(random: np.random.Generator, about: dict[str, Any]) -> dict[str, Any]:
+    def nats(more: float) -> dict[str, list[float]]:
+        return {name: [one + random.normal(more, 1.0) for one in values] for name, values in about["base"].items()}
+
+    job = {"target": "a", "rule": "specialization", "budget": 0.15, "cells": [[0, 1], [1, 2]], "controls": [[[0, 2]], [[1, 1]]]}
+    return {"job": job, "nats": nats(30.0), "controls": [nats(9.0), nats(11.0)]}
+
+
+def made(*, masks: bool = True, **changes: Any) -> dict[str, Any]:
+    """An outcome as `dbes intervene` writes it, from simulated records."""
+    random = np.random.default_rng(3)
+    about, records, _ = experiment(TRUTH, random, seeds=3, documents=8, other_documents=4)
+    about["skipped"] = [{"target": "a", "arm": "lift", "budget": 0.15, "reason": "a budget below one cell"}]
+    found = analysis.analyse(about, records, [mask_of(random, about)] if masks else [])
+    return json.loads(json.dumps(found | changes))
+
+
+def write(folder: Path, content: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "intervention.json").write_text(json.dumps(content), "utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def content() -> dict[str, Any]:
+    return made()
+
+
+@pytest.fixture(scope="module")
+def page(content: dict[str, Any]) -> str:
+    return render_outcome(Outcome.model_validate(content))
+
+
+def test_names_are_those_of_the_experiment() -> None:
+    assert outcome.OUTCOME_SCHEMA == analysis.OUTCOME_SCHEMA
+    assert (outcome.LOAD, outcome.CONTROL) == (settings.LOAD, settings.CONTROL)
+    assert (*outcome.FULL, *outcome.EXTRA) == settings.EXTRA_ARMS
+    assert set(outcome.RANDOM) == set(verdicts.UNINFORMED)
+
+
+def test_what_is_drawn_is_the_outcome(page: str, content: dict[str, Any]) -> None:
+    payload = unpacked(page)
+    expected = content["targets"]["a"]
+    shown = {row["arm"]: row for row in payload["targets"][0]["arms"]}
+    assert len(shown) == len(expected["arms"]) == len(TRUTH)
+    for arm in expected["arms"]:
+        row = shown[outcome.named(arm["arm"], arm["budget"])]
+        for name in ("gain", "forgetting", "worst_forgetting"):
+            assert [row[f"{name}{end}"] for end in ("", "_low", "_high", "_p")] == list(arm[name].values())
+        for name in ("cells", "coverage", "trainable_parameters", "optimizer_bytes", "training_seconds", "peak_added_bytes", "rate"):
+            assert row[name] == arm[name]
+        if "matched" not in arm:
+            assert arm["arm"] in outcome.FULL and row["matched_gain"] is None and row["matched_ratio"] is None
+            continue
+        assert row["matched_forgetting"] == arm["matched"]["forgetting"]
+        for name in ("gain", "full", "difference", "ratio"):
+            assert [row[f"matched_{name}{end}"] for end in ("", "_low", "_high", "_p")] == list(arm["matched"][name].values())
+        assert [row[f"equal_compute_{name}"] for name in ("seconds", "gain", "forgetting")] == list(arm["equal_compute"].values())
+    front = {outcome.named(arm["arm"], arm["budget"]): arm for arm in expected["arms"] if arm["pareto"]}
+    assert set(payload["targets"][0]["front"]) == set(front)
+    lost = [front[name]["forgetting"]["value"] for name in payload["targets"][0]["front"]]
+    assert lost == sorted(lost)
+    drawn = [(row["arm"], row["step"], row["gain"], row["forgetting"]) for row in payload["targets"][0]["trajectories"]]
+    curves = {arm["arm"]: arm["curve"] for arm in expected["arms"]}
+    assert drawn == [(name, p["step"], p["gain"], p["forgetting"]) for name in ("full", "full-slow") for p in curves[name]]
+
+
+def test_contrasts_and_masks_are_the_outcomes(page: str, content: dict[str, Any]) -> None:
+    payload = unpacked(page)
+    expected = content["targets"]["a"]["contrasts"]
+    rows = payload["targets"][0]["contrasts"]
+    assert len(rows) == len(expected) > 0
+    for row, contrast in zip(rows, expected, strict=True):
+        assert (row["arm"], row["control"]) == (outcome.named(contrast["arm"], contrast["budget"]), contrast["control"])
+        assert [row[f"matched{end}"] for end in ("", "_low", "_high", "_p")] == list(contrast["matched"].values())
+        assert (row["matched_holm"], row["gain_holm"]) == (contrast["matched_holm"], contrast["gain_holm"])
+        verdict = content["targets"]["a"]["verdict"]
+        listed = verdict["beats_target_load" if row["control"] == "target-load" else "beats_random_load_matched"]
+        assert row["better"] == (row["arm"] in listed)
+    (mask,) = content["masks"]
+    assert payload["masks"][0]["difference"] == mask["difference"]["value"]
+    drawn = {row["series"]: (row["value"], row["low"], row["high"]) for row in payload["mask_series"]}
+    parts = ("inside", "outside", "control_inside", "control_outside")
+    assert drawn == {
+        series: (mask[part]["value"], mask[part]["low"], mask[part]["high"]) for series, part in zip(MASK_SERIES, parts, strict=True)
+    }
+
+
+def test_page_says_the_verdicts_word_for_word_and_stays_small(page: str, content: dict[str, Any]) -> None:
+    for text in (content["verdict"], content["targets"]["a"]["verdict"]["text"]):
+        assert text in page and text in outcome_card(Outcome.model_validate(content)).replace("\\", "")
+    assert "a budget below one cell" in page and "lift at 15%" in page
+    assert "default-src 'none'" in html.unescape(page) and not re.search(r'(src|href)="(?!#|data:)', page.split("<script>")[0])
+    assert len(page) < 1_500_000
+
+
+def test_specifications_are_valid_vega_lite() -> None:
+    import altair as alt
+
+    for spec in (charts.plane_spec(outcome.GROUPS), charts.interval_spec("x", MASK_SERIES)):
+        alt.LayerChart.from_dict({**spec, "datasets": {"rows": []}})
+
+
+def test_markdown_holds_every_arm_and_contrast(content: dict[str, Any]) -> None:
+    card = outcome_card(Outcome.model_validate(content))
+    arm = next(arm for arm in content["targets"]["a"]["arms"] if arm["arm"] == "specialization")
+    line = next(line for line in card.splitlines() if line.startswith("| specialization at 15% |"))
+    ratio = arm["matched"]["ratio"]
+    assert f"{arm['gain']['value']:.4f} ({arm['gain']['low']:.4f} to {arm['gain']['high']:.4f})" in line
+    assert f"{ratio['value']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})" in line
+    for part in ("### Loss added by masking", "### Left out", "### Limits", "dbes intervene --out OUT", "| full |"):
+        assert part in card
+
+
+def test_missing_pieces_are_gaps_not_errors(content: dict[str, Any]) -> None:
+    bare = json.loads(json.dumps(content)) | {"masks": [], "skipped": []}
+    for arm in bare["targets"]["a"]["arms"]:
+        arm.pop("equal_compute", None)
+        arm.update(coverage=None, trainable_parameters=None, optimizer_bytes=None, training_seconds=None, steps_without_gradient=None)
+        arm["gain"].update(low=None, high=None, p=None)
+        if arm["arm"] == "target-load":
+            arm.pop("matched")
+        elif "matched" in arm:
+            arm["matched"]["ratio"] = None
+    for row in bare["targets"]["a"]["contrasts"]:
+        row.pop("matched_holm"), row.pop("gain_holm")
+    bare["targets"]["b"] = {**bare["targets"]["a"], "arms": [], "contrasts": [], "is_new": True}
+    read = Outcome.model_validate(bare)
+    page, card = render_outcome(read), outcome_card(read)
+    rows = {row["arm"]: row for row in unpacked(page)["targets"][0]["arms"]}
+    assert rows["specialization at 15%"]["matched_ratio"] is None and rows["specialization at 15%"]["matched_gain"] is not None
+    assert rows["target-load at 15%"]["matched_gain"] is None
+    assert 'id="masks"' not in page and 'id="left-out"' not in page and "No arm has run with every seed yet" in page
+    assert "not defined" in card and "No arm has run with every seed yet" in card
+
+
+def test_hostile_names_are_escaped(content: dict[str, Any]) -> None:
+    for name in HOSTILE:
+        name = name[:5000]
+        text = json.loads(json.dumps(content))
+        text["targets"] = {name: {**text["targets"]["a"], "others": [name]}}
+        text["targets"][name]["verdict"]["text"] = text["verdict"] = text["texts"] = name
+        text["targets"][name]["arms"][0]["arm"] = text["targets"][name]["contrasts"][0]["control"] = name
+        text["model"], text["settings"], text["versions"] = {"name": name}, {name: name}, {name: name}
+        text["skipped"] = [{"target": name, "arm": name, "budget": None, "reason": name}]
+        text["masks"][0]["rule"], text["domains"] = name, [name]
+        read = Outcome.model_validate(text)
+        body = re.split(r"<script", render_outcome(read))[0]
+        assert "<img" not in body and "onmouseover='" not in body and "window.hacked = 1</" not in body and "\u202e" not in body
+        assert "<script" not in outcome_card(read) and "\u202e" not in outcome_card(read)
+        json.dumps(outcome_payload(read), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"schema_version": 0}, "outcome schema 0; this dbes reads 1"),
+        ({"schema_version": None}, "outcome schema None"),
+        ({"kind": "result"}, "not the outcome of `dbes intervene`"),
+        ({"targets": {}}, "field targets:"),
+        ({"targets": {"a": {"arms": []}}}, "field targets.a"),
+        ({"masks": [{"target": "a"}]}, "field masks.0"),
+        ({"surprise": 1}, "field surprise: Extra inputs"),
+        ({"settings": [1]}, "field settings:"),
+    ],
+)
+def test_bad_outcomes_are_named(tmp_path: Path, content: dict[str, Any], change: dict[str, Any], told: str) -> None:
+    with pytest.raises(ResultError, match=re.escape(told)):
+        load_outcome(write(tmp_path, {**content, **change}))
+
+
+def test_bad_files_are_named(tmp_path: Path) -> None:
+    for text in ("", "[1", "[]", "3", "\x00"):
+        (tmp_path / "intervention.json").write_text(text, "utf-8")
+        with pytest.raises(ResultError, match=r"intervention\.json"):
+            load_outcome(tmp_path)
+    (tmp_path / "experiment.json").write_text("{}", "utf-8")
+    (tmp_path / "intervention.json").unlink()
+    assert is_outcome(tmp_path)
+    with pytest.raises(ResultError, match="there is no outcome here"):
+        load_outcome(tmp_path)
+
+
+def test_command_line_tells_experiments_from_results(tmp_path: Path, content: dict[str, Any]) -> None:
+    folder, run = write(tmp_path / "out", content), CliRunner().invoke
+    shown = run(app, ["report", str(folder)])
+    assert shown.exit_code == 0 and (folder / "report.html").is_file(), shown.output
+    (tmp_path / "renamed.json").write_text(json.dumps(content), "utf-8")
+    shown = run(app, ["report", str(tmp_path / "renamed.json"), "--output", str(tmp_path / "page.html")])
+    assert shown.exit_code == 0 and (tmp_path / "page.html").read_bytes() == (folder / "report.html").read_bytes()
+    shown = run(app, ["report", str(folder), "--format", "card"])
+    assert shown.exit_code == 0 and shown.output.startswith("## Experiment on expert paths")
+    for wrong in (["--format", "hub"], ["--format", "record"], ["--trace", str(tmp_path)]):
+        assert run(app, ["report", str(folder), *wrong]).exit_code == 2
+    (folder / "intervention.json").write_text("{}", "utf-8")
+    assert run(app, ["report", str(folder)]).exit_code not in (0, 2)
