@@ -177,7 +177,7 @@ def test_hostile_names_are_escaped(content: dict[str, Any]) -> None:
         text["masks"][0]["rule"], text["domains"] = name, [name]
         read = Outcome.model_validate(text)
         body = re.split(r"<script", render_outcome(read))[0]
-        assert "<img" not in body and "onmouseover='" not in body and "window.hacked = 1</" not in body and "\u202e" not in body
+        assert "<img" not in body and "onmouseover='" not in body and "window.hacked = 1</script" not in body and "\u202e" not in body
         card = outcome_card(read)
         assert "<script" not in card.partition("```")[0] and "\u202e" not in card
         json.dumps(outcome_payload(read), allow_nan=False)
