@@ -373,7 +373,11 @@ def command(checkpoint, task, folder, out, steps, pause=0):
 def test_a_run_killed_by_sigkill_ends_like_one_that_was_not(run, tiny_checkpoint, tiny_task, tmp_path):
     _, whole = run(steps=12)
     out = tmp_path / "cut"
-    process = subprocess.Popen(command(tiny_checkpoint, tiny_task, tmp_path, out, 12, 0.2), stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(tiny_checkpoint, tiny_task, tmp_path, out, 12, 0.2),
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # as many threads as the run that goes on with it
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.monotonic() + 100
     while not ((out / LOG).is_file() and len((out / LOG).read_text().splitlines()) > 4):
         assert process.poll() is None and time.monotonic() < deadline
