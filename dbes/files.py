@@ -44,6 +44,24 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
 
 
+def keep_log_before(path: Path, step: int) -> list[dict[str, Any]]:
+    """The records of a JSON-lines log of steps before ``step``, which is all that is left of it afterwards.
+
+    What a killed run logged beyond its last state will be logged again.
+    """
+    records = []
+    if path.is_file():
+        for line in path.read_text("utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                break  # the line that was being written when the run was killed
+            if record["step"] < step:
+                records.append(record)
+    write_text(path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
+    return records
+
+
 def sha256_of(path: Path) -> str:
     with path.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()

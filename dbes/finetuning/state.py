@@ -13,7 +13,7 @@ from safetensors.torch import save
 from torch import nn
 
 from dbes.errors import FinetuneError
-from dbes.files import write_bytes, write_text
+from dbes.files import write_bytes
 
 STATE, LOG = "training.safetensors", "train.jsonl"
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -49,21 +49,6 @@ def load_state(folder: Path, identity: str, leaves: dict[str, nn.Parameter], opt
                 for moment in _MOMENTS:
                     optimizer.state[leaf][moment].copy_(state.get_tensor(f"{moment} {name}"))
         return int(metadata["step"]), float(metadata["seconds"])
-
-
-def kept_log(folder: Path, start: int) -> list[dict[str, Any]]:
-    """The records of steps before ``start``; what a killed run logged beyond its state will be logged again."""
-    path, records = folder / LOG, []
-    if path.is_file():
-        for line in path.read_text("utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                break  # the line that was being written when the run was killed
-            if record["step"] < start:
-                records.append(record)
-    write_text(path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
-    return records
 
 
 def append_log(folder: Path, record: dict[str, Any]) -> None:

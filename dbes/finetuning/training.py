@@ -18,11 +18,12 @@ from transformers import PreTrainedModel
 
 from dbes.capture import Decision, watching
 from dbes.errors import FinetuneError
+from dbes.files import keep_log_before
 from dbes.finetuning.cells import TrainableCells
 from dbes.finetuning.encoding import Batch, Sample, collate
 from dbes.finetuning.evaluation import DomainScore, token_losses
 from dbes.finetuning.settings import FinetuneSettings, learning_rate
-from dbes.finetuning.state import STATE, append_log, kept_log, load_state, save_state
+from dbes.finetuning.state import LOG, STATE, append_log, load_state, save_state
 from dbes.sites import base_of, find_sites, input_device
 
 SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP")
@@ -85,7 +86,7 @@ def train(
     leaves = dict(cells.named_parameters())
     optimizer = make_optimizer(list(leaves.values()), settings)
     start, before = load_state(folder, identity, leaves, optimizer) if folder else (0, 0.0)
-    log = kept_log(folder, start) if folder and main else []
+    log = keep_log_before(folder / LOG, start) if folder and main else []
     if not start:
         _check_reach(model, cells, samples, settings, padding)
     began = saved = time.monotonic()

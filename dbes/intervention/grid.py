@@ -85,8 +85,8 @@ def intervene(
     about = {
         "schema_version": EXPERIMENT_SCHEMA,
         "key": key,
-        "model": {"name": loaded.name, "revision": loaded.revision, "parameters": loaded.parameters, "where": where},
-        "texts": texts,
+        "model": {"name": loaded.name, "revision": loaded.revision, "parameters": loaded.parameters, "where": published_place(model)},
+        "texts": published_place(texts),
         "data": {"digest": data.digest, "domains": list(data.domains), "boundary": data.boundary},
         "bytes": {domain: data.parts[domain, "heldout"].bytes.tolist() for domain in data.domains},
         "tokens": {domain: np.diff(data.parts[domain, "heldout"].starts).tolist() for domain in data.domains},
@@ -111,6 +111,11 @@ def intervene(
     outcome = analyse(*read_experiment(out))
     write_json(out / OUTCOME, outcome)
     return outcome
+
+
+def published_place(given: str) -> str:
+    """A model or texts as the user named them; of an absolute folder only its last part: results are shared, machines are not."""
+    return Path(given).name if Path(given).is_absolute() else given
 
 
 def search_rates(

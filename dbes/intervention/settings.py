@@ -23,22 +23,7 @@ DOWN, PATH_LORA, LAYERED = "down", "lora-path", "per-layer"
 EXTRA_ARMS = (FULL, *SLOWER, ALL, LORA, ROUTER)
 IDEAS = (DOWN, PATH_LORA, LAYERED)
 
-DEFAULT_RULES = (
-    "specialization",
-    "trajectory",
-    "lift",
-    "esft-token",
-    "esft-gate",
-    "target-load",
-    "load",
-    "gradient",
-    "gradient-contrast",
-    "gradient-layer",
-    "causal",
-    "random",
-    "random-load-matched",
-    "bottom",
-)
+DEFAULT_RULES = tuple(rule for rule in RULES if rule != ALL)
 
 
 class Strict(BaseModel):

@@ -258,7 +258,7 @@ def facts(outcome: Outcome) -> list[tuple[str, str]]:
 def command(outcome: Outcome) -> str:
     """The command that runs the experiment again, given the file of ``configuration``."""
     settings = outcome.settings
-    where = "embedded" if outcome.model.name == "dbes-embedded" else _place(outcome.model.where or outcome.model.name)
+    where = _place(outcome.model.where or outcome.model.name)
     words = ["dbes", "intervene", "--out", "OUT", "--config", "settings.yaml", "--model", where, "--texts", _place(outcome.texts)]
     for name in outcome.targets:
         words += ["--domain", name]

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dbes.errors import DbesError
-from dbes.files import write_bytes, write_text
+from dbes.files import keep_log_before, write_bytes
 from dbes.testbed.balancing import Processes, expert_shares
 from dbes.testbed.mix import Batch, Batches, Mix
 from dbes.testbed.models import build_model
@@ -130,7 +130,7 @@ def train(
         identity = settings.identity(mix.digest)
         start, spent = _restore(folder, identity, model, optimizer, routing) if folder else (0, 0.0)
         spent -= time.process_time()
-        log = _kept_log(folder, start) if folder else []
+        log = keep_log_before(folder / LOG, start) if folder else []
         saved = time.monotonic()
         for step in range(start, steps):
             began = time.monotonic()
@@ -319,22 +319,6 @@ def _kept_buffers(model: PreTrainedModel) -> list[tuple[str, Tensor]]:
     """Buffers that are part of a checkpoint (the loss-free bias of architectures that have one)."""
     kept = model.state_dict()
     return [(name, value) for name, value in model.named_buffers() if name in kept]
-
-
-def _kept_log(folder: Path, start: int) -> list[dict[str, Any]]:
-    """The records of steps before ``start``; what a killed run logged beyond its last checkpoint will be logged again."""
-    path = folder / LOG
-    records = []
-    if path.is_file():
-        for line in path.read_text("utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                break  # the line that was being written when the run was killed
-            if record["step"] < start:
-                records.append(record)
-    write_text(path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
-    return records
 
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:
