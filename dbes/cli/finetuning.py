@@ -104,13 +104,15 @@ def merge(
 
 
 def _table(report: FinetuneReport) -> Any:
+    from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
-    title = (
+    title = Text(
         f"{report.model}: {len(report.cells)} experts of path {report.path_domain} ({report.path_rule}), {report.parameters:,} parameters, "
         f"optimizer {report.optimizer_bytes / 1e6:.1f} MB, {report.steps} steps in {report.seconds:.0f} s"
     )
-    table = Table(title=title, title_justify="left", min_width=100)
+    table = Table()
     for name in ("domain", "texts", "bits/byte before", "after", "change", "accuracy before", "after"):
         table.add_column(name, justify="left" if name == "domain" else "right")
     for name, before in report.before.items():
@@ -119,7 +121,7 @@ def _table(report: FinetuneReport) -> Any:
         change = f"{after.bits_per_byte - before.bits_per_byte:+.4f}"
         shown = f"{name} (target)" if name == report.target else name
         table.add_row(shown, str(before.entries), f"{before.bits_per_byte:.4f}", f"{after.bits_per_byte:.4f}", change, *accuracies)
-    return table
+    return Group(title, table)
 
 
 def _say(message: str) -> None:

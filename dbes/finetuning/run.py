@@ -23,7 +23,7 @@ from dbes.finetuning.training import memory_explained, refuse_sharding, train
 from dbes.models import LoadedModel, load_model
 from dbes.paths.files import read_esft, read_path
 from dbes.paths.types import ExpertPath
-from dbes.pipeline import EMBEDDED_MODEL
+from dbes.pipeline import EMBEDDED_MODEL, EMBEDDED_NAME
 from dbes.sites import find_sites
 
 Say = Callable[[str], None]
@@ -63,14 +63,14 @@ def finetune(
         FinetuneError: see `prepare_data`, `TrainableCells` and `train`; a path of another model; ``out`` holds something else.
         ModelError, PathError, TaskError: model, path or task cannot be read.
     """
-    where = str(EMBEDDED_MODEL if str(model) == "embedded" else model)
+    where, name = (str(EMBEDDED_MODEL), EMBEDDED_NAME) if str(model) == "embedded" else (str(model), None)
     found = prepare_data(data, tasks=tasks, limit=limit)
     refuse_sharding(accelerator)
     accelerator = accelerator if accelerator is not None else _accelerator(settings, out)
     say("loading")
     place = {"": accelerator.device} if accelerator.num_processes > 1 and accelerator.device.type != "cpu" else None
     with memory_explained():
-        loaded = load_model(where, revision=revision, device_map=place, trust_remote_code=trust_remote_code)
+        loaded = load_model(where, name=name, revision=revision, device_map=place, trust_remote_code=trust_remote_code)
     path = checked_path(paths, loaded)
     identity = settings.identity(loaded.revision, path.cells, found.digest, tasks, limit, save)
     finished = read_report(out)

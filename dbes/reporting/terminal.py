@@ -49,6 +49,8 @@ def render_paths(folder: Path, console: Console) -> None:
     if (folder / "trace").is_dir():
         console.print(Text("Next: score the same recording again, or as an ideal or a random router would have routed it:", style="bold"))
         console.print(Text(f"  dbes score {folder / 'trace'} --seed 1\n  dbes score {folder / 'trace'} --router uniform"), soft_wrap=True)
+        console.print(Text("The experts that serve a domain, to train only these:", style="bold"))
+        console.print(Text(f"  dbes paths {folder} --domain DOMAIN --out paths.json"), soft_wrap=True)
         console.print(Text("Your own model (folder or hub id):", style="bold"))
         console.print(Text("  dbes doctor MODEL && dbes evaluate --model MODEL"))
 
