@@ -25,11 +25,11 @@ class FrozenExperts(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weights: Tensor, module: Any, tokens: Tensor, ids: Tensor, offsets: Tensor
     ) -> Tensor:
         up, down = names(module)
-        projected = project(module, hidden[tokens], up, ids, offsets)
+        projected = project(module, hidden.index_select(0, tokens), up, ids, offsets)
         output = project(module, activate(module, projected), down, ids, offsets)
         ctx.module, ctx.shape, ctx.dtypes = module, hidden.shape, (hidden.dtype, weights.dtype)
         ctx.save_for_backward(projected, weights, tokens, ids, offsets)
-        return output * weights[:, None]
+        return output.mul_(weights[:, None]) if output.dtype == weights.dtype else output * weights[:, None]
 
     @staticmethod
     @once_differentiable
@@ -68,13 +68,13 @@ class SumOverSlots(torch.autograd.Function):
         inverse[order] = torch.arange(len(order), device=order.device)
         ctx.save_for_backward(order)
         ctx.k = k
-        return slots[inverse].view(-1, k, slots.shape[-1]).sum(1)
+        return slots.index_select(0, inverse).view(-1, k, slots.shape[-1]).sum(1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (order,) = ctx.saved_tensors
-        return gradient[order // ctx.k], None, None
+        return gradient.index_select(0, order // ctx.k), None, None
 
 
 def project(module: Any, rows: Tensor, name: str, ids: Tensor, offsets: Tensor) -> Tensor:
