@@ -65,7 +65,7 @@ def page(content: dict[str, Any]) -> str:
 def test_names_are_those_of_the_experiment() -> None:
     assert outcome.OUTCOME_SCHEMA == analysis.OUTCOME_SCHEMA
     assert (outcome.LOAD, outcome.CONTROL) == (settings.LOAD, settings.CONTROL)
-    assert (*outcome.FULL, *outcome.EXTRA) == settings.EXTRA_ARMS
+    assert {*outcome.FULL, *outcome.EXTRA} == {*settings.EXTRA_ARMS} and outcome.PROTECTED == settings.PROTECTED
     assert set(outcome.RANDOM) == set(verdicts.UNINFORMED)
 
 

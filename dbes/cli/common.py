@@ -29,6 +29,11 @@ FormatOption = Annotated[Format, typer.Option(help="table to read, json for a pi
 RemoteOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")]
 
 
+def names(text: str) -> tuple[str, ...]:
+    """The names of a list with commas."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
 def stdout() -> Any:
     from rich.console import Console
 

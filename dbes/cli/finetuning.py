@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dbes.cli.common import Format, FormatOption, RemoteOption, errors, stdout
+from dbes.cli.common import Format, FormatOption, RemoteOption, errors, names, stdout
 
 if TYPE_CHECKING:
     from dbes.finetuning.report import FinetuneReport
@@ -54,6 +54,10 @@ def finetune(
     gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Compute twice, keep less.")] = False,
     lora_rank: Annotated[int | None, typer.Option(min=1, help="Train updates of this rank; they are merged on save.")] = None,
     train_router: Annotated[bool, typer.Option("--train-router", help="Train the routers of the chosen layers too.")] = False,
+    protect: Annotated[
+        float | None, typer.Option(help="Train updates that other domains hardly feel: 0.03; smaller protects more.")
+    ] = None,
+    protect_domains: Annotated[str, typer.Option(help="Which domains, by comma; all others of the task by default.")] = "",
     method: Annotated[MethodName, typer.Option(help="auto: split_bank where the model allows it.")] = MethodName.auto,
     tasks: Annotated[str, typer.Option(help="Task whose domains are measured before and after.")] = "embedded",
     limit: Annotated[int, typer.Option(min=1, help="Held-out texts per domain at most.")] = 64,
@@ -74,7 +78,8 @@ def finetune(
         settings = make_settings(
             steps=steps, epochs=epochs, lr=lr, weight_decay=weight_decay, batch_size=batch_size, micro_batch_size=micro_batch_size,
             seq_len=seq_len, packing=packing, seed=seed, bf16=bf16, gradient_checkpointing=gradient_checkpointing, lora_rank=lora_rank,
-            train_router=train_router, method=method.value, eval_every=eval_every, tracker=tracker.value,
+            train_router=train_router, protect=protect, protect_domains=names(protect_domains), method=method.value,
+            eval_every=eval_every, tracker=tracker.value,
         )  # fmt: skip
         report = run(
             model, paths, data, out, settings, tasks=tasks, limit=limit, save=save.value, revision=revision,

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dbes.cli.common import errors
+from dbes.cli.common import errors, names
 
 
 def intervene(
@@ -19,6 +19,7 @@ def intervene(
     budget: Annotated[str, typer.Option(help="Shares of the routed-expert parameters, by comma; 0.15 by default.")] = "",
     rules: Annotated[str, typer.Option(help="Rules of the paths, by comma; all by default.")] = "",
     ideas: Annotated[str, typer.Option(help="Further arms: down, lora-path, per-layer.")] = "",
+    protected: Annotated[str, typer.Option(help="Rules whose paths are also trained with updates that other domains hardly feel.")] = "",
     seeds: Annotated[int | None, typer.Option(min=1, help="Seeds of every arm; 5 by default.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML with any further settings (steps, rates, documents, ...).")] = None,
     processes: Annotated[int, typer.Option(min=1, help="Runs at a time, one thread each.")] = 2,
@@ -30,8 +31,8 @@ def intervene(
     from dbes.intervention.grid import intervene as run
 
     given: dict[str, Any] = {"domains": tuple(name.partition("=")[0] for name in domain)}
-    named = {"new": new, "budgets": budget, "rules": rules, "ideas": ideas}
-    given |= {name: _names(text) for name, text in named.items() if text}
+    named = {"new": new, "budgets": budget, "rules": rules, "ideas": ideas, "protected": protected}
+    given |= {name: names(text) for name, text in named.items() if text}
     if seeds is not None:
         given["seeds"] = seeds
     with errors():
@@ -50,7 +51,3 @@ def intervene(
         typer.echo(found["verdict"]["text"])
     typer.echo(outcome["verdict"])
     typer.echo(out / OUTCOME, err=True)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dbes.cli.common import errors
+from dbes.cli.common import errors, names
 
 app = typer.Typer(
     help="Train small MoEs under many routers and balancing methods; what the metrics should see is known.",
@@ -38,7 +38,7 @@ def run(
     from dbes.testbed.grid import run_grid
     from dbes.testbed.report import write_report
 
-    wanted = tuple(name.strip() for name in only.split(",") if name.strip())
+    wanted = names(only)
     with errors():
         run_grid(preset.value, out, mix=mix, cache=cache, processes=processes, only=wanted, progress=_say)
         typer.echo(write_report(out))

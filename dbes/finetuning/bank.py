@@ -103,7 +103,7 @@ def split_bank_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, to
     for slots, length in zip(bank.experts.values(), trained, strict=True):
         if length:  # an expert without a token has no part in the graph: no gradient, no weight decay, no momentum
             rows = hidden_states.index_select(0, tokens[start : start + length])
-            output = _trained(self, rows, slots).to(outputs[0].dtype if outputs else rows.dtype)
+            output = _trained(self, rows, weights[start : start + length], slots).to(outputs[0].dtype if outputs else rows.dtype)
             outputs.append(output * weights[start : start + length, None])
             start += length
     return cast(Tensor, SumOverSlots.apply(torch.cat(outputs), order, k)).to(hidden_states.dtype)
@@ -118,11 +118,15 @@ def _frozen(module: Any, hidden: Tensor, weights: Tensor, tokens: Tensor, ids: T
     return module.post_expert_norm(output) * weights[:, None]
 
 
-def _trained(module: Any, rows: Tensor, slots: Mapping[str, Slot]) -> Tensor:
-    """Outputs of one trained expert for the rows routed to it."""
+def _trained(module: Any, rows: Tensor, gates: Tensor, slots: Mapping[str, Slot]) -> Tensor:
+    """Outputs of one trained expert for the rows routed to it, not yet weighted by their gates."""
     up, down = names(module)
 
     def through(values: Tensor, name: str) -> Tensor:
+        if name in slots:
+            slots[name].see(values, gates, inputs_first=module.is_transposed)
+        if f"{name}_bias" in slots:
+            slots[f"{name}_bias"].see(torch.ones_like(values[:, :1]), gates, inputs_first=False)
         weight, bias = _value(module, slots, name), _value(module, slots, f"{name}_bias") if module.has_bias else None
         return functional.linear(values.to(weight.dtype), weight.T if module.is_transposed else weight, bias)
 

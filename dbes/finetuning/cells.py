@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import pairwise
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dbes.errors import FinetuneError
 from dbes.finetuning.bank import banks_installed, uses_interface
+from dbes.finetuning.protection import shape_updates
 from dbes.finetuning.slots import Slot, find_slots
 from dbes.paths.types import Cell
 from dbes.sites import RoutingSite, find_sites
@@ -119,6 +120,28 @@ class TrainableCells:
             for name, value in state.items()
             if isinstance(value, Tensor) and name != "step"
         )
+
+    def protect(self, texts: Mapping[str, Sequence[Tensor]], *, floor: float) -> None:
+        """Shape the updates so that texts of other domains hardly feel them; see `dbes.finetuning.protection`.
+
+        Call it before an optimizer is made: the leaves are new ones.
+
+        Args:
+            texts: token ids by domain, int64 [sequences, length] each, without padding.
+            floor: share of the mean input energy below which a direction is trained freely; smaller protects more.
+
+        Raises:
+            FinetuneError: low rank or view leaves, which have no place for it; no text; a floor not above 0.
+        """
+        if self.method != "split_bank" or self._rank is not None:
+            what = "low-rank updates" if self._rank is not None else "experts without transformers' experts interface (view_leaves)"
+            raise FinetuneError(f"protection is not made for {what}")
+        shape_updates(self.model, self._slots, texts, floor=floor)
+
+    @property
+    def protection_bytes(self) -> int:
+        """Bytes of the matrices that shape protected updates; they are kept, not trained."""
+        return sum(slot.shaping.numel() * slot.shaping.element_size() for slot in self._slots if slot.shaping is not None)
 
     def drop_empty_gradients(self) -> int:
         """Take the gradients away that are zero throughout, so that the optimizer skips their expert, and return how many are left.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +60,14 @@ class Data:
 
     Attributes:
         digest: sha256 over the training entries, in order.
+        elsewhere: what is not held out of every other domain: never trained on, for protection (`dbes.finetuning.protection`).
     """
 
     target: str
     training: tuple[Entry, ...]
     heldout: Mapping[str, tuple[Entry, ...]]
     digest: str
+    elsewhere: Mapping[str, tuple[Entry, ...]] = field(default_factory=dict)
 
 
 def prepare_data(source: str, *, tasks: str | Path = "embedded", limit: int | None = None) -> Data:
@@ -92,12 +94,17 @@ def prepare_data(source: str, *, tasks: str | Path = "embedded", limit: int | No
     if domain is None:
         by_domain = {target: read_entries(Path(source)), **by_domain}
     training, kept = hold_out(by_domain[target], where=source)
-    heldout = {target: kept[:limit]}
+    heldout, elsewhere = {target: kept[:limit]}, {}
     for name, entries in by_domain.items():
         if name != target:
-            heldout[name] = hold_out(entries, where=name)[1][:limit]
+            elsewhere[name], kept = hold_out(entries, where=name)
+            heldout[name] = kept[:limit]
     return Data(
-        target=target, training=tuple(training), heldout={name: tuple(part) for name, part in heldout.items()}, digest=_digest(training)
+        target=target,
+        training=tuple(training),
+        heldout={name: tuple(part) for name, part in heldout.items()},
+        digest=_digest(training),
+        elsewhere={name: tuple(part) for name, part in elsewhere.items()},
     )
 
 

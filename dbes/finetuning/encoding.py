@@ -114,6 +114,23 @@ def training_samples(entries: Sequence[Entry], tokenizer: Any, *, length: int, p
     return found
 
 
+def full_rows(entries: Iterable[Entry], tokenizer: Any, *, length: int, tokens: int, rows: int = 8) -> list[Tensor]:
+    """Texts one after the other as batches of token ids, int64 [rows, length] each; about ``tokens`` of them, nothing padded.
+
+    What is left over is dropped; texts that fill no row at all are one shorter row. No text: no batch.
+    """
+    kept: list[np.ndarray] = []
+    for entry in entries:
+        if sum(map(len, kept)) >= tokens:
+            break
+        kept.append(encode(entry, tokenizer, end=True).ids)
+    joined = np.concatenate(kept)[: max(tokens, length)] if kept else np.zeros(0, np.int64)
+    count = len(joined) // length
+    if not count:
+        return [torch.from_numpy(joined[None])] if len(joined) else []
+    return list(torch.from_numpy(joined[: count * length].reshape(count, length)).split(rows))
+
+
 def collate(samples: Sequence[Sample], *, padding: int) -> Batch:
     """The samples as one batch."""
     width = max(len(sample.ids) for sample in samples)

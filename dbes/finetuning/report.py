@@ -28,7 +28,8 @@ class FinetuneReport(BaseModel):
         target: domain of the data; ``before`` and ``after`` hold it and all other domains of the task, held-out texts only.
         gain: bits per byte that the target fell by; forgetting: mean and worst rise over the other domains (negative: it fell).
         train_loss: nats per token of the first and last step.
-        parameters: numbers trained; chosen_bytes: of them; optimizer_bytes: AdamW's two moments, without scalar step counters.
+        parameters: numbers trained; chosen_bytes: of them; optimizer_bytes: AdamW's two moments, without scalar step counters;
+            protection_bytes: of the matrices that shape protected updates.
         peak_memory_bytes: of the accelerator, or on a CPU of the whole process, loading included.
         seconds: of training alone, over all interruptions.
     """
@@ -58,6 +59,7 @@ class FinetuneReport(BaseModel):
     parameters: int
     chosen_bytes: int
     optimizer_bytes: int
+    protection_bytes: int = 0
     peak_memory_bytes: int | None
     seconds: float
     device: str

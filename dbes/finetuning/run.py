@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from accelerate import Accelerator
+from torch import Tensor
 
 from dbes.errors import FinetuneError, PathError
 from dbes.finetuning.cells import TrainableCells
-from dbes.finetuning.data import prepare_data
-from dbes.finetuning.encoding import padding_id, training_samples
+from dbes.finetuning.data import Data, prepare_data
+from dbes.finetuning.encoding import full_rows, padding_id, training_samples
 from dbes.finetuning.evaluation import DomainScore, measure
 from dbes.finetuning.output import base_rows_digest, refuse_occupied, round_rows, save_checkpoint, save_delta, storage_dtype
 from dbes.finetuning.report import FinetuneReport, changes, peak_memory, read_report, versions, write_report
@@ -100,6 +101,10 @@ def finetune(
         train_router=settings.train_router,
         seed=settings.seed,
     ) as cells:
+        if settings.protect is not None:
+            say("measuring what other domains need")
+            with memory_explained():
+                cells.protect(protected_texts(found, loaded, settings), floor=settings.protect)
         trained = train(
             loaded.model,
             cells,
@@ -115,7 +120,7 @@ def finetune(
         )
         cells.merge()
         round_rows(loaded.model, cells, stored)
-        method = cells.method
+        method, protection_bytes = cells.method, cells.protection_bytes
         if save == "delta" and accelerator.is_main_process:
             save_delta(cells, out, model=loaded.name, revision=loaded.revision, dtype=stored, base_digest=digest)
     say("measuring after")
@@ -142,6 +147,7 @@ def finetune(
         parameters=trained.parameters,
         chosen_bytes=trained.chosen_bytes,
         optimizer_bytes=trained.optimizer_bytes,
+        protection_bytes=protection_bytes,
         peak_memory_bytes=peak_memory(),
         seconds=round(trained.seconds, 2),
         device=loaded.device,
@@ -159,6 +165,21 @@ def finetune(
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return report
+
+
+def protected_texts(data: Data, loaded: LoadedModel, settings: FinetuneSettings) -> dict[str, list[Tensor]]:
+    """Token ids of what is to be protected, by domain; never held-out text.
+
+    Raises:
+        FinetuneError: a domain that the task does not have, or the target.
+    """
+    unknown = [name for name in settings.protect_domains if name not in data.elsewhere]
+    if unknown:
+        raise FinetuneError(f"--protect-domains {', '.join(unknown)}: other domains of the task are {', '.join(data.elsewhere)}")
+    names = settings.protect_domains or tuple(data.elsewhere)
+    return {
+        name: full_rows(data.elsewhere[name], loaded.tokenizer, length=settings.seq_len, tokens=settings.protect_tokens) for name in names
+    }
 
 
 def checked_path(paths: str | Path | ExpertPath, loaded: LoadedModel) -> ExpertPath:

@@ -26,6 +26,9 @@ class FinetuneSettings(BaseModel):
         packing: put plain texts one after the other; otherwise each is padded by itself.
         bf16: compute in bfloat16 where torch's autocast does; weights and optimizer stay as they are.
         lora_rank: train updates of this rank in place of the experts' matrices.
+        protect: train updates that texts of other domains hardly feel, with this floor (`dbes.finetuning.protection`); None: do not.
+        protect_domains: of which domains; empty: of all but the target.
+        protect_tokens: of each of them.
         method: how chosen experts are told from the others (`dbes.finetuning.cells`).
         eval_every: measure the held-out texts every so many steps too; 0: before and after only.
     """
@@ -46,6 +49,9 @@ class FinetuneSettings(BaseModel):
     gradient_checkpointing: bool = False
     lora_rank: Positive | None = None
     train_router: bool = False
+    protect: Annotated[float, Field(gt=0)] | None = None
+    protect_domains: tuple[str, ...] = ()
+    protect_tokens: Positive = 16_384
     method: Literal["auto", "split_bank", "view_leaves"] = "auto"
     eval_every: Annotated[int, Field(ge=0)] = 0
     tracker: Tracker = "none"
@@ -54,6 +60,10 @@ class FinetuneSettings(BaseModel):
     def _one_length(self) -> FinetuneSettings:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give steps or epochs, one of them")
+        if self.protect is not None and (self.lora_rank is not None or self.method == "view_leaves" or self.train_router):
+            raise ValueError("--protect shapes whole experts in the split bank; it goes with no --lora-rank, view_leaves or --train-router")
+        if self.protect_domains and self.protect is None:
+            raise ValueError("--protect-domains says what to protect; give --protect too")
         return self
 
     def total_steps(self, samples: int) -> int:

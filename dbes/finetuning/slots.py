@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ class Slot:
         leaves: what the optimizer trains, by suffix: ``{"": rows}``, or ``{".up": [a, r], ".down": [r, b]}`` of the low-rank update
             ``up @ down`` that is added to the rows [a, b].
         shared: the leaf is the rows themselves (same storage), so a step of the optimizer changes the model at once.
+        shaping: S of a protected slot (`dbes.finetuning.protection`): the value is the base plus ``leaf @ S``.
     """
 
     def __init__(
@@ -41,6 +43,11 @@ class Slot:
         trained = torch.float32 if rows.dtype in (torch.bfloat16, torch.float16) else rows.dtype
         self.shared = in_place and rank is None and trained == rows.dtype
         self._base = rows.clone() if in_place or rank is not None else None
+        self.shaping: Tensor | None = None
+        self._inputs_first = False
+        self._measuring = False
+        self._domain: Tensor | None = None
+        self._moment: Tensor | None = None
         if rank is None:
             self.leaves = {"": nn.Parameter(rows if self.shared else rows.to(trained, copy=True))}
             return
@@ -56,6 +63,10 @@ class Slot:
 
     def value(self) -> Tensor:
         """What the rows are by the leaves; differentiable."""
+        if self.shaping is not None:
+            leaf = self.leaves[""]
+            change = self.shaping @ leaf if self._inputs_first else leaf @ self.shaping if leaf.ndim > 1 else leaf * self.shaping[0, 0]
+            return cast(Tensor, self._base) + change
         if "" in self.leaves:
             return self.leaves[""]
         assert self._base is not None
@@ -71,6 +82,47 @@ class Slot:
         """Put back what the rows were."""
         if self._base is not None:
             self.rows.copy_(self._base)
+
+    @property
+    def kind(self) -> str:
+        """The parameter's own name, the same in every layer."""
+        return self.name.rpartition(".")[2]
+
+    def measure_inputs(self) -> None:
+        """Start to add up what enters this tensor."""
+        self._measuring, self._domain, self._moment = True, None, None
+
+    def see(self, inputs: Tensor, gates: Tensor, *, inputs_first: bool) -> None:
+        """Count inputs [slots, inputs] of this tensor by their gate weights [slots], if inputs are being measured.
+
+        Args:
+            inputs_first: the tensor is [inputs, outputs]; otherwise [outputs, inputs].
+        """
+        if not self._measuring:
+            return
+        weighted = inputs.detach().float() * gates.detach().float()[:, None]
+        added = weighted.T @ weighted
+        self._inputs_first = inputs_first and self.parameter.ndim > 2
+        self._domain = added if self._domain is None else self._domain + added
+
+    def end_domain(self, divisor: float) -> None:
+        """Add what one domain's texts showed, divided by this, to the second moment."""
+        if self._domain is not None:
+            share = self._domain / divisor
+            self._moment = share if self._moment is None else self._moment + share
+        self._domain = None
+
+    def take_moment(self) -> Tensor | None:
+        """The second moment of the inputs, float32 [inputs, inputs]; None where nothing entered. Measuring ends."""
+        moment, self._moment, self._domain, self._measuring = self._moment, None, None, False
+        return moment
+
+    def shape_update(self, shaping: Tensor) -> None:
+        """Train U in place of the rows: they are the base plus U through this matrix, [inputs, inputs]."""
+        (leaf,) = self.leaves.values()
+        self._base = self.rows.clone()
+        self.leaves = {"": nn.Parameter(torch.zeros_like(leaf))}
+        self.shaping = shaping.to(leaf.dtype)
 
     def collect(self, gradient: Tensor) -> None:
         """Add the expert's rows of the gradient of the whole parameter to the leaves' gradients; none where they are all zero."""

@@ -20,7 +20,7 @@ from dbes.intervention.outcomes import (
     pareto,
     strata_of,
 )
-from dbes.intervention.settings import CONTROL, EXTRA_ARMS, FULL, LOAD, SLOWER, Arm, Settings
+from dbes.intervention.settings import CONTROL, EXTRA_ARMS, FULL, LOAD, PROTECTED, SLOWER, Arm, Settings
 from dbes.intervention.verdicts import overall_verdict, target_verdict
 
 OUTCOME_SCHEMA = 1
@@ -91,6 +91,7 @@ def _target(
         "base": float(base[target].sum() / np.log(2) / sizes[target].sum()),
         "arms": arms,
         "contrasts": contrasts,
+        "protection": _twins(curves, strata),
         "failed": failed,
         "verdict": target_verdict(target, arms, contrasts),
     }
@@ -165,12 +166,30 @@ def _at_equal_compute(full: Curves, measured: Measured, seconds: float | None) -
 
 
 def _contrasts(control: str, curves: Mapping[Key, Curves], strata: Strata) -> list[dict[str, Any]]:
-    """Every arm of a budget against the control of the same budget: gain at matched forgetting, and plain gain. Holm over the arms."""
+    """Every arm of a budget against the control of the same budget: gain at matched forgetting, and plain gain. Holm over the arms.
+
+    Like is compared with like: a protected arm with the protected control.
+    """
+    pairs = []
+    for name, budget in curves:
+        rule = name.removesuffix(PROTECTED)
+        against = control if rule == name else control + PROTECTED
+        if budget is not None and rule not in (control, CONTROL) and name not in EXTRA_ARMS and (against, budget) in curves:
+            pairs.append((name, against, budget))
+    return _compared(pairs, curves, strata)
+
+
+def _twins(curves: Mapping[Key, Curves], strata: Strata) -> list[dict[str, Any]]:
+    """Every protected arm against the same parameters without protection."""
+    pairs = [(name, name.removesuffix(PROTECTED), budget) for name, budget in curves if name.endswith(PROTECTED)]
+    return _compared([pair for pair in pairs if (pair[1], pair[2]) in curves], curves, strata)
+
+
+def _compared(pairs: Sequence[tuple[str, str, float | None]], curves: Mapping[Key, Curves], strata: Strata) -> list[dict[str, Any]]:
+    """A row for each (arm, control, budget)."""
     rows = []
-    for (name, budget), own in curves.items():
-        reference = curves.get((control, budget))
-        if budget is None or name in (control, CONTROL) or name in EXTRA_ARMS or reference is None:
-            continue
+    for name, control, budget in pairs:
+        own, reference = curves[name, budget], curves[control, budget]
         gained, by_control, level = matched(own, reference)
         rows.append(
             {

@@ -11,7 +11,7 @@ import numpy as np
 from dbes.errors import PathError
 from dbes.finetuning.cells import TrainableCells
 from dbes.intervention.data import Texts, tuning_split
-from dbes.intervention.settings import ALL, CONTROL, DOWN, FULL, LAYERED, LORA, PATH_LORA, ROUTER, SLOWER, Arm, Settings
+from dbes.intervention.settings import ALL, CONTROL, DOWN, FULL, LAYERED, LORA, PATH_LORA, PROTECTED, ROUTER, SLOWER, Arm, Settings
 from dbes.models import LoadedModel
 from dbes.paths.evidence import Evidence, gather
 from dbes.paths.gradients import expert_parameters, gradient_norms, masking_effects
@@ -92,7 +92,10 @@ def plan_arms(evidence: Evidence, model: Any, settings: Settings) -> Plan:
                         )  # fmt: skip
                     match = _rule(settings.idea_rule)
                     drawn = [(s, chosen_cells(evidence, index, _rule(rule), budget=budget, match=match, seed=s)) for s in seeds]
-                    arms += [_cells_arm(rule, target, seed, budget, chosen, evidence, index) for seed, chosen in drawn]
+                    made = [_cells_arm(rule, target, seed, budget, chosen, evidence, index) for seed, chosen in drawn]
+                    arms += made
+                    if rule in settings.protected:
+                        arms += [protected_twin(arm, settings) for arm in made]
                 except PathError as problem:
                     skipped.append({"target": target, "arm": rule, "budget": budget, "reason": str(problem)})
             for name in settings.ideas:
@@ -116,14 +119,22 @@ def equal_rank(model: Any, evidence: Evidence, budget: float) -> int:
     return max(1, round(wanted / each))
 
 
+def protected_twin(arm: Arm, settings: Settings) -> Arm:
+    """The same cells, trained with updates that other domains hardly feel."""
+    return arm.model_copy(update={"name": arm.name + PROTECTED, "protect": settings.protect})
+
+
 def _without_budget(target: str, settings: Settings, seeds: Sequence[int], evidence: Evidence) -> Iterator[Arm]:
     for seed in seeds:
-        if FULL in settings.extras:
-            yield Arm(name=FULL, target=target, seed=seed, kind="full")
+        full = Arm(name=FULL, target=target, seed=seed, kind="full")
+        every = Arm(name=ALL, target=target, seed=seed, kind="cells", cells=cells_of(evidence.exists, evidence.shape), coverage=1.0)
+        for arm in (full, every):
+            if arm.name in settings.extras:
+                yield arm
+            if arm.name + PROTECTED in settings.extras:
+                yield protected_twin(arm, settings)
         for name in (name for name in SLOWER if name in settings.extras and seed != SEARCH_SEED):
             yield Arm(name=name, target=target, seed=seed, kind="full", rate_of=FULL, rate_factor=SLOWER[name])
-        if ALL in settings.extras:
-            yield Arm(name=ALL, target=target, seed=seed, kind="cells", cells=cells_of(evidence.exists, evidence.shape), coverage=1.0)
         if ROUTER in settings.extras:
             yield Arm(name=ROUTER, target=target, seed=seed, kind="router")
 

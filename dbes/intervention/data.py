@@ -25,7 +25,7 @@ from dbes.testbed.mixes import HELDOUT_SHARE, mix_files
 
 TASK, MIX = "task:", "mix:"
 TUNING_SHARE = 0.1
-PARTS = ("train", "tuning", "heldout")
+PARTS = ("train", "tuning", "heldout", "protected")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,8 @@ class ExperimentData:
     """Token documents of every domain.
 
     Attributes:
-        parts: by (domain, ``train``, ``tuning`` or ``heldout``); training documents whole, the others cut to one window.
+        parts: by (domain, ``train``, ``tuning``, ``heldout`` or ``protected``); training and protected documents whole, the others
+            cut to one window. Protected are training documents of the domains that count as forgotten, where an arm needs them.
         boundary: token id between training documents.
         digest: sha256 over all of it.
     """
@@ -189,6 +190,9 @@ def tokenize(texts: Texts, tokenizer: Any, *, targets: Sequence[str], settings: 
             parts[domain, "train"] = _whole(training, tokenizer, tokens=2 * needed)
             if len(parts[domain, "train"].tokens) < 2 * settings.length:
                 raise InterventionError(f"domain {domain}: fewer than {2 * settings.length} tokens to train on")
+        if settings.protects and domain not in settings.new:
+            own = tuning_split(texts.training[domain])[0] if target else texts.training[domain]
+            parts[domain, "protected"] = _whole(own, tokenizer, tokens=settings.protect_tokens)
     digest = hashlib.sha256()
     for (domain, name), part in sorted(parts.items()):
         digest.update(f"{domain}\0{name}\0".encode() + part.tokens.tobytes() + part.starts.tobytes())
@@ -253,6 +257,14 @@ def training_batches(part: Part, settings: Settings, *, boundary: int, seed: int
             rows += [part.document(index), np.asarray([boundary], np.int32)]
     joined = np.concatenate(rows)[:needed].astype(np.int64).reshape(-1, settings.length)
     return list(joined[random.permutation(len(joined))].reshape(settings.steps, settings.sequences, settings.length))
+
+
+def joined_rows(part: Part, *, length: int, boundary: int) -> list[np.ndarray]:
+    """A part's documents one after the other, as batches int64 [8 or fewer, length]; one shorter row where they do not fill one."""
+    joined = np.concatenate([piece for index in range(len(part)) for piece in (part.document(index), [boundary])]).astype(np.int64)
+    count = len(joined) // length
+    rows = joined[: count * length].reshape(count, length) if count else joined[None]
+    return [rows[first : first + 8] for first in range(0, len(rows), 8)]
 
 
 def save_data(data: ExperimentData, path: Path) -> None:

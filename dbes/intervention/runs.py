@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dbes.errors import InterventionError
 from dbes.finetuning.cells import TrainableCells
-from dbes.intervention.data import ExperimentData, Part, training_batches
+from dbes.intervention.data import ExperimentData, Part, joined_rows, training_batches
 from dbes.intervention.settings import Run, Settings
-from dbes.sites import find_sites
+from dbes.paths.types import Cell
+from dbes.sites import expert_slices, find_sites
 
 RUN_SCHEMA = 1
 GRADIENT_CLIP = 1.0
@@ -56,18 +57,33 @@ def measure(model: Any, parts: Mapping[str, Part]) -> dict[str, list[float]]:
 
 
 @contextmanager
-def trainable(model: Any, run: Run) -> Iterator[tuple[list[nn.Parameter], TrainableCells | None]]:
+def trainable(model: Any, run: Run, data: ExperimentData, *, length: int) -> Iterator[tuple[list[nn.Parameter], TrainableCells | None]]:
     """The parameters of a run; the model is as before when the block ends.
+
+    Args:
+        length: tokens of a sequence of protected text.
 
     Raises:
         InterventionError: nothing of the model matches what is to be trained.
     """
     if run.kind == "cells":
         with TrainableCells(model, run.cells, rank=run.rank, seed=run.seed) as cells:
+            if run.protect is not None:
+                cells.protect(_protected(data, run.target, length=length), floor=run.protect)
             chosen = [leaf for name, leaf in cells.named_parameters() if run.only is None or run.only in name]
             if not chosen:
                 raise InterventionError(f"no parameter of the chosen experts has {run.only!r} in its name")
             yield chosen, cells
+        return
+    if run.kind == "full" and run.protect is not None:
+        sites = find_sites(model)
+        inside = {id(parameter) for site in sites for parameter, _ in expert_slices(site, 0)}
+        rest = [parameter for parameter in model.parameters() if id(parameter) not in inside]
+        every = [Cell(site.layer, expert) for site in sites for expert in range(site.num_experts)]
+        with TrainableCells(model, every, seed=run.seed) as cells:
+            cells.protect(_protected(data, run.target, length=length), floor=run.protect)
+            with _switched_on(model, rest):
+                yield [*cells.parameters(), *rest], cells
         return
     if run.kind == "full":
         chosen = list(model.parameters())
@@ -76,13 +92,29 @@ def trainable(model: Any, run: Run) -> Iterator[tuple[list[nn.Parameter], Traina
         if any(router is None for router in routers):
             raise InterventionError("router: not every MoE layer of this model has a router that is recognised")
         chosen = [parameter for router in routers if router is not None for parameter in router.parameters()]
+    with _switched_on(model, chosen):
+        yield chosen, None
+
+
+def _protected(data: ExperimentData, target: str, *, length: int) -> dict[str, list[Tensor]]:
+    """Protected texts of all domains but the target: token ids, int64 [sequences, length] each."""
+    parts = {domain: part for (domain, kind), part in data.parts.items() if kind == "protected" and domain != target}
+    return {
+        domain: [torch.from_numpy(rows) for rows in joined_rows(part, length=length, boundary=data.boundary)]
+        for domain, part in parts.items()
+    }
+
+
+@contextmanager
+def _switched_on(model: Any, chosen: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Inside the block only these of the model's own parameters can be trained; they are as before when it ends."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     kept = [parameter.detach().clone() for parameter in chosen]
     model.requires_grad_(False)
     try:
         for parameter in chosen:
             parameter.requires_grad_(True)
-        yield chosen, None
+        yield
     finally:
         for parameter, before in zip(chosen, kept, strict=True):
             parameter.data.copy_(before)
@@ -104,7 +136,7 @@ def execute(model: Any, run: Run, data: ExperimentData, settings: Settings) -> d
     points = {settings.steps} if run.tuning else {*(settings.full_points if run.kind == "full" else settings.points)}
     record: dict[str, Any] = {"schema_version": RUN_SCHEMA, "status": "ok", "error": None, "run": run.model_dump(mode="json")}
     curve, losses, idle, training = [], [], 0, 0.0
-    with trainable(model, run) as (parameters, cells):
+    with trainable(model, run, data, length=settings.length) as (parameters, cells):
         optimizer = torch.optim.AdamW(parameters, lr=run.rate, betas=BETAS, weight_decay=settings.weight_decay)
         for step, batch in enumerate(batches, 1):
             started = time.process_time()

@@ -17,10 +17,13 @@ Kind = Literal["cells", "full", "router"]
 CONTROL = "random-load-matched"
 LOAD = "target-load"
 FULL, ALL, LORA, ROUTER = "full", "all", "lora", "router"
-SLOWER = {"full-slow": 1 / 4, "full-slower": 1 / 16}
+SLOWER = {"full-slow": 1 / 4, "full-slower": 1 / 16, "full-slowest": 1 / 64}
 """Full finetuning at a share of its learning rate: what early stopping is compared with must also be known where little is forgotten."""
+PROTECTED = "-protected"
+"""Ending of the name of an arm whose updates are shaped by other domains' texts (`dbes.finetuning.protection`)."""
+ALL_PROTECTED, FULL_PROTECTED = ALL + PROTECTED, FULL + PROTECTED
 DOWN, PATH_LORA, LAYERED = "down", "lora-path", "per-layer"
-EXTRA_ARMS = (FULL, *SLOWER, ALL, LORA, ROUTER)
+EXTRA_ARMS = (FULL, *SLOWER, ALL, LORA, ROUTER, ALL_PROTECTED, FULL_PROTECTED)
 IDEAS = (DOWN, PATH_LORA, LAYERED)
 
 DEFAULT_RULES = tuple(rule for rule in RULES if rule != ALL)
@@ -39,10 +42,14 @@ class Settings(Strict):
         budgets: shares of the routed-expert parameters.
         rules: of the expert paths.
         extras: arms that are no expert path: ``full``, ``full-slow`` and ``full-slower`` (a quarter and a sixteenth of full's
-            learning rate, so that full finetuning's trajectory is also known where it forgets little), ``all`` (experts),
-            ``lora`` (low-rank updates of all experts, with as many trainable parameters as the budget), ``router``.
+            learning rate, so that full finetuning's trajectory is also known where it forgets little; ``full-slowest``: a 64th),
+            ``all`` (experts),
+            ``lora`` (low-rank updates of all experts, with as many trainable parameters as the budget), ``router``;
+            ``all-protected`` and ``full-protected`` (every expert's updates shaped; in the latter all else is trained as in ``full``).
         ideas: ``down`` (only the down-projections, of three times the cells), ``lora-path`` (low-rank updates of the path's
             cells), ``per-layer`` (the same number of cells in every layer); each of rule ``idea_rule``.
+        protected: rules whose paths are trained a second time with updates that other domains hardly feel.
+        protect: the floor of that protection; protect_tokens: of every other domain's training text that it measures.
         rates: learning rates tried for every arm; the one with the lowest loss on the tuning part of the target is used.
         seeds, first_seed: number of seeds and the first of them; a confirmation takes others than the exploration did.
         steps, sequences, length: optimizer steps, sequences of each and tokens of each sequence.
@@ -60,6 +67,9 @@ class Settings(Strict):
     extras: tuple[str, ...] = EXTRA_ARMS
     ideas: tuple[str, ...] = ()
     idea_rule: str = "specialization"
+    protected: tuple[str, ...] = ()
+    protect: float = Field(default=0.03, gt=0)
+    protect_tokens: int = Field(default=6_000, ge=1)
     seeds: int = Field(default=5, ge=1)
     first_seed: int = Field(default=0, ge=0, lt=1000)
     rates: tuple[float, ...] = (5e-4, 2e-3, 8e-3)
@@ -82,6 +92,8 @@ class Settings(Strict):
     def _consistent(self) -> Settings:
         if not self.domains or len(set(self.domains)) != len(self.domains):
             raise ValueError(f"domains {list(self.domains)}: expected at least one, each once")
+        if not set(self.protected) <= set(self.rules):
+            raise ValueError(f"protected {list(self.protected)}: expected some of the rules {list(self.rules)}, to be compared with")
         for name, given, known in (("rules", self.rules, RULES), ("extras", self.extras, EXTRA_ARMS), ("ideas", self.ideas, IDEAS)):
             unknown = sorted(set(given) - set(known))
             if unknown:
@@ -93,6 +105,11 @@ class Settings(Strict):
                 raise ValueError(f"{name} {list(points)}: expected ascending steps from 1 on, the last of them {self.steps}")
         return self
 
+    @property
+    def protects(self) -> bool:
+        """Whether any arm needs texts of other domains to train."""
+        return bool(self.protected) or bool({ALL_PROTECTED, FULL_PROTECTED} & set(self.extras))
+
 
 class Arm(Strict):
     """One way of training, for one target and seed.
@@ -103,6 +120,7 @@ class Arm(Strict):
         cells: chosen experts; empty for ``full`` and ``router``.
         rank: low-rank updates in place of the experts' matrices.
         only: train only the expert parameters whose name holds this.
+        protect: floor of the protection; None: none.
         rate_factor: times the learning rate that was chosen.
         rate_of: arm whose learning rate is used; its own search otherwise.
         coverage: share of the target's slots that the cells take.
@@ -116,6 +134,7 @@ class Arm(Strict):
     cells: tuple[Cell, ...] = ()
     rank: int | None = None
     only: str | None = None
+    protect: float | None = None
     rate_factor: float = 1.0
     rate_of: str | None = None
     coverage: float | None = None
@@ -136,24 +155,27 @@ class Run(Strict):
     rate: float
     seed: int
     tuning: bool
+    protect: float | None = None
 
     def identity(self, experiment: str) -> str:
         """Equal for runs that give the same result in experiments of the same model, data and settings."""
-        content = json.dumps([experiment, self.model_dump(mode="json")], sort_keys=True)
+        # what a run does not use is no part of its identity, so that a new field leaves finished runs their names
+        left_out = {"protect"} if self.protect is None else set()
+        content = json.dumps([experiment, self.model_dump(mode="json", exclude=left_out)], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:20]
 
 
 def run_of(arm: Arm, *, rate: float, tuning: bool = False) -> Run:
     """The run that an arm needs at a learning rate."""
     return Run(
-        target=arm.target, kind=arm.kind, cells=arm.cells, rank=arm.rank, only=arm.only, rate=rate, seed=arm.seed, tuning=tuning
+        target=arm.target, kind=arm.kind, cells=arm.cells, rank=arm.rank, only=arm.only, rate=rate, seed=arm.seed, tuning=tuning,
+        protect=arm.protect,
     )  # fmt: skip
 
 
 def run_key(settings: Settings, *, model: str, data: str) -> str:
     """What every run of an experiment depends on besides itself: not the targets, rules, budgets or number of seeds."""
-    kept = settings.model_dump(
-        mode="json",
-        exclude={"domains", "budgets", "rules", "extras", "ideas", "idea_rule", "seeds", "first_seed", "rates", "masks", "permutations"},
-    )
+    arms = {"domains", "budgets", "rules", "extras", "ideas", "idea_rule", "seeds", "first_seed", "rates", "masks", "permutations"}
+    by_data_or_run = {"protected", "protect", "protect_tokens"}
+    kept = settings.model_dump(mode="json", exclude=arms | by_data_or_run)
     return hashlib.sha256(json.dumps([model, data, kept], sort_keys=True).encode()).hexdigest()

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dbes.intervention.outcomes import holm
-from dbes.intervention.settings import CONTROL, EXTRA_ARMS, LOAD
+from dbes.intervention.settings import CONTROL, EXTRA_ARMS, LOAD, PROTECTED
 
 SIGNIFICANT = 0.05
 PRIZE_RATIO = 1.3
@@ -27,7 +27,7 @@ def target_verdict(target: str, arms: Rows, contrasts: Rows) -> dict[str, Any]:
     the ratio must also pass Holm's correction over the arms.
     """
     against_load, against_random = (_better(contrasts, control) for control in (LOAD, CONTROL))
-    candidates = [arm for arm in arms if "matched" in arm and arm["arm"] not in (*UNINFORMED, *EXTRA_ARMS)]
+    candidates = [arm for arm in arms if "matched" in arm and not _uninformed(arm) and arm["arm"] not in EXTRA_ARMS]
     tested = [arm for arm in candidates if arm["matched"]["ratio"] is not None and arm["matched"]["ratio"]["p"] is not None]
     beats_full, large = [], []
     for arm, passed in zip(tested, _holm_passed([arm["matched"]["ratio"]["p"] for arm in tested]), strict=True):
@@ -37,10 +37,10 @@ def target_verdict(target: str, arms: Rows, contrasts: Rows) -> dict[str, Any]:
             if ratio["value"] >= PRIZE_RATIO:
                 large.append(_name(arm))
     sentences = []
-    tests_load = any(row["control"] == LOAD for row in contrasts)
+    tests_load = any(_rule(row["control"]) == LOAD for row in contrasts)
     if tests_load:
         sentences.append(f"better than target load: {', '.join(against_load)}" if against_load else "no advantage over target load")
-    if any(row["control"] == CONTROL for row in contrasts):
+    if any(_rule(row["control"]) == CONTROL for row in contrasts):
         sentences.append(
             f"better than random cells of the same load: {', '.join(against_random)}"
             if against_random
@@ -73,9 +73,17 @@ def overall_verdict(targets: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _better(contrasts: Rows, control: str) -> list[str]:
-    rows = [row for row in contrasts if row["control"] == control and row["arm"] not in UNINFORMED]
+    rows = [row for row in contrasts if _rule(row["control"]) == control and not _uninformed(row)]
     tested = [row for row in rows if row.get("matched_holm") is not None and row["gained"] >= MATERIAL * row["control_gain"]]
     return [_name(row) for row in tested if row["matched_holm"] <= SIGNIFICANT and row["matched"]["value"] > 0]
+
+
+def _rule(name: str) -> str:
+    return name.removesuffix(PROTECTED)
+
+
+def _uninformed(row: Mapping[str, Any]) -> bool:
+    return _rule(row["arm"]) in UNINFORMED
 
 
 def _holm_passed(p: Sequence[float]) -> list[bool]:

@@ -19,11 +19,12 @@ KIND = "intervention"
 OUTCOME_FILE, EXPERIMENT_FILE = "intervention.json", "experiment.json"
 
 LOAD, CONTROL = "target-load", "random-load-matched"
-FULL = ("full", "full-slow", "full-slower")
-EXTRA = ("all", "lora", "router")
+FULL = ("full", "full-slow", "full-slower", "full-slowest", "full-protected")
+EXTRA = ("all", "lora", "router", "all-protected")
 RANDOM = ("random", "bottom", CONTROL)
 """Names of arms that the report treats apart; every other arm is an expert path."""
 
+PROTECTED = "-protected"
 GROUPS = ("expert path", "full finetuning", "target load", "random or bottom cells", "no path")
 
 WIDTH = 80
@@ -92,13 +93,14 @@ class ArmFigures(Part):
 
     @property
     def group(self) -> str:
-        index = 1 if self.arm in FULL else 2 if self.arm == LOAD else 3 if self.arm in RANDOM else 4 if self.arm in EXTRA else 0
+        rule = self.arm.removesuffix(PROTECTED)
+        index = 1 if self.arm in FULL else 2 if rule == LOAD else 3 if rule in RANDOM else 4 if self.arm in EXTRA else 0
         return GROUPS[index]
 
 
 class Contrast(Part):
     arm: str
-    budget: float
+    budget: float | None
     control: str
     forgetting: float
     gained: float
@@ -130,6 +132,7 @@ class Target(Part):
     base: float
     arms: tuple[ArmFigures, ...]
     contrasts: tuple[Contrast, ...]
+    protection: tuple[Contrast, ...] = ()
     failed: tuple[Failed, ...]
     verdict: TargetVerdict
 
@@ -238,7 +241,7 @@ def load_outcome(path: str | Path) -> Outcome:
 # ---------------------------------------------------------------------------------------------------------------------
 # What both the page and the Markdown say
 
-COMMAND_SETTINGS = ("domains", "new", "budgets", "rules", "ideas", "seeds")
+COMMAND_SETTINGS = ("domains", "new", "budgets", "rules", "ideas", "protected", "seeds")
 """Settings with an option of their own; the others come from the file of --config."""
 
 
@@ -262,7 +265,8 @@ def command(outcome: Outcome) -> str:
     words = ["dbes", "intervene", "--out", "OUT", "--config", "settings.yaml", "--model", where, "--texts", _place(outcome.texts)]
     for name in outcome.targets:
         words += ["--domain", name]
-    for option, name in (("--new", "new"), ("--budget", "budgets"), ("--rules", "rules"), ("--ideas", "ideas")):
+    options = {"--new": "new", "--budget": "budgets", "--rules": "rules", "--ideas": "ideas", "--protected": "protected"}
+    for option, name in options.items():
         if settings.get(name):
             words += [option, _value(settings[name]).replace(", ", ",")]
     words += ["--seeds", str(settings["seeds"])] if "seeds" in settings else []

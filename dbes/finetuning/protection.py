@@ -1,0 +1,79 @@
+r"""Updates that other domains hardly feel: trained values are :math:`W = W_0 + U S`, where only :math:`U` is trained.
+
+The experts of a path also serve tokens of other domains. Let :math:`x_t` be what enters a matrix of a chosen expert at token t of
+a protected domain, and :math:`g_t` the expert's gate weight there (0 where the token is not routed to it). With
+
+.. math:: C = \operatorname{mean}_d \frac{1}{T_d} \sum_{t \in d} g_t^2 x_t x_t^\top \qquad S = (C / \lambda + I)^{-1/2}
+
+an update U adds :math:`\operatorname{tr}(U S C S U^\top) \le \lambda \|U\|^2` to the mean squared change of the expert's output on
+protected text: directions that other domains use shrink, directions that they do not use are trained as without protection.
+It is a soft form of training in the null space of old inputs (OWM, arXiv 1810.01256; Adam-NSCL, arXiv 2103.07113). What is new to
+experts is that C counts gate weights: an expert that other domains rarely use is hardly held back.
+
+:math:`\lambda` is the ``floor`` times the mean diagonal of C over the chosen experts' tensors of the same name, so that it has no unit.
+A bias has one constant input, and a number in place of S.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dbes.errors import FinetuneError
+from dbes.finetuning.slots import Slot
+from dbes.sites import base_of, input_device
+
+
+@torch.no_grad()
+def shape_updates(model: nn.Module, slots: Sequence[Slot], texts: Mapping[str, Sequence[Tensor]], *, floor: float) -> None:
+    """Give every slot its S, measured on the protected domains' texts; from here on its leaf is U, zero.
+
+    The model must compute with these slots (the split bank is installed).
+
+    Args:
+        texts: token ids by domain, int64 [sequences, length] each; without padding, which would be routed and counted too.
+
+    Raises:
+        FinetuneError: no domain or a domain without a token; a floor that is not above 0.
+    """
+    if not floor > 0:
+        raise FinetuneError(f"--protect {floor}: expected a number above 0; smaller protects more")
+    if not texts:
+        raise FinetuneError("protection needs texts of at least one other domain")
+    was_training = model.training
+    model.eval()
+    for slot in slots:
+        slot.measure_inputs()
+    try:
+        for name, batches in texts.items():
+            tokens = 0
+            for batch in batches:
+                tokens += _forward(model, batch)
+            if not tokens:
+                raise FinetuneError(f"protected domain {name}: it has no tokens")
+            for slot in slots:
+                slot.end_domain(tokens * len(texts))
+    finally:
+        model.train(was_training)
+    moments = [slot.take_moment() for slot in slots]
+    for kind in dict.fromkeys(slot.kind for slot in slots):
+        mine = [(slot, moment) for slot, moment in zip(slots, moments, strict=True) if slot.kind == kind]
+        # a tensor that no protected token enters is trained as without protection, and counts as 0 here
+        scale = floor * sum(float(moment.diagonal().mean()) for _, moment in mine if moment is not None) / len(mine)
+        for slot, moment in mine:
+            if moment is not None and scale > 0:
+                slot.shape_update(inverse_root(moment, scale))
+
+
+def inverse_root(moment: Tensor, scale: float) -> Tensor:
+    r""":math:`(C / \lambda + I)^{-1/2}` of a symmetric matrix C that is not negative, [inputs, inputs], for :math:`\lambda > 0`."""
+    values, vectors = torch.linalg.eigh(moment.double())
+    return ((vectors * (values.clamp(min=0) / scale + 1).rsqrt()) @ vectors.T).to(moment.dtype)
+
+
+def _forward(model: nn.Module, batch: Tensor) -> int:
+    """One pass without logits; the number of its tokens."""
+    base_of(model)(input_ids=batch.to(input_device(model)), use_cache=False)
+    return batch.numel()
