@@ -15,11 +15,11 @@ from dbes.errors import InterventionError, PathError
 from dbes.finetuning.cells import TrainableCells
 from dbes.intervention.arms import SEARCH_SEED, equal_rank, evidence_of, plan_arms
 from dbes.intervention.configuration import read_configuration
-from dbes.intervention.data import ExperimentData, load_data, read_sources, save_data, tokenize, training_batches, tuning_split
+from dbes.intervention.data import ExperimentData, joined_rows, load_data, read_sources, save_data, tokenize, training_batches, tuning_split
 from dbes.intervention.grid import EXPERIMENT, MASKS, OUTCOME, RUNS, best_rate, intervene
 from dbes.intervention.masking import plan_masks
 from dbes.intervention.runs import document_nats, execute
-from dbes.intervention.settings import SLOWER, Run, Settings
+from dbes.intervention.settings import IDEAS, SLOWER, Run, Settings, run_key
 from dbes.models import LoadedModel, load_model
 from dbes.paths.types import Cell
 
@@ -29,7 +29,8 @@ SETTINGS = Settings(
     new=("new",),
     budgets=(0.2,),
     rules=RULES,
-    ideas=("down", "lora-path", "per-layer"),
+    ideas=IDEAS,
+    protected=("target-load", "random-load-matched"),
     idea_rule="target-load",
     seeds=2,
     rates=(1e-3, 1e-2),
@@ -140,6 +141,10 @@ def test_document_nats_against_one_document_at_a_time(loaded: LoadedModel) -> No
         pytest.param({"kind": "cells", "cells": (Cell(0, 1), Cell(2, 5))}, id="cells"),
         pytest.param({"kind": "cells", "cells": (Cell(0, 1), Cell(2, 5)), "rank": 2}, id="low rank"),
         pytest.param({"kind": "cells", "cells": (Cell(0, 1), Cell(1, 3)), "only": "down_proj"}, id="down-projections"),
+        pytest.param({"kind": "cells", "cells": (Cell(0, 1), Cell(2, 5)), "protect": 0.1}, id="protected"),
+        pytest.param({"kind": "full", "protect": 0.1}, id="full with protected experts"),
+        pytest.param({"kind": "cells", "cells": (Cell(0, 1), Cell(2, 5)), "router_steps": 1}, id="router first"),
+        pytest.param({"kind": "cells", "cells": (Cell(0, 1), Cell(2, 5)), "layer_rates": ((0, 2.0), (2, 0.5))}, id="rates by layer"),
     ],
 )
 def test_a_run_learns_and_leaves_the_model_as_it_was(change: dict[str, Any], loaded: LoadedModel, data: ExperimentData) -> None:
@@ -162,6 +167,47 @@ def test_a_run_learns_and_leaves_the_model_as_it_was(change: dict[str, Any], loa
     assert [point["nats"] for point in again["curve"]] == [point["nats"] for point in record["curve"]], (
         "a run depends on nothing but itself"
     )
+
+
+def test_router_first_trains_the_routers_and_only_then_the_path(loaded: LoadedModel, data: ExperimentData) -> None:
+    """With as many router steps as there are steps the run is the router's; a path alone differs from both."""
+    common: dict[str, Any] = {"target": "law", "rank": None, "only": None, "rate": 3e-3, "seed": 0, "tuning": False}
+    routers = Run(kind="router", cells=(), **common)
+    cells = Run(kind="cells", cells=(Cell(0, 1), Cell(2, 5)), **common)
+    found = {steps: execute(loaded.model, cells.model_copy(update={"router_steps": steps}), data, SETTINGS)["losses"] for steps in (2, 4)}
+    alone = execute(loaded.model, routers, data, SETTINGS)["losses"]
+    assert found[4] == alone and found[2][:3] == alone[:3] and found[2][3] != alone[3]
+    assert execute(loaded.model, cells, data, SETTINGS)["losses"][1:] != found[2][1:]
+
+
+def test_rates_by_layer_of_one_are_none_and_twice_the_rate_is_a_factor_of_two(loaded: LoadedModel, data: ExperimentData) -> None:
+    common: dict[str, Any] = {"target": "law", "rank": None, "only": None, "seed": 0, "tuning": False, "kind": "cells"}
+    plain = Run(cells=(Cell(0, 1), Cell(2, 5)), rate=2e-3, **common)
+    by_layer = [plain.model_copy(update={"rate": rate, "layer_rates": ((0, f), (2, f))}) for rate, f in ((2e-3, 1.0), (1e-3, 2.0))]
+    losses = [execute(loaded.model, run, data, SETTINGS)["losses"] for run in (plain, *by_layer)]
+    assert losses[0] == losses[1] == losses[2]
+    uneven = plain.model_copy(update={"layer_rates": ((0, 2.0), (2, 0.1))})
+    assert execute(loaded.model, uneven, data, SETTINGS)["losses"] != losses[0]
+
+
+def test_protection_sees_training_text_of_other_domains_only(data: ExperimentData) -> None:
+    protected = {domain for domain, kind in data.parts if kind == "protected"}
+    assert protected == {"law", "code", "math"}, "new domains count as forgotten nowhere"
+    held = {domain: {tuple(data.parts[domain, "heldout"].document(i)) for i in range(2)} for domain in protected}
+    for domain in protected:
+        part = data.parts[domain, "protected"]
+        beginnings = {tuple(part.document(i)[: SETTINGS.length]) for i in range(len(part))}
+        assert not beginnings & held[domain]
+    rows = joined_rows(data.parts["law", "protected"], length=SETTINGS.length, boundary=data.boundary)
+    assert all(batch.shape[1] == SETTINGS.length and len(batch) <= 8 for batch in rows)
+
+
+def test_identities_of_finished_runs_stay() -> None:
+    """Names that version 37d9854 gave: folders of experiments made before protection can be gone on with."""
+    run = Run(target="law", kind="cells", cells=(Cell(0, 1), Cell(2, 5)), rank=None, only=None, rate=1e-3, seed=0, tuning=False)
+    assert run.identity("k") == "910c32dcfb07732367dd"
+    assert run_key(Settings(domains=("law",)), model="m", data="d") == "85cb3db078a6d42c7cf74feb361dfe3aec7dc6dda32c68fc3541faa4cfe9f10e"
+    assert run.model_copy(update={"protect": 0.03}).identity("k") != run.model_copy(update={"protect": 0.1}).identity("k")
 
 
 def test_a_run_of_the_search_sees_no_held_out_document(loaded: LoadedModel, data: ExperimentData) -> None:
@@ -188,7 +234,7 @@ def test_arms_of_the_plan(loaded: LoadedModel, tiny_task: Path, new_domain: Path
     evidence = evidence_of(loaded, texts, targets=names, settings=settings)
     plan = plan_arms(evidence, loaded.model, settings)
     skipped = {(row["target"], row["arm"]) for row in plan.skipped}
-    expected = {*settings.rules, *settings.ideas, *settings.extras}
+    expected = {*settings.rules, *settings.ideas, *settings.extras, *(f"{rule}-protected" for rule in settings.protected)}
     for target in names:
         arms = [arm for arm in plan.arms if arm.target == target]
         assert {arm.name for arm in arms} == {name for name in expected if (target, name) not in skipped}
@@ -199,6 +245,14 @@ def test_arms_of_the_plan(loaded: LoadedModel, tiny_task: Path, new_domain: Path
         assert len(by_name["down"].cells) == 14 and by_name["down"].only == "down_proj"
         per_layer = [cell.layer for cell in by_name["per-layer"].cells]
         assert per_layer == [0, 1, 2] and len(by_name["all"].cells) == 24
+        twin = by_name["target-load-protected"]
+        assert twin.cells == by_name["target-load"].cells and twin.protect == settings.protect and by_name["target-load"].protect is None
+        assert by_name["all-protected"].protect == by_name["full-protected"].protect == settings.protect
+        assert by_name["router-first"].router_steps == 1 and by_name["router-first"].cells == by_name["target-load"].cells
+        factors = dict(by_name["layer-rates"].layer_rates or ())
+        assert set(factors) == {cell.layer for cell in by_name["layer-rates"].cells}
+        counts = [sum(cell.layer == layer for cell in by_name["layer-rates"].cells) for layer in factors]
+        assert np.average(list(factors.values()), weights=counts) == pytest.approx(1, abs=1e-3)
         matched = by_name["random-load-matched"]
         assert not set(matched.cells) & set(by_name["target-load"].cells)
         assert matched.coverage == pytest.approx(by_name["target-load"].coverage, abs=0.05)
@@ -213,6 +267,7 @@ def test_arms_of_the_plan(loaded: LoadedModel, tiny_task: Path, new_domain: Path
 
 def test_the_whole_experiment_and_going_on_with_it(tiny_checkpoint: Path, tiny_task: Path, new_domain: Path, tmp_path: Path) -> None:
     small = {"domains": ("new",), "ideas": (), "extras": ("full", "full-slow"), "rules": ("target-load", "random-load-matched")}
+    small["protected"] = ("target-load",)
     settings = SETTINGS.model_copy(update={**small, "rates": (1e-3,)})
     arguments: dict[str, Any] = {"texts": f"task:{tiny_task}", "targets": (f"new={new_domain}",), "processes": 1, "cache": tmp_path}
     out, said = tmp_path / "out", []
@@ -220,7 +275,8 @@ def test_the_whole_experiment_and_going_on_with_it(tiny_checkpoint: Path, tiny_t
     assert json.loads((out / OUTCOME).read_text()) == json.loads(json.dumps(found)) and "target load" in found["verdict"]
     target = found["targets"]["new"]
     assert target["others"] == ["law", "code", "math"] and target["is_new"]
-    assert {row["arm"] for row in target["arms"]} == {"target-load", "random-load-matched", "full", "full-slow"}
+    assert {row["arm"] for row in target["arms"]} == {"target-load", "target-load-protected", "random-load-matched", "full", "full-slow"}
+    assert [(row["arm"], row["control"]) for row in target["protection"]] == [("target-load-protected", "target-load")]
     assert {(row["arm"], row["control"]) for row in target["contrasts"]} == {("target-load", "random-load-matched")}
     slow, full = (next(row for row in target["arms"] if row["arm"] == name) for name in ("full-slow", "full"))
     assert slow["rate"] == pytest.approx(full["rate"] / 4) and full["rate"] in settings.rates
@@ -250,6 +306,9 @@ def test_the_whole_experiment_and_going_on_with_it(tiny_checkpoint: Path, tiny_t
         pytest.param({"domains": ()}, "at least one", id="no target"),
         pytest.param({"domains": ("a", "a")}, "each once", id="twice"),
         pytest.param({"domains": ("a",), "rules": ("best",)}, "expected some of", id="unknown rule"),
+        pytest.param(
+            {"domains": ("a",), "rules": ("load",), "protected": ("lift",)}, "expected some of the rules", id="nothing to compare"
+        ),
         pytest.param({"domains": ("a",), "rates": (0.0,)}, "above 0", id="no rate"),
         pytest.param({"domains": ("a",), "points": (5, 10)}, "the last of them 40", id="points that miss the end"),
         pytest.param({"domains": ("a",), "stepps": 3}, "stepps", id="unknown setting"),

@@ -63,6 +63,29 @@ def test_more_gain_for_more_forgetting_is_no_advantage() -> None:
     assert row["gain"]["low"] > 0.05 and abs(row["matched"]["value"]) < 0.03
 
 
+def test_protection_is_compared_with_the_same_cells_and_protected_arms_with_protected_controls() -> None:
+    """All protected arms alike forget a fifth: what wins is protection, not a rule."""
+    truth = {**EQUAL, **{f"{rule}-protected": (0.2, 0.01) for rule in ("specialization", "target-load", "random-load-matched")}}
+    truth["full-protected"] = (0.4, 0.02)
+    allowed = stats.binom.ppf(0.999, 20, 0.05)
+    wins, gained, ratios = 0, [], []
+    for seed in range(20):
+        found = outcome(truth, seed)
+        pairs = {(row["arm"], row["control"]) for row in found["contrasts"]}
+        assert ("specialization-protected", "target-load-protected") in pairs
+        assert all(arm.endswith("-protected") == control.endswith("-protected") for arm, control in pairs)
+        wins += bool(found["verdict"]["beats_target_load"])
+        twins = {row["arm"]: row for row in found["protection"]}
+        assert set(twins) == {name for name in truth if name.endswith("-protected")}
+        assert all(row["control"] == name.removesuffix("-protected") and row["matched_holm"] <= 0.05 for name, row in twins.items())
+        gained.append(twins["specialization-protected"]["matched"]["value"])
+        assert found["verdict"]["prize"] == ["specialization-protected at 15%", "target-load-protected at 15%"]
+        ratios.append(arm(found, "full-protected")["matched"]["ratio"]["value"])
+    assert wins <= allowed
+    assert np.median(gained) == pytest.approx(0.16, abs=0.02), "0.2 against 0.04, which the same cells gain at a forgetting of 0.01"
+    assert np.median(ratios) == pytest.approx(5, rel=0.15)
+
+
 def test_an_arm_that_hardly_trains_is_not_better_for_forgetting_nothing() -> None:
     found = outcome({**EQUAL, "specialization": (0.02, -0.01)}, 0)
     row = next(r for r in found["contrasts"] if r["arm"] == "specialization" and r["control"] == "target-load")

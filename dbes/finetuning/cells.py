@@ -107,6 +107,13 @@ class TrainableCells:
         """What an optimizer is to train."""
         return [leaf for _, leaf in self.named_parameters()]
 
+    def by_layer(self) -> dict[int, list[nn.Parameter]]:
+        """The experts' leaves by decoder layer."""
+        found: dict[int, list[nn.Parameter]] = {}
+        for slot in self._slots:
+            found.setdefault(slot.cell.layer, []).extend(slot.leaves.values())
+        return found
+
     @property
     def chosen_bytes(self) -> int:
         """Bytes of what is trained. Sixteen-bit weights are trained through float32 copies and count 4 bytes each."""

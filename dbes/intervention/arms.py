@@ -11,7 +11,22 @@ import numpy as np
 from dbes.errors import PathError
 from dbes.finetuning.cells import TrainableCells
 from dbes.intervention.data import Texts, tuning_split
-from dbes.intervention.settings import ALL, CONTROL, DOWN, FULL, LAYERED, LORA, PATH_LORA, PROTECTED, ROUTER, SLOWER, Arm, Settings
+from dbes.intervention.settings import (
+    ALL,
+    CONTROL,
+    DOWN,
+    FULL,
+    LAYER_RATES,
+    LAYERED,
+    LORA,
+    PATH_LORA,
+    PROTECTED,
+    ROUTER,
+    ROUTER_FIRST,
+    SLOWER,
+    Arm,
+    Settings,
+)
 from dbes.models import LoadedModel
 from dbes.paths.evidence import Evidence, gather
 from dbes.paths.gradients import expert_parameters, gradient_norms, masking_effects
@@ -146,9 +161,28 @@ def _idea(name: str, evidence: Evidence, index: int, target: str, budget: float,
     else:
         chosen = chosen_cells(evidence, index, rule, budget=min(1.0, DOWN_SHARE * budget) if name == DOWN else budget)
     arms = [_cells_arm(name, target, seed, budget, chosen, evidence, index) for seed in seeds]
-    if name == DOWN:
-        return [arm.model_copy(update={"only": "down_proj"}) for arm in arms]
-    return [arm.model_copy(update={"rank": settings.lora_rank}) for arm in arms] if name == PATH_LORA else arms
+    changes: dict[str, dict[str, Any]] = {DOWN: {"only": "down_proj"}, PATH_LORA: {"rank": settings.lora_rank}}
+    if name == ROUTER_FIRST:
+        changes[name] = {"router_steps": max(1, settings.steps // 3)}
+    if name == LAYER_RATES:
+        changes[name] = {"layer_rates": rates_by_layer(score_cells(evidence, index, rule), chosen, evidence)}
+    return [arm.model_copy(update=changes.get(name, {})) for arm in arms]
+
+
+def rates_by_layer(score: np.ndarray, chosen: np.ndarray, evidence: Evidence) -> tuple[tuple[int, float], ...]:
+    """(decoder layer, factor) of every layer with chosen cells: their mean score over the mean score of all chosen cells.
+
+    Args:
+        score: [layers, experts]; chosen: bool, the same.
+
+    Raises:
+        PathError: the scores are not positive, so that their proportions mean nothing.
+    """
+    if not (score[chosen] > 0).all():
+        raise PathError("layer-rates: the rule's scores are not all positive; take another --idea-rule")
+    mean = float(score[chosen].mean())
+    rows = [row for row in range(len(chosen)) if chosen[row].any()]
+    return tuple((evidence.shape.layers[row], round(float(score[row][chosen[row]].mean()) / mean, 4)) for row in rows)
 
 
 def same_in_every_layer(evidence: Evidence, domain: int, rule: Rule, *, budget: float) -> np.ndarray:

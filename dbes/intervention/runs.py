@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,27 @@ def measure(model: Any, parts: Mapping[str, Part]) -> dict[str, list[float]]:
     return found
 
 
+@dataclass(frozen=True, kw_only=True)
+class Trainable:
+    """What a run trains.
+
+    Attributes:
+        groups: (parameters, factor of the learning rate) each.
+        first: what the run's ``router_steps`` train instead.
+        cells: the block of chosen experts, if any.
+    """
+
+    groups: tuple[tuple[list[nn.Parameter], float], ...]
+    first: list[nn.Parameter] = field(default_factory=list)
+    cells: TrainableCells | None = None
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for group, _ in self.groups for parameter in group]
+
+
 @contextmanager
-def trainable(model: Any, run: Run, data: ExperimentData, *, length: int) -> Iterator[tuple[list[nn.Parameter], TrainableCells | None]]:
+def trainable(model: Any, run: Run, data: ExperimentData, *, length: int) -> Iterator[Trainable]:
     """The parameters of a run; the model is as before when the block ends.
 
     Args:
@@ -73,7 +93,16 @@ def trainable(model: Any, run: Run, data: ExperimentData, *, length: int) -> Ite
             chosen = [leaf for name, leaf in cells.named_parameters() if run.only is None or run.only in name]
             if not chosen:
                 raise InterventionError(f"no parameter of the chosen experts has {run.only!r} in its name")
-            yield chosen, cells
+            groups = [(chosen, 1.0)]
+            if run.layer_rates is not None:
+                by_layer = cells.by_layer()
+                groups = [(by_layer[layer], factor) for layer, factor in run.layer_rates]
+            routers = _router_parameters(model) if run.router_steps is not None else []
+            # TrainableCells takes care of the experts alone: routers that move are put back here
+            with _put_back(routers):
+                for parameter in routers:
+                    parameter.requires_grad_(True)
+                yield Trainable(groups=tuple(groups), first=routers, cells=cells)
         return
     if run.kind == "full" and run.protect is not None:
         sites = find_sites(model)
@@ -83,17 +112,18 @@ def trainable(model: Any, run: Run, data: ExperimentData, *, length: int) -> Ite
         with TrainableCells(model, every, seed=run.seed) as cells:
             cells.protect(_protected(data, run.target, length=length), floor=run.protect)
             with _switched_on(model, rest):
-                yield [*cells.parameters(), *rest], cells
+                yield Trainable(groups=(([*cells.parameters(), *rest], 1.0),), cells=cells)
         return
-    if run.kind == "full":
-        chosen = list(model.parameters())
-    else:
-        routers = [site.router for site in find_sites(model)]
-        if any(router is None for router in routers):
-            raise InterventionError("router: not every MoE layer of this model has a router that is recognised")
-        chosen = [parameter for router in routers if router is not None for parameter in router.parameters()]
+    chosen = list(model.parameters()) if run.kind == "full" else _router_parameters(model)
     with _switched_on(model, chosen):
-        yield chosen, None
+        yield Trainable(groups=((chosen, 1.0),))
+
+
+def _router_parameters(model: Any) -> list[nn.Parameter]:
+    routers = [site.router for site in find_sites(model)]
+    if any(router is None for router in routers):
+        raise InterventionError("router: not every MoE layer of this model has a router that is recognised")
+    return [parameter for router in routers if router is not None for parameter in router.parameters()]
 
 
 def _protected(data: ExperimentData, target: str, *, length: int) -> dict[str, list[Tensor]]:
@@ -109,17 +139,26 @@ def _protected(data: ExperimentData, target: str, *, length: int) -> dict[str, l
 def _switched_on(model: Any, chosen: Sequence[nn.Parameter]) -> Iterator[None]:
     """Inside the block only these of the model's own parameters can be trained; they are as before when it ends."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    kept = [parameter.detach().clone() for parameter in chosen]
     model.requires_grad_(False)
     try:
-        for parameter in chosen:
-            parameter.requires_grad_(True)
+        with _put_back(chosen):
+            for parameter in chosen:
+                parameter.requires_grad_(True)
+            yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def _put_back(chosen: Sequence[nn.Parameter]) -> Iterator[None]:
+    """These parameters have their values of before, and no gradient, when the block ends."""
+    kept = [parameter.detach().clone() for parameter in chosen]
+    try:
         yield
     finally:
         for parameter, before in zip(chosen, kept, strict=True):
             parameter.data.copy_(before)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
             parameter.grad = None
 
 
@@ -132,16 +171,24 @@ def execute(model: Any, run: Run, data: ExperimentData, settings: Settings) -> d
     """
     began, peak = time.perf_counter(), PeakMemory()
     batches = training_batches(data.parts[run.target, "train"], settings, boundary=data.boundary, seed=run.seed)
-    parts = {run.target: data.parts[run.target, "tuning"]} if run.tuning else {name: data.parts[name, "heldout"] for name in data.domains}
+    # of a domain that is new to the model and not the target nothing can be said: it is neither gained nor forgotten
+    told = (run.target, *(name for name in data.domains if name not in (run.target, *settings.new)))
+    parts = {run.target: data.parts[run.target, "tuning"]} if run.tuning else {name: data.parts[name, "heldout"] for name in told}
     points = {settings.steps} if run.tuning else {*(settings.full_points if run.kind == "full" else settings.points)}
     record: dict[str, Any] = {"schema_version": RUN_SCHEMA, "status": "ok", "error": None, "run": run.model_dump(mode="json")}
     curve, losses, idle, training = [], [], 0, 0.0
-    with trainable(model, run, data, length=settings.length) as (parameters, cells):
-        optimizer = torch.optim.AdamW(parameters, lr=run.rate, betas=BETAS, weight_decay=settings.weight_decay)
+    with trainable(model, run, data, length=settings.length) as chosen:
+        cells, phases = chosen.cells, [(chosen.groups, settings.steps)]
+        if chosen.first:
+            phases.insert(0, (((chosen.first, 1.0),), run.router_steps or 0))
+        optimizer, parameters, before, last = None, [], 0, 0
         for step, batch in enumerate(batches, 1):
             started = time.process_time()
+            if optimizer is None or step > last:
+                groups, last = phases.pop(0)
+                optimizer, parameters, before = _optimizer(groups, settings), [one for group, _ in groups for one in group], step - 1
             for group in optimizer.param_groups:
-                group["lr"] = run.rate * min(1.0, step / (settings.warmup + 1))
+                group["lr"] = run.rate * group["factor"] * min(1.0, (step - before) / (settings.warmup + 1))
             tokens = torch.from_numpy(batch)
             logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
             loss = nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), tokens[:, 1:].reshape(-1))
@@ -157,15 +204,17 @@ def execute(model: Any, run: Run, data: ExperimentData, settings: Settings) -> d
                 idle += left == 0
                 nn.utils.clip_grad_norm_(parameters, GRADIENT_CLIP)
                 optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                for parameter in (*chosen.first, *chosen.parameters):
+                    parameter.grad = None
             else:
                 idle += 1
             training += time.process_time() - started
             if step in points:
                 curve.append({"step": step, "seconds": round(training, 3), "nats": measure(model, parts)})
-        state = [value for slots in optimizer.state.values() for key, value in slots.items() if key != "step"]
+        states = optimizer.state.values() if optimizer is not None else ()
+        state = [value for slots in states for key, value in slots.items() if key != "step"]
         record |= {
-            "trainable_parameters": sum(parameter.numel() for parameter in parameters),
+            "trainable_parameters": sum(parameter.numel() for parameter in chosen.parameters),
             "optimizer_bytes": sum(value.numel() * value.element_size() for value in state),
         }
     return record | {
@@ -176,6 +225,12 @@ def execute(model: Any, run: Run, data: ExperimentData, settings: Settings) -> d
         "peak_added_bytes": peak.added(),
         "curve": curve,
     }
+
+
+def _optimizer(groups: Sequence[tuple[list[nn.Parameter], float]], settings: Settings) -> torch.optim.AdamW:
+    """AdamW whose groups remember the factor of their learning rate."""
+    made = [{"params": parameters, "factor": factor} for parameters, factor in groups]
+    return torch.optim.AdamW(made, lr=0.0, betas=BETAS, weight_decay=settings.weight_decay)
 
 
 class PeakMemory:

@@ -22,9 +22,9 @@ SLOWER = {"full-slow": 1 / 4, "full-slower": 1 / 16, "full-slowest": 1 / 64}
 PROTECTED = "-protected"
 """Ending of the name of an arm whose updates are shaped by other domains' texts (`dbes.finetuning.protection`)."""
 ALL_PROTECTED, FULL_PROTECTED = ALL + PROTECTED, FULL + PROTECTED
-DOWN, PATH_LORA, LAYERED = "down", "lora-path", "per-layer"
+DOWN, PATH_LORA, LAYERED, ROUTER_FIRST, LAYER_RATES = "down", "lora-path", "per-layer", "router-first", "layer-rates"
 EXTRA_ARMS = (FULL, *SLOWER, ALL, LORA, ROUTER, ALL_PROTECTED, FULL_PROTECTED)
-IDEAS = (DOWN, PATH_LORA, LAYERED)
+IDEAS = (DOWN, PATH_LORA, LAYERED, ROUTER_FIRST, LAYER_RATES)
 
 DEFAULT_RULES = tuple(rule for rule in RULES if rule != ALL)
 
@@ -47,7 +47,9 @@ class Settings(Strict):
             ``lora`` (low-rank updates of all experts, with as many trainable parameters as the budget), ``router``;
             ``all-protected`` and ``full-protected`` (every expert's updates shaped; in the latter all else is trained as in ``full``).
         ideas: ``down`` (only the down-projections, of three times the cells), ``lora-path`` (low-rank updates of the path's
-            cells), ``per-layer`` (the same number of cells in every layer); each of rule ``idea_rule``.
+            cells), ``per-layer`` (the same number of cells in every layer), ``router-first`` (a third of the steps train the routers,
+            the others the path, as CEFT does, arXiv 2508.19594), ``layer-rates`` (every layer's learning rate in proportion to the
+            mean score of its chosen cells); each of rule ``idea_rule``.
         protected: rules whose paths are trained a second time with updates that other domains hardly feel.
         protect: the floor of that protection; protect_tokens: of every other domain's training text that it measures.
         rates: learning rates tried for every arm; the one with the lowest loss on the tuning part of the target is used.
@@ -121,6 +123,8 @@ class Arm(Strict):
         rank: low-rank updates in place of the experts' matrices.
         only: train only the expert parameters whose name holds this.
         protect: floor of the protection; None: none.
+        router_steps: first steps, which train the routers alone; None: none.
+        layer_rates: (decoder layer, factor of its learning rate), of every layer with cells; None: 1 everywhere.
         rate_factor: times the learning rate that was chosen.
         rate_of: arm whose learning rate is used; its own search otherwise.
         coverage: share of the target's slots that the cells take.
@@ -135,6 +139,8 @@ class Arm(Strict):
     rank: int | None = None
     only: str | None = None
     protect: float | None = None
+    router_steps: int | None = None
+    layer_rates: tuple[tuple[int, float], ...] | None = None
     rate_factor: float = 1.0
     rate_of: str | None = None
     coverage: float | None = None
@@ -156,11 +162,13 @@ class Run(Strict):
     seed: int
     tuning: bool
     protect: float | None = None
+    router_steps: int | None = None
+    layer_rates: tuple[tuple[int, float], ...] | None = None
 
     def identity(self, experiment: str) -> str:
         """Equal for runs that give the same result in experiments of the same model, data and settings."""
         # what a run does not use is no part of its identity, so that a new field leaves finished runs their names
-        left_out = {"protect"} if self.protect is None else set()
+        left_out = {name for name in ("protect", "router_steps", "layer_rates") if getattr(self, name) is None}
         content = json.dumps([experiment, self.model_dump(mode="json", exclude=left_out)], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:20]
 
@@ -169,7 +177,7 @@ def run_of(arm: Arm, *, rate: float, tuning: bool = False) -> Run:
     """The run that an arm needs at a learning rate."""
     return Run(
         target=arm.target, kind=arm.kind, cells=arm.cells, rank=arm.rank, only=arm.only, rate=rate, seed=arm.seed, tuning=tuning,
-        protect=arm.protect,
+        protect=arm.protect, router_steps=arm.router_steps, layer_rates=arm.layer_rates,
     )  # fmt: skip
 
 

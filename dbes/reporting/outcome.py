@@ -136,6 +136,11 @@ class Target(Part):
     failed: tuple[Failed, ...]
     verdict: TargetVerdict
 
+    @property
+    def pairs(self) -> tuple[Contrast, ...]:
+        """Arms against controls, and protected arms against the same without protection."""
+        return (*self.contrasts, *self.protection)
+
 
 class Mask(Part):
     """Loss added by masking cells, and by random cells that carry as much load; in bits per byte."""

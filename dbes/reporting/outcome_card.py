@@ -58,10 +58,10 @@ def _target(target: Target) -> list[str]:
             ]
         )  # fmt: skip
     lines = markdown_table(ARM_COLUMNS, arms)
-    if target.contrasts:
+    if target.pairs:
         body = [
             [named(row.arm, row.budget), row.control, _told(row.matched), _p(row.matched_holm), _told(row.gain), _p(row.gain_holm)]
-            for row in target.contrasts
+            for row in target.pairs
         ]
         lines += ["", *markdown_table(CONTRAST_COLUMNS, body)]
     return lines

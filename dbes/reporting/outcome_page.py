@@ -9,8 +9,11 @@ from dbes.errors import ResultError
 from dbes.files import write_text
 from dbes.reporting import charts
 from dbes.reporting.outcome import (
+    CONTROL,
     FULL,
     GROUPS,
+    LOAD,
+    PROTECTED,
     TEXT_WIDTH,
     WIDTH,
     ArmFigures,
@@ -75,8 +78,7 @@ def render_outcome(outcome: Outcome) -> str:
 
 def outcome_payload(outcome: Outcome) -> dict[str, Any]:
     """Everything the page's script draws from: the numbers of the outcome, flat, and the specifications of the figures."""
-    controls = list(dict.fromkeys(row.control for target in outcome.targets.values() for row in target.contrasts))
-    series = [f"against {legible(control, WIDTH)}" for control in controls]
+    series = list(dict.fromkeys(_series(row) for target in outcome.targets.values() for row in target.pairs))
     with charts.unchecked():
         specs = {
             "plane": charts.plane_spec(GROUPS),
@@ -105,8 +107,15 @@ def _target(name: str, target: Target) -> Row:
             if arm.arm in FULL
             for point in arm.curve
         ],
-        "contrasts": [_contrast_row(row, target, short=short) for row in target.contrasts],
+        "contrasts": [_contrast_row(row, target, short=short) for row in target.pairs],
     }
+
+
+def _series(row: Contrast) -> str:
+    """What a pair is compared with, protected or not: like is compared with like."""
+    if row.arm == row.control + PROTECTED:
+        return "against the same without protection"
+    return f"against {legible(row.control.removesuffix(PROTECTED), WIDTH)}"
 
 
 def _short(arm: ArmFigures | Contrast) -> str:
@@ -148,12 +157,12 @@ def arm_row(arm: ArmFigures) -> Row:
 
 
 def _contrast_row(row: Contrast, target: Target, *, short: bool) -> Row:
-    verdict = target.verdict
+    better = {LOAD: target.verdict.beats_target_load, CONTROL: target.verdict.beats_random_load_matched}
     return {
         "arm": legible(named(row.arm, row.budget), WIDTH),
         "label": legible(row.arm if short else _short(row), 40),
         "control": legible(row.control, WIDTH),
-        "series": f"against {legible(row.control, WIDTH)}",
+        "series": _series(row),
         "forgetting": row.forgetting,
         "gained": row.gained,
         "control_gain": row.control_gain,
@@ -161,8 +170,7 @@ def _contrast_row(row: Contrast, target: Target, *, short: bool) -> Row:
         "matched_holm": row.matched_holm,
         **spread("gain", row.gain),
         "gain_holm": row.gain_holm,
-        "better": named(row.arm, row.budget)
-        in {"target-load": verdict.beats_target_load, "random-load-matched": verdict.beats_random_load_matched}.get(row.control, ()),
+        "better": named(row.arm, row.budget) in better.get(row.control.removesuffix(PROTECTED), ()),
     }
 
 
