@@ -18,8 +18,8 @@ from dbes.intervention.configuration import read_configuration
 from dbes.intervention.data import ExperimentData, joined_rows, load_data, read_sources, save_data, tokenize, training_batches, tuning_split
 from dbes.intervention.grid import EXPERIMENT, MASKS, OUTCOME, RUNS, best_rate, intervene
 from dbes.intervention.masking import plan_masks
-from dbes.intervention.runs import document_nats, execute
-from dbes.intervention.settings import IDEAS, SLOWER, Run, Settings, run_key
+from dbes.intervention.runs import document_nats, execute, with_replay
+from dbes.intervention.settings import IDEAS, REPLAY, SLOWER, Run, Settings, run_key
 from dbes.models import LoadedModel, load_model
 from dbes.paths.types import Cell
 
@@ -143,6 +143,7 @@ def test_document_nats_against_one_document_at_a_time(loaded: LoadedModel) -> No
         pytest.param({"kind": "cells", "cells": (Cell(0, 1), Cell(1, 3)), "only": "down_proj"}, id="down-projections"),
         pytest.param({"kind": "cells", "cells": (Cell(0, 1), Cell(2, 5)), "protect": 0.1}, id="protected"),
         pytest.param({"kind": "full", "protect": 0.1}, id="full with protected experts"),
+        pytest.param({"kind": "full", "replay": 0.5}, id="full with replay"),
         pytest.param({"kind": "cells", "cells": (Cell(0, 1), Cell(2, 5)), "router_steps": 1}, id="router first"),
         pytest.param({"kind": "cells", "cells": (Cell(0, 1), Cell(2, 5)), "layer_rates": ((0, 2.0), (2, 0.5))}, id="rates by layer"),
     ],
@@ -202,6 +203,17 @@ def test_protection_sees_training_text_of_other_domains_only(data: ExperimentDat
     assert all(batch.shape[1] == SETTINGS.length and len(batch) <= 8 for batch in rows)
 
 
+def test_replay_takes_its_share_from_other_domains() -> None:
+    batches = [np.full((4, 8), 7) for _ in range(60)]
+    texts = {"a": [torch.full((3, 8), 1)], "b": [torch.full((1, 8), 2), torch.full((2, 8), 2)]}
+    mixed = with_replay(batches, texts, share=0.5, seed=0)
+    assert all({*batch[:2, 0].tolist()} <= {1, 2} and (batch[2:] == 7).all() and len(batch) == 4 for batch in mixed)
+    drawn = np.asarray([batch[row, 0] for batch in mixed for row in range(2)])
+    assert 0.35 < (drawn == 1).mean() < 0.65, "domains alike, whatever their length"
+    assert all((batch == 7).all() for batch in batches) and (with_replay(batches, texts, share=0.01, seed=0)[0][0] != 7).all()
+    assert np.array_equal(mixed, with_replay(batches, texts, share=0.5, seed=0))
+
+
 def test_identities_of_finished_runs_stay() -> None:
     """Names that version 37d9854 gave: folders of experiments made before protection can be gone on with."""
     run = Run(target="law", kind="cells", cells=(Cell(0, 1), Cell(2, 5)), rank=None, only=None, rate=1e-3, seed=0, tuning=False)
@@ -235,11 +247,16 @@ def test_arms_of_the_plan(loaded: LoadedModel, tiny_task: Path, new_domain: Path
     plan = plan_arms(evidence, loaded.model, settings)
     skipped = {(row["target"], row["arm"]) for row in plan.skipped}
     expected = {*settings.rules, *settings.ideas, *settings.extras, *(f"{rule}-protected" for rule in settings.protected)}
+    followers = {*SLOWER, *REPLAY} - {"full-replay"}
     for target in names:
         arms = [arm for arm in plan.arms if arm.target == target]
         assert {arm.name for arm in arms} == {name for name in expected if (target, name) not in skipped}
         for name in {arm.name for arm in arms}:
-            assert {arm.seed for arm in arms if arm.name == name} == {0, 1, *(() if name in SLOWER else (SEARCH_SEED,))}
+            assert {arm.seed for arm in arms if arm.name == name} == {
+                0,
+                1,
+                *(() if name in {*SLOWER, *REPLAY} - {"full-replay"} else (SEARCH_SEED,)),
+            }
         by_name = {arm.name: arm for arm in arms if arm.seed == 0}
         assert len(by_name["target-load"].cells) == len(by_name["random"].cells) == 4
         assert len(by_name["down"].cells) == 14 and by_name["down"].only == "down_proj"
@@ -309,6 +326,7 @@ def test_the_whole_experiment_and_going_on_with_it(tiny_checkpoint: Path, tiny_t
         pytest.param(
             {"domains": ("a",), "rules": ("load",), "protected": ("lift",)}, "expected some of the rules", id="nothing to compare"
         ),
+        pytest.param({"domains": ("a",), "extras": ("full-slow",)}, "take their learning rates from full", id="no rate to take"),
         pytest.param({"domains": ("a",), "rates": (0.0,)}, "above 0", id="no rate"),
         pytest.param({"domains": ("a",), "points": (5, 10)}, "the last of them 40", id="points that miss the end"),
         pytest.param({"domains": ("a",), "stepps": 3}, "stepps", id="unknown setting"),

@@ -20,7 +20,7 @@ from dbes.intervention.outcomes import (
     pareto,
     strata_of,
 )
-from dbes.intervention.settings import CONTROL, EXTRA_ARMS, FULL, LOAD, PROTECTED, SLOWER, Arm, Settings
+from dbes.intervention.settings import CONTROL, EXTRA_ARMS, FULL, FULL_REPLAY, LOAD, PROTECTED, REPLAY, SLOWER, Arm, Settings
 from dbes.intervention.verdicts import overall_verdict, target_verdict
 
 OUTCOME_SCHEMA = 1
@@ -92,6 +92,7 @@ def _target(
         "arms": arms,
         "contrasts": contrasts,
         "protection": _twins(curves, strata),
+        "replay": _against_replay(curves, strata),
         "failed": failed,
         "verdict": target_verdict(target, arms, contrasts),
     }
@@ -175,22 +176,28 @@ def _contrasts(control: str, curves: Mapping[Key, Curves], strata: Strata) -> li
         rule = name.removesuffix(PROTECTED)
         against = control if rule == name else control + PROTECTED
         if budget is not None and rule not in (control, CONTROL) and name not in EXTRA_ARMS and (against, budget) in curves:
-            pairs.append((name, against, budget))
+            pairs.append(((name, budget), against, [curves[against, budget]]))
     return _compared(pairs, curves, strata)
 
 
 def _twins(curves: Mapping[Key, Curves], strata: Strata) -> list[dict[str, Any]]:
     """Every protected arm against the same parameters without protection."""
-    pairs = [(name, name.removesuffix(PROTECTED), budget) for name, budget in curves if name.endswith(PROTECTED)]
-    return _compared([pair for pair in pairs if (pair[1], pair[2]) in curves], curves, strata)
+    twins = {key: (key[0].removesuffix(PROTECTED), key[1]) for key in curves if key[0].endswith(PROTECTED)}
+    return _compared([(key, twin[0], [curves[twin]]) for key, twin in twins.items() if twin in curves], curves, strata)
 
 
-def _compared(pairs: Sequence[tuple[str, str, float | None]], curves: Mapping[Key, Curves], strata: Strata) -> list[dict[str, Any]]:
-    """A row for each (arm, control, budget)."""
+def _against_replay(curves: Mapping[Key, Curves], strata: Strata) -> list[dict[str, Any]]:
+    """Every path against the best of full finetuning with replay at its rates."""
+    family = [curves[name, None] for name in REPLAY if (name, None) in curves]
+    return _compared([(key, FULL_REPLAY, family) for key in curves if family and key[0] not in EXTRA_ARMS], curves, strata)
+
+
+def _compared(pairs: Sequence[tuple[Key, str, Sequence[Curves]]], curves: Mapping[Key, Curves], strata: Strata) -> list[dict[str, Any]]:
+    """A row for each (arm, name of what it is compared with, its trajectories; gain at the end is that of the first)."""
     rows = []
-    for name, control, budget in pairs:
-        own, reference = curves[name, budget], curves[control, budget]
-        gained, by_control, level = matched(own, reference)
+    for (name, budget), control, references in pairs:
+        own, reference = curves[name, budget], references[0]
+        gained, by_control, level = matched(own, *references)
         rows.append(
             {
                 "arm": name,

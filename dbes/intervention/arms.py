@@ -16,11 +16,13 @@ from dbes.intervention.settings import (
     CONTROL,
     DOWN,
     FULL,
+    FULL_REPLAY,
     LAYER_RATES,
     LAYERED,
     LORA,
     PATH_LORA,
     PROTECTED,
+    REPLAY,
     ROUTER,
     ROUTER_FIRST,
     SLOWER,
@@ -142,6 +144,12 @@ def protected_twin(arm: Arm, settings: Settings) -> Arm:
 def _without_budget(target: str, settings: Settings, seeds: Sequence[int], evidence: Evidence) -> Iterator[Arm]:
     for seed in seeds:
         full = Arm(name=FULL, target=target, seed=seed, kind="full")
+        for name, factor in REPLAY.items():
+            # the learning rate of the first is searched, the others take theirs from it, as those of full finetuning without replay do
+            own = name == FULL_REPLAY
+            if name in settings.extras and (own or seed != SEARCH_SEED):
+                change = {"name": name, "replay": settings.replay, "rate_of": None if own else FULL_REPLAY, "rate_factor": factor}
+                yield full.model_copy(update=change)
         every = Arm(name=ALL, target=target, seed=seed, kind="cells", cells=cells_of(evidence.exists, evidence.shape), coverage=1.0)
         for arm in (full, every):
             if arm.name in settings.extras:

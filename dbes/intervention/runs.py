@@ -126,6 +126,20 @@ def _router_parameters(model: Any) -> list[nn.Parameter]:
     return [parameter for router in routers if router is not None for parameter in router.parameters()]
 
 
+def with_replay(batches: Sequence[np.ndarray], texts: Mapping[str, Sequence[Tensor]], *, share: float, seed: int) -> list[np.ndarray]:
+    """The batches with a share of their sequences, at least one, replaced by sequences of other domains, drawn from all domains alike."""
+    random = np.random.default_rng([seed, 23])
+    rows = [np.concatenate([batch.numpy() for batch in own]) for own in texts.values()]
+    mixed = []
+    for batch in batches:
+        batch = batch.copy()
+        for place in range(max(1, round(share * len(batch)))):
+            own = rows[random.integers(len(rows))]
+            batch[place] = own[random.integers(len(own))]
+        mixed.append(batch)
+    return mixed
+
+
 def _protected(data: ExperimentData, target: str, *, length: int) -> dict[str, list[Tensor]]:
     """Protected texts of all domains but the target: token ids, int64 [sequences, length] each."""
     parts = {domain: part for (domain, kind), part in data.parts.items() if kind == "protected" and domain != target}
@@ -171,6 +185,8 @@ def execute(model: Any, run: Run, data: ExperimentData, settings: Settings) -> d
     """
     began, peak = time.perf_counter(), PeakMemory()
     batches = training_batches(data.parts[run.target, "train"], settings, boundary=data.boundary, seed=run.seed)
+    if run.replay is not None:
+        batches = with_replay(batches, _protected(data, run.target, length=settings.length), share=run.replay, seed=run.seed)
     # of a domain that is new to the model and not the target nothing can be said: it is neither gained nor forgotten
     told = (run.target, *(name for name in data.domains if name not in (run.target, *settings.new)))
     parts = {run.target: data.parts[run.target, "tuning"]} if run.tuning else {name: data.parts[name, "heldout"] for name in told}

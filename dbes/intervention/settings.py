@@ -22,8 +22,11 @@ SLOWER = {"full-slow": 1 / 4, "full-slower": 1 / 16, "full-slowest": 1 / 64}
 PROTECTED = "-protected"
 """Ending of the name of an arm whose updates are shaped by other domains' texts (`dbes.finetuning.protection`)."""
 ALL_PROTECTED, FULL_PROTECTED = ALL + PROTECTED, FULL + PROTECTED
+FULL_REPLAY = "full-replay"
+REPLAY = {FULL_REPLAY: 1.0, "full-replay-slow": 1 / 4, "full-replay-slower": 1 / 16}
+"""Full finetuning on batches of which a part is text of other domains, at shares of its learning rate: the other use of such texts."""
 DOWN, PATH_LORA, LAYERED, ROUTER_FIRST, LAYER_RATES = "down", "lora-path", "per-layer", "router-first", "layer-rates"
-EXTRA_ARMS = (FULL, *SLOWER, ALL, LORA, ROUTER, ALL_PROTECTED, FULL_PROTECTED)
+EXTRA_ARMS = (FULL, *SLOWER, ALL, LORA, ROUTER, ALL_PROTECTED, FULL_PROTECTED, *REPLAY)
 IDEAS = (DOWN, PATH_LORA, LAYERED, ROUTER_FIRST, LAYER_RATES)
 
 DEFAULT_RULES = tuple(rule for rule in RULES if rule != ALL)
@@ -45,13 +48,15 @@ class Settings(Strict):
             learning rate, so that full finetuning's trajectory is also known where it forgets little; ``full-slowest``: a 64th),
             ``all`` (experts),
             ``lora`` (low-rank updates of all experts, with as many trainable parameters as the budget), ``router``;
-            ``all-protected`` and ``full-protected`` (every expert's updates shaped; in the latter all else is trained as in ``full``).
+            ``all-protected`` and ``full-protected`` (every expert's updates shaped; in the latter all else is trained as in ``full``);
+            ``full-replay``, ``-slow``, ``-slower`` (full finetuning in which ``replay`` of every batch is text of the protected domains).
         ideas: ``down`` (only the down-projections, of three times the cells), ``lora-path`` (low-rank updates of the path's
             cells), ``per-layer`` (the same number of cells in every layer), ``router-first`` (a third of the steps train the routers,
             the others the path, as CEFT does, arXiv 2508.19594), ``layer-rates`` (every layer's learning rate in proportion to the
             mean score of its chosen cells); each of rule ``idea_rule``.
         protected: rules whose paths are trained a second time with updates that other domains hardly feel.
         protect: the floor of that protection; protect_tokens: of every other domain's training text that it measures.
+        replay: share of a batch's sequences that arms with replay take from these texts.
         rates: learning rates tried for every arm; the one with the lowest loss on the tuning part of the target is used.
         seeds, first_seed: number of seeds and the first of them; a confirmation takes others than the exploration did.
         steps, sequences, length: optimizer steps, sequences of each and tokens of each sequence.
@@ -72,6 +77,7 @@ class Settings(Strict):
     protected: tuple[str, ...] = ()
     protect: float = Field(default=0.03, gt=0)
     protect_tokens: int = Field(default=6_000, ge=1)
+    replay: float = Field(default=0.5, gt=0, lt=1)
     seeds: int = Field(default=5, ge=1)
     first_seed: int = Field(default=0, ge=0, lt=1000)
     rates: tuple[float, ...] = (5e-4, 2e-3, 8e-3)
@@ -107,10 +113,17 @@ class Settings(Strict):
                 raise ValueError(f"{name} {list(points)}: expected ascending steps from 1 on, the last of them {self.steps}")
         return self
 
+    @model_validator(mode="after")
+    def _rates_to_take(self) -> Settings:
+        for leader, followers in ((FULL, SLOWER), (FULL_REPLAY, REPLAY)):
+            if {*followers} & {*self.extras} and leader not in self.extras:
+                raise ValueError(f"extras {sorted({*followers} & {*self.extras})} take their learning rates from {leader}; add {leader}")
+        return self
+
     @property
     def protects(self) -> bool:
         """Whether any arm needs texts of other domains to train."""
-        return bool(self.protected) or bool({ALL_PROTECTED, FULL_PROTECTED} & set(self.extras))
+        return bool(self.protected) or bool({ALL_PROTECTED, FULL_PROTECTED, *REPLAY} & set(self.extras))
 
 
 class Arm(Strict):
@@ -123,6 +136,7 @@ class Arm(Strict):
         rank: low-rank updates in place of the experts' matrices.
         only: train only the expert parameters whose name holds this.
         protect: floor of the protection; None: none.
+        replay: share of every batch that is text of other domains; None: none.
         router_steps: first steps, which train the routers alone; None: none.
         layer_rates: (decoder layer, factor of its learning rate), of every layer with cells; None: 1 everywhere.
         rate_factor: times the learning rate that was chosen.
@@ -139,6 +153,7 @@ class Arm(Strict):
     rank: int | None = None
     only: str | None = None
     protect: float | None = None
+    replay: float | None = None
     router_steps: int | None = None
     layer_rates: tuple[tuple[int, float], ...] | None = None
     rate_factor: float = 1.0
@@ -162,13 +177,14 @@ class Run(Strict):
     seed: int
     tuning: bool
     protect: float | None = None
+    replay: float | None = None
     router_steps: int | None = None
     layer_rates: tuple[tuple[int, float], ...] | None = None
 
     def identity(self, experiment: str) -> str:
         """Equal for runs that give the same result in experiments of the same model, data and settings."""
         # what a run does not use is no part of its identity, so that a new field leaves finished runs their names
-        left_out = {name for name in ("protect", "router_steps", "layer_rates") if getattr(self, name) is None}
+        left_out = {name for name in ("protect", "replay", "router_steps", "layer_rates") if getattr(self, name) is None}
         content = json.dumps([experiment, self.model_dump(mode="json", exclude=left_out)], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:20]
 
@@ -177,13 +193,13 @@ def run_of(arm: Arm, *, rate: float, tuning: bool = False) -> Run:
     """The run that an arm needs at a learning rate."""
     return Run(
         target=arm.target, kind=arm.kind, cells=arm.cells, rank=arm.rank, only=arm.only, rate=rate, seed=arm.seed, tuning=tuning,
-        protect=arm.protect, router_steps=arm.router_steps, layer_rates=arm.layer_rates,
+        protect=arm.protect, replay=arm.replay, router_steps=arm.router_steps, layer_rates=arm.layer_rates,
     )  # fmt: skip
 
 
 def run_key(settings: Settings, *, model: str, data: str) -> str:
     """What every run of an experiment depends on besides itself: not the targets, rules, budgets or number of seeds."""
     arms = {"domains", "budgets", "rules", "extras", "ideas", "idea_rule", "seeds", "first_seed", "rates", "masks", "permutations"}
-    by_data_or_run = {"protected", "protect", "protect_tokens"}
+    by_data_or_run = {"protected", "protect", "protect_tokens", "replay"}
     kept = settings.model_dump(mode="json", exclude=arms | by_data_or_run)
     return hashlib.sha256(json.dumps([model, data, kept], sort_keys=True).encode()).hexdigest()

@@ -19,12 +19,12 @@ KIND = "intervention"
 OUTCOME_FILE, EXPERIMENT_FILE = "intervention.json", "experiment.json"
 
 LOAD, CONTROL = "target-load", "random-load-matched"
-FULL = ("full", "full-slow", "full-slower", "full-slowest", "full-protected")
+FULL = ("full", "full-slow", "full-slower", "full-slowest", "full-protected", "full-replay", "full-replay-slow", "full-replay-slower")
 EXTRA = ("all", "lora", "router", "all-protected")
 RANDOM = ("random", "bottom", CONTROL)
 """Names of arms that the report treats apart; every other arm is an expert path."""
 
-PROTECTED = "-protected"
+PROTECTED, REPLAY = "-protected", "full-replay"
 GROUPS = ("expert path", "full finetuning", "target load", "random or bottom cells", "no path")
 
 WIDTH = 80
@@ -133,13 +133,14 @@ class Target(Part):
     arms: tuple[ArmFigures, ...]
     contrasts: tuple[Contrast, ...]
     protection: tuple[Contrast, ...] = ()
+    replay: tuple[Contrast, ...] = ()
     failed: tuple[Failed, ...]
     verdict: TargetVerdict
 
     @property
     def pairs(self) -> tuple[Contrast, ...]:
-        """Arms against controls, and protected arms against the same without protection."""
-        return (*self.contrasts, *self.protection)
+        """Arms against controls, protected arms against the same without protection, paths against full finetuning with replay."""
+        return (*self.contrasts, *self.protection, *self.replay)
 
 
 class Mask(Part):

@@ -14,6 +14,7 @@ from dbes.reporting.outcome import (
     GROUPS,
     LOAD,
     PROTECTED,
+    REPLAY,
     TEXT_WIDTH,
     WIDTH,
     ArmFigures,
@@ -115,6 +116,8 @@ def _series(row: Contrast) -> str:
     """What a pair is compared with, protected or not: like is compared with like."""
     if row.arm == row.control + PROTECTED:
         return "against the same without protection"
+    if row.control == REPLAY:
+        return "against full finetuning with replay"
     return f"against {legible(row.control.removesuffix(PROTECTED), WIDTH)}"
 
 
