@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from dbes.cli.common import errors
+
+
+class RoutingOption(StrEnum):
+    plain = "plain"
+    as_trained = "as-trained"
 
 
 def intervene(
@@ -21,6 +27,10 @@ def intervene(
     ideas: Annotated[str, typer.Option(help="Further arms: down, lora-path, per-layer.")] = "",
     seeds: Annotated[int | None, typer.Option(min=1, help="Seeds of every arm; 5 by default.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML with any further settings (steps, rates, documents, ...).")] = None,
+    routing: Annotated[
+        RoutingOption,
+        typer.Option(help="as-trained: a checkpoint of `dbes testbed train --prescribed`, each text by its domain's experts."),
+    ] = RoutingOption.plain,
     processes: Annotated[int, typer.Option(min=1, help="Runs at a time, one thread each.")] = 2,
     cache: Annotated[Path, typer.Option(help="Where built mixes are kept.")] = Path("build/testbed"),
 ) -> None:
@@ -43,6 +53,7 @@ def intervene(
             texts=texts,
             targets=domain,
             cache=cache,
+            routing=routing.value,
             processes=processes,
             progress=lambda message: typer.echo(message, err=True),
         )

@@ -16,8 +16,10 @@ from torch import nn
 from dbes.errors import InterventionError
 from dbes.finetuning.cells import TrainableCells
 from dbes.intervention.data import ExperimentData, Part, training_batches
+from dbes.intervention.routing import under
 from dbes.intervention.settings import Run, Settings
 from dbes.sites import find_sites
+from dbes.testbed.prescribed import Prescribed
 
 RUN_SCHEMA = 1
 GRADIENT_CLIP = 1.0
@@ -45,8 +47,14 @@ def document_nats(model: Any, documents: Sequence[np.ndarray], *, batch_tokens: 
     return nats
 
 
-def measure(model: Any, parts: Mapping[str, Part]) -> dict[str, list[float]]:
-    """Nats of every document of some parts, by domain; one pass over all of them."""
+def measure(model: Any, parts: Mapping[str, Part], prescribed: Prescribed | None = None) -> dict[str, list[float]]:
+    """Nats of every document of some parts, by domain; one pass over all of them, or one per domain where routing is prescribed."""
+    if prescribed is not None:
+        by_domain: dict[str, list[float]] = {}
+        for name, part in parts.items():
+            with prescribed.domain(name):
+                by_domain |= measure(model, {name: part})
+        return by_domain
     documents = [part.document(index) for part in parts.values() for index in range(len(part))]
     nats, found, at = document_nats(model, documents), {}, 0
     for name, part in parts.items():
@@ -91,7 +99,7 @@ def trainable(model: Any, run: Run) -> Iterator[tuple[list[nn.Parameter], Traina
             parameter.grad = None
 
 
-def execute(model: Any, run: Run, data: ExperimentData, settings: Settings) -> dict[str, Any]:
+def execute(model: Any, run: Run, data: ExperimentData, settings: Settings, *, prescribed: Prescribed | None = None) -> dict[str, Any]:
     """The record of one run; the model is as before afterwards.
 
     ``curve`` holds, for every point, the nats of each held-out document by domain (of each tuning document in a run of the
@@ -111,7 +119,8 @@ def execute(model: Any, run: Run, data: ExperimentData, settings: Settings) -> d
             for group in optimizer.param_groups:
                 group["lr"] = run.rate * min(1.0, step / (settings.warmup + 1))
             tokens = torch.from_numpy(batch)
-            logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+            with under(prescribed, run.target):
+                logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
             loss = nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), tokens[:, 1:].reshape(-1))
             value = float(loss.detach())
             if not math.isfinite(value):
@@ -130,7 +139,7 @@ def execute(model: Any, run: Run, data: ExperimentData, settings: Settings) -> d
                 idle += 1
             training += time.process_time() - started
             if step in points:
-                curve.append({"step": step, "seconds": round(training, 3), "nats": measure(model, parts)})
+                curve.append({"step": step, "seconds": round(training, 3), "nats": measure(model, parts, prescribed)})
         state = [value for slots in optimizer.state.values() for key, value in slots.items() if key != "step"]
         record |= {
             "trainable_parameters": sum(parameter.numel() for parameter in parameters),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -150,10 +151,15 @@ def run_of(arm: Arm, *, rate: float, tuning: bool = False) -> Run:
     )  # fmt: skip
 
 
-def run_key(settings: Settings, *, model: str, data: str) -> str:
-    """What every run of an experiment depends on besides itself: not the targets, rules, budgets or number of seeds."""
+def run_key(settings: Settings, *, model: str, data: str, prescribed: Mapping[str, Any] | None = None) -> str:
+    """What every run of an experiment depends on besides itself: not the targets, rules, budgets or number of seeds.
+
+    Args:
+        prescribed: how the model is routed, where not by its own router.
+    """
     kept = settings.model_dump(
         mode="json",
         exclude={"domains", "budgets", "rules", "extras", "ideas", "idea_rule", "seeds", "first_seed", "rates", "masks", "permutations"},
     )
-    return hashlib.sha256(json.dumps([model, data, kept], sort_keys=True).encode()).hexdigest()
+    content = [model, data, kept, *([prescribed] if prescribed is not None else [])]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
