@@ -28,9 +28,12 @@ def intervene(
     seeds: Annotated[int | None, typer.Option(min=1, help="Seeds of every arm; 5 by default.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML with any further settings (steps, rates, documents, ...).")] = None,
     routing: Annotated[
-        RoutingOption,
-        typer.Option(help="as-trained: a checkpoint of `dbes testbed train --prescribed`, each text by its domain's experts."),
-    ] = RoutingOption.plain,
+        RoutingOption | None,
+        typer.Option(
+            help="plain: by the model's own router, the default; as-trained: a checkpoint of `dbes testbed train --prescribed`, "
+            "every text by the experts of its domain."
+        ),
+    ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Runs at a time, one thread each.")] = 2,
     cache: Annotated[Path, typer.Option(help="Where built mixes are kept.")] = Path("build/testbed"),
 ) -> None:
@@ -44,6 +47,8 @@ def intervene(
     given |= {name: _names(text) for name, text in named.items() if text}
     if seeds is not None:
         given["seeds"] = seeds
+    if routing is not None:
+        given["routing"] = routing.value
     with errors():
         settings = read_configuration(config, given)
         outcome = run(
@@ -53,7 +58,6 @@ def intervene(
             texts=texts,
             targets=domain,
             cache=cache,
-            routing=routing.value,
             processes=processes,
             progress=lambda message: typer.echo(message, err=True),
         )

@@ -11,8 +11,8 @@ import numpy as np
 from dbes.errors import PathError
 from dbes.finetuning.cells import TrainableCells
 from dbes.intervention.data import SourceText, Texts, tuning_split
-from dbes.intervention.routing import AS_TRAINED, under
-from dbes.intervention.settings import ALL, CONTROL, DOWN, FULL, LAYERED, LORA, PATH_LORA, ROUTER, SLOWER, Arm, Settings
+from dbes.intervention.routing import under
+from dbes.intervention.settings import ALL, AS_TRAINED, CONTROL, DOWN, FULL, LAYERED, LORA, PATH_LORA, ROUTER, SLOWER, Arm, Settings
 from dbes.models import LoadedModel
 from dbes.paths.evidence import Evidence, gather
 from dbes.paths.gradients import expert_parameters, gradient_norms, masking_effects

@@ -23,7 +23,7 @@ from dbes.intervention.analysis import analyse
 from dbes.intervention.arms import SEARCH_SEED, Plan, evidence_of, plan_arms
 from dbes.intervention.data import ExperimentData, load_data, read_sources, save_data, tokenize
 from dbes.intervention.masking import MaskJob, execute_masks, plan_masks
-from dbes.intervention.routing import PLAIN, prescription_facts, prescription_from, prescription_of, routable, routed
+from dbes.intervention.routing import prescription_facts, prescription_from, prescription_of, routable, routed
 from dbes.intervention.runs import RUN_SCHEMA, execute, measure
 from dbes.intervention.settings import Arm, Run, Settings, run_key, run_of
 from dbes.models import load_model, load_weights
@@ -45,7 +45,6 @@ def intervene(
     texts: str,
     targets: Sequence[str] | None = None,
     cache: Path = Path("build/testbed"),
-    routing: str = PLAIN,
     processes: int = 2,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -53,9 +52,6 @@ def intervene(
 
     Args:
         texts, targets: see ``data.read_sources``; the settings' own domains by default.
-        routing: ``plain``: the model's own router; ``as-trained``: the router that ``dbes testbed train --prescribed`` wrote down
-            beside the model, in every forward by the domain of its text. Domains of the texts that the model was not trained on
-            cannot be routed so: as targets they are refused, of the others they are left out.
         processes: runs at a time, one thread each; 1 runs them in this process.
 
     Raises:
@@ -65,7 +61,7 @@ def intervene(
     say = progress or (lambda _: None)
     torch.set_num_threads(1)
     where = str(EMBEDDED_MODEL) if model == "embedded" else model
-    prescription = prescription_of(where, routing, settings)
+    prescription = prescription_of(where, settings)
     prescribed_facts = None if prescription is None else prescription_facts(prescription)
     loaded = load_model(where, name=EMBEDDED_NAME if model == "embedded" else None)
     sources, names = read_sources(texts, targets or settings.domains, cache=cache)
@@ -116,15 +112,13 @@ def intervene(
         },
     }
     if prescribed_facts is not None:
-        about |= {"routing": routing, "prescribed": prescribed_facts}
+        about["prescribed"] = prescribed_facts
     write_json(out / EXPERIMENT, about)
     del loaded, prescribed
     rates = search_rates(out, plan, settings, key, where=where, processes=processes, say=say)
     final = [run_of(arm, rate=_rate(arm, rates)) for arm in plan.arms if arm.seed != SEARCH_SEED]
     _run_all(out, final, masks, key, where=where, processes=processes, say=say)
     outcome = analyse(*read_experiment(out))
-    if prescription is not None:
-        outcome["routing"] = routing
     write_json(out / OUTCOME, outcome)
     return outcome
 

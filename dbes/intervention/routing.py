@@ -5,29 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from dbes.errors import InterventionError, MixError
 from dbes.intervention.data import Texts
-from dbes.intervention.settings import Settings
+from dbes.intervention.settings import AS_TRAINED, PLAIN, Settings
 from dbes.testbed.prescribed import Prescribed, Prescription, read_prescription
 from dbes.testbed.settings import RoutingSettings
 
-RoutingChoice = Literal["plain", "as-trained"]
-PLAIN, AS_TRAINED = "plain", "as-trained"
 
-
-def prescription_of(model: str, routing: str, settings: Settings) -> Prescription | None:
+def prescription_of(model: str, settings: Settings) -> Prescription | None:
     """How the model is routed in every forward of the experiment; None where it routes by its own router.
 
     Raises:
-        InterventionError: an unknown routing; ``as-trained`` for a model that is no folder of ``dbes testbed train --prescribed``, or
-            with domains that the model was not trained on.
+        InterventionError: ``as-trained`` for a model that is no folder of ``dbes testbed train --prescribed``, or with domains that
+            the model was not trained on.
     """
-    if routing == PLAIN:
+    if settings.routing == PLAIN:
         return None
-    if routing != AS_TRAINED:
-        raise InterventionError(f"routing {routing!r}: expected {PLAIN} or {AS_TRAINED}")
     try:
         prescription = read_prescription(Path(model))
     except MixError as problem:

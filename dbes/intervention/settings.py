@@ -21,6 +21,7 @@ FULL, ALL, LORA, ROUTER = "full", "all", "lora", "router"
 SLOWER = {"full-slow": 1 / 4, "full-slower": 1 / 16}
 """Full finetuning at a share of its learning rate: what early stopping is compared with must also be known where little is forgotten."""
 DOWN, PATH_LORA, LAYERED = "down", "lora-path", "per-layer"
+PLAIN, AS_TRAINED = "plain", "as-trained"
 EXTRA_ARMS = (FULL, *SLOWER, ALL, LORA, ROUTER)
 IDEAS = (DOWN, PATH_LORA, LAYERED)
 
@@ -52,6 +53,9 @@ class Settings(Strict):
         documents: held-out documents of the target; other_documents: of every other domain; evidence_tokens: of every
             domain's training text, for finding paths.
         masks: load-matched random sets of the causal check.
+        routing: ``plain``: by the model's own router; ``as-trained``: by the one that ``dbes testbed train --prescribed`` wrote down
+            beside the checkpoint, every forward by the domain of its text. Domains that such a model was not trained on cannot
+            be routed: as targets and in ``new`` they are refused, other domains of the texts are left out.
     """
 
     domains: tuple[str, ...]
@@ -78,6 +82,7 @@ class Settings(Strict):
     permutations: int = Field(default=400, ge=1)
     masks: int = Field(default=8, ge=2)
     lora_rank: int = Field(default=4, ge=1)
+    routing: Literal["plain", "as-trained"] = PLAIN
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
@@ -157,9 +162,9 @@ def run_key(settings: Settings, *, model: str, data: str, prescribed: Mapping[st
     Args:
         prescribed: how the model is routed, where not by its own router.
     """
-    kept = settings.model_dump(
-        mode="json",
-        exclude={"domains", "budgets", "rules", "extras", "ideas", "idea_rule", "seeds", "first_seed", "rates", "masks", "permutations"},
-    )
+    left_out = {"domains", "budgets", "rules", "extras", "ideas", "idea_rule", "seeds", "first_seed", "rates", "masks", "permutations"}
+    if settings.routing == PLAIN:
+        left_out.add("routing")  # plain experiments keep the key they had before there was a choice, and their finished runs
+    kept = settings.model_dump(mode="json", exclude=left_out)
     content = [model, data, kept, *([prescribed] if prescribed is not None else [])]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
