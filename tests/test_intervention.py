@@ -19,7 +19,7 @@ from dbes.intervention.data import ExperimentData, joined_rows, load_data, read_
 from dbes.intervention.grid import EXPERIMENT, MASKS, OUTCOME, RUNS, best_rate, intervene
 from dbes.intervention.masking import plan_masks
 from dbes.intervention.runs import document_nats, execute, with_replay
-from dbes.intervention.settings import IDEAS, REPLAY, SLOWER, Run, Settings, run_key
+from dbes.intervention.settings import EXTRA_ARMS, IDEAS, REPLAY, SLOWER, Run, Settings, run_key
 from dbes.models import LoadedModel, load_model
 from dbes.paths.types import Cell
 
@@ -29,6 +29,7 @@ SETTINGS = Settings(
     new=("new",),
     budgets=(0.2,),
     rules=RULES,
+    extras=EXTRA_ARMS,
     ideas=IDEAS,
     protected=("target-load", "random-load-matched"),
     idea_rule="target-load",

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from dbes.cli.common import errors, names
+
+
+class RoutingOption(StrEnum):
+    plain = "plain"
+    as_trained = "as-trained"
 
 
 def intervene(
@@ -22,6 +28,13 @@ def intervene(
     protected: Annotated[str, typer.Option(help="Rules whose paths are also trained with updates that other domains hardly feel.")] = "",
     seeds: Annotated[int | None, typer.Option(min=1, help="Seeds of every arm; 5 by default.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML with any further settings (steps, rates, documents, ...).")] = None,
+    routing: Annotated[
+        RoutingOption | None,
+        typer.Option(
+            help="plain: by the model's own router, the default; as-trained: a checkpoint of `dbes testbed train --prescribed`, "
+            "every text by the experts of its domain."
+        ),
+    ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Runs at a time, one thread each.")] = 2,
     cache: Annotated[Path, typer.Option(help="Where built mixes are kept.")] = Path("build/testbed"),
 ) -> None:
@@ -35,6 +48,8 @@ def intervene(
     given |= {name: names(text) for name, text in named.items() if text}
     if seeds is not None:
         given["seeds"] = seeds
+    if routing is not None:
+        given["routing"] = routing.value
     with errors():
         settings = read_configuration(config, given)
         outcome = run(

@@ -59,6 +59,14 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder of the checkpoint; a killed run goes on with the same command.")],
     mix: Annotated[str, typer.Option(help="embedded, packages, or a folder of JSONL files.")] = "embedded",
     cache: CacheOption = Path("build/testbed"),
+    prescribed: Annotated[
+        bool,
+        typer.Option(
+            "--prescribed",
+            help="Allow router: reference. Plain transformers and `dbes evaluate` route such a checkpoint by its own router, "
+            "not by domain as it was trained; `dbes intervene --routing as-trained` routes it as it was trained.",
+        ),
+    ] = False,
 ) -> None:
     """Train one model to a checkpoint that plain transformers and `dbes evaluate` read."""
     from dbes.testbed.checkpoint import train_checkpoint
@@ -67,7 +75,7 @@ def train(
         _say(json.dumps({name: record[name] for name in ("step", "loss", "balancing_loss", "tokens_per_second") if name in record}))
 
     with errors():
-        typer.echo(train_checkpoint(config, out, mix=mix, cache=cache, progress=log))
+        typer.echo(train_checkpoint(config, out, mix=mix, cache=cache, prescribed=prescribed, progress=log))
 
 
 @app.command("mix")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,9 +10,11 @@ import numpy as np
 
 from dbes.errors import PathError
 from dbes.finetuning.cells import TrainableCells
-from dbes.intervention.data import Texts, tuning_split
+from dbes.intervention.data import SourceText, Texts, tuning_split
+from dbes.intervention.routing import under
 from dbes.intervention.settings import (
     ALL,
+    AS_TRAINED,
     CONTROL,
     DOWN,
     FULL,
@@ -38,6 +40,8 @@ from dbes.paths.search import chosen_cells, expert_sizes, find_path
 from dbes.paths.selection import cells_of, choose
 from dbes.paths.types import Cell, ExpertPath
 from dbes.recording import record_documents
+from dbes.testbed.prescribed import Prescribed
+from dbes.trace import Trace
 
 SEARCH_SEED = 1000
 """Seed of the search for learning rates; no seed of the outcome."""
@@ -64,8 +68,14 @@ class Plan:
     skipped: tuple[dict[str, Any], ...]
 
 
-def evidence_of(loaded: LoadedModel, texts: Texts, *, targets: Sequence[str], settings: Settings) -> Evidence:
-    """The model's routing of training texts of every domain (of a target without its tuning part); gradients if a rule needs them."""
+def evidence_of(
+    loaded: LoadedModel, texts: Texts, *, targets: Sequence[str], settings: Settings, prescribed: Prescribed | None = None
+) -> Evidence:
+    """The model's routing of training texts of every domain (of a target without its tuning part); gradients if a rule needs them.
+
+    Args:
+        prescribed: routes the model by domain; every text then runs under its own.
+    """
     documents = []
     for domain in texts.domains:
         own = texts.training[domain]
@@ -78,18 +88,74 @@ def evidence_of(loaded: LoadedModel, texts: Texts, *, targets: Sequence[str], se
             if length:
                 documents.append(text)
                 total += length
-    recording = record_documents(loaded, documents, domains=texts.domains, window=settings.length, control=False, stiffness=False)
-    evidence = gather(recording.trace, permutations=settings.permutations)
+    evidence = gather(_recorded(loaded, documents, texts.domains, settings, prescribed), permutations=settings.permutations)
     evidence = replace(evidence, sizes=expert_parameters(loaded.model))
     wanted = {*settings.rules, settings.idea_rule}
-    by_domain = [[text.text for text in documents if text.domain == domain] for domain in texts.domains]
+    by_domain = {domain: [text.text for text in documents if text.domain == domain] for domain in texts.domains}
+
+    def windows(domain: str, tokens: int) -> list[np.ndarray]:
+        return cut_windows(loaded, by_domain[domain], window=settings.length, tokens=tokens)
+
     if wanted & ({*NEED_MODEL} - {"causal"}):
-        windows = [cut_windows(loaded, own, window=settings.length, tokens=settings.evidence_tokens) for own in by_domain]
-        evidence = replace(evidence, gradients=np.stack([gradient_norms(loaded.model, own) for own in windows]))
+        norms = []
+        for domain in texts.domains:
+            with under(prescribed, domain):
+                norms.append(gradient_norms(loaded.model, windows(domain, settings.evidence_tokens)))
+        evidence = replace(evidence, gradients=np.stack(norms))
     if "causal" in wanted:
-        windows = [cut_windows(loaded, own, window=settings.length, tokens=MASKING_TOKENS) for own in by_domain]
-        evidence = replace(evidence, effects=masking_effects(loaded.model, windows))
+        effects = []
+        for domain in texts.domains:
+            with under(prescribed, domain):
+                effects.append(masking_effects(loaded.model, [windows(domain, MASKING_TOKENS)]))
+        evidence = replace(evidence, effects=np.concatenate(effects))
     return evidence
+
+
+def _recorded(
+    loaded: LoadedModel, documents: Sequence[SourceText], domains: Sequence[str], settings: Settings, prescribed: Prescribed | None
+) -> Trace:
+    """The routing of the documents, in order of domains; where it is prescribed one recording per domain, put together."""
+
+    def record(some: Sequence[SourceText]) -> Trace:
+        return record_documents(loaded, some, domains=domains, window=settings.length, control=False, stiffness=False).trace
+
+    if prescribed is None:
+        return record(documents)
+    traces = []
+    for domain in domains:
+        own = [text for text in documents if text.domain == domain]
+        if own:
+            with prescribed.domain(domain):
+                traces.append(record(own))
+    return joined(traces, provenance={"routing": AS_TRAINED})
+
+
+def joined(traces: Sequence[Trace], *, provenance: Mapping[str, Any]) -> Trace:
+    """One trace of the documents of several in memory, of the same model and domains, in order.
+
+    Args:
+        provenance: added to that of the first.
+    """
+    shapes = [trace.shape for trace in traces]
+    first = np.cumsum([0, *(len(shape.document_domain) for shape in shapes)])
+    sources = None
+    if any(shape.document_source for shape in shapes):
+        sources = tuple(source for shape in shapes for source in shape.document_source or shape.document_ids)
+    return Trace(
+        shape=replace(
+            shapes[0],
+            document_domain=np.concatenate([shape.document_domain for shape in shapes]),
+            document_ids=tuple(document for shape in shapes for document in shape.document_ids),
+            document_source=sources,
+        ),
+        provenance={**traces[0].provenance, **provenance},
+        vocabulary={token: text for trace in traces for token, text in trace.vocabulary.items()},
+        loaded=tuple(
+            replace(routes, document=(routes.document + start).astype(np.int32))
+            for trace, start in zip(traces, first.tolist(), strict=False)
+            for routes in trace.loaded
+        ),
+    )
 
 
 def plan_arms(evidence: Evidence, model: Any, settings: Settings) -> Plan:

@@ -23,6 +23,7 @@ from dbes.intervention.analysis import analyse
 from dbes.intervention.arms import SEARCH_SEED, Plan, evidence_of, plan_arms
 from dbes.intervention.data import ExperimentData, load_data, read_sources, save_data, tokenize
 from dbes.intervention.masking import MaskJob, execute_masks, plan_masks
+from dbes.intervention.routing import prescription_facts, prescription_from, prescription_of, routable, routed
 from dbes.intervention.runs import RUN_SCHEMA, execute, measure
 from dbes.intervention.settings import Arm, Run, Settings, run_key, run_of
 from dbes.models import load_model, load_weights
@@ -60,6 +61,8 @@ def intervene(
     say = progress or (lambda _: None)
     torch.set_num_threads(1)
     where = str(EMBEDDED_MODEL) if model == "embedded" else model
+    prescription = prescription_of(where, settings)
+    prescribed_facts = None if prescription is None else prescription_facts(prescription)
     loaded = load_model(where, name=EMBEDDED_NAME if model == "embedded" else None)
     sources, names = read_sources(texts, targets or settings.domains, cache=cache)
     if names != settings.domains:
@@ -67,14 +70,19 @@ def intervene(
     unknown = sorted(set(settings.new) - set(sources.domains))
     if unknown:
         raise InterventionError(f"new domains {unknown}: the texts have {', '.join(sources.domains)}")
+    sources, left_out = routable(sources, prescription)
+    if left_out:
+        say(f"left out, as the model has no block of experts for them: {', '.join(left_out)}")
     data = tokenize(sources, loaded.tokenizer, targets=names, settings=settings)
     for name in names:
         if not [other for other in data.domains if other not in (name, *settings.new)]:
             raise InterventionError(f"domain {name!r}: no other domain is left to measure forgetting on")
-    key = run_key(settings, model=loaded.revision, data=data.digest)
+    key = run_key(settings, model=loaded.revision, data=data.digest, prescribed=prescribed_facts)
     _check_folder(out, key)
     say(f"finding paths in {len(data.domains)} domains")
-    evidence = evidence_of(loaded, sources, targets=names, settings=settings)
+    with routed(loaded.model, prescription) as prescribed:
+        evidence = evidence_of(loaded, sources, targets=names, settings=settings, prescribed=prescribed)
+        base = measure(loaded.model, {domain: data.parts[domain, "heldout"] for domain in data.domains}, prescribed)
     plan = plan_arms(evidence, loaded.model, settings)
     masks = plan_masks(evidence, plan, settings)
     for skipped in plan.skipped:
@@ -90,7 +98,7 @@ def intervene(
         "data": {"digest": data.digest, "domains": list(data.domains), "boundary": data.boundary},
         "bytes": {domain: data.parts[domain, "heldout"].bytes.tolist() for domain in data.domains},
         "tokens": {domain: np.diff(data.parts[domain, "heldout"].starts).tolist() for domain in data.domains},
-        "base": measure(loaded.model, {domain: data.parts[domain, "heldout"] for domain in data.domains}),
+        "base": base,
         "settings": settings.model_dump(mode="json"),
         "arms": [arm.model_dump(mode="json") for arm in plan.arms],
         "paths": {f"{t}/{r}/{b:g}": _path_facts(path) for (t, r, b), path in plan.paths.items()},
@@ -103,8 +111,10 @@ def intervene(
             "python": platform.python_version(),
         },
     }
+    if prescribed_facts is not None:
+        about["prescribed"] = prescribed_facts
     write_json(out / EXPERIMENT, about)
-    del loaded
+    del loaded, prescribed
     rates = search_rates(out, plan, settings, key, where=where, processes=processes, say=say)
     final = [run_of(arm, rate=_rate(arm, rates)) for arm in plan.arms if arm.seed != SEARCH_SEED]
     _run_all(out, final, masks, key, where=where, processes=processes, say=say)
@@ -181,7 +191,7 @@ def _run_all(out: Path, runs: Iterable[Run], masks: Iterable[MaskJob], key: str,
 
 
 _STATE: dict[str, Any] = {}
-"""What a process keeps between its runs: the model, the data, the settings."""
+"""What a process keeps between its runs: the model, how it is routed, the data, the settings."""
 
 
 def _begin(where: str, out: str) -> None:
@@ -195,6 +205,7 @@ def _load(where: str, out: str) -> None:
     about = read_about(Path(out))
     data = load_data(Path(out) / DATA, domains=about["data"]["domains"], boundary=about["data"]["boundary"], digest=about["data"]["digest"])
     _STATE.update(model=load_weights(where), data=data, settings=Settings.model_validate(about["settings"]), out=Path(out))
+    _STATE.update(prescription=prescription_from(about.get("prescribed")))
 
 
 def _do(name: str, job: dict[str, Any], trains: bool) -> str:
@@ -202,11 +213,14 @@ def _do(name: str, job: dict[str, Any], trains: bool) -> str:
     assert isinstance(data, ExperimentData)
     if trains:
         run = Run.model_validate(job)
-        record = execute(model, run, data, settings)
+        with routed(model, _STATE["prescription"]) as prescribed:
+            record = execute(model, run, data, settings, prescribed=prescribed)
         write_json(out / RUNS / f"{name}.json", record)
         return f"{run.target}, {run.kind} {len(run.cells)} cells, rate {run.rate:g}: {record['error'] or record['losses'][-1]}"
     mask = MaskJob.model_validate(job)
-    write_json(out / MASKS / f"{name}.json", execute_masks(model, mask, data))
+    with routed(model, _STATE["prescription"]) as prescribed:
+        masked = execute_masks(model, mask, data, prescribed=prescribed)
+    write_json(out / MASKS / f"{name}.json", masked)
     return f"{mask.target}, masks of {mask.rule}"
 
 
@@ -265,7 +279,9 @@ def _read(path: Path, schema: int) -> dict[str, Any]:
 def _check_folder(out: Path, key: str) -> None:
     """Refuse a folder with another experiment; more rules, budgets or seeds of the same one are welcome."""
     if (out / EXPERIMENT).is_file() and read_about(out)["key"] != key:
-        raise InterventionError(f"{out}: holds an experiment with another model, other texts, targets or training; choose another --out")
+        raise InterventionError(
+            f"{out}: holds an experiment with another model, other texts, targets, training or routing; choose another --out"
+        )
 
 
 def _path_facts(path: Any) -> dict[str, Any]:

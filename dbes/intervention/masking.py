@@ -15,6 +15,7 @@ from dbes.paths.evidence import Evidence
 from dbes.paths.gradients import masked
 from dbes.paths.selection import cells_of, mask_of, random_load_matched
 from dbes.paths.types import Cell
+from dbes.testbed.prescribed import Prescribed
 
 MASKED_RULES = ("specialization", "target-load", "gradient", "causal", "lift")
 
@@ -53,13 +54,13 @@ def plan_masks(evidence: Evidence, plan: Plan, settings: Settings) -> list[MaskJ
     return jobs
 
 
-def execute_masks(model: Any, job: MaskJob, data: ExperimentData) -> dict[str, Any]:
+def execute_masks(model: Any, job: MaskJob, data: ExperimentData, *, prescribed: Prescribed | None = None) -> dict[str, Any]:
     """Nats of every held-out document with the cells masked, and with each control."""
     parts = {name: data.parts[name, "heldout"] for name in data.domains}
     with masked(model, job.cells):
-        own = measure(model, parts)
+        own = measure(model, parts, prescribed)
     controls = []
     for cells in job.controls:
         with masked(model, cells):
-            controls.append(measure(model, parts))
+            controls.append(measure(model, parts, prescribed))
     return {"schema_version": RUN_SCHEMA, "job": job.model_dump(mode="json"), "nats": own, "controls": controls}

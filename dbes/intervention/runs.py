@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from dbes.errors import InterventionError
 from dbes.finetuning.cells import TrainableCells
 from dbes.intervention.data import ExperimentData, Part, joined_rows, training_batches
+from dbes.intervention.routing import under
 from dbes.intervention.settings import Run, Settings
 from dbes.paths.types import Cell
 from dbes.sites import expert_slices, find_sites
+from dbes.testbed.prescribed import Prescribed
 
 RUN_SCHEMA = 1
 GRADIENT_CLIP = 1.0
@@ -47,8 +49,14 @@ def document_nats(model: Any, documents: Sequence[np.ndarray], *, batch_tokens: 
     return nats
 
 
-def measure(model: Any, parts: Mapping[str, Part]) -> dict[str, list[float]]:
-    """Nats of every document of some parts, by domain; one pass over all of them."""
+def measure(model: Any, parts: Mapping[str, Part], prescribed: Prescribed | None = None) -> dict[str, list[float]]:
+    """Nats of every document of some parts, by domain; one pass over all of them, or one per domain where routing is prescribed."""
+    if prescribed is not None:
+        by_domain: dict[str, list[float]] = {}
+        for name, part in parts.items():
+            with prescribed.domain(name):
+                by_domain |= measure(model, {name: part})
+        return by_domain
     documents = [part.document(index) for part in parts.values() for index in range(len(part))]
     nats, found, at = document_nats(model, documents), {}, 0
     for name, part in parts.items():
@@ -176,7 +184,7 @@ def _put_back(chosen: Sequence[nn.Parameter]) -> Iterator[None]:
             parameter.grad = None
 
 
-def execute(model: Any, run: Run, data: ExperimentData, settings: Settings) -> dict[str, Any]:
+def execute(model: Any, run: Run, data: ExperimentData, settings: Settings, *, prescribed: Prescribed | None = None) -> dict[str, Any]:
     """The record of one run; the model is as before afterwards.
 
     ``curve`` holds, for every point, the nats of each held-out document by domain (of each tuning document in a run of the
@@ -206,7 +214,8 @@ def execute(model: Any, run: Run, data: ExperimentData, settings: Settings) -> d
             for group in optimizer.param_groups:
                 group["lr"] = run.rate * group["factor"] * min(1.0, (step - before) / (settings.warmup + 1))
             tokens = torch.from_numpy(batch)
-            logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+            with under(prescribed, run.target):
+                logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
             loss = nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), tokens[:, 1:].reshape(-1))
             value = float(loss.detach())
             if not math.isfinite(value):
@@ -226,7 +235,7 @@ def execute(model: Any, run: Run, data: ExperimentData, settings: Settings) -> d
                 idle += 1
             training += time.process_time() - started
             if step in points:
-                curve.append({"step": step, "seconds": round(training, 3), "nats": measure(model, parts)})
+                curve.append({"step": step, "seconds": round(training, 3), "nats": measure(model, parts, prescribed)})
         states = optimizer.state.values() if optimizer is not None else ()
         state = [value for slots in states for key, value in slots.items() if key != "step"]
         record |= {

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -26,7 +27,9 @@ FULL_REPLAY = "full-replay"
 REPLAY = {FULL_REPLAY: 1.0, "full-replay-slow": 1 / 4, "full-replay-slower": 1 / 16}
 """Full finetuning on batches of which a part is text of other domains, at shares of its learning rate: the other use of such texts."""
 DOWN, PATH_LORA, LAYERED, ROUTER_FIRST, LAYER_RATES = "down", "lora-path", "per-layer", "router-first", "layer-rates"
-EXTRA_ARMS = (FULL, *SLOWER, ALL, LORA, ROUTER, ALL_PROTECTED, FULL_PROTECTED, *REPLAY)
+PLAIN, AS_TRAINED = "plain", "as-trained"
+DEFAULT_EXTRAS = (FULL, *SLOWER, ALL, LORA, ROUTER)
+EXTRA_ARMS = (*DEFAULT_EXTRAS, ALL_PROTECTED, FULL_PROTECTED, *REPLAY)
 IDEAS = (DOWN, PATH_LORA, LAYERED, ROUTER_FIRST, LAYER_RATES)
 
 DEFAULT_RULES = tuple(rule for rule in RULES if rule != ALL)
@@ -65,13 +68,16 @@ class Settings(Strict):
         documents: held-out documents of the target; other_documents: of every other domain; evidence_tokens: of every
             domain's training text, for finding paths.
         masks: load-matched random sets of the causal check.
+        routing: ``plain``: by the model's own router; ``as-trained``: by the one that ``dbes testbed train --prescribed`` wrote down
+            beside the checkpoint, every forward by the domain of its text. Domains that such a model was not trained on cannot
+            be routed: as targets and in ``new`` they are refused, other domains of the texts are left out.
     """
 
     domains: tuple[str, ...]
     new: tuple[str, ...] = ()
     budgets: tuple[float, ...] = (0.15,)
     rules: tuple[str, ...] = DEFAULT_RULES
-    extras: tuple[str, ...] = EXTRA_ARMS
+    extras: tuple[str, ...] = DEFAULT_EXTRAS
     ideas: tuple[str, ...] = ()
     idea_rule: str = "specialization"
     protected: tuple[str, ...] = ()
@@ -95,6 +101,7 @@ class Settings(Strict):
     permutations: int = Field(default=400, ge=1)
     masks: int = Field(default=8, ge=2)
     lora_rank: int = Field(default=4, ge=1)
+    routing: Literal["plain", "as-trained"] = PLAIN
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
@@ -118,6 +125,15 @@ class Settings(Strict):
         for leader, followers in ((FULL, SLOWER), (FULL_REPLAY, REPLAY)):
             if {*followers} & {*self.extras} and leader not in self.extras:
                 raise ValueError(f"extras {sorted({*followers} & {*self.extras})} take their learning rates from {leader}; add {leader}")
+        return self
+
+    @model_validator(mode="after")
+    def _plain_where_others_text_is_used(self) -> Settings:
+        if self.routing == AS_TRAINED and self.protects:
+            raise ValueError(
+                "as-trained routing: other domains' text uses no expert of the target's block, so that protection and replay "
+                f"mean nothing here; leave out protected and {sorted({ALL_PROTECTED, FULL_PROTECTED, *REPLAY} & {*self.extras})}"
+            )
         return self
 
     @property
@@ -197,9 +213,16 @@ def run_of(arm: Arm, *, rate: float, tuning: bool = False) -> Run:
     )  # fmt: skip
 
 
-def run_key(settings: Settings, *, model: str, data: str) -> str:
-    """What every run of an experiment depends on besides itself: not the targets, rules, budgets or number of seeds."""
-    arms = {"domains", "budgets", "rules", "extras", "ideas", "idea_rule", "seeds", "first_seed", "rates", "masks", "permutations"}
-    by_data_or_run = {"protected", "protect", "protect_tokens", "replay"}
-    kept = settings.model_dump(mode="json", exclude=arms | by_data_or_run)
-    return hashlib.sha256(json.dumps([model, data, kept], sort_keys=True).encode()).hexdigest()
+def run_key(settings: Settings, *, model: str, data: str, prescribed: Mapping[str, Any] | None = None) -> str:
+    """What every run of an experiment depends on besides itself: not the targets, rules, budgets or number of seeds.
+
+    Args:
+        prescribed: how the model is routed, where not by its own router.
+    """
+    left_out = {"domains", "budgets", "rules", "extras", "ideas", "idea_rule", "seeds", "first_seed", "rates", "masks", "permutations"}
+    left_out |= {"protected", "protect", "protect_tokens", "replay"}  # the data and the run say these
+    if settings.routing == PLAIN:
+        left_out.add("routing")  # plain experiments keep the key they had before there was a choice, and their finished runs
+    kept = settings.model_dump(mode="json", exclude=left_out)
+    content = [model, data, kept, *([prescribed] if prescribed is not None else [])]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,8 @@
-"""One model by a settings file, as a plain Hugging Face checkpoint: ``dbes testbed train --config FILE``."""
+"""One model by a settings file, as a plain Hugging Face checkpoint: ``dbes testbed train --config FILE``.
+
+With ``prescribed`` also a model of the reference router, whose checkpoint is not plain: its weights are those of a stock
+architecture, but which experts a token may use follows from the domain of its text, which plain transformers does not know.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +25,11 @@ from dbes.testbed.training import train
 PLAIN_ROUTERS = ("learned", "frozen", "rerandomised")
 """Routers that are nothing but weights, so that a checkpoint holds them."""
 
+PRESCRIBED_ROUTERS = ("reference",)
+"""Routers that need the domain of a text besides the weights; a checkpoint of one is written when it is asked for."""
+
+TRAINING = "training.json"
+
 
 def train_checkpoint(
     config: Path,
@@ -28,6 +37,7 @@ def train_checkpoint(
     *,
     mix: str = "embedded",
     cache: Path = Path("build/testbed"),
+    prescribed: bool = False,
     progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> Path:
     """Train by the settings of a YAML file and write a checkpoint that plain transformers (and ``dbes evaluate``) reads.
@@ -35,12 +45,17 @@ def train_checkpoint(
     Beside it: ``training.json`` (settings, data hash, held-out losses) and the log. The state below ``state/`` lets a killed run
     go on; it can be removed afterwards.
 
+    Args:
+        prescribed: allow the reference router. Plain transformers (and ``dbes evaluate``) route such a checkpoint by its own
+            router over all experts, not as it was trained; ``dbes.testbed.prescribed`` routes it as it was trained, from what
+            ``training.json`` then holds under ``prescribed``: the router and the domains in the order of their expert blocks.
+
     Raises:
         MixError: the settings are wrong, or their router would not be part of a plain checkpoint.
         TrainingError: the loss is no number; the log is kept.
     """
     settings = read_settings(config)
-    refuse_lost_routing(settings, where=str(config))
+    refuse_lost_routing(settings, where=str(config), prescribed=prescribed)
     prepared = prepare_mix(mix, vocabulary=settings.model.vocabulary, max_positions=settings.model.max_positions, cache=cache)
     accelerator = accelerator_of_launch()
     trained = train(settings, prepared.mix, folder=out / "state", accelerator=accelerator, progress=progress)
@@ -54,17 +69,18 @@ def train_checkpoint(
     trained.model.save_pretrained(out)
     prepared.tokenizer.save_pretrained(out)
     write_text(out / "training_log.jsonl", (out / "state" / "log.jsonl").read_text("utf-8"))
-    write_json(
-        out / "training.json",
-        {
-            "settings": settings.model_dump(mode="json"),
-            "identity": settings.identity(prepared.mix.digest),
-            "mix": mix,
-            "mix_digest": prepared.mix.digest,
-            "cpu_seconds": round(trained.cpu_seconds),
-            "heldout_bits_per_byte": dict(zip(chosen.domains, np.round(heldout.bits_per_byte, 4).tolist(), strict=True)),
-        },
-    )
+    facts: dict[str, Any] = {
+        "settings": settings.model_dump(mode="json"),
+        "identity": settings.identity(prepared.mix.digest),
+        "mix": mix,
+        "mix_digest": prepared.mix.digest,
+        "cpu_seconds": round(trained.cpu_seconds),
+        "heldout_bits_per_byte": dict(zip(chosen.domains, np.round(heldout.bits_per_byte, 4).tolist(), strict=True)),
+    }
+    if settings.routing.router in PRESCRIBED_ROUTERS:
+        # settings without named domains mean all of the mix: their order must not depend on a mix that may change
+        facts["prescribed"] = {"router": settings.routing.router, "domains": list(chosen.domains)}
+    write_json(out / TRAINING, facts)
     return out
 
 
@@ -77,16 +93,27 @@ def accelerator_of_launch() -> Any:
     return Accelerator(cpu=not torch.cuda.is_available())
 
 
-def refuse_lost_routing(settings: TrainSettings, *, where: str) -> None:
+def refuse_lost_routing(settings: TrainSettings, *, where: str, prescribed: bool = False) -> None:
     """Refuse, before any training, what a plain checkpoint would silently lose.
 
+    Args:
+        prescribed: the user knows that a reference router is lost, and asked for its weights nevertheless.
+
     Raises:
-        MixError: a prescribed router, or a loss-free bias on an architecture that has no place for it.
+        MixError: a router that is no weights (of these ``prescribed`` allows the reference router only), ``prescribed`` for a
+            router that is weights, or a loss-free bias on an architecture that has no place for it.
     """
-    if settings.routing.router not in PLAIN_ROUTERS:
+    router = settings.routing.router
+    if prescribed and router not in PRESCRIBED_ROUTERS:
         raise MixError(
-            f"{where}: routing.router: a {settings.routing.router} router is not part of a plain checkpoint, which would be evaluated "
-            f"without it; expected one of {', '.join(PLAIN_ROUTERS)}, or compare it in `dbes testbed run`"
+            f"{where}: routing.router: --prescribed is for the {' or '.join(PRESCRIBED_ROUTERS)} router, whose experts are prescribed by "
+            f"domain, got {router}; train without it, or compare the router in `dbes testbed run`"
+        )
+    if router not in PLAIN_ROUTERS and not prescribed:
+        hint = " or, to be routed by domain only, train it with --prescribed" if router in PRESCRIBED_ROUTERS else ""
+        raise MixError(
+            f"{where}: routing.router: a {router} router is not part of a plain checkpoint, which would be evaluated "
+            f"without it; expected one of {', '.join(PLAIN_ROUTERS)}, or compare it in `dbes testbed run`{hint}"
         )
     if settings.routing.balancing == "loss_free" and settings.model.architecture == "olmoe":
         raise MixError(
