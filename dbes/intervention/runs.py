@@ -15,7 +15,8 @@ from torch import nn
 
 from dbes.errors import InterventionError
 from dbes.finetuning.cells import TrainableCells
-from dbes.intervention.data import ExperimentData, Part, training_batches
+from dbes.finetuning.evaluation import choice_likelihoods, right_choices
+from dbes.intervention.data import ExperimentData, Items, Part, training_batches
 from dbes.intervention.settings import Run, Settings
 from dbes.sites import find_sites
 
@@ -52,6 +53,26 @@ def measure(model: Any, parts: Mapping[str, Part]) -> dict[str, list[float]]:
     for name, part in parts.items():
         found[name] = [round(float(value), 5) for value in nats[at : at + len(part)]]
         at += len(part)
+    return found
+
+
+def measure_items(model: Any, items: Mapping[str, Items], *, padding: int) -> dict[str, dict[str, list[int]]]:
+    """Whether the right choice of every item is the most likely (``right``), and the most likely per byte (``right_per_byte``).
+
+    Each by domain, 1 or 0 for every item; one pass over all of them.
+
+    Args:
+        padding: a token id that fills up shorter rows.
+    """
+    likelihood = choice_likelihoods(model, [sample for asked in items.values() for sample in asked.samples()], padding=padding)
+    found: dict[str, dict[str, list[int]]] = {"right": {}, "right_per_byte": {}}
+    at = 0
+    for name, asked in items.items():
+        own = likelihood[at : at + len(asked.bytes)]
+        at += len(own)
+        right = right_choices(own, octets=asked.bytes.tolist(), choices=asked.choices.tolist(), right=asked.right.tolist())
+        for kind, row in zip(found, right.astype(int).tolist(), strict=True):
+            found[kind][name] = row
     return found
 
 
@@ -95,8 +116,8 @@ def execute(model: Any, run: Run, data: ExperimentData, settings: Settings) -> d
     """The record of one run; the model is as before afterwards.
 
     ``curve`` holds, for every point, the nats of each held-out document by domain (of each tuning document in a run of the
-    search) and the processor seconds of training until then, which do not depend on what else the machine does. A loss that is
-    no number ends the run with status ``failed``.
+    search), what ``measure_items`` gives where there are held-out items, and the processor seconds of training until then, which
+    do not depend on what else the machine does. A loss that is no number ends the run with status ``failed``.
     """
     began, peak = time.perf_counter(), PeakMemory()
     batches = training_batches(data.parts[run.target, "train"], settings, boundary=data.boundary, seed=run.seed)
@@ -130,7 +151,10 @@ def execute(model: Any, run: Run, data: ExperimentData, settings: Settings) -> d
                 idle += 1
             training += time.process_time() - started
             if step in points:
-                curve.append({"step": step, "seconds": round(training, 3), "nats": measure(model, parts)})
+                point = {"step": step, "seconds": round(training, 3), "nats": measure(model, parts)}
+                if data.items and not run.tuning:
+                    point |= measure_items(model, data.items, padding=data.boundary)
+                curve.append(point)
         state = [value for slots in optimizer.state.values() for key, value in slots.items() if key != "step"]
         record |= {
             "trainable_parameters": sum(parameter.numel() for parameter in parameters),
