@@ -51,7 +51,14 @@ def row_of(index: int, random: np.random.Generator) -> dict[str, Any]:
     question = f"{' '.join(random.choice(['cur', 'quid', 'ubi'], 2 + index % 9))}?"
     answer = [str(right), chr(ord("A") + right), choices[right]][index % 3]
     text = f"{question} {choices[right]} " + " ".join(random.choice(["ut", "sed", "non"], 30))
-    return {"id": f"q{index}", "text": text, "question": question, "choices": choices, "answer": answer, "source_document": f"s{index // 2}"}
+    return {
+        "id": f"q{index}",
+        "text": text,
+        "question": question,
+        "choices": choices,
+        "answer": answer,
+        "source_document": f"s{index // 2}",
+    }
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +151,7 @@ def test_a_planted_change_of_the_model_turns_every_answer(loaded: LoadedModel, t
     try:
         for name, likelier, other in (("right", x, y), ("wrong", y, x)):
             with torch.no_grad():
-                # one hidden state in, two logits out: their signs are those of the first row's product with itself
+                # the state that predicts the choice, as the row of one letter and negated as that of the other
                 state = loaded.model.model(input_ids=torch.from_numpy(data.items["quiz"].samples()[0].ids)[None]).last_hidden_state[0, -2]
                 weight.copy_(kept)
                 weight[likelier], weight[other] = 50 * state, -50 * state
