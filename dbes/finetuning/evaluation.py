@@ -66,6 +66,15 @@ def measure(
     return found
 
 
+def tracked_scores(scores: Mapping[str, DomainScore]) -> dict[str, float]:
+    """The scores as one flat row for a tracker: ``bits_per_byte/DOMAIN``, and ``accuracy/DOMAIN`` where there are items."""
+    found = {f"bits_per_byte/{name}": score.bits_per_byte for name, score in scores.items()}
+    for name, score in scores.items():
+        if score.accuracy is not None and score.accuracy_per_byte is not None:
+            found |= {f"accuracy/{name}": score.accuracy, f"accuracy_per_byte/{name}": score.accuracy_per_byte}
+    return found
+
+
 def token_losses(model: nn.Module, batch: Batch) -> Tensor:
     """float32 nats of every counted token of the batch, in order; differentiable."""
     device = input_device(model)
