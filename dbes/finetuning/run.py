@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -163,7 +166,7 @@ def finetune(
         write_report(report, out)
         (out / STATE).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    _end_trackers(accelerator, settings)
     return report
 
 
@@ -231,7 +234,17 @@ def _start_tracker(accelerator: Accelerator, settings: FinetuneSettings, out: Pa
     if settings.tracker == "none":
         return
     config = {name: value for name, value in settings.model_dump(mode="json").items() if value is not None}
-    accelerator.init_trackers("dbes", config=config, init_kwargs={"wandb": {"name": out.name}})
+    with redirect_stdout(sys.stderr):  # some trackers greet on the standard output, which is the report's
+        accelerator.init_trackers("dbes", config=config, init_kwargs={"wandb": {"name": out.name}})
+
+
+def _end_trackers(accelerator: Accelerator, settings: FinetuneSettings) -> None:
+    with redirect_stdout(sys.stderr):
+        accelerator.end_training()
+        if settings.tracker == "trackio":
+            # accelerate closes the run, but trackio takes it for open and would close it once more, in words, when Python ends
+            with suppress(ImportError, RuntimeError):
+                importlib.import_module("trackio").finish()
 
 
 def _span(values: tuple[int, ...]) -> str:

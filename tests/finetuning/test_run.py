@@ -399,6 +399,16 @@ class Recorder(GeneralTracker):
         self.rows.append((step, values))
 
 
+def test_what_a_tracker_prints_keeps_off_the_standard_output(run, monkeypatch, capsys):
+    monkeypatch.setattr("dbes.finetuning.run._installed", lambda _: True)
+    monkeypatch.setattr("accelerate.accelerator.filter_trackers", lambda *_: [Recorder()])
+    monkeypatch.setattr(Accelerator, "init_trackers", lambda *_, **__: print("hello from the tracker"))
+    monkeypatch.setattr(Accelerator, "end_training", lambda _: print("bye from the tracker"))
+    run(tracker="wandb", steps=1)
+    shown = capsys.readouterr()
+    assert "from the tracker" not in shown.out and shown.err.count("from the tracker") == 2
+
+
 def test_a_tracker_gets_every_step_and_every_evaluation(run):
     recorder = Recorder()
     accelerator = Accelerator(log_with=recorder)
