@@ -71,12 +71,17 @@ def warm_up(arm: str) -> None:
         optimizer.step()
 
 
-def measure(arm: str, steps: int, *, sequences: int, length: int, large: bool) -> dict[str, Any]:
-    """Run one arm here and now: added peak memory, seconds of every step, bytes of optimizer and of what is trained."""
+def measure(arm: str, steps: int, *, sequences: int, length: int, large: bool, hidden: int | None = None) -> dict[str, Any]:
+    """Run one arm here and now: added peak memory, seconds of every step, bytes of optimizer and of what is trained.
+
+    Args:
+        hidden: width of a smaller model, to try the arms out.
+    """
     torch.set_num_threads(1)
     warm_up(arm)
     # 214 M parameters, or 1.1 B
-    model = random_model(hidden=1152 if large else 512, intermediate=576 if large else 256).train()
+    hidden = hidden or (1152 if large else 512)
+    model = random_model(hidden=hidden, intermediate=hidden // 2).train()
     if large:
         model.activation_checkpointing_enable()
     random = np.random.default_rng(0)
@@ -119,10 +124,12 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--large", action="store_true")
+    parser.add_argument("--hidden", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.arm:
-        print(json.dumps(measure(chosen.arm, chosen.steps, sequences=chosen.sequences, length=chosen.length, large=chosen.large)))
+        sizes = {"sequences": chosen.sequences, "length": chosen.length, "large": chosen.large, "hidden": chosen.hidden}
+        print(json.dumps(measure(chosen.arm, chosen.steps, **sizes)))
         return
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen.arms.split(",")}
     for turn in range(chosen.rounds):
@@ -134,7 +141,9 @@ def main() -> None:
                 name,
                 *(f"--{key}={getattr(chosen, key)}" for key in ("steps", "sequences", "length")),
             ]
-            done = subprocess.run([*command, *(["--large"] if chosen.large else [])], check=True, capture_output=True, text=True)
+            command += ["--large"] if chosen.large else []
+            command += [f"--hidden={chosen.hidden}"] if chosen.hidden else []
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)  # what goes wrong there is shown
             found[name].append(json.loads(done.stdout.splitlines()[-1]))
             print(f"{turn + 1}/{chosen.rounds} {name}: {found[name][-1]}", file=sys.stderr)
     rows = {name: summary(runs) for name, runs in found.items()}

@@ -253,11 +253,7 @@ def test_arms_of_the_plan(loaded: LoadedModel, tiny_task: Path, new_domain: Path
         arms = [arm for arm in plan.arms if arm.target == target]
         assert {arm.name for arm in arms} == {name for name in expected if (target, name) not in skipped}
         for name in {arm.name for arm in arms}:
-            assert {arm.seed for arm in arms if arm.name == name} == {
-                0,
-                1,
-                *(() if name in {*SLOWER, *REPLAY} - {"full-replay"} else (SEARCH_SEED,)),
-            }
+            assert {arm.seed for arm in arms if arm.name == name} == {0, 1, *(() if name in followers else (SEARCH_SEED,))}
         by_name = {arm.name: arm for arm in arms if arm.seed == 0}
         assert len(by_name["target-load"].cells) == len(by_name["random"].cells) == 4
         assert len(by_name["down"].cells) == 14 and by_name["down"].only == "down_proj"

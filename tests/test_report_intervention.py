@@ -29,6 +29,9 @@ TRUTH = {
 }  # fmt: skip
 
 
+REPORTS = Path(__file__).parents[1] / "reports" / "intervention"
+
+
 def mask_of(random: np.random.Generator, about: dict[str, Any]) -> dict[str, Any]:
     def nats(more: float) -> dict[str, list[float]]:
         return {name: [one + random.normal(more, 1.0) for one in values] for name, values in about["base"].items()}
@@ -44,6 +47,22 @@ def made(*, masks: bool = True, **changes: Any) -> dict[str, Any]:
     about["skipped"] = [{"target": "a", "arm": "lift", "budget": 0.15, "reason": "a budget below one cell"}]
     found = analysis.analyse(about, records, [mask_of(random, about)] if masks else [])
     return json.loads(json.dumps(found | changes))
+
+
+def made_with_items() -> dict[str, Any]:
+    """The same with six items of the target and four of domain b: arm by arm more of them are answered rightly."""
+    random = np.random.default_rng(4)
+    about, records, _ = experiment(TRUTH, random, seeds=3, documents=8, other_documents=4)
+    counts = {"a": 6, "b": 4}
+
+    def right(chance: float) -> dict[str, list[int]]:
+        return {name: (random.random(count) < chance).astype(int).tolist() for name, count in counts.items()}
+
+    about["accuracy"] = {"choices": {"a": [4, 4, 4, 2, 2, 2], "b": [5] * 4}, "right": right(0.3), "right_per_byte": right(0.3)}
+    for _, record in records:
+        for point in record["curve"]:
+            point |= {"right": right(0.6), "right_per_byte": right(0.6)}
+    return json.loads(json.dumps(analysis.analyse(about, records, []), allow_nan=False))
 
 
 def write(folder: Path, content: Any) -> Path:
@@ -123,6 +142,39 @@ def test_page_says_the_verdicts_word_for_word_and_stays_small(page: str, content
     assert "a budget below one cell" in page and "lift at 15%" in page
     assert "default-src 'none'" in html.unescape(page) and not re.search(r'(src|href)="(?!#|data:)', page.split("<script>")[0])
     assert len(page) < 1_500_000
+
+
+def test_accuracy_is_shown_where_there_are_items_and_nowhere_else(page: str, content: dict[str, Any]) -> None:
+    found = made_with_items()
+    read = Outcome.model_validate(found)
+    shown, card = render_outcome(read), outcome_card(read)
+    payload = unpacked(shown)["targets"][0]
+    assert payload["has_items"]
+    by_arm = {outcome.named(arm["arm"], arm["budget"]): arm["accuracy"] for arm in found["targets"]["a"]["arms"]}
+    for row in payload["arms"]:
+        expected = by_arm[row["arm"]]
+        for name in ("gain", "elsewhere", "gain_per_byte", "elsewhere_per_byte"):
+            assert [row[f"accuracy_{name}{end}"] for end in ("", "_low", "_high", "_p")] == list(expected[name].values())
+        assert (row["accuracy_items"], row["accuracy_items_elsewhere"]) == (6, 4)
+    before = found["targets"]["a"]["accuracy"]
+    assert before["a"]["chance"] == pytest.approx(3 / 8) and before["b"]["chance"] == pytest.approx(1 / 5)
+    assert f"{before['a']['base']:.1%}" in card and "of 6 items; chance 37.5%" in card and "of 6 items; chance 37.5%" in shown
+    gain = by_arm["full"]["gain"]
+    line = next(line for line in card.splitlines() if line.startswith("| full |"))
+    assert f"{gain['value']:.3f} ({gain['low']:.3f} to {gain['high']:.3f})" in line and "| Accuracy elsewhere |" in card
+    assert "Accuracy is measured beside them" in card and "Accuracy on tasks is not measured" not in shown
+
+    without = unpacked(page)["targets"][0]
+    assert not without["has_items"] and not any(name.startswith("accuracy") for row in without["arms"] for name in row)
+    assert 'class="accuracy"' not in page and "Accuracy elsewhere" not in outcome_card(Outcome.model_validate(content))
+    assert "accuracy" not in json.dumps(content) and "Accuracy on tasks is not measured" in page
+
+
+@pytest.mark.parametrize("path", sorted(REPORTS.glob("*/intervention.json")), ids=lambda path: path.parent.name)
+def test_committed_outcomes_are_still_read(path: Path) -> None:
+    read = load_outcome(path)
+    assert "Accuracy on tasks is not measured" in render_outcome(read)
+    assert outcome_card(read).startswith("## Experiment on expert paths")
 
 
 def test_specifications_are_valid_vega_lite() -> None:

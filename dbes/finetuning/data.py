@@ -147,7 +147,7 @@ def hold_out(entries: Sequence[Entry], *, where: str) -> tuple[list[Entry], list
 
 
 def _entry_of_document(document: Document) -> Entry:
-    item = _item(document.question or "", document.choices, document.answer)
+    item = multiple_choice(document.question or "", document.choices, document.answer)
     return Entry(id=document.id, source=document.source_document or document.id, segments=((document.text, True),), item=item)
 
 
@@ -162,12 +162,12 @@ def _entry_of_row(row: Mapping[str, Any], number: int, path: Path) -> Entry | No
     if isinstance(prompt, str) and isinstance(completion, str):
         if not completion.strip():
             raise FinetuneError(f"{where}: the completion is empty, so there is nothing to learn")
-        item = _item(prompt, row.get("choices"), completion.strip())
+        item = multiple_choice(prompt, row.get("choices"), completion.strip())
         return Entry(id=identity, source=source, segments=((prompt, False), (completion, True)), item=item)
     if isinstance(row.get("text"), str):
         if not row["text"].strip():
             return None
-        item = _item(str(row.get("question") or ""), row.get("choices"), row.get("answer"))
+        item = multiple_choice(str(row.get("question") or ""), row.get("choices"), row.get("answer"))
         return Entry(id=identity, source=source, segments=((row["text"], True),), item=item)
     raise FinetuneError(
         f"{where}: a row has text, messages, or prompt and completion; this one has {', '.join(map(str, row)) or 'no fields'}"
@@ -183,7 +183,7 @@ def _messages(rows: Sequence[Any], where: str) -> tuple[Mapping[str, Any], ...]:
     return tuple(rows)
 
 
-def _item(question: str, choices: Any, answer: Any) -> Item | None:
+def multiple_choice(question: str, choices: Any, answer: Any) -> Item | None:
     """The item, when there is a question and the answer is one of the choices: its text, its index, or its letter."""
     if not question.strip() or not isinstance(choices, list | tuple) or len(choices) < 2 or answer is None:
         return None

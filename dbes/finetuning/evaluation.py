@@ -66,6 +66,15 @@ def measure(
     return found
 
 
+def tracked_scores(scores: Mapping[str, DomainScore]) -> dict[str, float]:
+    """The scores as one flat row for a tracker: ``bits_per_byte/DOMAIN``, and ``accuracy/DOMAIN`` where there are items."""
+    found = {f"bits_per_byte/{name}": score.bits_per_byte for name, score in scores.items()}
+    for name, score in scores.items():
+        if score.accuracy is not None and score.accuracy_per_byte is not None:
+            found |= {f"accuracy/{name}": score.accuracy, f"accuracy_per_byte/{name}": score.accuracy_per_byte}
+    return found
+
+
 def token_losses(model: nn.Module, batch: Batch) -> Tensor:
     """float32 nats of every counted token of the batch, in order; differentiable."""
     device = input_device(model)
@@ -83,11 +92,18 @@ def _score(
     count, index = (accelerator.num_processes, accelerator.process_index) if accelerator is not None else (1, 0)
     mine = entries[index::count]
     samples = [part for entry in mine for part in windows(encode(entry, tokenizer, end=False), length)]
-    nats = sum((float(losses.double().sum()) for _, losses in _losses(model, tokenizer, samples, batch_tokens)), 0.0)
+    padding = padding_id(tokenizer)
+    nats = sum((float(losses.double().sum()) for _, losses in _losses(model, padding, samples, batch_tokens)), 0.0)
     items = [entry.item for entry in mine if entry.item is not None]
-    right = _right_choices(model, tokenizer, items, length, batch_tokens)
+    choices = [choice for item in items for choice in encode_choices(item, tokenizer, length=length)]
+    right = right_choices(
+        choice_likelihoods(model, choices, padding=padding, batch_tokens=batch_tokens),
+        octets=[choice.octets for choice in choices],
+        choices=[len(item.choices) for item in items],
+        right=[item.right for item in items],
+    ).sum(axis=1)
     tokens, octets = sum(int(sample.counted.sum()) for sample in samples), sum(sample.octets for sample in samples)
-    sums = torch.tensor([nats, tokens, octets, len(items), *right], dtype=torch.float64)
+    sums = torch.tensor([nats, tokens, octets, len(items), *right.tolist()], dtype=torch.float64)
     if accelerator is not None and count > 1:
         sums = accelerator.reduce(sums.to(accelerator.device), "sum").cpu()
     nats, tokens, octets, asked, likely, likely_per_byte = sums.tolist()
@@ -106,38 +122,56 @@ def _score(
     )
 
 
-def _right_choices(model: nn.Module, tokenizer: Any, items: Sequence[Item], length: int, batch_tokens: int) -> tuple[int, int]:
-    """Items whose right choice is the most likely, and is the most likely per byte."""
-    entries = [
-        Entry(id="", source="", segments=((item.question.rstrip(), False), (f" {choice.strip()}", True)))
-        for item in items
-        for choice in item.choices
-    ]
-    samples = [_ending(encode(entry, tokenizer, end=False), length) for entry in entries]
+def encode_choices(item: Item, tokenizer: Any, *, length: int) -> list[Sample]:
+    """The question with every one of its choices, of which only the choice counts; ``octets`` are the bytes of the choice, at least 1.
+
+    Args:
+        length: tokens at most; a longer question loses its beginning, and so does a choice that is longer by itself.
+    """
+    question, samples = (item.question.rstrip(), False), []
+    for choice in map(str.strip, item.choices):
+        whole = encode(Entry(id="", source="", segments=(question, (f" {choice}", True))), tokenizer, end=False)
+        samples.append(_ending(whole, length, octets=len(choice.encode()) or 1))
+    return samples
+
+
+@torch.no_grad()
+def choice_likelihoods(model: nn.Module, samples: Sequence[Sample], *, padding: int, batch_tokens: int = BATCH_TOKENS) -> np.ndarray:
+    """Log-likelihood in nats of the counted tokens of every sample, float64 [samples]."""
     likelihood = np.zeros(len(samples))
-    for places, losses in _losses(model, tokenizer, samples, batch_tokens):
+    for places, losses in _losses(model, padding, samples, batch_tokens):
         parts = losses.split([int(samples[place].counted.sum()) for place in places])
         likelihood[places] = [-float(part.double().sum()) for part in parts]
-    likely, likely_per_byte, start = 0, 0, 0
-    for item in items:
-        rows = likelihood[start : start + len(item.choices)]
-        octets = np.asarray([len(choice.strip().encode()) or 1 for choice in item.choices])
-        start += len(item.choices)
-        likely += int(rows.argmax() == item.right)
-        likely_per_byte += int((rows / octets).argmax() == item.right)
-    return likely, likely_per_byte
+    return likelihood
 
 
-def _ending(sample: Sample, length: int) -> Sample:
-    """The last ``length`` tokens: a question is shortened from its beginning, never the choice."""
+def right_choices(likelihood: np.ndarray, *, octets: Sequence[int], choices: Sequence[int], right: Sequence[int]) -> np.ndarray:
+    """Whether the right choice of every item is the most likely, and the most likely per byte: bool [2, items].
+
+    Args:
+        likelihood: nats of all choices of all items, one item after the other.
+        octets: bytes of every choice.
+        choices: number of choices of every item.
+        right: index of the right choice among those of its item.
+    """
+    found, start = np.zeros((2, len(choices)), bool), 0
+    for place, (count, index) in enumerate(zip(choices, right, strict=True)):
+        rows = likelihood[start : start + count]
+        per_byte = rows / np.asarray(octets[start : start + count])
+        found[:, place] = rows.argmax() == index, per_byte.argmax() == index
+        start += count
+    return found
+
+
+def _ending(sample: Sample, length: int, *, octets: int) -> Sample:
+    """The last ``length`` tokens: a question is shortened from its beginning."""
     counted = sample.counted[-length:].copy()
     counted[:1] = False
-    return Sample(sample.ids[-length:], counted, sample.octets)
+    return Sample(sample.ids[-length:], counted, octets)
 
 
-def _losses(model: nn.Module, tokenizer: Any, samples: Sequence[Sample], batch_tokens: int) -> Iterator[tuple[list[int], Tensor]]:
+def _losses(model: nn.Module, padding: int, samples: Sequence[Sample], batch_tokens: int) -> Iterator[tuple[list[int], Tensor]]:
     """(places of the samples, nats of their counted tokens) by batches of samples of similar length."""
-    padding = padding_id(tokenizer)
     for places in _batches([len(sample.ids) for sample in samples], batch_tokens):
         yield places, token_losses(model, collate([samples[place] for place in places], padding=padding)).cpu()
 

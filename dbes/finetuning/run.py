@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +18,7 @@ from dbes.errors import FinetuneError, PathError
 from dbes.finetuning.cells import TrainableCells
 from dbes.finetuning.data import Data, prepare_data
 from dbes.finetuning.encoding import full_rows, padding_id, training_samples
-from dbes.finetuning.evaluation import DomainScore, measure
+from dbes.finetuning.evaluation import DomainScore, measure, tracked_scores
 from dbes.finetuning.output import base_rows_digest, refuse_occupied, round_rows, save_checkpoint, save_delta, storage_dtype
 from dbes.finetuning.report import FinetuneReport, changes, peak_memory, read_report, versions, write_report
 from dbes.finetuning.settings import FinetuneSettings
@@ -58,6 +61,7 @@ def finetune(
         data: a file, or ``task:DOMAIN``.
         tasks: whose domains are measured before and after, on at most ``limit`` held-out texts of each.
         save: a whole checkpoint, or only the trained slices (`dbes.finetuning.output.merge_delta`).
+        accelerator: one whose trackers the caller has started; by default one is made, with the tracker of the settings.
         checkpoint_seconds: between two states on disk.
 
     Raises:
@@ -67,6 +71,7 @@ def finetune(
     where, name = (str(EMBEDDED_MODEL), EMBEDDED_NAME) if str(model) == "embedded" else (str(model), None)
     found = prepare_data(data, tasks=tasks, limit=limit)
     refuse_sharding(accelerator)
+    started = accelerator is not None
     accelerator = accelerator if accelerator is not None else _accelerator(settings, out)
     say("loading")
     place = {"": accelerator.device} if accelerator.num_processes > 1 and accelerator.device.type != "cpu" else None
@@ -89,8 +94,11 @@ def finetune(
         with memory_explained(), accelerator.autocast():
             return measure(loaded.model, loaded.tokenizer, found.heldout, length=settings.seq_len, accelerator=accelerator)
 
+    if not started:
+        _start_tracker(accelerator, settings, out)
     say("measuring before")
     before = evaluate()
+    accelerator.log(tracked_scores(before), step=0)
     digest = base_rows_digest(loaded.model, path.cells, stored)
     say("training")
     with TrainableCells(
@@ -125,6 +133,7 @@ def finetune(
             save_delta(cells, out, model=loaded.name, revision=loaded.revision, dtype=stored, base_digest=digest)
     say("measuring after")
     after = evaluate()
+    accelerator.log(tracked_scores(after), step=trained.steps)
     report = FinetuneReport(
         identity=identity,
         model=loaded.name,
@@ -163,7 +172,7 @@ def finetune(
         write_report(report, out)
         (out / STATE).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    _end_trackers(accelerator, settings)
     return report
 
 
@@ -226,17 +235,37 @@ def _read_path(file: Path, layers: tuple[int, ...], experts: tuple[int, ...], lo
 
 def _accelerator(settings: FinetuneSettings, out: Path) -> Accelerator:
     tracker = settings.tracker
-    if tracker != "none" and importlib.util.find_spec(tracker) is None:
+    if tracker != "none" and not _installed(tracker):
         raise FinetuneError(f"--tracker {tracker}: this needs the package {tracker}; install it with pip install 'dbes[{tracker}]'")
-    made = Accelerator(
+    return Accelerator(
         mixed_precision="bf16" if settings.bf16 else None,
         log_with=tracker if tracker != "none" else None,
         project_dir=str(out),
     )
-    if tracker != "none":
-        config = {name: value for name, value in settings.model_dump(mode="json").items() if value is not None}
-        made.init_trackers("dbes", config=config)
-    return made
+
+
+def _installed(package: str) -> bool:
+    """Whether it can be imported. A folder of that name (W&B leaves one in the working directory) is no package."""
+    found = importlib.util.find_spec(package)
+    return found is not None and found.origin is not None
+
+
+def _start_tracker(accelerator: Accelerator, settings: FinetuneSettings, out: Path) -> None:
+    """Begin the tracker's run; called when training is sure to begin, so that a finished or refused run leaves no empty one."""
+    if settings.tracker == "none":
+        return
+    config = {name: value for name, value in settings.model_dump(mode="json").items() if value is not None}
+    with redirect_stdout(sys.stderr):  # some trackers greet on the standard output, which is the report's
+        accelerator.init_trackers("dbes", config=config, init_kwargs={"wandb": {"name": out.name}})
+
+
+def _end_trackers(accelerator: Accelerator, settings: FinetuneSettings) -> None:
+    with redirect_stdout(sys.stderr):
+        accelerator.end_training()
+        if settings.tracker == "trackio":
+            # accelerate closes the run, but trackio takes it for open and would close it once more, in words, when Python ends
+            with suppress(ImportError, RuntimeError):
+                importlib.import_module("trackio").finish()
 
 
 def _span(values: tuple[int, ...]) -> str:

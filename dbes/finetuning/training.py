@@ -21,7 +21,7 @@ from dbes.errors import FinetuneError
 from dbes.files import keep_log_before
 from dbes.finetuning.cells import TrainableCells
 from dbes.finetuning.encoding import Batch, Sample, collate
-from dbes.finetuning.evaluation import DomainScore, token_losses
+from dbes.finetuning.evaluation import DomainScore, token_losses, tracked_scores
 from dbes.finetuning.settings import FinetuneSettings, learning_rate
 from dbes.finetuning.state import LOG, STATE, append_log, load_state, save_state
 from dbes.sites import base_of, find_sites, input_device
@@ -70,7 +70,8 @@ def train(
     router's balancing loss is never added.
 
     Args:
-        accelerator: an ``accelerate.Accelerator``; its processes take consecutive shares of each batch.
+        accelerator: an ``accelerate.Accelerator``; its processes take consecutive shares of each batch, and its trackers get the
+            numbers of every record and every evaluation.
         folder: where log and state are kept; None keeps neither.
         evaluate: called every ``eval_every`` steps.
         progress: called with every record of the log.
@@ -116,12 +117,18 @@ def train(
                 optimizer.step()
                 moved = moved or active > 0
             optimizer.zero_grad()
+            scores = None
             if evaluate is not None and settings.eval_every and (step + 1) % settings.eval_every == 0 and step + 1 < steps:
-                record["bits_per_byte"] = {name: score.bits_per_byte for name, score in evaluate().items()}
+                scores = evaluate()
+                record["bits_per_byte"] = {name: score.bits_per_byte for name, score in scores.items()}
             log.append(record)
             if folder and main:
                 append_log(folder, record)
-            accelerator.log({name: value for name, value in record.items() if isinstance(value, int | float)}, step=step)
+            # the step is the trackers' own axis, and a name that some of them reserve
+            numbers = {name: value for name, value in record.items() if isinstance(value, int | float) and name != "step"}
+            accelerator.log(numbers, step=step)
+            if scores is not None:
+                accelerator.log(tracked_scores(scores), step=step + 1)  # measured after so many updates
             if progress:
                 progress(record)
             if failed:

@@ -12,6 +12,8 @@ from dbes.intervention.outcomes import (
     Curves,
     Measured,
     Strata,
+    accuracy_changes,
+    accuracy_figure,
     curves_of,
     figure,
     holm,
@@ -43,6 +45,8 @@ def analyse(about: Mapping[str, Any], records: Records, masks: Sequence[Mapping[
         others = [name for name in about["data"]["domains"] if name not in (target, *settings.new)]
         own = [(arm, record) for arm, record in records if arm.target == target]
         targets[target] = _target(target, others, own, settings, base=base, sizes=sizes, is_new=target in settings.new)
+        if "accuracy" in about:
+            _add_accuracy(targets[target], target, others, own, about["accuracy"])
     return {
         "schema_version": OUTCOME_SCHEMA,
         "kind": "intervention",
@@ -96,6 +100,52 @@ def _target(
         "failed": failed,
         "verdict": target_verdict(target, arms, contrasts),
     }
+
+
+def _add_accuracy(found: dict[str, Any], target: str, others: Sequence[str], records: Records, asked: Mapping[str, Any]) -> None:
+    """Add to a target's outcome, in place, the accuracy before training and how every arm changed it; nothing without items.
+
+    Args:
+        asked: of the experiment: number of choices of every item, and which were answered rightly before training.
+    """
+    names = [name for name in (target, *others) if name in asked["choices"]]
+    if not names:
+        return
+    found["accuracy"] = {
+        name: {
+            "items": len(asked["choices"][name]),
+            "chance": float(np.mean(1 / np.asarray(asked["choices"][name]))),
+            "base": float(np.mean(asked["right"][name])),
+            "base_per_byte": float(np.mean(asked["right_per_byte"][name])),
+        }
+        for name in names
+    }
+    for row in found["arms"]:
+        own = {arm.seed: record for arm, record in records if (arm.name, arm.budget) == (row["arm"], row["budget"])}
+        row["accuracy"] = _accuracy_of([own[seed] for seed in sorted(own)], names, target, others, asked)
+
+
+def _accuracy_of(
+    records: Sequence[Mapping[str, Any]], names: Sequence[str], target: str, others: Sequence[str], asked: Mapping[str, Any]
+) -> dict[str, Any]:
+    """How an arm changed accuracy: at its end with intervals, and at every point."""
+    row: dict[str, Any] = {
+        "items": len(asked["choices"].get(target, ())),
+        "items_elsewhere": sum(len(asked["choices"][name]) for name in names if name != target),
+    }
+    points: dict[str, np.ndarray | None] = {}
+    for kind, end in (("right", ""), ("right_per_byte", "_per_byte")):
+        right = {name: np.asarray([[point[kind][name] for point in record["curve"]] for record in records]) for name in names}
+        base = {name: np.asarray(asked[kind][name]) for name in names}
+        gain, elsewhere, strata = accuracy_changes(right, base, target, others)
+        for name, changes in ((f"gain{end}", gain), (f"elsewhere{end}", elsewhere)):
+            row[name] = None if changes is None else accuracy_figure(changes[:, -1], strata).as_json()
+            points[name] = None if changes is None else changes[0]
+    row["curve"] = [
+        {"step": point["step"], **{name: None if one is None else round(float(one[place]), 5) for name, one in points.items()}}
+        for place, point in enumerate(records[0]["curve"])
+    ]
+    return row
 
 
 def _measured(runs: Mapping[int, tuple[Arm, dict[str, Any]]]) -> Measured:

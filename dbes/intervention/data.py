@@ -1,14 +1,15 @@
 """Texts of an experiment: training, tuning and held-out documents of every domain, as tokens of the model.
 
 Documents are split by source before anything is cut. A mix of the testbed keeps the split its checkpoints were trained with;
-tasks and files hold out a fifth of their sources, as ``dbes finetune`` does. Paths are found on training documents only.
+tasks and files hold out a fifth of their sources, as ``dbes finetune`` does. Paths are found on training documents only. Held-out
+texts that hold a multiple-choice question are measured by accuracy too.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from safetensors.numpy import load_file, save
 
 from dbes.errors import FinetuneError, InterventionError, MixError
 from dbes.files import write_bytes
-from dbes.finetuning.data import Entry, hold_out, read_entries
+from dbes.finetuning.data import Entry, Item, hold_out, multiple_choice, read_entries
+from dbes.finetuning.encoding import Sample
+from dbes.finetuning.evaluation import encode_choices
 from dbes.intervention.settings import Settings
 from dbes.pipeline import read_benchmark
 from dbes.testbed.mix import is_heldout, read_texts
@@ -30,12 +33,13 @@ PARTS = ("train", "tuning", "heldout", "protected")
 
 @dataclass(frozen=True, kw_only=True)
 class SourceText:
-    """A text and what it was cut from."""
+    """A text, what it was cut from, and the multiple-choice question in it, if any."""
 
     id: str
     domain: str
     source_document: str
     text: str
+    item: Item | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +74,35 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Items:
+    """Multiple-choice items as tokens: the question with choice i is ``tokens[starts[i]:starts[i + 1]]``, item after item.
+
+    Attributes:
+        tokens: int32 [tokens]; counted: bool [tokens], those of the choice.
+        starts: int64 [1 + choices of all items]; bytes: int64 [choices of all items], UTF-8 bytes of each choice.
+        choices: int64 [items], number of choices; right: int64 [items], index of the right one among them.
+    """
+
+    tokens: np.ndarray
+    counted: np.ndarray
+    starts: np.ndarray
+    bytes: np.ndarray
+    choices: np.ndarray
+    right: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.right)
+
+    def samples(self) -> list[Sample]:
+        """One for every choice of every item."""
+        ends = zip(self.starts[:-1], self.starts[1:], self.bytes.tolist(), strict=True)
+        return [Sample(self.tokens[start:stop].astype(np.int64), self.counted[start:stop], octets) for start, stop, octets in ends]
+
+
+ITEM_COLUMNS = tuple(column.name for column in fields(Items))
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExperimentData:
     """Token documents of every domain.
 
@@ -78,12 +111,18 @@ class ExperimentData:
             cut to one window. Protected are training documents of the domains that count as forgotten, where an arm needs them.
         boundary: token id between training documents.
         digest: sha256 over all of it.
+        items: held-out items by domain; domains without any are left out.
     """
 
     domains: tuple[str, ...]
     parts: Mapping[tuple[str, str], Part]
     boundary: int
     digest: str
+    items: Mapping[str, Items] = field(default_factory=dict)
+
+    def without_items(self) -> ExperimentData:
+        """The same documents, with the digest they have by themselves."""
+        return replace(self, items={}, digest=_digest(self.parts, {}))
 
 
 def read_sources(texts: str, domains: Sequence[str], *, cache: Path) -> tuple[Texts, tuple[str, ...]]:
@@ -132,7 +171,7 @@ def _of_mix(name: str, cache: Path) -> Sides:
     for domain, path in mix_files(name, cache).items():
         for side, kept in ((training, False), (heldout, True)):
             side[domain] = [
-                SourceText(id=text.id, domain=domain, source_document=text.source, text=text.text)
+                SourceText(id=text.id, domain=domain, source_document=text.source, text=text.text, item=text.item)
                 for text in read_texts(path)
                 if is_heldout(text.source, share=HELDOUT_SHARE) is kept
             ]
@@ -147,7 +186,13 @@ def _of_task(name: str) -> Sides:
     heldout: dict[str, list[SourceText]] = {}
     for domain in benchmark.domains:
         own = [
-            SourceText(id=document.id, domain=domain, source_document=document.source_document or document.id, text=document.text)
+            SourceText(
+                id=document.id,
+                domain=domain,
+                source_document=document.source_document or document.id,
+                text=document.text,
+                item=multiple_choice(document.question or "", document.choices, document.answer),
+            )
             for document in benchmark.documents
             if document.domain == domain
         ]
@@ -167,7 +212,8 @@ def _held_out(texts: Sequence[SourceText], *, where: str) -> tuple[list[SourceTe
 def _plain(entry: Entry, domain: str, path: str) -> SourceText:
     if not entry.segments:
         raise FinetuneError(f"{path}: text {entry.id} is a conversation; the experiment measures plain text: give rows with a text")
-    return SourceText(id=entry.id, domain=domain, source_document=entry.source, text="".join(text for text, _ in entry.segments))
+    text = "".join(text for text, _ in entry.segments)
+    return SourceText(id=entry.id, domain=domain, source_document=entry.source, text=text, item=entry.item)
 
 
 def tokenize(texts: Texts, tokenizer: Any, *, targets: Sequence[str], settings: Settings) -> ExperimentData:
@@ -178,10 +224,14 @@ def tokenize(texts: Texts, tokenizer: Any, *, targets: Sequence[str], settings: 
     """
     needed = settings.steps * settings.sequences * settings.length
     parts: dict[tuple[str, str], Part] = {}
+    items: dict[str, Items] = {}
     for domain in texts.domains:
         target = domain in targets
         wanted = settings.documents if target else settings.other_documents
         parts[domain, "heldout"] = _cut(texts.heldout[domain], tokenizer, count=wanted, length=settings.length, where=domain)
+        asked = [text.item for text in _in_order(texts.heldout[domain]) if text.item is not None][:wanted]
+        if asked:
+            items[domain] = _items(asked, tokenizer, length=settings.length)
         if target:
             training, tuning = tuning_split(texts.training[domain])
             parts[domain, "tuning"] = _cut(
@@ -193,13 +243,24 @@ def tokenize(texts: Texts, tokenizer: Any, *, targets: Sequence[str], settings: 
         if settings.protects and domain not in settings.new:
             own = tuning_split(texts.training[domain])[0] if target else texts.training[domain]
             parts[domain, "protected"] = _whole(own, tokenizer, tokens=settings.protect_tokens)
+    boundary = tokenizer.eos_token_id
+    return ExperimentData(
+        domains=texts.domains,
+        parts=parts,
+        boundary=int(boundary if boundary is not None else 0),
+        digest=_digest(parts, items),
+        items=items,
+    )
+
+
+def _digest(parts: Mapping[tuple[str, str], Part], items: Mapping[str, Items]) -> str:
+    """sha256 over the documents; over the items too where there are any, so that texts without items keep their digest."""
     digest = hashlib.sha256()
     for (domain, name), part in sorted(parts.items()):
         digest.update(f"{domain}\0{name}\0".encode() + part.tokens.tobytes() + part.starts.tobytes())
-    boundary = tokenizer.eos_token_id
-    return ExperimentData(
-        domains=texts.domains, parts=parts, boundary=int(boundary if boundary is not None else 0), digest=digest.hexdigest()
-    )
+    for domain, asked in sorted(items.items()):
+        digest.update(f"{domain}\0items\0".encode() + b"".join(getattr(asked, column).tobytes() for column in ITEM_COLUMNS))
+    return digest.hexdigest()
 
 
 def tuning_split(texts: Sequence[SourceText]) -> tuple[list[SourceText], list[SourceText]]:
@@ -212,15 +273,32 @@ def tuning_split(texts: Sequence[SourceText]) -> tuple[list[SourceText], list[So
     return [text for text in texts if text.source_document not in kept], [text for text in texts if text.source_document in kept]
 
 
+def _in_order(texts: Sequence[SourceText]) -> list[SourceText]:
+    """By a hash of source and id, so that the first few are no particular part of a file."""
+    return sorted(texts, key=lambda text: hashlib.sha256(f"{text.source_document}\0{text.id}".encode()).digest())
+
+
+def _items(items: Sequence[Item], tokenizer: Any, *, length: int) -> Items:
+    """The items, at least one, every question with a choice in ``length`` tokens at most."""
+    samples = [sample for item in items for sample in encode_choices(item, tokenizer, length=length)]
+    return Items(
+        tokens=np.concatenate([sample.ids for sample in samples]).astype(np.int32),
+        counted=np.concatenate([sample.counted for sample in samples]),
+        starts=np.cumsum([0, *(len(sample.ids) for sample in samples)]).astype(np.int64),
+        bytes=np.asarray([sample.octets for sample in samples], np.int64),
+        choices=np.asarray([len(item.choices) for item in items], np.int64),
+        right=np.asarray([item.right for item in items], np.int64),
+    )
+
+
 def _encode(texts: Sequence[SourceText], tokenizer: Any) -> list[np.ndarray]:
     return [np.asarray(tokenizer(text.text, add_special_tokens=False)["input_ids"], np.int32) for text in texts]
 
 
 def _cut(texts: Sequence[SourceText], tokenizer: Any, *, count: int, length: int, where: str, least: int = 2) -> Part:
     """The beginnings of documents of at least two tokens, spread over sources by a hash."""
-    order = sorted(texts, key=lambda text: hashlib.sha256(f"{text.source_document}\0{text.id}".encode()).digest())
     documents = []
-    for text in order:
+    for text in _in_order(texts):
         ids = _encode([text], tokenizer)[0][:length]
         if len(ids) > 1:
             documents.append(ids)
@@ -272,16 +350,21 @@ def save_data(data: ExperimentData, path: Path) -> None:
     for (domain, name), part in data.parts.items():
         index = data.domains.index(domain)
         arrays |= {f"{index}.{name}.tokens": part.tokens, f"{index}.{name}.starts": part.starts, f"{index}.{name}.bytes": part.bytes}
+    for domain, items in data.items.items():
+        arrays |= {f"{data.domains.index(domain)}.items.{column}": getattr(items, column) for column in ITEM_COLUMNS}
     write_bytes(path, save(arrays))
 
 
 def load_data(path: Path, *, domains: Sequence[str], boundary: int, digest: str) -> ExperimentData:
     """What ``save_data`` wrote."""
     arrays = load_file(path)
-    parts = {}
+    parts, items = {}, {}
     for key in arrays:
         index, name, column = key.split(".")
-        if column == "tokens":
+        if name == "items":
+            columns = {column: arrays[f"{index}.items.{column}"] for column in ITEM_COLUMNS}
+            items[domains[int(index)]] = Items(**columns)
+        elif column == "tokens":
             prefix = f"{index}.{name}"
             parts[domains[int(index)], name] = Part(tokens=arrays[key], starts=arrays[f"{prefix}.starts"], bytes=arrays[f"{prefix}.bytes"])
-    return ExperimentData(domains=tuple(domains), parts=parts, boundary=boundary, digest=digest)
+    return ExperimentData(domains=tuple(domains), parts=parts, boundary=boundary, digest=digest, items=items)

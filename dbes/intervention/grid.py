@@ -24,7 +24,7 @@ from dbes.intervention.arms import SEARCH_SEED, Plan, evidence_of, plan_arms
 from dbes.intervention.data import ExperimentData, load_data, read_sources, save_data, tokenize
 from dbes.intervention.masking import MaskJob, execute_masks, plan_masks
 from dbes.intervention.routing import prescription_facts, prescription_from, prescription_of, routable, routed
-from dbes.intervention.runs import RUN_SCHEMA, execute, measure
+from dbes.intervention.runs import RUN_SCHEMA, execute, measure, measure_items
 from dbes.intervention.settings import Arm, Run, Settings, run_key, run_of
 from dbes.models import load_model, load_weights
 from dbes.paths.files import write_path
@@ -78,6 +78,12 @@ def intervene(
         if not [other for other in data.domains if other not in (name, *settings.new)]:
             raise InterventionError(f"domain {name!r}: no other domain is left to measure forgetting on")
     key = run_key(settings, model=loaded.revision, data=data.digest, prescribed=prescribed_facts)
+    plain = data.without_items()
+    plain_key = run_key(settings, model=loaded.revision, data=plain.digest, prescribed=prescribed_facts)
+    if data.items and (out / EXPERIMENT).is_file() and read_about(out)["key"] == plain_key:
+        # begun before items were measured: its finished runs know no accuracy
+        say("this experiment was begun without accuracy and goes on without; choose another --out to measure it")
+        data, key = plain, plain_key
     _check_folder(out, key)
     say(f"finding paths in {len(data.domains)} domains")
     with routed(loaded.model, prescription) as prescribed:
@@ -113,6 +119,11 @@ def intervene(
     }
     if prescribed_facts is not None:
         about["prescribed"] = prescribed_facts
+    if data.items:
+        choices = {domain: items.choices.tolist() for domain, items in data.items.items()}
+        with routed(loaded.model, prescription) as prescribed:
+            asked = measure_items(loaded.model, data.items, padding=data.boundary, prescribed=prescribed)
+        about["accuracy"] = {"choices": choices, **asked}
     write_json(out / EXPERIMENT, about)
     del loaded, prescribed
     rates = search_rates(out, plan, settings, key, where=where, processes=processes, say=say)

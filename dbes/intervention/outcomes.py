@@ -78,8 +78,19 @@ def curves_of(
     """
     names = (target, *others)
     saved = {name: (base[name] - measured.nats[name]) / math.log(2) for name in names}
+    gains = replicates_of(saved, names, sizes=sizes)
+    gains = np.concatenate([np.zeros((*gains.shape[:2], 1)), gains], axis=2)
+    return Curves(gain=gains[:, 0], forgetting=-gains[:, 1:].mean(axis=1), worst=-gains[:, 1:].min(axis=1))
+
+
+def replicates_of(saved: Mapping[str, np.ndarray], names: Sequence[str], *, sizes: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The total of every domain with every seed and every unit (document or item) left out in turn, [replicates, domains, points].
+
+    The total is the mean over seeds of the sum over units of ``saved`` [seeds, points, units] by the sum of their ``sizes`` [units].
+    Replicates are in the order of ``Strata.of`` for the seeds and then the units of each of ``names``.
+    """
     totals = {name: saved[name].sum(axis=-1) / sizes[name].sum() for name in names}  # [seeds, points]
-    seeds = len(measured.seconds)
+    seeds = len(totals[names[0]])
 
     def table(gains: Mapping[str, np.ndarray]) -> np.ndarray:
         return np.stack([gains[name] for name in names])  # [domains, points]
@@ -94,9 +105,33 @@ def curves_of(
         for document in range(count if count > 1 else 0):
             rest = (by_document.sum(axis=1) - by_document[:, document]) / (sizes[name].sum() - sizes[name][document])
             rows.append(table({**mean, name: rest}))
-    gains = np.stack(rows)  # [replicates, domains, points]
-    gains = np.concatenate([np.zeros((*gains.shape[:2], 1)), gains], axis=2)
-    return Curves(gain=gains[:, 0], forgetting=-gains[:, 1:].mean(axis=1), worst=-gains[:, 1:].min(axis=1))
+    return np.stack(rows)
+
+
+def accuracy_changes(
+    right: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray], target: str, others: Sequence[str]
+) -> tuple[np.ndarray | None, np.ndarray | None, Strata]:
+    """Change of accuracy in the target and in the other domains (their mean), [replicates, points] each, and the strata behind it.
+
+    None for the target or for the others without items.
+
+    Args:
+        right: by domain of those that have items, whether each was answered rightly: [seeds, points, items]; base: [items], before
+            training.
+    """
+    names = [name for name in (target, *others) if name in right]
+    saved = {name: right[name].astype(np.float64) - base[name] for name in names}
+    changes = replicates_of(saved, names, sizes={name: np.ones(len(base[name])) for name in names})
+    strata = Strata.of(len(saved[names[0]]), *(len(base[name]) for name in names))
+    first = int(target in right)
+    return changes[:, 0] if first else None, changes[:, first:].mean(axis=1) if len(names) > first else None, strata
+
+
+def accuracy_figure(replicates: np.ndarray, strata: Strata) -> Figure:
+    """As ``figure``, but without an interval where no seed and no item differs from another: the spread is unknown then, not 0."""
+    if np.ptp(replicates) < 1e-12:
+        return Figure(value=float(replicates[0]), low=None, high=None, p=None)
+    return figure(replicates, strata)
 
 
 @dataclass(frozen=True, kw_only=True)

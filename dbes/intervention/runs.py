@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from dbes.errors import InterventionError
 from dbes.finetuning.cells import TrainableCells
-from dbes.intervention.data import ExperimentData, Part, joined_rows, training_batches
+from dbes.finetuning.evaluation import choice_likelihoods, right_choices
+from dbes.intervention.data import ExperimentData, Items, Part, joined_rows, training_batches
 from dbes.intervention.routing import under
 from dbes.intervention.settings import Run, Settings
 from dbes.paths.types import Cell
@@ -62,6 +63,34 @@ def measure(model: Any, parts: Mapping[str, Part], prescribed: Prescribed | None
     for name, part in parts.items():
         found[name] = [round(float(value), 5) for value in nats[at : at + len(part)]]
         at += len(part)
+    return found
+
+
+def measure_items(
+    model: Any, items: Mapping[str, Items], *, padding: int, prescribed: Prescribed | None = None
+) -> dict[str, dict[str, list[int]]]:
+    """Whether the right choice of every item is the most likely (``right``), and the most likely per byte (``right_per_byte``).
+
+    Each by domain, 1 or 0 for every item; one pass over all of them, or one per domain where routing is prescribed.
+
+    Args:
+        padding: a token id that fills up shorter rows.
+    """
+    found: dict[str, dict[str, list[int]]] = {"right": {}, "right_per_byte": {}}
+    if prescribed is not None:
+        for name, asked in items.items():
+            with prescribed.domain(name):
+                for kind, rows in measure_items(model, {name: asked}, padding=padding).items():
+                    found[kind] |= rows
+        return found
+    likelihood = choice_likelihoods(model, [sample for asked in items.values() for sample in asked.samples()], padding=padding)
+    at = 0
+    for name, asked in items.items():
+        own = likelihood[at : at + len(asked.bytes)]
+        at += len(own)
+        right = right_choices(own, octets=asked.bytes.tolist(), choices=asked.choices.tolist(), right=asked.right.tolist())
+        for kind, row in zip(found, right.astype(int).tolist(), strict=True):
+            found[kind][name] = row
     return found
 
 
@@ -188,8 +217,8 @@ def execute(model: Any, run: Run, data: ExperimentData, settings: Settings, *, p
     """The record of one run; the model is as before afterwards.
 
     ``curve`` holds, for every point, the nats of each held-out document by domain (of each tuning document in a run of the
-    search) and the processor seconds of training until then, which do not depend on what else the machine does. A loss that is
-    no number ends the run with status ``failed``.
+    search), what ``measure_items`` gives where there are held-out items, and the processor seconds of training until then, which
+    do not depend on what else the machine does. A loss that is no number ends the run with status ``failed``.
     """
     began, peak = time.perf_counter(), PeakMemory()
     batches = training_batches(data.parts[run.target, "train"], settings, boundary=data.boundary, seed=run.seed)
@@ -235,7 +264,10 @@ def execute(model: Any, run: Run, data: ExperimentData, settings: Settings, *, p
                 idle += 1
             training += time.process_time() - started
             if step in points:
-                curve.append({"step": step, "seconds": round(training, 3), "nats": measure(model, parts, prescribed)})
+                point = {"step": step, "seconds": round(training, 3), "nats": measure(model, parts, prescribed)}
+                if data.items and not run.tuning:
+                    point |= measure_items(model, data.items, padding=data.boundary, prescribed=prescribed)
+                curve.append(point)
         states = optimizer.state.values() if optimizer is not None else ()
         state = [value for slots in states for key, value in slots.items() if key != "step"]
         record |= {

@@ -66,6 +66,42 @@ class EqualCompute(Part):
     forgetting: float
 
 
+class AccuracyPoint(Part):
+    """Change of accuracy after some steps, as shares of items."""
+
+    step: int
+    gain: float | None
+    elsewhere: float | None
+    gain_per_byte: float | None
+    elsewhere_per_byte: float | None
+
+
+class ArmAccuracy(Part):
+    """Change of accuracy in the target (``gain``) and in the other domains that have items (``elsewhere``, their mean).
+
+    Attributes:
+        items, items_elsewhere: held-out items of the target and of the others.
+        gain_per_byte, elsewhere_per_byte: the same where choices are compared by likelihood per byte.
+    """
+
+    items: int
+    items_elsewhere: int
+    gain: Figure | None
+    elsewhere: Figure | None
+    gain_per_byte: Figure | None
+    elsewhere_per_byte: Figure | None
+    curve: tuple[AccuracyPoint, ...]
+
+
+class DomainAccuracy(Part):
+    """Held-out items of a domain before training; ``chance`` is the mean of 1 over the number of choices."""
+
+    items: int
+    chance: float
+    base: float
+    base_per_byte: float
+
+
 class ArmFigures(Part):
     arm: str
     budget: float | None
@@ -84,6 +120,7 @@ class ArmFigures(Part):
     curve: tuple[Point, ...]
     matched: Matched | None = None
     equal_compute: EqualCompute | None = None
+    accuracy: ArmAccuracy | None = None
     pareto: bool
 
     @property
@@ -135,6 +172,7 @@ class Target(Part):
     protection: tuple[Contrast, ...] = ()
     replay: tuple[Contrast, ...] = ()
     failed: tuple[Failed, ...]
+    accuracy: dict[str, DomainAccuracy] = {}
     verdict: TargetVerdict
 
     @property
@@ -196,6 +234,14 @@ class Outcome(Part):
     paths: dict[str, PathFacts]
     skipped: tuple[Skipped, ...]
     verdict: str
+
+
+def accuracy_facts(target: Target) -> list[tuple[str, str]]:
+    """The accuracy of every domain with items before training, as pairs of name and text."""
+    return [
+        (legible(name, WIDTH), f"{one.base:.1%} ({one.base_per_byte:.1%} per byte) of {one.items} items; chance {one.chance:.1%}")
+        for name, one in target.accuracy.items()
+    ]
 
 
 def named(arm: str, budget: float | None) -> str:
@@ -297,10 +343,17 @@ def _value(value: Any) -> str:
 def limits(outcome: Outcome) -> list[str]:
     """What the outcome does not show."""
     settings = outcome.settings
+    measured = "Gain and forgetting are bits per byte of held-out text. Accuracy on tasks is not measured."
+    if any(target.accuracy for target in outcome.targets.values()):
+        measured = (
+            "Gain, forgetting and the verdicts are bits per byte of held-out text. Accuracy is measured beside them, on the held-out "
+            "multiple-choice items only: the answer is the likeliest choice, without examples before it. Where there are few items, one "
+            "of them is a large step. Its intervals are not corrected for the number of arms."
+        )
     told = [
         f"One model ({legible(outcome.model.name, WIDTH)}) and texts of {len(outcome.domains)} domains. Other models, sizes, "
         "domains or longer training are not shown.",
-        "Gain and forgetting are bits per byte of held-out text. Accuracy on tasks is not measured.",
+        measured,
         "Forgetting is the mean over the other domains measured here (the worst of them stands beside it); what the model loses "
         "elsewhere is not seen.",
         "Intervals count what seeds and documents share twice and so are on the wide side. p is corrected over the arms of a target "

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dbes.reporting.export import markdown_cell, markdown_table
-from dbes.reporting.outcome import TEXT_WIDTH, Figure, Outcome, Target, command, limits, named
+from dbes.reporting.outcome import TEXT_WIDTH, ArmFigures, Figure, Outcome, Target, accuracy_facts, command, limits, named
 
 ARM_COLUMNS = (
     "Arm", "Cells", "Gain", "Forgetting", "Worst domain", "Times full (matched)", "Matched gain", "of full", "Full, same seconds",
     "Trainable", "Seconds", "Rate", "Pareto",
 )  # fmt: skip
+ACCURACY_COLUMNS = ("Accuracy", "Accuracy elsewhere", "Accuracy per byte", "elsewhere, per byte")
 CONTRAST_COLUMNS = ("Arm", "Against", "Matched difference", "p (Holm)", "Plain difference", "p (Holm), plain")
 MASK_COLUMNS = ("Target", "Cells of", "Inside", "Outside", "Random, inside", "Random, outside", "Difference of selectivity", "p")
 
@@ -43,8 +44,10 @@ def outcome_card(outcome: Outcome) -> str:
 def _target(target: Target) -> list[str]:
     if not target.arms:
         return ["No arm has run with every seed yet."]
-    arms = []
-    for arm in sorted(target.arms, key=lambda arm: -(arm.gain.value or 0.0)):
+    lines: list[str] = []
+    arms: list[list[str | None]] = []
+    ordered = sorted(target.arms, key=lambda arm: -(arm.gain.value or 0.0))
+    for arm in ordered:
         matched, equal = arm.matched, arm.equal_compute
         arms.append(
             [
@@ -57,7 +60,11 @@ def _target(target: Target) -> list[str]:
                 f"{arm.rate:g}", "yes" if arm.pareto else "",
             ]
         )  # fmt: skip
-    lines = markdown_table(ARM_COLUMNS, arms)
+    if target.accuracy:
+        arms = [[*row, *told] for row, told in zip(arms, map(_accuracy, ordered), strict=True)]
+        lines = [f"* Accuracy before training, {markdown_cell(name)}: {told}" for name, told in accuracy_facts(target)]
+        lines += ["", "Accuracy: its change, as shares of held-out items.", ""]
+    lines += markdown_table((*ARM_COLUMNS, *(ACCURACY_COLUMNS if target.accuracy else ())), arms)
     if target.pairs:
         body = [
             [named(row.arm, row.budget), row.control, _told(row.matched), _p(row.matched_holm), _told(row.gain), _p(row.gain_holm)]
@@ -65,6 +72,12 @@ def _target(target: Target) -> list[str]:
         ]
         lines += ["", *markdown_table(CONTRAST_COLUMNS, body)]
     return lines
+
+
+def _accuracy(arm: ArmFigures) -> list[str | None]:
+    found = arm.accuracy
+    parts = (None,) * 4 if found is None else (found.gain, found.elsewhere, found.gain_per_byte, found.elsewhere_per_byte)
+    return [None if part is None else _told(part, 3) for part in parts]
 
 
 def _text(text: str) -> str:

@@ -17,6 +17,7 @@ from dbes.reporting.outcome import (
     REPLAY,
     TEXT_WIDTH,
     WIDTH,
+    ArmAccuracy,
     ArmFigures,
     Contrast,
     EqualCompute,
@@ -24,6 +25,7 @@ from dbes.reporting.outcome import (
     Mask,
     Outcome,
     Target,
+    accuracy_facts,
     command,
     configuration,
     facts,
@@ -69,6 +71,7 @@ def render_outcome(outcome: Outcome) -> str:
         title=legible(outcome.model.name, WIDTH),
         outcome=outcome,
         text_width=TEXT_WIDTH,
+        accuracy_facts=accuracy_facts,
         left_out=[[legible(part, 400) for part in row] for row in (*skipped, *failed)],
         facts=facts(outcome),
         command=command(outcome),
@@ -100,6 +103,7 @@ def _target(name: str, target: Target) -> Row:
     front = sorted((arm for arm in target.arms if arm.pareto), key=lambda arm: (arm.forgetting.value or 0.0, arm.gain.value or 0.0))
     return {
         "target": legible(name, WIDTH),
+        "has_items": bool(target.accuracy),
         "arms": [arm_row(arm) | {"label": legible(arm.arm if short else _short(arm), 40)} for arm in target.arms],
         "front": [legible(arm.name, WIDTH) for arm in front],
         "trajectories": [
@@ -156,7 +160,14 @@ def arm_row(arm: ArmFigures) -> Row:
         "peak_added_bytes": arm.peak_added_bytes,
         "rate": arm.rate,
         "steps_without_gradient": arm.steps_without_gradient,
+        **({} if arm.accuracy is None else _accuracy_columns(arm.accuracy)),
     }
+
+
+def _accuracy_columns(found: ArmAccuracy) -> Row:
+    parts = {part: getattr(found, part) for part in ("gain", "elsewhere", "gain_per_byte", "elsewhere_per_byte")}
+    columns = {name: value for part, figure in parts.items() for name, value in spread(f"accuracy_{part}", figure).items()}
+    return columns | {"accuracy_items": found.items, "accuracy_items_elsewhere": found.items_elsewhere}
 
 
 def _contrast_row(row: Contrast, target: Target, *, short: bool) -> Row:

@@ -17,17 +17,23 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from dbes.errors import MixError
+from dbes.finetuning.data import Item, multiple_choice
 from dbes.testbed.settings import MixSettings
 
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """One text. ``source`` names what it was cut from: texts of one source never stand on both sides of a split."""
+    """One text. ``source`` names what it was cut from: texts of one source never stand on both sides of a split.
+
+    Attributes:
+        item: the multiple-choice question in it, if any; not trained on by itself.
+    """
 
     id: str
     domain: str
     source: str
     text: str
+    item: Item | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +106,8 @@ class Batch:
 
 
 def read_texts(path: Path) -> list[Text]:
-    """The texts of a JSONL file (or .jsonl.gz) with id, domain, text and source_document; other fields are let be.
+    """The texts of a JSONL file (or .jsonl.gz) with id, domain, text and source_document; of other fields only question, choices and answer
+    are read.
 
     Raises:
         MixError: unreadable file, a line that is not such an object, an empty text.
@@ -115,7 +122,8 @@ def read_texts(path: Path) -> list[Text]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            text = Text(id=row["id"], domain=row["domain"], source=row["source_document"], text=row["text"])
+            item = multiple_choice(str(row.get("question") or ""), row.get("choices"), row.get("answer"))
+            text = Text(id=row["id"], domain=row["domain"], source=row["source_document"], text=row["text"], item=item)
         except (ValueError, KeyError, TypeError) as problem:
             raise MixError(f"{path}, line {number}: expected id, domain, text and source_document ({problem!r})") from None
         if not text.text.strip():

@@ -19,7 +19,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from report_results import HOSTILE, simulated_trace, write_result
-from test_report_intervention import made
+from test_report_intervention import made, made_with_items
 
 from dbes.reporting.compare import compare
 from dbes.reporting.leaderboard import render_leaderboard
@@ -166,6 +166,21 @@ def test_pages_open_silently_fit_and_are_accessible(chromium, request, which: st
     found = page.tab.evaluate("axe.run().then((found) => found.violations)")
     serious = [(each["id"], each["nodes"][0]["html"][:200]) for each in found if each["impact"] in ("serious", "critical")]
     assert serious == []
+
+
+def test_the_table_of_arms_has_accuracy_only_with_items(chromium, intervention_page: Path, tmp_path: Path) -> None:
+    content = made_with_items()
+    (tmp_path / "report.html").write_text(render_outcome(Outcome.model_validate(content)), "utf-8")
+    named = {"Accuracy", "Accuracy elsewhere", "Accuracy per byte", "elsewhere, per byte"}
+    for path, expected in ((intervention_page, set()), (tmp_path / "report.html", named)):
+        page = Opened(chromium, path)
+        page.scroll_through()
+        shown = {text.strip(" ▲▼↑↓") for text in page.tab.locator("#arms-0 thead th").all_inner_texts()}
+        assert shown & named == expected
+        page.silent()
+    cells = page.tab.locator("#arms-0 tbody tr", has_text="full finetuning").first.inner_text()
+    gains = [f"{arm['accuracy']['gain']['value']:.3f}" for arm in content["targets"]["a"]["arms"] if arm["arm"].startswith("full")]
+    assert any(gain in cells for gain in gains)
 
 
 def test_what_is_drawn_is_what_the_result_says(chromium, model_page: Path) -> None:

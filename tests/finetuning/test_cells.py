@@ -257,16 +257,31 @@ def test_accumulated_gradients_are_those_of_the_large_batch(method):
     assert all(torch.allclose(gradients[0][name], gradients[1][name], atol=1e-7) for name in gradients[0])
 
 
+@pytest.mark.parametrize("rank", [None, 2], ids=["full", "rank2"])
 @pytest.mark.parametrize("method", ["split_bank", "view_leaves"])
-def test_gradient_checkpointing_changes_no_gradient(method):
+def test_gradient_checkpointing_changes_no_gradient(method, rank):
+    """Neither embeddings nor other layers require gradients here, with which reentrant checkpointing would give none at all."""
     model, ids = tiny_model("olmoe").train(), tokens()
-    cells, gradients = used_cells(model, ids), []
+    cells, gradients, passes = used_cells(model, ids), [], []
     for checkpointing in (False, True):
         if checkpointing:
             model.activation_checkpointing_enable()
-        with TrainableCells(model, cells, method=method) as training:
+        passes.append(0)
+
+        def count(*_):
+            passes[-1] += 1
+
+        with TrainableCells(model, cells, method=method, rank=rank) as training:
+            assert not model.get_input_embeddings().weight.requires_grad
+            for name, leaf in training.named_parameters():
+                if name.endswith((".up", ".down")):  # one factor starts at zero and hides the other's gradient
+                    torch.nn.init.normal_(leaf, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+            handle = model.model.layers[0].input_layernorm.register_forward_hook(count)
             model(input_ids=ids, labels=ids).loss.backward()
+            handle.remove()
             gradients.append([leaf.grad for leaf in training.parameters()])
+    assert passes == [1, 2], "with checkpointing the layer is computed again in the backward pass"
+    assert all(leaf is not None and leaf.any() for leaf in gradients[1])
     assert all(torch.allclose(one, other, atol=1e-7) for one, other in zip(*gradients, strict=True))
 
 

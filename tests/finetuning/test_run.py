@@ -7,12 +7,15 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -21,7 +24,7 @@ from dbes.finetuning import training
 from dbes.finetuning.output import merge_delta
 from dbes.finetuning.report import read_report
 from dbes.finetuning.run import checked_path, finetune
-from dbes.finetuning.settings import learning_rate, make_settings
+from dbes.finetuning.settings import Tracker, learning_rate, make_settings
 from dbes.finetuning.state import LOG, STATE
 from dbes.models import load_model
 from dbes.paths.files import write_esft, write_path
@@ -357,10 +360,89 @@ def test_a_batch_that_processes_cannot_share_evenly_is_refused():
         training.train(nothing, nothing, [nothing], settings(), padding=0, accelerator=three)
 
 
-def test_a_tracker_that_is_not_installed_is_named(run, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(FinetuneError, match=r"pip install 'dbes\[trackio\]'"):
-        run(tracker="trackio")
+@pytest.mark.parametrize("tracker", ["tensorboard", "wandb", "trackio"])
+def test_a_tracker_that_is_not_installed_is_named(run, monkeypatch, tracker, tmp_path):
+    # a folder of the package's name, such as W&B leaves in the working directory, is found but is no package
+    for found in (None, SimpleNamespace(origin=None)):
+        monkeypatch.setattr("importlib.util.find_spec", lambda _, found=found: found)
+        with pytest.raises(FinetuneError, match=rf"--tracker {tracker}: .*pip install 'dbes\[{tracker}\]'"):
+            run(tracker=tracker, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_extras_are_named_after_their_trackers():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8"))["project"]
+    assert {name: project["optional-dependencies"][name] for name in get_args(Tracker) if name != "none"} == {
+        "tensorboard": ["tensorboard"],
+        "trackio": ["trackio"],
+        "wandb": ["wandb"],
+    }
+
+
+class Recorder(GeneralTracker):
+    """Keeps what it is given."""
+
+    name, requires_logging_directory = "recorder", False
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    @property
+    def tracker(self):
+        return self.rows
+
+    def store_init_configuration(self, values):
+        pass
+
+    def log(self, values, step=None, **_):
+        self.rows.append((step, values))
+
+
+def test_what_a_tracker_prints_keeps_off_the_standard_output(run, monkeypatch, capsys):
+    monkeypatch.setattr("dbes.finetuning.run._installed", lambda _: True)
+    monkeypatch.setattr("accelerate.accelerator.filter_trackers", lambda *_: [Recorder()])
+    monkeypatch.setattr(Accelerator, "init_trackers", lambda *_, **__: print("hello from the tracker"))
+    monkeypatch.setattr(Accelerator, "end_training", lambda _: print("bye from the tracker"))
+    run(tracker="wandb", steps=1)
+    shown = capsys.readouterr()
+    assert "from the tracker" not in shown.out and shown.err.count("from the tracker") == 2
+
+
+def test_a_tracker_gets_every_step_and_every_evaluation(run):
+    recorder = Recorder()
+    accelerator = Accelerator(log_with=recorder)
+    accelerator.init_trackers("x")
+    report, folder = run(eval_every=2, named={"accelerator": accelerator})
+    assert_tracked(recorder.rows, report, folder)
+
+
+def assert_tracked(rows, report, folder, tolerance=0.0):
+    """Loss and learning rate of all six steps; bits per byte before, after 2 and 4 updates, and after the last."""
+    log, found = logged(folder), {}
+    for step, values in rows:
+        for name, value in values.items():
+            found.setdefault(name, {})[step] = value
+    assert found["loss"] == pytest.approx({line["step"]: line["loss"] for line in log}, abs=tolerance)
+    assert found["lr"] == pytest.approx({line["step"]: line["lr"] for line in log}, abs=tolerance)
+    assert "step" not in found and not any(name.startswith("accuracy") for name in found)
+    for name in ("law", "code", "math"):
+        expected = {0: report.before[name].bits_per_byte, 6: report.after[name].bits_per_byte}
+        expected |= {line["step"] + 1: line["bits_per_byte"][name] for line in log if "bits_per_byte" in line}
+        assert sorted(expected) == [0, 2, 4, 6]
+        assert found[f"bits_per_byte/{name}"] == pytest.approx(expected, abs=tolerance)
+
+
+def test_tensorboard_events_hold_loss_rate_and_evaluations(run, tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    out = tmp_path / "out"
+    report, _ = run(out=out, eval_every=2, tracker="tensorboard")
+    events = event_accumulator.EventAccumulator(str(out / "dbes")).Reload()
+    rows = [(event.step, {name: event.value}) for name in events.Tags()["scalars"] for event in events.Scalars(name)]
+    assert_tracked(rows, report, out, tolerance=1e-5)  # written as float32
+    files = sorted(out.rglob("events*"))
+    assert run(out=out, eval_every=2, tracker="tensorboard")[0] == report
+    assert sorted(out.rglob("events*")) == files, "a finished run leaves no empty one behind"
 
 
 def command(checkpoint, task, folder, out, steps, pause=0):

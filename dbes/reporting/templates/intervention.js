@@ -93,6 +93,10 @@ start((data) => {
         column("matched_gain", "Matched gain", told("matched_gain"), "gain at matched forgetting"), column("matched_full", "of full", told("matched_full"), "full finetuning's gain at the same forgetting"),
         column("matched_difference", "Difference", told("matched_difference"), "matched gain minus that of full"), column("matched_forgetting", "at forgetting", (row) => bits(row.matched_forgetting)),
         column("equal_compute_gain", "Full, same seconds", (row) => (known(row.equal_compute_gain) ? element("div", {}, bits(row.equal_compute_gain), element("div", { class: "small" }, `forgets ${bits(row.equal_compute_forgetting)}`)) : "–"), "gain of full finetuning after as many seconds"),
+        ...(target.has_items ? [
+          column("accuracy_gain", "Accuracy", told("accuracy_gain", 3), "change of the share of the target's items whose right choice is the likeliest"), column("accuracy_elsewhere", "Accuracy elsewhere", told("accuracy_elsewhere", 3), "the same for the other domains with items, their mean"),
+          column("accuracy_gain_per_byte", "Accuracy per byte", told("accuracy_gain_per_byte", 3), "by likelihood per byte of the choice"), column("accuracy_elsewhere_per_byte", "elsewhere, per byte", told("accuracy_elsewhere_per_byte", 3), "the same for the other domains with items, their mean"),
+        ] : []),
         column("cells", "Cells", (row) => count(row.cells)), column("coverage", "Coverage", (row) => percent(row.coverage), "share of the target's routing load"),
         column("trainable_parameters", "Trainable", (row) => count(row.trainable_parameters)), column("optimizer_bytes", "Optimizer", (row) => bytes(row.optimizer_bytes)), column("training_seconds", "Seconds", (row) => count(row.training_seconds)),
         column("peak_added_bytes", "Peak memory", (row) => bytes(row.peak_added_bytes), "added while training"), column("rate", "Rate", (row) => number(row.rate), "learning rate"), column("steps_without_gradient", "Idle steps", (row) => count(row.steps_without_gradient), "steps in which no chosen cell got a gradient"),
