@@ -151,7 +151,8 @@ def _accuracy_of(
 def _measured(runs: Mapping[int, tuple[Arm, dict[str, Any]]]) -> Measured:
     records = [runs[seed][1] for seed in sorted(runs)]
     points = [[entry["step"] for entry in record["curve"]] for record in records]
-    names = records[0]["curve"][0]["nats"]
+    # runs of another version may have measured domains more than needed
+    names = [name for name in records[0]["curve"][0]["nats"] if all(name in record["curve"][0]["nats"] for record in records)]
     nats = {name: np.asarray([[entry["nats"][name] for entry in record["curve"]] for record in records]) for name in names}
     seconds = np.asarray([[entry["seconds"] for entry in record["curve"]] for record in records])
     return Measured(steps=tuple(points[0]), nats=nats, seconds=seconds)
