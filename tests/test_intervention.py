@@ -192,7 +192,10 @@ def test_rates_by_layer_of_one_are_none_and_twice_the_rate_is_a_factor_of_two(lo
     assert execute(loaded.model, uneven, data, SETTINGS)["losses"] != losses[0]
 
 
-def test_protection_sees_training_text_of_other_domains_only(data: ExperimentData) -> None:
+def test_protection_sees_training_text_of_other_domains_only(
+    data: ExperimentData, loaded: LoadedModel, tiny_task: Path, new_domain: Path, tmp_path: Path
+) -> None:
+    sources = read_sources(f"task:{tiny_task}", ("law", f"new={new_domain}"), cache=tmp_path)
     protected = {domain for domain, kind in data.parts if kind == "protected"}
     assert protected == {"law", "code", "math"}, "new domains count as forgotten nowhere"
     held = {domain: {tuple(data.parts[domain, "heldout"].document(i)) for i in range(2)} for domain in protected}
@@ -200,6 +203,12 @@ def test_protection_sees_training_text_of_other_domains_only(data: ExperimentDat
         part = data.parts[domain, "protected"]
         beginnings = {tuple(part.document(i)[: SETTINGS.length]) for i in range(len(part))}
         assert not beginnings & held[domain]
+    few = SETTINGS.model_copy(update={"protect_domains": ("code",), "new": ("new", "code")})
+    texts, names = sources
+    parts = tokenize(texts, loaded.tokenizer, targets=names, settings=few).parts
+    assert {domain for domain, kind in parts if kind == "protected"} == {"code"}
+    with pytest.raises(InterventionError, match="protect_domains \\['sea'\\]"):
+        tokenize(texts, loaded.tokenizer, targets=names, settings=few.model_copy(update={"protect_domains": ("sea",)}))
     rows = joined_rows(data.parts["law", "protected"], length=SETTINGS.length, boundary=data.boundary)
     assert all(batch.shape[1] == SETTINGS.length and len(batch) <= 8 for batch in rows)
 

@@ -222,6 +222,9 @@ def tokenize(texts: Texts, tokenizer: Any, *, targets: Sequence[str], settings: 
     Raises:
         InterventionError: a domain has too little text.
     """
+    unknown = sorted(set(settings.protect_domains) - set(texts.domains))
+    if unknown:
+        raise InterventionError(f"protect_domains {unknown}: the texts have {', '.join(texts.domains)}")
     needed = settings.steps * settings.sequences * settings.length
     parts: dict[tuple[str, str], Part] = {}
     items: dict[str, Items] = {}
@@ -240,7 +243,7 @@ def tokenize(texts: Texts, tokenizer: Any, *, targets: Sequence[str], settings: 
             parts[domain, "train"] = _whole(training, tokenizer, tokens=2 * needed)
             if len(parts[domain, "train"].tokens) < 2 * settings.length:
                 raise InterventionError(f"domain {domain}: fewer than {2 * settings.length} tokens to train on")
-        if settings.protects and domain not in settings.new:
+        if settings.protects and (domain in settings.protect_domains if settings.protect_domains else domain not in settings.new):
             own = tuning_split(texts.training[domain])[0] if target else texts.training[domain]
             parts[domain, "protected"] = _whole(own, tokenizer, tokens=settings.protect_tokens)
     boundary = tokenizer.eos_token_id

@@ -59,6 +59,8 @@ class Settings(Strict):
             mean score of its chosen cells); each of rule ``idea_rule``.
         protected: rules whose paths are trained a second time with updates that other domains hardly feel.
         protect: the floor of that protection; protect_tokens: of every other domain's training text that it measures.
+        protect_domains: whose texts these are; all domains that count as forgotten by default. With fewer, and these among ``new``,
+            forgetting is that of domains whose text nothing has seen.
         replay: share of a batch's sequences that arms with replay take from these texts.
         rates: learning rates tried for every arm; the one with the lowest loss on the tuning part of the target is used.
         seeds, first_seed: number of seeds and the first of them; a confirmation takes others than the exploration did.
@@ -83,6 +85,7 @@ class Settings(Strict):
     protected: tuple[str, ...] = ()
     protect: float = Field(default=0.03, gt=0)
     protect_tokens: int = Field(default=6_000, ge=1)
+    protect_domains: tuple[str, ...] = ()
     replay: float = Field(default=0.5, gt=0, lt=1)
     seeds: int = Field(default=5, ge=1)
     first_seed: int = Field(default=0, ge=0, lt=1000)
@@ -220,7 +223,7 @@ def run_key(settings: Settings, *, model: str, data: str, prescribed: Mapping[st
         prescribed: how the model is routed, where not by its own router.
     """
     left_out = {"domains", "budgets", "rules", "extras", "ideas", "idea_rule", "seeds", "first_seed", "rates", "masks", "permutations"}
-    left_out |= {"protected", "protect", "protect_tokens", "replay"}  # the data and the run say these
+    left_out |= {"protected", "protect", "protect_tokens", "protect_domains", "replay"}  # the data and the run say these
     if settings.routing == PLAIN:
         left_out.add("routing")  # plain experiments keep the key they had before there was a choice, and their finished runs
     kept = settings.model_dump(mode="json", exclude=left_out)

@@ -364,6 +364,11 @@ def limits(outcome: Outcome) -> list[str]:
         "An arm that hardly trains also hardly forgets: a large ratio of two small gains means little. See the gain itself.",
         "Masks tell what the chosen cells do for the loss of the untrained model, not what training them does.",
     ]
+    if settings.get("protected"):
+        told.append(
+            "Protected arms have seen training text of the protected domains, and forgetting is measured on other texts of the same "
+            "domains (unless protect_domains says otherwise)."
+        )
     seeds = settings.get("seeds")
     if isinstance(seeds, int) and seeds < 3:
         told.insert(1, f"Only {seeds} seed{'s' if seeds > 1 else ''}: the spread between runs is hardly known.")
