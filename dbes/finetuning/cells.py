@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dbes.errors import FinetuneError
 from dbes.finetuning.bank import banks_installed, uses_interface
-from dbes.finetuning.protection import shape_updates
+from dbes.finetuning.protection import Share, shape_updates
 from dbes.finetuning.slots import Slot, find_slots
 from dbes.paths.types import Cell
 from dbes.sites import RoutingSite, find_sites
@@ -128,13 +128,14 @@ class TrainableCells:
             if isinstance(value, Tensor) and name != "step"
         )
 
-    def protect(self, texts: Mapping[str, Sequence[Tensor]], *, floor: float) -> None:
+    def protect(self, texts: Mapping[str, Sequence[Tensor]], *, floor: float, share: Share | None = None) -> None:
         """Shape the updates so that texts of other domains hardly feel them; see `dbes.finetuning.protection`.
 
         Call it before an optimizer is made: the leaves are new ones.
 
         Args:
             texts: token ids by domain, int64 [sequences, length] each, without padding.
+            share: broadcasts a matrix from the first of several processes.
             floor: share of the mean input energy below which a direction is trained freely; smaller protects more.
 
         Raises:
@@ -143,7 +144,7 @@ class TrainableCells:
         if self.method != "split_bank" or self._rank is not None:
             what = "low-rank updates" if self._rank is not None else "experts without transformers' experts interface (view_leaves)"
             raise FinetuneError(f"protection is not made for {what}")
-        shape_updates(self.model, self._slots, texts, floor=floor)
+        shape_updates(self.model, self._slots, texts, floor=floor, share=share)
 
     @property
     def protection_bytes(self) -> int:

@@ -16,7 +16,7 @@ A bias has one constant input, and a number in place of S.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,15 +25,20 @@ from dbes.errors import FinetuneError
 from dbes.finetuning.slots import Slot
 from dbes.sites import base_of, input_device
 
+Share = Callable[[Tensor], Tensor]
+
 
 @torch.no_grad()
-def shape_updates(model: nn.Module, slots: Sequence[Slot], texts: Mapping[str, Sequence[Tensor]], *, floor: float) -> None:
+def shape_updates(
+    model: nn.Module, slots: Sequence[Slot], texts: Mapping[str, Sequence[Tensor]], *, floor: float, share: Share | None = None
+) -> None:
     """Give every slot its S, measured on the protected domains' texts; from here on its leaf is U, zero.
 
     The model must compute with these slots (the split bank is installed).
 
     Args:
         texts: token ids by domain, int64 [sequences, length] each; without padding, which would be routed and counted too.
+        share: gives every process the first one's matrix, where several train: their leaves must mean the same to the last bit.
 
     Raises:
         FinetuneError: no domain or a domain without a token; a floor that is not above 0.
@@ -64,7 +69,8 @@ def shape_updates(model: nn.Module, slots: Sequence[Slot], texts: Mapping[str, S
         scale = floor * sum(float(moment.diagonal().mean()) for _, moment in mine if moment is not None) / len(mine)
         for slot, moment in mine:
             if moment is not None and scale > 0:
-                slot.shape_update(inverse_root(moment, scale))
+                shaping = inverse_root(moment, scale)
+                slot.shape_update(share(shaping) if share is not None else shaping)
 
 
 def inverse_root(moment: Tensor, scale: float) -> Tensor:

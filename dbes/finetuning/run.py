@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor
 
 from dbes.errors import FinetuneError, PathError
@@ -112,7 +113,8 @@ def finetune(
         if settings.protect is not None:
             say("measuring what other domains need")
             with memory_explained():
-                cells.protect(protected_texts(found, loaded, settings), floor=settings.protect)
+                share = broadcast if accelerator.num_processes > 1 else None
+                cells.protect(protected_texts(found, loaded, settings), floor=settings.protect, share=share)
         trained = train(
             loaded.model,
             cells,

@@ -1,4 +1,4 @@
-"""A training process for tests: ``MODEL TASK PATHS OUT STEPS [DELTA]``, under whatever the environment says of other processes."""
+"""A training process for tests: ``MODEL TASK PATHS OUT STEPS [PAUSE [PROTECT]]``, by the environment one of several."""
 
 import sys
 import time
@@ -8,8 +8,9 @@ from dbes.finetuning.run import finetune
 from dbes.finetuning.settings import make_settings
 
 
-def main(model, task, paths, out, steps, pause="0"):
-    settings = make_settings(steps=int(steps), lr=1e-2, batch_size=4, seq_len=32, weight_decay=0.1)
+def main(model, task, paths, out, steps, pause="0", protect=""):
+    floor = float(protect) if protect else None
+    settings = make_settings(steps=int(steps), lr=1e-2, batch_size=4, seq_len=32, weight_decay=0.1, protect=floor)
     # the pause gives a test the time to kill this process between two states
     finetune(
         model,

@@ -445,10 +445,10 @@ def test_tensorboard_events_hold_loss_rate_and_evaluations(run, tmp_path):
     assert sorted(out.rglob("events*")) == files, "a finished run leaves no empty one behind"
 
 
-def command(checkpoint, task, folder, out, steps, pause=0):
+def command(checkpoint, task, folder, out, steps, pause=0, protect=None):
     script = Path(__file__).parent / "finetune_process.py"
     path = write_path(path_of(checkpoint), folder / "paths.json")
-    return [sys.executable, str(script), str(checkpoint), str(task), str(path), str(out), str(steps), str(pause)]
+    return [sys.executable, str(script), str(checkpoint), str(task), str(path), str(out), str(steps), str(pause), str(protect or "")]
 
 
 @pytest.mark.slow
@@ -473,14 +473,16 @@ def test_a_run_killed_by_sigkill_ends_like_one_that_was_not(run, tiny_checkpoint
 
 
 @pytest.mark.slow
-def test_two_gloo_processes_equal_one(finished, tiny_checkpoint, tiny_task, tmp_path):
+@pytest.mark.parametrize("protect", [None, 0.03], ids=["plain", "protected"])
+def test_two_gloo_processes_equal_one(run, tiny_checkpoint, tiny_task, tmp_path, protect):
+    finished = run(protect=protect)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     started = [
         subprocess.Popen(
-            command(tiny_checkpoint, tiny_task, tmp_path, tmp_path / "two", 6),
+            command(tiny_checkpoint, tiny_task, tmp_path, tmp_path / "two", 6, protect=protect),
             env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(2)
