@@ -24,7 +24,7 @@ PROTECTED = "-protected"
 """Ending of the name of an arm whose updates are shaped by other domains' texts (`dbes.finetuning.protection`)."""
 ALL_PROTECTED, FULL_PROTECTED = ALL + PROTECTED, FULL + PROTECTED
 FULL_REPLAY = "full-replay"
-REPLAY = {FULL_REPLAY: 1.0, "full-replay-slow": 1 / 4, "full-replay-slower": 1 / 16}
+REPLAY = {FULL_REPLAY: 1.0, "full-replay-slow": 1 / 4, "full-replay-slower": 1 / 16, "full-replay-slowest": 1 / 64}
 """Full finetuning on batches of which a part is text of other domains, at shares of its learning rate: the other use of such texts."""
 DOWN, PATH_LORA, LAYERED, ROUTER_FIRST, LAYER_RATES = "down", "lora-path", "per-layer", "router-first", "layer-rates"
 PLAIN, AS_TRAINED = "plain", "as-trained"
@@ -52,7 +52,8 @@ class Settings(Strict):
             ``all`` (experts),
             ``lora`` (low-rank updates of all experts, with as many trainable parameters as the budget), ``router``;
             ``all-protected`` and ``full-protected`` (every expert's updates shaped; in the latter all else is trained as in ``full``);
-            ``full-replay``, ``-slow``, ``-slower`` (full finetuning in which ``replay`` of every batch is text of the protected domains).
+            ``full-replay``, ``-slow``, ``-slower``, ``-slowest`` (full finetuning in which ``replay`` of every batch is text of the
+            protected domains).
         ideas: ``down`` (only the down-projections, of three times the cells), ``lora-path`` (low-rank updates of the path's
             cells), ``per-layer`` (the same number of cells in every layer), ``router-first`` (a third of the steps train the routers,
             the others the path, as CEFT does, arXiv 2508.19594), ``layer-rates`` (every layer's learning rate in proportion to the

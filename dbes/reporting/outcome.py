@@ -19,7 +19,10 @@ KIND = "intervention"
 OUTCOME_FILE, EXPERIMENT_FILE = "intervention.json", "experiment.json"
 
 LOAD, CONTROL = "target-load", "random-load-matched"
-FULL = ("full", "full-slow", "full-slower", "full-slowest", "full-protected", "full-replay", "full-replay-slow", "full-replay-slower")
+FULL = (
+    "full", "full-slow", "full-slower", "full-slowest", "full-protected", "full-replay", "full-replay-slow", "full-replay-slower",
+    "full-replay-slowest",
+)  # fmt: skip
 EXTRA = ("all", "lora", "router", "all-protected")
 RANDOM = ("random", "bottom", CONTROL)
 """Names of arms that the report treats apart; every other arm is an expert path."""
