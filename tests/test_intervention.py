@@ -18,8 +18,9 @@ from dbes.intervention.configuration import read_configuration
 from dbes.intervention.data import ExperimentData, joined_rows, load_data, read_sources, save_data, tokenize, training_batches, tuning_split
 from dbes.intervention.grid import EXPERIMENT, MASKS, OUTCOME, RUNS, best_rate, intervene
 from dbes.intervention.masking import plan_masks
-from dbes.intervention.runs import document_nats, execute, with_replay
+from dbes.intervention.runs import document_nats, execute
 from dbes.intervention.settings import EXTRA_ARMS, IDEAS, REPLAY, SLOWER, Run, Settings, run_key
+from dbes.intervention.trainables import with_replay
 from dbes.models import LoadedModel, load_model
 from dbes.paths.types import Cell
 

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dbes.errors import InterventionError
-from dbes.finetuning.cells import TrainableCells
 from dbes.finetuning.evaluation import choice_likelihoods, right_choices
-from dbes.intervention.data import ExperimentData, Items, Part, joined_rows, training_batches
+from dbes.intervention.data import ExperimentData, Items, Part, training_batches
 from dbes.intervention.routing import under
 from dbes.intervention.settings import Run, Settings
-from dbes.paths.types import Cell
-from dbes.sites import expert_slices, find_sites
+from dbes.intervention.trainables import protected_texts, trainable, with_replay
 from dbes.testbed.prescribed import Prescribed
 
 RUN_SCHEMA = 1
@@ -94,125 +89,6 @@ def measure_items(
     return found
 
 
-@dataclass(frozen=True, kw_only=True)
-class Trainable:
-    """What a run trains.
-
-    Attributes:
-        groups: (parameters, factor of the learning rate) each.
-        first: what the run's ``router_steps`` train instead.
-        cells: the block of chosen experts, if any.
-    """
-
-    groups: tuple[tuple[list[nn.Parameter], float], ...]
-    first: list[nn.Parameter] = field(default_factory=list)
-    cells: TrainableCells | None = None
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        return [parameter for group, _ in self.groups for parameter in group]
-
-
-@contextmanager
-def trainable(model: Any, run: Run, data: ExperimentData, *, length: int) -> Iterator[Trainable]:
-    """The parameters of a run; the model is as before when the block ends.
-
-    Args:
-        length: tokens of a sequence of protected text.
-
-    Raises:
-        InterventionError: nothing of the model matches what is to be trained.
-    """
-    if run.kind == "cells":
-        with TrainableCells(model, run.cells, rank=run.rank, seed=run.seed) as cells:
-            if run.protect is not None:
-                cells.protect(_protected(data, run.target, length=length), floor=run.protect)
-            chosen = [leaf for name, leaf in cells.named_parameters() if run.only is None or run.only in name]
-            if not chosen:
-                raise InterventionError(f"no parameter of the chosen experts has {run.only!r} in its name")
-            groups = [(chosen, 1.0)]
-            if run.layer_rates is not None:
-                by_layer = cells.by_layer()
-                groups = [(by_layer[layer], factor) for layer, factor in run.layer_rates]
-            routers = _router_parameters(model) if run.router_steps is not None else []
-            # TrainableCells takes care of the experts alone: routers that move are put back here
-            with _put_back(routers):
-                for parameter in routers:
-                    parameter.requires_grad_(True)
-                yield Trainable(groups=tuple(groups), first=routers, cells=cells)
-        return
-    if run.kind == "full" and run.protect is not None:
-        sites = find_sites(model)
-        inside = {id(parameter) for site in sites for parameter, _ in expert_slices(site, 0)}
-        rest = [parameter for parameter in model.parameters() if id(parameter) not in inside]
-        every = [Cell(site.layer, expert) for site in sites for expert in range(site.num_experts)]
-        with TrainableCells(model, every, seed=run.seed) as cells:
-            cells.protect(_protected(data, run.target, length=length), floor=run.protect)
-            with _switched_on(model, rest):
-                yield Trainable(groups=(([*cells.parameters(), *rest], 1.0),), cells=cells)
-        return
-    chosen = list(model.parameters()) if run.kind == "full" else _router_parameters(model)
-    with _switched_on(model, chosen):
-        yield Trainable(groups=((chosen, 1.0),))
-
-
-def _router_parameters(model: Any) -> list[nn.Parameter]:
-    routers = [site.router for site in find_sites(model)]
-    if any(router is None for router in routers):
-        raise InterventionError("router: not every MoE layer of this model has a router that is recognised")
-    return [parameter for router in routers if router is not None for parameter in router.parameters()]
-
-
-def with_replay(batches: Sequence[np.ndarray], texts: Mapping[str, Sequence[Tensor]], *, share: float, seed: int) -> list[np.ndarray]:
-    """The batches with a share of their sequences, at least one, replaced by sequences of other domains, drawn from all domains alike."""
-    random = np.random.default_rng([seed, 23])
-    rows = [np.concatenate([batch.numpy() for batch in own]) for own in texts.values()]
-    mixed = []
-    for batch in batches:
-        batch = batch.copy()
-        for place in range(max(1, round(share * len(batch)))):
-            own = rows[random.integers(len(rows))]
-            batch[place] = own[random.integers(len(own))]
-        mixed.append(batch)
-    return mixed
-
-
-def _protected(data: ExperimentData, target: str, *, length: int) -> dict[str, list[Tensor]]:
-    """Protected texts of all domains but the target: token ids, int64 [sequences, length] each."""
-    parts = {domain: part for (domain, kind), part in data.parts.items() if kind == "protected" and domain != target}
-    return {
-        domain: [torch.from_numpy(rows) for rows in joined_rows(part, length=length, boundary=data.boundary)]
-        for domain, part in parts.items()
-    }
-
-
-@contextmanager
-def _switched_on(model: Any, chosen: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Inside the block only these of the model's own parameters can be trained; they are as before when it ends."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.requires_grad_(False)
-    try:
-        with _put_back(chosen):
-            for parameter in chosen:
-                parameter.requires_grad_(True)
-            yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-
-
-@contextmanager
-def _put_back(chosen: Sequence[nn.Parameter]) -> Iterator[None]:
-    """These parameters have their values of before, and no gradient, when the block ends."""
-    kept = [parameter.detach().clone() for parameter in chosen]
-    try:
-        yield
-    finally:
-        for parameter, before in zip(chosen, kept, strict=True):
-            parameter.data.copy_(before)
-            parameter.grad = None
-
-
 def execute(model: Any, run: Run, data: ExperimentData, settings: Settings, *, prescribed: Prescribed | None = None) -> dict[str, Any]:
     """The record of one run; the model is as before afterwards.
 
@@ -223,7 +99,7 @@ def execute(model: Any, run: Run, data: ExperimentData, settings: Settings, *, p
     began, peak = time.perf_counter(), PeakMemory()
     batches = training_batches(data.parts[run.target, "train"], settings, boundary=data.boundary, seed=run.seed)
     if run.replay is not None:
-        batches = with_replay(batches, _protected(data, run.target, length=settings.length), share=run.replay, seed=run.seed)
+        batches = with_replay(batches, protected_texts(data, run.target, length=settings.length), share=run.replay, seed=run.seed)
     # of a domain that is new to the model and not the target nothing can be said: it is neither gained nor forgotten
     told = (run.target, *(name for name in data.domains if name not in (run.target, *settings.new)))
     parts = {run.target: data.parts[run.target, "tuning"]} if run.tuning else {name: data.parts[name, "heldout"] for name in told}
