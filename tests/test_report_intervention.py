@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from dbes.cli import app
 from dbes.errors import ResultError
 from dbes.intervention import analysis, settings, verdicts
+from dbes.intervention.verdicts import overall_verdict, target_verdict
 from dbes.reporting import charts, outcome
 from dbes.reporting.outcome import Outcome, is_outcome, load_outcome
 from dbes.reporting.outcome_card import outcome_card
@@ -173,8 +174,17 @@ def test_accuracy_is_shown_where_there_are_items_and_nowhere_else(page: str, con
 @pytest.mark.parametrize("path", sorted(REPORTS.glob("*/intervention.json")), ids=lambda path: path.parent.name)
 def test_committed_outcomes_are_still_read(path: Path) -> None:
     read = load_outcome(path)
-    assert "Accuracy on tasks is not measured" in render_outcome(read)
+    asked = any(target.accuracy for target in read.targets.values())
+    assert ("Accuracy on tasks is not measured" in render_outcome(read)) != asked
     assert outcome_card(read).startswith("## Experiment on expert paths")
+
+
+@pytest.mark.parametrize("path", sorted(REPORTS.glob("*/intervention.json")), ids=lambda path: path.parent.name)
+def test_committed_verdicts_follow_from_the_committed_figures(path: Path) -> None:
+    content = json.loads(path.read_text())
+    for name, target in content["targets"].items():
+        assert target_verdict(name, target["arms"], target["contrasts"]) == target["verdict"]
+    assert overall_verdict(content["targets"]) == content["verdict"]
 
 
 def test_specifications_are_valid_vega_lite() -> None:
