@@ -7,8 +7,8 @@ a protected domain, and :math:`g_t` the expert's gate weight there (0 where the 
 
 an update U adds :math:`\operatorname{tr}(U S C S U^\top) \le \lambda \|U\|^2` to the mean squared change of the expert's output on
 protected text: directions that other domains use shrink, directions that they do not use are trained as without protection.
-It is a soft form of training in the null space of old inputs (OWM, arXiv 1810.01256; Adam-NSCL, arXiv 2103.07113). What is new to
-experts is that C counts gate weights: an expert that other domains rarely use is hardly held back.
+It is a soft form of training in the null space of old inputs (OWM, arXiv 1810.01256; Adam-NSCL, arXiv 2103.07113). Here C counts
+gate weights, so that an expert that other domains rarely use is hardly held back.
 
 :math:`\lambda` is the ``floor`` times the mean diagonal of C over the chosen experts' tensors of the same name, so that it has no unit.
 A bias has one constant input, and a number in place of S.
@@ -62,7 +62,7 @@ def shape_updates(
                 slot.end_domain(tokens * len(texts))
     finally:
         model.train(was_training)
-    moments = [slot.take_moment() for slot in slots]
+        moments = [slot.take_moment() for slot in slots]
     for kind in dict.fromkeys(slot.kind for slot in slots):
         mine = [(slot, moment) for slot, moment in zip(slots, moments, strict=True) if slot.kind == kind]
         # a tensor that no protected token enters is trained as without protection, and counts as 0 here
