@@ -81,6 +81,8 @@ def test_protection_is_compared_with_the_same_cells_and_protected_arms_with_prot
         gained.append(twins["specialization-protected"]["matched"]["value"])
         assert found["verdict"]["prize"] == ["specialization-protected at 15%", "target-load-protected at 15%"]
         ratios.append(arm(found, "full-protected")["matched"]["ratio"]["value"])
+        whole = analyse(*experiment(truth, np.random.default_rng(seed)))["verdict"]
+        assert "on 1 of 1 targets, 0 of them without protection; protected paths keep the domains whose text they had." in whole
     assert wins <= allowed
     assert np.median(gained) == pytest.approx(0.16, abs=0.02), "0.2 against 0.04, which the same cells gain at a forgetting of 0.01"
     assert np.median(ratios) == pytest.approx(5, rel=0.15)
