@@ -67,14 +67,10 @@ def overall_verdict(targets: Mapping[str, Mapping[str, Any]]) -> str:
     full = [name for name, found in targets.items() if found["verdict"]["prize"]]
     plain = [name for name in full if not all(arm.partition(" ")[0].endswith(PROTECTED) for arm in targets[name]["verdict"]["prize"])]
     told = f"a rule beats target load on {len(load)} of {total} targets" if load else "no advantage over target load"
+    kept = f", {len(plain)} of them without protection; protected paths keep the domains whose text they had"
     return (
         f"{told[0].upper()}{told[1:]}; at matched forgetting a path gains at least {PRIZE_RATIO} times what full finetuning stopped "
-        f"early gains on {len(full)} of {total} targets"
-        + (
-            f", {len(plain)} of them without protection; protected paths keep the domains whose text they had."
-            if len(plain) < len(full)
-            else "."
-        )
+        f"early gains on {len(full)} of {total} targets{kept if len(plain) < len(full) else ''}."
     )
 
 
