@@ -33,6 +33,14 @@ def test_finetune_prints_a_table_or_json_and_says_where_the_checkpoint_is(call, 
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
+def test_protection_by_chosen_domains(call):
+    done = call("--steps", 2, "--protect", 0.03, "--protect-domains", "law, math", "--format", "json")
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert report["settings"]["protect"] == 0.03 and report["settings"]["protect_domains"] == ["law", "math"]
+    assert report["protection_bytes"] > 0 and report["optimizer_bytes"] == 2 * report["chosen_bytes"]
+
+
 def test_a_conversation_file_of_one_epoch_and_its_delta(call, tmp_path, tiny_checkpoint):
     rows = [{"prompt": f"{number}+1=", "completion": f" {number + 1}"} for number in range(10)]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -58,6 +66,8 @@ def test_a_conversation_file_of_one_epoch_and_its_delta(call, tmp_path, tiny_che
         (("--steps", 1), "nowhere.jsonl", "no such file"),
         ((), "task:code", "give steps or epochs"),
         (("--steps", 1, "--lr", 0), "task:code", "--lr"),
+        (("--steps", 1, "--protect", 0.03, "--protect-domains", "code"), "task:code", "other domains of the task are law, math"),
+        (("--steps", 1, "--protect", 0.03, "--lora-rank", 2), "task:code", "it goes with no --lora-rank"),
     ],
 )
 def test_mistakes_end_with_one_line_and_no_traceback(call, arguments, data, message):
