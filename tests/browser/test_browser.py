@@ -99,6 +99,9 @@ class Opened:
     def __init__(self, chromium, path: Path, width: int = 1400, scheme: str = "light") -> None:
         self.context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, accept_downloads=True)
         self.tab = self.context.new_page()
+        # a page behind others, or a machine that stands still for a while, must not fail a test: nothing here measures by it
+        self.tab.set_default_timeout(90_000)
+        self.tab.bring_to_front()
         self.said: list[str] = []
         self.asked: list[str] = []
         self.tab.on("console", lambda message: self.said.append(f"{message.type}: {message.text}"))
