@@ -50,6 +50,14 @@ def chromium():
         browser.close()
 
 
+@pytest.fixture(autouse=True)
+def closed_afterwards(chromium):
+    """Pages that stay open go on drawing, and slow the pages of later tests down."""
+    yield
+    for context in chromium.contexts:
+        context.close()
+
+
 @pytest.fixture(scope="module")
 def model_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_page(write_result(tmp_path_factory.mktemp("model"), simulated_trace()))
