@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -356,6 +356,34 @@ class TraceWriter:
 
     def _save(self) -> None:
         write_json(self.folder / MANIFEST, self._manifest.model_dump(mode="json"))
+
+
+def join_traces(traces: Sequence[Trace], *, provenance: Mapping[str, Any]) -> Trace:
+    """One trace of the documents of several in memory, of the same model and domains, in order.
+
+    Args:
+        provenance: added to that of the first.
+    """
+    shapes = [trace.shape for trace in traces]
+    first = np.cumsum([0, *(len(shape.document_domain) for shape in shapes)])[:-1]
+    sources = None
+    if any(shape.document_source for shape in shapes):
+        sources = tuple(source for shape in shapes for source in shape.document_source or shape.document_ids)
+    return Trace(
+        shape=replace(
+            shapes[0],
+            document_domain=np.concatenate([shape.document_domain for shape in shapes]),
+            document_ids=tuple(document for shape in shapes for document in shape.document_ids),
+            document_source=sources,
+        ),
+        provenance={**traces[0].provenance, **provenance},
+        vocabulary={token: text for trace in traces for token, text in trace.vocabulary.items()},
+        loaded=tuple(
+            replace(routes, document=(routes.document + start).astype(np.int32))
+            for trace, start in zip(traces, first.tolist(), strict=True)
+            for routes in trace.loaded
+        ),
+    )
 
 
 def read_manifest(folder: Path) -> Manifest:

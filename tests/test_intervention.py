@@ -210,6 +210,8 @@ def test_protection_sees_training_text_of_other_domains_only(
     assert {domain for domain, kind in parts if kind == "protected"} == {"code"}
     with pytest.raises(InterventionError, match="protect_domains \\['sea'\\]"):
         tokenize(texts, loaded.tokenizer, targets=names, settings=few.model_copy(update={"protect_domains": ("sea",)}))
+    with pytest.raises(InterventionError, match="tokens to protect it with, fewer than a sequence of 600"):
+        tokenize(texts, loaded.tokenizer, targets=names, settings=SETTINGS.model_copy(update={"protect_tokens": 1, "length": 600}))
     rows = joined_rows(data.parts["law", "protected"], length=SETTINGS.length, boundary=data.boundary)
     assert all(batch.shape[1] == SETTINGS.length and len(batch) <= 8 for batch in rows)
 
@@ -287,6 +289,19 @@ def test_arms_of_the_plan(loaded: LoadedModel, tiny_task: Path, new_domain: Path
     assert share == pytest.approx(0.2, abs=0.08)
     for job in plan_masks(evidence, plan, settings):
         assert len(job.controls) == 2 and not set(job.cells) & {cell for cells in job.controls for cell in cells}
+
+
+def test_protected_arms_of_a_model_that_cannot_be_protected_are_left_out_with_the_reason(
+    loaded: LoadedModel, tiny_task: Path, new_domain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts, names = read_sources(f"task:{tiny_task}", ("law", f"new={new_domain}"), cache=tmp_path)
+    settings = SETTINGS.model_copy(update={"rules": ("target-load",), "protected": ("target-load",), "ideas": ()})
+    evidence = evidence_of(loaded, texts, targets=names, settings=settings)
+    monkeypatch.setattr("dbes.finetuning.cells.uses_interface", lambda _: False)
+    plan = plan_arms(evidence, loaded.model, settings)
+    assert {row["arm"] for row in plan.skipped} == {"target-load-protected", "all-protected", "full-protected"}
+    assert all("experts interface" in row["reason"] for row in plan.skipped)
+    assert not [arm for arm in plan.arms if arm.protect is not None] and {"target-load", "full", "all"} <= {arm.name for arm in plan.arms}
 
 
 def test_the_whole_experiment_and_going_on_with_it(tiny_checkpoint: Path, tiny_task: Path, new_domain: Path, tmp_path: Path) -> None:

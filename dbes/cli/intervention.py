@@ -24,7 +24,7 @@ def intervene(
     new: Annotated[str, typer.Option(help="Domains the model was not trained on, by comma: never counted as forgotten.")] = "",
     budget: Annotated[str, typer.Option(help="Shares of the routed-expert parameters, by comma; 0.15 by default.")] = "",
     rules: Annotated[str, typer.Option(help="Rules of the paths, by comma; all by default.")] = "",
-    ideas: Annotated[str, typer.Option(help="Further arms: down, lora-path, per-layer.")] = "",
+    ideas: Annotated[str, typer.Option(help="Further arms: down, lora-path, per-layer, router-first, layer-rates.")] = "",
     protected: Annotated[str, typer.Option(help="Rules whose paths are also trained with updates that other domains hardly feel.")] = "",
     seeds: Annotated[int | None, typer.Option(min=1, help="Seeds of every arm; 5 by default.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML with any further settings (steps, rates, documents, ...).")] = None,

@@ -125,10 +125,15 @@ def full_rows(entries: Iterable[Entry], tokenizer: Any, *, length: int, tokens: 
             break
         kept.append(encode(entry, tokenizer, end=True).ids)
     joined = np.concatenate(kept)[: max(tokens, length)] if kept else np.zeros(0, np.int64)
-    count = len(joined) // length
+    return cut_rows(joined, length=length, rows=rows)
+
+
+def cut_rows(ids: np.ndarray, *, length: int, rows: int = 8) -> list[Tensor]:
+    """Token ids as batches, int64 [rows or fewer, length] each. What is left over is dropped, unless it is all there is."""
+    count = len(ids) // length
     if not count:
-        return [torch.from_numpy(joined[None])] if len(joined) else []
-    return list(torch.from_numpy(joined[: count * length].reshape(count, length)).split(rows))
+        return [torch.from_numpy(ids.astype(np.int64)[None])] if len(ids) else []
+    return list(torch.from_numpy(ids[: count * length].astype(np.int64).reshape(count, length)).split(rows))
 
 
 def collate(samples: Sequence[Sample], *, padding: int) -> Batch:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,7 +41,7 @@ from dbes.paths.selection import cells_of, choose
 from dbes.paths.types import Cell, ExpertPath
 from dbes.recording import record_documents
 from dbes.testbed.prescribed import Prescribed
-from dbes.trace import Trace
+from dbes.trace import Trace, join_traces
 
 SEARCH_SEED = 1000
 """Seed of the search for learning rates; no seed of the outcome."""
@@ -127,35 +127,7 @@ def _recorded(
         if own:
             with prescribed.domain(domain):
                 traces.append(record(own))
-    return joined(traces, provenance={"routing": AS_TRAINED})
-
-
-def joined(traces: Sequence[Trace], *, provenance: Mapping[str, Any]) -> Trace:
-    """One trace of the documents of several in memory, of the same model and domains, in order.
-
-    Args:
-        provenance: added to that of the first.
-    """
-    shapes = [trace.shape for trace in traces]
-    first = np.cumsum([0, *(len(shape.document_domain) for shape in shapes)])
-    sources = None
-    if any(shape.document_source for shape in shapes):
-        sources = tuple(source for shape in shapes for source in shape.document_source or shape.document_ids)
-    return Trace(
-        shape=replace(
-            shapes[0],
-            document_domain=np.concatenate([shape.document_domain for shape in shapes]),
-            document_ids=tuple(document for shape in shapes for document in shape.document_ids),
-            document_source=sources,
-        ),
-        provenance={**traces[0].provenance, **provenance},
-        vocabulary={token: text for trace in traces for token, text in trace.vocabulary.items()},
-        loaded=tuple(
-            replace(routes, document=(routes.document + start).astype(np.int32))
-            for trace, start in zip(traces, first.tolist(), strict=False)
-            for routes in trace.loaded
-        ),
-    )
+    return join_traces(traces, provenance={"routing": AS_TRAINED})
 
 
 def plan_arms(evidence: Evidence, model: Any, settings: Settings) -> Plan:
@@ -164,7 +136,11 @@ def plan_arms(evidence: Evidence, model: Any, settings: Settings) -> Plan:
     paths: dict[tuple[str, str, float], ExpertPath] = {}
     skipped: list[dict[str, Any]] = []
     seeds = (*range(settings.first_seed, settings.first_seed + settings.seeds), SEARCH_SEED)
+    barred = cannot_protect(model, evidence) if settings.protects else None
+    asked = (*(rule + PROTECTED for rule in settings.protected), *(name for name in settings.extras if name.endswith(PROTECTED)))
     for target in settings.domains:
+        if barred is not None:
+            skipped += [{"target": target, "arm": name, "budget": None, "reason": barred} for name in asked]
         index = evidence.domain(target)
         for budget in settings.budgets:
             for rule in settings.rules:
@@ -177,7 +153,7 @@ def plan_arms(evidence: Evidence, model: Any, settings: Settings) -> Plan:
                     drawn = [(s, chosen_cells(evidence, index, _rule(rule), budget=budget, match=match, seed=s)) for s in seeds]
                     made = [_cells_arm(rule, target, seed, budget, chosen, evidence, index) for seed, chosen in drawn]
                     arms += made
-                    if rule in settings.protected:
+                    if rule in settings.protected and not barred:
                         arms += [protected_twin(arm, settings) for arm in made]
                 except PathError as problem:
                     skipped.append({"target": target, "arm": rule, "budget": budget, "reason": str(problem)})
@@ -190,7 +166,7 @@ def plan_arms(evidence: Evidence, model: Any, settings: Settings) -> Plan:
                 rank = equal_rank(model, evidence, budget)
                 every = cells_of(evidence.exists, evidence.shape)
                 arms += [Arm(name=LORA, target=target, seed=s, kind="cells", budget=budget, cells=every, rank=rank) for s in seeds]
-        arms += list(_without_budget(target, settings, seeds, evidence))
+        arms += list(_without_budget(target, settings, seeds, evidence, protects=barred is None))
     return Plan(arms=tuple(arms), paths=paths, skipped=tuple(skipped))
 
 
@@ -207,7 +183,14 @@ def protected_twin(arm: Arm, settings: Settings) -> Arm:
     return arm.model_copy(update={"name": arm.name + PROTECTED, "protect": settings.protect})
 
 
-def _without_budget(target: str, settings: Settings, seeds: Sequence[int], evidence: Evidence) -> Iterator[Arm]:
+def cannot_protect(model: Any, evidence: Evidence) -> str | None:
+    """Why updates of this model's experts cannot be shaped; None where they can."""
+    if TrainableCells(model, cells_of(evidence.exists, evidence.shape)).method == "split_bank":
+        return None
+    return "this model's experts have no experts interface of transformers, which protection needs"
+
+
+def _without_budget(target: str, settings: Settings, seeds: Sequence[int], evidence: Evidence, *, protects: bool) -> Iterator[Arm]:
     for seed in seeds:
         full = Arm(name=FULL, target=target, seed=seed, kind="full")
         for name, factor in REPLAY.items():
@@ -220,7 +203,7 @@ def _without_budget(target: str, settings: Settings, seeds: Sequence[int], evide
         for arm in (full, every):
             if arm.name in settings.extras:
                 yield arm
-            if arm.name + PROTECTED in settings.extras:
+            if arm.name + PROTECTED in settings.extras and protects:
                 yield protected_twin(arm, settings)
         for name in (name for name in SLOWER if name in settings.extras and seed != SEARCH_SEED):
             yield Arm(name=name, target=target, seed=seed, kind="full", rate_of=FULL, rate_factor=SLOWER[name])

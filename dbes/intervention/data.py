@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file, save
+from torch import Tensor
 
 from dbes.errors import FinetuneError, InterventionError, MixError
 from dbes.files import write_bytes
 from dbes.finetuning.data import Entry, Item, hold_out, multiple_choice, read_entries
-from dbes.finetuning.encoding import Sample
+from dbes.finetuning.encoding import Sample, cut_rows
 from dbes.finetuning.evaluation import encode_choices
 from dbes.intervention.settings import Settings
 from dbes.pipeline import read_benchmark
@@ -245,7 +246,12 @@ def tokenize(texts: Texts, tokenizer: Any, *, targets: Sequence[str], settings: 
                 raise InterventionError(f"domain {domain}: fewer than {2 * settings.length} tokens to train on")
         if settings.protects and (domain in settings.protect_domains if settings.protect_domains else domain not in settings.new):
             own = tuning_split(texts.training[domain])[0] if target else texts.training[domain]
-            parts[domain, "protected"] = _whole(own, tokenizer, tokens=settings.protect_tokens)
+            part = parts[domain, "protected"] = _whole(own, tokenizer, tokens=settings.protect_tokens)
+            if len(part.tokens) < settings.length:
+                raise InterventionError(
+                    f"domain {domain}: {len(part.tokens)} tokens to protect it with, fewer than a sequence of {settings.length}; "
+                    "raise protect_tokens, or leave it out of protect_domains"
+                )
     boundary = tokenizer.eos_token_id
     return ExperimentData(
         domains=texts.domains,
@@ -340,12 +346,9 @@ def training_batches(part: Part, settings: Settings, *, boundary: int, seed: int
     return list(joined[random.permutation(len(joined))].reshape(settings.steps, settings.sequences, settings.length))
 
 
-def joined_rows(part: Part, *, length: int, boundary: int) -> list[np.ndarray]:
-    """A part's documents one after the other, as batches int64 [8 or fewer, length]; one shorter row where they do not fill one."""
-    joined = np.concatenate([piece for index in range(len(part)) for piece in (part.document(index), [boundary])]).astype(np.int64)
-    count = len(joined) // length
-    rows = joined[: count * length].reshape(count, length) if count else joined[None]
-    return [rows[first : first + 8] for first in range(0, len(rows), 8)]
+def joined_rows(part: Part, *, length: int, boundary: int) -> list[Tensor]:
+    """A part's documents one after the other, as batches of full rows, int64 [8 or fewer, length] each."""
+    return cut_rows(np.concatenate([piece for index in range(len(part)) for piece in (part.document(index), [boundary])]), length=length)
 
 
 def save_data(data: ExperimentData, path: Path) -> None:

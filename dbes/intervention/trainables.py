@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from dbes.errors import InterventionError
@@ -104,10 +103,10 @@ def with_replay(batches: Sequence[np.ndarray], texts: Mapping[str, Sequence[Tens
 
 def protected_texts(data: ExperimentData, target: str, *, length: int) -> dict[str, list[Tensor]]:
     """Protected texts of all domains but the target: token ids, int64 [sequences, length] each."""
-    parts = {domain: part for (domain, kind), part in data.parts.items() if kind == "protected" and domain != target}
     return {
-        domain: [torch.from_numpy(rows) for rows in joined_rows(part, length=length, boundary=data.boundary)]
-        for domain, part in parts.items()
+        domain: joined_rows(part, length=length, boundary=data.boundary)
+        for (domain, kind), part in data.parts.items()
+        if kind == "protected" and domain != target
     }
 
 
