@@ -126,7 +126,13 @@ def _table(report: FinetuneReport) -> Any:
         change = f"{after.bits_per_byte - before.bits_per_byte:+.4f}"
         shown = f"{name} (target)" if name == report.target else name
         table.add_row(shown, str(before.entries), f"{before.bits_per_byte:.4f}", f"{after.bits_per_byte:.4f}", change, *accuracies)
-    return Group(title, table)
+    told = [f"{report.target}: {report.gain:+.4f} bits per byte gained"]
+    if report.forgetting_mean is not None:
+        told.append(f"other domains forget {report.forgetting_mean:.4f} on average, {report.forgetting_worst:.4f} at worst")
+    can = report.method == "split_bank" and report.settings.lora_rank is None and not report.settings.train_router
+    if can and report.settings.protect is None and (report.forgetting_mean or 0) > 0:
+        told.append("--protect 0.03 keeps them better")
+    return Group(title, table, Text("; ".join(told) + "."))
 
 
 def _say(message: str) -> None:

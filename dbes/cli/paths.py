@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -63,3 +64,8 @@ def paths(
         err=True,
     )
     typer.echo(written)
+    typer.echo(
+        f"Next: dbes finetune --model MODEL --paths {shlex.quote(str(written))} --data task:{domain} --out DIR --steps 200 --protect 0.03\n"
+        "(--protect: the other domains hardly feel it; without it they may forget)",
+        err=True,
+    )

@@ -28,7 +28,11 @@ def test_finetune_prints_a_table_or_json_and_says_where_the_checkpoint_is(call, 
     done = call("--steps", 2)
     assert done.exit_code == 0, done.output
     assert "code (target)" in done.stdout and str(tmp_path / "out") in done.stdout.replace("\n", "")
+    said = " ".join(done.stdout.split())
     again = call("--steps", 2, "--format", "json")
+    report = json.loads(again.stdout)
+    assert f"code: {report['gain']:+.4f} bits per byte gained; other domains forget {report['forgetting_mean']:.4f} on average" in said
+    assert ("--protect 0.03 keeps them better" in said) == (report["forgetting_mean"] > 0)
     assert json.loads(again.stdout)["target"] == "code", "a finished run is reported again"
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
