@@ -5,6 +5,10 @@ class DbesError(Exception):
     """Base of every error that dbes raises on bad input; its message is meant for the user."""
 
 
+class FileError(DbesError):
+    """A file cannot be read or written, or another run has the folder; the message names it."""
+
+
 class TaskError(DbesError):
     """A task file or one of its data files cannot be used; the message names file and field."""
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dbes.errors import DbesError, MixError, TaskError
+from dbes.text import printable
 
 if TYPE_CHECKING:
     from dbes.pipeline import Progress
@@ -44,15 +45,29 @@ def stdout() -> Any:
 
 @contextmanager
 def errors() -> Iterator[None]:
-    """Turns dbes's own errors into one line on stderr and the exit code; anything else is a defect and keeps its traceback."""
+    """Turns dbes's own errors, and what the system refuses, into one line on stderr and the exit code.
+
+    Anything else is a defect and keeps its traceback.
+    """
     try:
         yield
     except (TaskError, MixError) as problem:
-        typer.echo(f"dbes: {problem}", err=True)
+        _told(str(problem))
         raise typer.Exit(USAGE) from None
     except DbesError as problem:
-        typer.echo(f"dbes: {problem}", err=True)
+        _told(str(problem))
         raise typer.Exit(FAILED) from None
+    except OSError as problem:
+        names = [str(name) for name in (problem.filename, problem.filename2) if name is not None]
+        _told(f"{' -> '.join(names) or 'the system'}: {problem.strerror or problem}")
+        raise typer.Exit(FAILED) from None
+    except MemoryError as problem:
+        _told(f"out of memory{f' ({problem})' if str(problem) else ''}")
+        raise typer.Exit(FAILED) from None
+
+
+def _told(message: str) -> None:
+    typer.echo(f"dbes: {printable(message, lines=True)}", err=True)
 
 
 @contextmanager
