@@ -33,7 +33,11 @@ def test_a_target_that_cannot_be_is_one_line(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
-HOLD = "import sys, time; from pathlib import Path; from dbes.files import locked\nwith locked(Path(sys.argv[1])):\n print('held', flush=True); time.sleep(60)"
+HOLD = """
+import sys, time; from pathlib import Path; from dbes.files import locked
+with locked(Path(sys.argv[1])):
+    print('held', flush=True); time.sleep(60)
+"""
 
 
 def test_the_second_run_learns_who_holds_the_folder_and_a_crash_leaves_no_lock(tmp_path: Path) -> None:

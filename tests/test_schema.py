@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from dbes.errors import ResultError
 from dbes.schema import Strict, read_json, read_versioned, read_yaml, validated
@@ -17,7 +17,7 @@ from dbes.text import clipped, printable
 class Point(Strict):
     schema_version: int
     x: int
-    y: dict[str, int] = {}
+    y: dict[str, int] = Field(default_factory=dict)
 
 
 BOMB = "\n".join(["a0: &a0 [x, x, x, x, x, x, x, x, x]"] + [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 10)])
