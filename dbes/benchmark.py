@@ -8,23 +8,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BaseModel, Discriminator, Field, PrivateAttr, Tag, ValidationError, model_validator
 
 from dbes import file_data, hub_data
-from dbes.documents import DatasetSource, Document, FileSource, Strict, row_document
+from dbes.documents import MOST, DatasetSource, Document, FileSource, Located, Strict, is_skipped, row_document, with_distinct_ids
 from dbes.errors import TaskError
+from dbes.schema import read_yaml
 from dbes.separability import word_separability
+from dbes.text import clipped
 
 ROOT = Path(__file__).resolve().parent.parent
 """Where tasks/ and benchmark_data/ are, whatever the current folder is."""
 
 FALLBACK = "embedded"
+
+PROBLEMS = 8
+"""Faults of a task file that one message names at most."""
 
 
 def _kind(value: Any) -> str:
@@ -41,9 +47,9 @@ class Task(Strict):
     """A benchmark: its domains and where their texts are. ``version`` is raised by any change that could alter a score."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-    version: Annotated[int, Field(ge=1)]
+    version: Annotated[int, Field(ge=1, le=MOST)]
     description: str = ""
-    window: Annotated[int, Field(ge=2)] = 512
+    window: Annotated[int, Field(ge=2, le=MOST)] = 512
     domains: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_ -]*$")], DomainSource]
     _path: Path = PrivateAttr(default=Path("task.yaml"))
 
@@ -59,17 +65,6 @@ class Task(Strict):
         return self._path
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """The safe loader, but a key given twice is an error (YAML would silently keep the last)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def load_task(name_or_path: str | Path) -> Task:
     """The task of a YAML file, or of the tasks that come with dbes by name (``embedded``, ``smoke``, ``full``).
 
@@ -82,19 +77,16 @@ def load_task(name_or_path: str | Path) -> Task:
         if not path.is_file():
             known = ", ".join(sorted(found.stem for found in (ROOT / "tasks").glob("*.yaml")))
             raise TaskError(f"no task is called {str(name_or_path)!r}; there are {known}, or give the path of a .yaml file")
-    try:
-        # a SafeLoader: no Python object can be built from the file
-        content = _UniqueKeys(path.read_text("utf-8")).get_single_data()
-    except FileNotFoundError:
-        raise TaskError(f"{path}: no such task file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise TaskError(f"{path}: not readable as YAML in UTF-8: {error}") from error
+    content = read_yaml(path, error=TaskError, missing=f"{path}: no such task file")
     if not isinstance(content, dict):
         raise TaskError(f"{path}: a task is a mapping with name, version and domains, not {type(content).__name__}")
     try:
         task = Task.model_validate(content)
     except ValidationError as error:
-        raise TaskError("\n".join(f"{path}: {_told(problem)}" for problem in error.errors())) from None
+        found = error.errors(include_url=False)
+        lines = [f"{path}: {_told(problem)}" for problem in found[:PROBLEMS]]
+        more = [f"{path}: and {len(found) - PROBLEMS} more"] if len(found) > PROBLEMS else []
+        raise TaskError("\n".join([*lines, *more])) from None
     task._path = path.resolve()
     return task
 
@@ -104,46 +96,68 @@ def list_tasks() -> list[Task]:
     return [load_task(path) for path in sorted((ROOT / "tasks").glob("*.yaml"))]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """The documents of a task.
+
+    Attributes:
+        without_text: rows of data sets that were left out because they have no text, by domain; domains without any are left out.
+    """
+
+    documents: tuple[Document, ...]
+    without_text: Mapping[str, int]
+
+
 def read_documents(task: Task, *, limit: int | None = None, embedded_fallback: bool = False) -> list[Document]:
+    """The documents of `read_task`."""
+    return list(read_task(task, limit=limit, embedded_fallback=embedded_fallback).documents)
+
+
+def read_task(task: Task, *, limit: int | None = None, embedded_fallback: bool = False) -> Reading:
     """All documents of a task, domain by domain in the order of the file; at most ``limit`` of each domain (the first ones).
 
     With ``embedded_fallback``, a task whose hub data cannot be had gives the embedded documents of the same domains instead,
     every one marked ``stand_in``, after a warning: never a mixture of both, whose lengths and formats would differ by domain.
 
     Raises:
-        TaskError: a missing or altered file, a line that is no JSON, text that is no UTF-8, a missing field, an empty text
-            (an error for files; a hub row without text is left out), a domain without documents, an id given twice.
+        TaskError: a missing or altered file, a line that is no JSON, text that is no UTF-8, a missing field, a field that is no
+            text, an empty text (an error for files; a hub row without text is left out), a domain without documents, an id given
+            twice in a file.
     """
     if limit is not None and limit < 1:
         raise TaskError(f"limit is {limit}; at least 1 document of each domain is needed")
-    documents: list[Document] = []
+    found: list[Located] = []
+    without_text: dict[str, int] = {}
     for domain, source in task.domains.items():
         wanted = min((n for n in (limit, source.limit) if n is not None), default=None)
+        without = 0
         if isinstance(source, FileSource):
-            found = _file_documents(task, domain, source, wanted)
+            own = _file_documents(task, domain, source, wanted)
         else:
             try:
-                found = hub_data.documents(task.path, domain, source, wanted)
+                own, without = hub_data.documents(task.path, domain, source, wanted)
             except hub_data.UnreachableError as error:
                 if not embedded_fallback:
                     raise TaskError(f"{error}. Log in or go online, or allow the embedded fallback") from error
-                return _stand_ins(task, limit, str(error))
-        if not found:
-            raise TaskError(f"{task.path}: domains.{domain}: no documents")
-        documents += found
-    _check_ids(task, documents)
-    return documents
+                return Reading(documents=_stand_ins(task, limit, str(error)), without_text={})
+        if not own:
+            told = f" ({without} rows have no text)" if without else ""
+            raise TaskError(f"{task.path}: domains.{domain}: no documents{told}")
+        found += own
+        if without:
+            without_text[domain] = without
+    return Reading(documents=tuple(with_distinct_ids(found)), without_text=without_text)
 
 
-def _stand_ins(task: Task, limit: int | None, reason: str) -> list[Document]:
+def _stand_ins(task: Task, limit: int | None, reason: str) -> tuple[Document, ...]:
     embedded = load_task(FALLBACK)
     if strange := sorted(set(task.domains) - set(embedded.domains)):
         raise TaskError(f"{reason}. The embedded sample cannot stand in: it has no domain {strange[0]!r}")
     warnings.warn(
-        f"{reason}. Reading the EMBEDDED sample in place of task {task.name!r}: the scores are not those of {task.name!r}", stacklevel=3
+        f"{reason}. Reading the EMBEDDED sample in place of task {task.name!r}: the scores are not those of {task.name!r}", stacklevel=4
     )
     rows = [document for document in read_documents(embedded, limit=limit) if document.domain in task.domains]
-    return [Document(**{**vars(document), "stand_in": True}) for document in rows]
+    return tuple(replace(document, stand_in=True) for document in rows)
 
 
 def task_fingerprint(task: Task, documents: Sequence[Document]) -> str:
@@ -163,34 +177,31 @@ def separability(documents: Sequence[Document], seed: int = 0) -> float:
     return word_separability(documents, seed=seed).accuracy
 
 
-def _file_documents(task: Task, domain: str, source: FileSource, limit: int | None) -> list[Document]:
-    found: list[Document] = []
+def _file_documents(task: Task, domain: str, source: FileSource, limit: int | None) -> list[Located]:
+    found: list[Located] = []
     for name in source.files:
         for path in file_data.matching(task.path, domain, name):
             if limit is not None and len(found) >= limit:
                 return found
             file_data.check_digest(path, source.sha256.get(name))
+            labels = (path.name, Path(os.path.relpath(path, task.path.parent)).as_posix())
             for number, row in file_data.rows(path, source.format):
                 where = f"{path}:{number}"
-                document = row_document(row, source, domain=domain, fallback_id=f"{domain}/{path.name}:{number}", where=where)
+                if is_skipped(row, source, where=where):
+                    continue
+                fallback = f"{domain}/{path.name}:{number}"
+                document = row_document(row, source, domain=domain, fallback_id=fallback, where=where)
                 if document is None:
-                    if source.skip_where is not None and row[source.skip_where]:
-                        continue
-                    shown = source.template or source.text_field or "text"
-                    identity = row.get(source.id_field or "id", number)
-                    raise TaskError(f"{where}: field {shown!r} is empty (id {identity!r}); remove the row or fill it")
-                found.append(document)
+                    name_of_text = source.text_field or "text"
+                    shown = source.template or name_of_text
+                    kind = "null" if source.template is None and row[name_of_text] is None else "empty"
+                    identity = clipped(repr(row.get(source.id_field or "id", number)))
+                    raise TaskError(f"{where}: field {shown!r} is {kind} (id {identity}); remove the row or fill it")
+                own = str(number) if document.id == fallback else document.id
+                found.append(Located(document, own_id=own, source=str(path.resolve()), labels=labels, where=where))
                 if limit is not None and len(found) >= limit:
                     break
     return found
-
-
-def _check_ids(task: Task, documents: Iterable[Document]) -> None:
-    first: dict[str, str] = {}
-    for document in documents:
-        if document.id in first:
-            raise TaskError(f"{task.path}: id {document.id!r} is given twice (domains {first[document.id]} and {document.domain})")
-        first[document.id] = document.domain
 
 
 def _told(problem: Mapping[str, Any]) -> str:
@@ -201,5 +212,5 @@ def _told(problem: Mapping[str, Any]) -> str:
     name = ".".join(path) or "task"
     message = {"extra_forbidden": "unknown key", "missing": "required key is missing"}.get(problem["type"])
     return f"{name}: {message or problem['msg'].removeprefix('Value error, ')}" + (
-        "" if message or not path else f" (given: {str(problem.get('input'))[:80]!r})"
+        "" if message or not path else f" (given: {clipped(problem.get('input'))!r})"
     )

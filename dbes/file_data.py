@@ -1,86 +1,151 @@
-"""Rows of the local files a task names: JSON lines, parquet, plain text; gzip allowed."""
+"""Rows of the local files a task names: JSON lines, parquet, plain text; gzip allowed.
+
+Files are read piece by piece and within bounds, so that neither a huge file nor a small one that unpacks to a huge one takes all
+memory: what is asked for is what is read.
+"""
 
 from __future__ import annotations
 
 import gzip
-import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dbes.errors import TaskError
-from dbes.files import sha256_of
+from dbes.errors import DbesError, TaskError
+from dbes.files import opened, sha256_of
+from dbes.schema import parse_json
+from dbes.text import clipped
 
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".txt": "text", ".md": "text"}
+
+ROW_BYTES, FILE_BYTES = 2**27, 2**31
+"""Bytes of one line (or of a file that is one text), and of all lines read of a file, unpacked."""
+
+ROWS, BLANK_LINES = 2**22, 2**20
+"""Rows of a file, and empty lines beyond ten for each row."""
 
 
 def matching(task_file: Path, domain: str, name: str) -> list[Path]:
     """The files a name of a task means, relative to the task file; sorted where ``*`` matches several."""
-    if "*" in name:
-        root = Path(name).anchor or str(task_file.parent)
-        found = sorted(path for path in Path(root).glob(name.removeprefix(Path(name).anchor)) if path.is_file())
-    else:
-        path = task_file.parent / name
-        found = [path] if path.is_file() else []
+    where = f"{task_file}: domains.{domain}.files"
+    try:
+        if "*" in name:
+            root = Path(name).anchor or str(task_file.parent)
+            found = sorted(path for path in Path(root).glob(name.removeprefix(Path(name).anchor)) if path.is_file())
+        else:
+            path = task_file.parent / name
+            found = [path] if path.exists() else []
+    except (OSError, ValueError, NotImplementedError) as problem:
+        raise TaskError(f"{where}: {clipped(name)} is no name of a file ({clipped(str(problem))})") from None
     if not found:
-        raise TaskError(f"{task_file}: domains.{domain}.files: no file {name!r} in {task_file.parent}")
+        raise TaskError(f"{where}: no file {name!r} in {task_file.parent}")
     return found
 
 
 def check_digest(path: Path, expected: str | None) -> None:
     """Raises TaskError when the file is not the one the task was written for."""
-    if expected is not None and (found := sha256_of(path)) != expected:
+    if expected is None:
+        return
+    with opened(path, error=TaskError):
+        found = sha256_of(path)
+    if found != expected:
         raise TaskError(f"{path}: sha256 is {found}, the task says {expected}: the file was altered")
 
 
-def rows(path: Path, kind: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
+def rows(path: Path, kind: str | None, *, error: type[DbesError] = TaskError) -> Iterator[tuple[int, dict[str, Any]]]:
     """Numbered rows of a file, counted from 1 (for JSON lines the line of the file).
 
+    Args:
+        kind: ``jsonl``, ``parquet`` or ``text``; None goes by the suffix.
+        error: what to raise.
+
     Raises:
-        TaskError: unknown suffix, damaged gzip or parquet, text that is no UTF-8, a line that is no JSON object.
+        error: unknown suffix, no regular file, damaged gzip or parquet, text that is no UTF-8, a line that is no JSON object, or
+            more than the bounds of this module.
     """
     suffixes = path.suffixes
     zipped = bool(suffixes) and suffixes[-1] == ".gz"
     kind = kind or SUFFIXES.get(suffixes[-2] if zipped and len(suffixes) > 1 else path.suffix)
     if kind is None:
-        raise TaskError(f"{path}: format not told by the suffix; name it {', '.join(SUFFIXES)} (or .gz of these) or give format")
-    if kind == "parquet":
-        return _parquet(path)
-    content = path.read_bytes()
-    try:
-        content = gzip.decompress(content) if zipped else content
-        text = content.decode("utf-8-sig")
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise TaskError(f"{path}: damaged gzip file: {error}") from error
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise TaskError(f"{path}:{line}: not UTF-8 (byte {error.start}); convert the file to UTF-8") from error
-    if kind == "text":
-        return iter([(1, {"id": path.name, "text": text.strip()})])
-    return _json_lines(path, text)
+        raise error(f"{path}: format not told by the suffix; name it {', '.join(SUFFIXES)} (or .gz of these) or give format")
+    found = _parquet(path, error) if kind == "parquet" else _texts(path, kind, zipped, error)
+    for count, row in enumerate(found):
+        if count == ROWS:
+            raise error(f"{path}: more than {ROWS:,} rows; split the file, or set a limit")
+        yield row
 
 
-def _json_lines(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    # only \n ends a line: str.splitlines would also break at U+2028, which JSON allows inside a string
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
+def _texts(path: Path, kind: str, zipped: bool, error: type[DbesError]) -> Iterator[tuple[int, dict[str, Any]]]:
+    with opened(path, error=error) as file:
+        content: Any = gzip.GzipFile(fileobj=file) if zipped else file
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise TaskError(f"{path}:{number}: not JSON: {error}") from error
+            yield from (_whole if kind == "text" else _json_lines)(path, content, error)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as problem:
+            raise error(f"{path}: damaged gzip file: {problem}") from problem
+        except OSError as problem:
+            raise error(f"{path}: cannot be read ({problem.strerror or problem})") from problem
+
+
+def _whole(path: Path, content: Any, error: type[DbesError]) -> Iterator[tuple[int, dict[str, Any]]]:
+    found = content.read(ROW_BYTES + 1)
+    if len(found) > ROW_BYTES:
+        raise error(f"{path}: one text of more than {ROW_BYTES:,} bytes; cut it into documents")
+    text = _decoded(found, path, 1, error)
+    if "\0" in text:
+        raise error(f"{path}: holds NUL characters, so it is no text in UTF-8 (perhaps UTF-16); convert the file to UTF-8")
+    yield 1, {"id": path.name, "text": text.strip()}
+
+
+def _json_lines(path: Path, content: Any, error: type[DbesError]) -> Iterator[tuple[int, dict[str, Any]]]:
+    number = size = blank = 0
+    # only \n ends a line: str.splitlines would also break at U+2028, which JSON allows inside a string
+    while line := content.readline(ROW_BYTES + 1):
+        number, size = number + 1, size + len(line)
+        if len(line) > ROW_BYTES:
+            raise error(f"{path}:{number}: a line of more than {ROW_BYTES:,} bytes")
+        if size > FILE_BYTES:
+            raise error(f"{path}: more than {FILE_BYTES:,} bytes; split the file, or set a limit")
+        if line.isspace():
+            blank += 1
+            if blank > BLANK_LINES + 10 * (number - blank):
+                raise error(f"{path}: {blank:,} of its first {number:,} lines are empty; this is no file of JSON lines")
+            continue
+        text = _decoded(line, path, number, error)
+        if not text.strip():
+            continue
+        row = parse_json(text, where=f"{path}:{number}", error=error)
         if not isinstance(row, dict):
-            raise TaskError(f"{path}:{number}: a line is a JSON object with named fields, not {type(row).__name__}")
+            raise error(f"{path}:{number}: a line is a JSON object with named fields, not {type(row).__name__}")
         yield number, row
 
 
-def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _decoded(content: bytes, path: Path, number: int, error: type[DbesError]) -> str:
+    """The text of a line, or of a whole file; a byte-order mark is taken from its beginning."""
+    try:
+        return content.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as problem:
+        line = number + content.count(b"\n", 0, problem.start)
+        hint = "it looks like UTF-16; " if number == 1 and content[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+        raise error(f"{path}:{line}: not UTF-8 (byte {problem.start}); {hint}convert the file to UTF-8") from problem
+
+
+def _parquet(path: Path, error: type[DbesError]) -> Iterator[tuple[int, dict[str, Any]]]:
     from pyarrow import ArrowException
     from pyarrow import parquet as arrow_parquet
 
-    try:
-        found = arrow_parquet.read_table(path).to_pylist()
-    except (OSError, ArrowException) as error:
-        raise TaskError(f"{path}: not readable as parquet: {error}") from error
-    yield from enumerate(found, start=1)
+    number = 0
+    with opened(path, error=error) as content:
+        try:
+            file = arrow_parquet.ParquetFile(content)
+            names = file.schema_arrow.names
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise error(f"{path}: two columns are called {twice[0]!r}")
+            for batch in file.iter_batches(batch_size=256):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+        except UnicodeDecodeError as problem:
+            raise error(f"{path}: a text after row {number} is not UTF-8 (byte {problem.start})") from problem
+        except (OSError, ArrowException) as problem:
+            raise error(f"{path}: not readable as parquet: {clipped(str(problem), 200)}") from problem

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dbes.errors import DbesError, FileError
 
@@ -85,6 +85,23 @@ def read_bytes(path: Path, *, error: type[DbesError] = FileError, missing: str |
         raise error(missing or f"{path}: no such file") from None
     except OSError as problem:
         raise error(f"{path}: cannot be read ({problem.strerror or problem})") from None
+
+
+@contextmanager
+def opened(path: Path, *, error: type[DbesError] = FileError, missing: str | None = None) -> Iterator[BinaryIO]:
+    """A regular file, open to be read piece by piece; arguments and errors as of `read_bytes`."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
+            raise error(f"{path}: expected a file, this is {kind}")
+        handle = path.open("rb")
+    except FileNotFoundError:
+        raise error(missing or f"{path}: no such file") from None
+    except OSError as problem:
+        raise error(f"{path}: cannot be read ({problem.strerror or problem})") from None
+    with handle:
+        yield handle
 
 
 @contextmanager

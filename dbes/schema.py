@@ -126,7 +126,7 @@ class _Loader(yaml.SafeLoader):
             if node_of_key.tag == "tag:yaml.org,2002:merge":
                 continue
             if (key := self.construct_object(node_of_key, deep=True)) in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {clipped(key)} is given twice", node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"key {clipped(repr(key))} is given twice", node.start_mark)
             seen.append(key)
         return super().construct_mapping(node, deep)
 

@@ -26,3 +26,10 @@ def clipped(value: object, most: int = 80) -> str:
     """A value from outside in at most ``most`` characters of one line, for an error message."""
     text = printable(value if isinstance(value, str) else repr(value))
     return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def lone_surrogate(text: str) -> int | None:
+    """Place of the first half of a surrogate pair, which is no character and has no UTF-8; None in proper text."""
+    if text.isascii():
+        return None
+    return next((place for place, character in enumerate(text) if "\ud800" <= character <= "\udfff"), None)
