@@ -17,6 +17,7 @@ from dbes.models import LoadedModel
 from dbes.sites import RoutingSite, base_of, input_device, is_offloaded, router_std
 from dbes.stiffness import Noise, logit_stiffness, noise_rows, selection_stiffness
 from dbes.types import NOISE_SCALES, storage_dtype
+from dbes.windows import embedding_rows, padded, padding_id
 
 SKIPPED = -1
 """In ids that were not checked yet: a slot of weight 0, or none."""
@@ -100,20 +101,14 @@ class Recorder:
 
     def inputs(self, windows: Sequence[Window]) -> tuple[dict[str, Tensor], np.ndarray]:
         """The model's inputs, padded on the right, and the flat rows that are text (neither padding nor special tokens)."""
-        lengths = np.asarray([len(window) for window in windows])
-        length = int(lengths.max()) + self.extra
-        padding = self.loaded.tokenizer.pad_token_id
-        ids = np.full((len(windows), length), padding if padding is not None else 0, np.int64)
         first = len(self.before)
-        rows = []
-        for place, window in enumerate(windows):
-            ids[place, : len(window) + self.extra] = [*self.before, *window.token_ids, *self.after]
-            rows.append(place * length + first + np.arange(len(window)))
+        padding = padding_id(self.loaded.tokenizer, embedding_rows(self.loaded.model))
+        ids, mask = padded([np.asarray([*self.before, *window.token_ids, *self.after]) for window in windows], padding=padding)
+        rows = [place * ids.shape[1] + first + np.arange(len(window)) for place, window in enumerate(windows)]
         device = input_device(self.loaded.model)
         inputs = {"input_ids": torch.from_numpy(ids).to(device)}
-        if lengths.min() != lengths.max():
-            mask = np.arange(length)[None, :] < (lengths + self.extra)[:, None]
-            inputs["attention_mask"] = torch.from_numpy(mask.astype(np.int64)).to(device)
+        if not mask.all():
+            inputs["attention_mask"] = torch.from_numpy(mask).to(device)
         return inputs, np.concatenate(rows)
 
 

@@ -209,8 +209,8 @@ def _told(problem: Mapping[str, Any]) -> str:
     path = [str(step) for step in problem["loc"] if step != "[key]"]
     if len(path) > 2 and path[0] == "domains" and path[2] in ("files", "dataset"):
         del path[2]
-    name = ".".join(path) or "task"
+    name = clipped(".".join(path), 120) or "task"
     message = {"extra_forbidden": "unknown key", "missing": "required key is missing"}.get(problem["type"])
-    return f"{name}: {message or problem['msg'].removeprefix('Value error, ')}" + (
+    return f"{name}: {message or clipped(problem['msg'].removeprefix('Value error, '), 300)}" + (
         "" if message or not path else f" (given: {clipped(problem.get('input'))!r})"
     )

@@ -84,7 +84,7 @@ class FileSource(RowFields):
 
     files: Annotated[list[str], Field(min_length=1)]
     format: Literal["jsonl", "parquet", "text"] | None = None
-    sha256: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]] = {}
+    sha256: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _digests_of_files(self) -> FileSource:
@@ -174,7 +174,9 @@ def plain_text(value: Any, name: str, where: str, *, lists: bool = False, error:
 
 def kind_of(value: Any) -> str:
     """What a value of a row is, in the words of JSON."""
-    names = {type(None): "null", dict: "an object", list: "a list", tuple: "a list"}
+    if isinstance(value, float) and not math.isfinite(value):
+        return "not a number" if math.isnan(value) else "infinite"
+    names = {type(None): "null", str: "text", dict: "an object", list: "a list", tuple: "a list"}
     return names.get(type(value), type(value).__name__)
 
 

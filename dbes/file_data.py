@@ -111,7 +111,7 @@ def _json_lines(path: Path, content: Any, error: type[DbesError]) -> Iterator[tu
             if blank > BLANK_LINES + 10 * (number - blank):
                 raise error(f"{path}: {blank:,} of its first {number:,} lines are empty; this is no file of JSON lines")
             continue
-        text = _decoded(line, path, number, error)
+        text = _decoded(line, path, number, error).rstrip("\r\n")
         if not text.strip():
             continue
         row = parse_json(text, where=f"{path}:{number}", error=error)

@@ -17,8 +17,10 @@ from dbes.errors import RecordingError
 from dbes.files import write_json
 from dbes.models import LoadedModel
 from dbes.sites import RoutingSite, find_sites, max_positions, score_reason
+from dbes.token_text import TokenText, token_texts
 from dbes.trace import CONTROL, MANIFEST, Trace, TraceWriter, read_manifest
 from dbes.types import PROMPT, RoutingShape, TokenRoutes, storage_dtype
+from dbes.windows import embedding_rows, refuse_unknown, special_tokens, token_ids
 
 SHARD_TOKENS = 65_536
 SHARD_BYTES = 12 * 2**20
@@ -102,14 +104,15 @@ def record_documents(
         TraceError: the folder holds another recording.
     """
     sites = find_sites(loaded.model)
-    before, after = special_tokens(loaded.tokenizer)
+    shape = _shape(sites, documents, domains)
+    texts = _token_ids(loaded, documents)
+    before, after = special_tokens(loaded.tokenizer, [document.text for document in documents])
+    refuse_unknown(np.asarray([*before, *after], int), embedding_rows(loaded.model), loaded.tokenizer, name="special tokens of a text")
     recorder = Recorder(loaded=loaded, sites=sites, before=before, after=after, seed=seed, control=control, stiffness=stiffness)
     limit = max_positions(loaded.model)
     if window < 1 or (limit is not None and limit <= recorder.extra):
         raise RecordingError(f"window: expected at least one token, got {window} (the model has {limit} positions)")
     window = window if limit is None else min(window, limit - recorder.extra)
-    shape = _shape(sites, documents, domains)
-    texts = _token_ids(loaded, documents)
     facts = {**_identity(recorder), **dict(provenance or {}), "window": window, "seed": seed, "control": control, "stiffness": stiffness}
     plan = list(_shards(texts, _bytes_per_token(recorder)))
     batching = find_batching(recorder, texts, window)
@@ -140,7 +143,7 @@ def record_documents(
             target.write(routes, control_routes, last_document=high - 1)
             tally.add(routes)
         seconds = time.perf_counter() - started
-        vocabulary = {int(token): str(loaded.tokenizer.decode([int(token)])) for token in sorted(tally.seen)}
+        vocabulary = token_texts(loaded.tokenizer, sorted(tally.seen))
         trace = target.finish(vocabulary=vocabulary, provenance=tally.facts(sites, stiffness=stiffness))
     return Recording(trace=trace, documents=len(documents), tokens=done - first, seconds=seconds, batching=batching)
 
@@ -152,20 +155,6 @@ def automatic_budget(loaded: LoadedModel, sites: Sequence[RoutingSite]) -> int:
     hidden = getattr(loaded.model.config.get_text_config(), "hidden_size", None) or 1024
     fewest, most = CPU_BATCH_TOKENS
     return min(most, max(fewest, ACTIVATION_BYTES // (4 * hidden * max(site.top_k for site in sites))))
-
-
-def special_tokens(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The ids a tokenizer puts before and after a text of its own accord (found by comparing, never by id)."""
-    probe = "a"
-    bare = list(tokenizer(probe, add_special_tokens=False)["input_ids"])
-    full = list(tokenizer(probe)["input_ids"])
-    for start in range(len(full) - len(bare) + 1):
-        if full[start : start + len(bare)] == bare:
-            return tuple(full[:start]), tuple(full[start + len(bare) :])
-    raise RecordingError(
-        f"{type(tokenizer).__name__}: with special tokens {probe!r} becomes {full}, without {bare}; "
-        "the special tokens it adds cannot be told from the text"
-    )
 
 
 def _identity(recorder: Recorder) -> dict[str, Any]:
@@ -215,14 +204,15 @@ def _sources(documents: Sequence[TextDocument]) -> tuple[str, ...] | None:
 
 
 def _token_ids(loaded: LoadedModel, documents: Sequence[TextDocument]) -> list[np.ndarray]:
-    texts: list[np.ndarray] = []
-    for start in range(0, len(documents), 64):
-        some = documents[start : start + 64]
-        encoded = loaded.tokenizer([document.text for document in some], add_special_tokens=False, verbose=False)["input_ids"]
-        texts.extend(np.asarray(ids, np.int32) for ids in encoded)
-    for document, ids in zip(documents, texts, strict=True):
+    def name(place: int) -> str:
+        return f"document {documents[place].id!r} (domain {documents[place].domain!r})"
+
+    texts = token_ids(loaded.tokenizer, [document.text for document in documents], names=name)
+    rows = embedding_rows(loaded.model)
+    for place, ids in enumerate(texts):
         if not len(ids):
-            raise RecordingError(f"document {document.id!r} (domain {document.domain!r}) has no tokens; give it a text or take it out")
+            raise RecordingError(f"{name(place)} has no tokens; give it a text or take it out")
+        refuse_unknown(ids, rows, loaded.tokenizer, name=name(place))
     return texts
 
 
@@ -364,7 +354,7 @@ class _destination:
             self.control.write(control, last_document=last_document)
         self.writer.write(routes, last_document=last_document)
 
-    def finish(self, *, vocabulary: Mapping[int, str], provenance: Mapping[str, Any]) -> Trace:
+    def finish(self, *, vocabulary: Mapping[int, TokenText], provenance: Mapping[str, Any]) -> Trace:
         if self.writer is None:
             control = None
             if self.kept_control:

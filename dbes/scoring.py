@@ -21,6 +21,7 @@ from dbes.reference import blocks_overlap
 from dbes.results import DomainFacts, ModelFacts, PublishedMetric, RecordingFacts, Result, Specialist, TaskFacts
 from dbes.specialists import SpecialistTable, find_specialists
 from dbes.statistics import RoutingStatistics, count_routes, of_phase
+from dbes.token_text import shown
 from dbes.trace import Trace
 from dbes.types import LOGIT_NOISE, NOISE_SCALES, RoutingShape
 from dbes.uncertainty import domain_ratio, permuted_labels
@@ -259,7 +260,7 @@ def _example_tokens(trace: Trace, cells: np.ndarray, phase: int | None) -> list[
         hits, total = sum(cell.values()), sum(text[domain].values())
         scored = {token: n * np.log((n / hits) / (text[domain][token] / total)) for token, n in cell.items()}
         best = sorted(scored, key=lambda token: (-scored[token], token))[:EXAMPLE_TOKENS]
-        examples.append(tuple(trace.vocabulary.get(token, f"#{token}") for token in best))
+        examples.append(tuple(shown(trace.vocabulary.get(token, f"#{token}")) for token in best))
     return examples
 
 

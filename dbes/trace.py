@@ -1,8 +1,8 @@
 """A trace: the recorded routing of one model over one benchmark, in memory or as a folder of shards.
 
 Folder layout: ``manifest.json`` (what was recorded, and each shard's name, rows and sha256), ``shard-00000.safetensors``...,
-``vocabulary.json`` (text of the token ids that occur; for display only) and, where a random-router control was recorded in
-the same pass, ``control/`` with a trace of the same documents and tokens.
+``vocabulary.json`` (text of the token ids that occur, see `dbes.token_text`; for display only) and, where a random-router control
+was recorded in the same pass, ``control/`` with a trace of the same documents and tokens.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from safetensors.numpy import save as encode_safetensors
 
 from dbes.errors import TraceError
 from dbes.files import write_bytes, write_json, write_text
+from dbes.schema import read_json
+from dbes.token_text import TokenText, as_json, from_json
 from dbes.types import NOISE_SCALES, RoutingShape, TokenRoutes, storage_dtype
 
 TRACE_SCHEMA = 1
@@ -87,14 +89,14 @@ class Trace:
         shape: sizes of the router and domains of the documents.
         provenance: model, revision, tokenizer hash, task fingerprint, dtype, versions, ... as JSON values.
         control: the same tokens through a frozen random router on the same representation, if it was recorded.
-        vocabulary: text of token ids, for display.
+        vocabulary: text of token ids, for display; bytes of those that are only a part of a character.
         path: the folder it lies in, or None when it is in memory only.
     """
 
     shape: RoutingShape
     provenance: Mapping[str, Any] = field(default_factory=dict)
     control: Trace | None = None
-    vocabulary: Mapping[int, str] = field(default_factory=dict)
+    vocabulary: Mapping[int, TokenText] = field(default_factory=dict)
     path: Path | None = None
     entries: tuple[ShardEntry, ...] = ()
     loaded: tuple[TokenRoutes, ...] = ()
@@ -248,12 +250,9 @@ class Trace:
         for entry in manifest.shards:
             if not (folder / entry.name).is_file():
                 raise TraceError(f"{folder / entry.name}: this shard of the trace is missing; record again with --overwrite")
-        vocabulary: dict[int, str] = {}
+        vocabulary: dict[int, TokenText] = {}
         if (folder / VOCABULARY).is_file():
-            try:
-                vocabulary = {int(token): text for token, text in json.loads((folder / VOCABULARY).read_text("utf-8")).items()}
-            except (ValueError, AttributeError) as problem:
-                raise TraceError(f"{folder / VOCABULARY}: cannot be read as JSON ({problem}); it is for display only, remove it") from None
+            vocabulary = from_json(read_json(folder / VOCABULARY, error=TraceError), where=folder / VOCABULARY, error=TraceError)
         return cls(
             shape=manifest.shape,
             provenance=manifest.provenance,
@@ -343,11 +342,10 @@ class TraceWriter:
         self._manifest = self._manifest.model_copy(update={"shards": (*self._manifest.shards, entry)})
         self._save()
 
-    def finish(self, *, vocabulary: Mapping[int, str] | None = None, provenance: Mapping[str, Any] | None = None) -> None:
+    def finish(self, *, vocabulary: Mapping[int, TokenText] | None = None, provenance: Mapping[str, Any] | None = None) -> None:
         """Mark the trace complete; ``provenance`` adds facts known only at the end (counts, seconds are not among them)."""
         if vocabulary:
-            text = json.dumps({str(token): vocabulary[token] for token in sorted(vocabulary)}, ensure_ascii=False)
-            write_text(self.folder / VOCABULARY, text)
+            write_text(self.folder / VOCABULARY, json.dumps(as_json(vocabulary), ensure_ascii=False))
         update: dict[str, Any] = {"complete": True}
         if provenance:
             update["provenance"] = {**self._manifest.provenance, **provenance}

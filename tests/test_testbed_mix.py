@@ -158,10 +158,10 @@ def test_files_are_read_and_their_faults_named(tmp_path):
     path.write_text(json.dumps(good, ensure_ascii=False) + "\n", "utf-8")
     assert read_texts(path)[0].text == good["text"]
     path.write_text(json.dumps(good) + "\n{\n", "utf-8")
-    with pytest.raises(MixError, match="line 2"):
+    with pytest.raises(MixError, match=r"a\.jsonl:2: not JSON"):
         read_texts(path)
     path.write_text(json.dumps({**good, "text": " "}), "utf-8")
     with pytest.raises(MixError, match="no text"):
         read_texts(path)
-    with pytest.raises(MixError, match="cannot be read"):
+    with pytest.raises(MixError, match=r"none\.jsonl: no such file"):
         read_texts(tmp_path / "none.jsonl")

@@ -243,7 +243,7 @@ def claim(folder: Path, content: bytes, **changes: Any) -> None:
         pytest.param(lambda folder: (folder / MANIFEST).write_bytes(b"\xff\xfe"), "cannot be read as JSON", id="manifest that is not text"),
         pytest.param(lambda folder: (folder / MANIFEST).unlink(), "not a trace folder", id="no manifest"),
         pytest.param(lambda folder: edit_manifest(folder, experts=[3, 3, 3]), "out of range", id="ids above the number of experts"),
-        pytest.param(lambda folder: (folder / VOCABULARY).write_text("{"), "cannot be read as JSON", id="vocabulary that is not JSON"),
+        pytest.param(lambda folder: (folder / VOCABULARY).write_text("{"), "vocabulary.json: not JSON", id="vocabulary that is not JSON"),
         pytest.param(lambda folder: edit_manifest(folder, document_domain=[0, 0, 0, 1, 1, 9]), "document_domain", id="unknown domain"),
         pytest.param(lambda folder: edit_manifest(folder, document_ids=["a"]), "document_ids", id="document ids that do not fit"),
         pytest.param(lambda folder: edit_manifest(folder, layers=[1]), "layers", id="layers that do not fit"),

@@ -11,14 +11,20 @@ from typing import Any
 
 from dbes import file_data
 from dbes.benchmark import load_task, read_documents
-from dbes.documents import Document
-from dbes.errors import FinetuneError, TaskError
+from dbes.documents import Document, kind_of, plain_text
+from dbes.errors import FinetuneError
+from dbes.files import read_bytes
+from dbes.schema import parse_json
+from dbes.text import clipped
 
 TASK = "task:"
 TARGET = "data"
 """Name of the target domain when the data is a file."""
 
 HELD_OUT = 0.2
+
+JSON_BYTES = 2**28
+"""Of a .json file, which is read as a whole; a .jsonl file is read line by line."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,7 @@ class Entry:
         segments: (text, whether its tokens count in the loss), in order; empty for a conversation.
         messages: role and content, for the chat template of the tokenizer; loss on the assistant's turns from number ``first`` on.
         item: the multiple-choice question in it, if any.
+        where: file and row it was read from, for messages.
     """
 
     id: str
@@ -47,6 +54,12 @@ class Entry:
     messages: tuple[Mapping[str, Any], ...] = ()
     first: int = 0
     item: Item | None = None
+    where: str = ""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return self.where or f"text {self.id!r}"
 
     @property
     def is_plain(self) -> bool:
@@ -114,12 +127,9 @@ def read_entries(path: Path) -> list[Entry]:
     Raises:
         FinetuneError: missing or empty file, or a row that is neither text, conversation nor prompt with completion.
     """
-    if not path.is_file():
+    if not path.exists():
         raise FinetuneError(f"{path}: there is no such file; give a file, or {TASK}DOMAIN for a domain of the task")
-    try:
-        rows = list(_json_rows(path) if path.suffix == ".json" else file_data.rows(path, None))
-    except TaskError as problem:
-        raise FinetuneError(str(problem)) from None
+    rows = _json_rows(path) if path.suffix == ".json" else file_data.rows(path, None, error=FinetuneError)
     entries = [entry for number, row in rows if (entry := _entry_of_row(row, number, path)) is not None]
     if not entries:
         raise FinetuneError(f"{path}: the data is empty: not one row has a text")
@@ -152,35 +162,71 @@ def _entry_of_document(document: Document) -> Entry:
 
 
 def _entry_of_row(row: Mapping[str, Any], number: int, path: Path) -> Entry | None:
-    where, identity = f"{path}:{number}", str(row.get("id", f"{path.name}:{number}"))
-    source = str(row.get("source_document") or identity)
+    where = f"{path}:{number}"
+
+    def text(value: Any, name: str) -> str:
+        return plain_text(value, name, where, error=FinetuneError)
+
+    given = row.get("id")
+    identity = f"{path.name}:{number}" if given is None else text(given, "id")
+    source = text(row.get("source_document") or identity, "source_document")
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(row.get("messages"), list):
-        return Entry(id=identity, source=source, messages=_messages(row["messages"], where))
+        return Entry(id=identity, source=source, messages=_messages(row["messages"], where), where=where)
     if isinstance(prompt, list) and isinstance(completion, list):
-        return Entry(id=identity, source=source, messages=_messages([*prompt, *completion], where), first=len(prompt))
+        return Entry(id=identity, source=source, messages=_messages([*prompt, *completion], where), first=len(prompt), where=where)
     if isinstance(prompt, str) and isinstance(completion, str):
         if not completion.strip():
             raise FinetuneError(f"{where}: the completion is empty, so there is nothing to learn")
-        item = multiple_choice(prompt, row.get("choices"), completion.strip())
-        return Entry(id=identity, source=source, segments=((prompt, False), (completion, True)), item=item)
+        item = _item(row, prompt, completion.strip(), where)
+        segments = ((text(prompt, "prompt"), False), (text(completion, "completion"), True))
+        return Entry(id=identity, source=source, segments=segments, item=item, where=where)
     if isinstance(row.get("text"), str):
         if not row["text"].strip():
             return None
-        item = multiple_choice(str(row.get("question") or ""), row.get("choices"), row.get("answer"))
-        return Entry(id=identity, source=source, segments=((row["text"], True),), item=item)
+        question = row.get("question")
+        item = _item(row, question if isinstance(question, str) else "", row.get("answer"), where)
+        return Entry(id=identity, source=source, segments=((text(row["text"], "text"), True),), item=item, where=where)
+    named = ["text", "messages", *(("prompt", "completion") if {"prompt", "completion"} <= set(row) else ())]
+    told = ", ".join(f"{name} is {kind_of(row[name])}" for name in named if name in row)
     raise FinetuneError(
-        f"{where}: a row has text, messages, or prompt and completion; this one has {', '.join(map(str, row)) or 'no fields'}"
+        f"{where}: a row has text, messages, or prompt and completion; "
+        + (f"here {told}" if told else f"this one has {clipped(', '.join(map(str, row)), 300) or 'no fields'}")
     )
 
 
+def _item(row: Mapping[str, Any], question: str, answer: Any, where: str) -> Item | None:
+    """The multiple-choice question of a row, if any; its choices are text or numbers."""
+    item = multiple_choice(question, row.get("choices"), answer)
+    if item is not None:
+        plain_text(question, "question", where, error=FinetuneError)
+        for place, choice in enumerate(row["choices"]):
+            plain_text(choice, f"choices[{place}]", where, error=FinetuneError)
+    return item
+
+
 def _messages(rows: Sequence[Any], where: str) -> tuple[Mapping[str, Any], ...]:
-    for row in rows:
+    """Messages whose content is text, whatever a chat template would print for another value."""
+    found = []
+    for place, row in enumerate(rows):
         if not isinstance(row, Mapping) or not isinstance(row.get("role"), str) or "content" not in row:
-            raise FinetuneError(f"{where}: every message has role and content, not {str(row)[:80]!r}")
-    if not any(row["role"] == "assistant" for row in rows):
+            raise FinetuneError(f"{where}: every message has role and content, not {clipped(row)!r}")
+        plain_text(row["role"], f"messages[{place}].role", where, error=FinetuneError)
+        found.append({**row, "content": _content(row, f"messages[{place}].content", where)})
+    if not any(row["role"] == "assistant" for row in found):
         raise FinetuneError(f"{where}: no message has the role assistant, so there is nothing to learn")
-    return tuple(rows)
+    return tuple(found)
+
+
+def _content(row: Mapping[str, Any], name: str, where: str) -> str:
+    """Text; of text in parts, the parts one after the other; nothing where a tool is called instead."""
+    content = row["content"]
+    if content is None and row.get("tool_calls"):
+        return ""
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    if not all(isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts):
+        raise FinetuneError(f"{where}: field {name!r} is {kind_of(content)}, expected text (or a list of parts of type text)")
+    return "".join(plain_text(part["text"], name, where, error=FinetuneError) for part in parts)
 
 
 def multiple_choice(question: str, choices: Any, answer: Any) -> Item | None:
@@ -196,10 +242,7 @@ def multiple_choice(question: str, choices: Any, answer: Any) -> Item | None:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        content = json.loads(path.read_text("utf-8-sig"))
-    except (UnicodeDecodeError, ValueError) as problem:
-        raise FinetuneError(f"{path}: not JSON: {problem}") from None
+    content = parse_json(read_bytes(path, error=FinetuneError, most=JSON_BYTES), where=path, error=FinetuneError)
     if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
         raise FinetuneError(f"{path}: a .json file holds a list of objects; one object per line belongs in a .jsonl file")
     yield from enumerate(content, start=1)

@@ -10,8 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dbes.errors import FinetuneError
+from dbes.errors import FinetuneError, RecordingError
 from dbes.finetuning.data import Entry
+from dbes.text import lone_surrogate
+from dbes.token_text import token_bytes
+from dbes.windows import asked, known_special_tokens, padded, refuse_unknown
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Batch:
         return int(self.counted.sum())
 
 
-def encode(entry: Entry, tokenizer: Any, *, end: bool) -> Sample:
+def encode(entry: Entry, tokenizer: Any, *, end: bool, known: int | None = None) -> Sample:
     """The tokens of an entry.
 
     A conversation is what the chat template renders; the assistant's turns count, with the mark that ends them. A text has the
@@ -55,22 +58,30 @@ def encode(entry: Entry, tokenizer: Any, *, end: bool) -> Sample:
 
     Args:
         end: let the end-of-text token follow a text or completion and count (training); without it, only text counts.
+        known: how many token ids the model knows (`dbes.windows.embedding_rows`); None leaves them unchecked.
 
     Raises:
-        FinetuneError: a conversation, and the tokenizer has no chat template or one that rewrites earlier turns.
+        FinetuneError: a conversation, and the tokenizer has no chat template, one that fails on it, or one that rewrites earlier
+            turns; a token that the model does not know.
     """
     conversation = bool(entry.messages)
     segments = _rendered(entry, tokenizer) if conversation else list(entry.segments)
     before = [] if conversation else _before(tokenizer)
-    ids, marks, first = _tokens(segments, tokenizer)
+    found, problem = asked(lambda: _tokens(segments, tokenizer))
+    if found is None:
+        raise FinetuneError(f"{entry.name}: the tokenizer ({type(tokenizer).__name__}) cannot read it ({problem})")
+    ids, marks, first = found
     last = tokenizer.eos_token_id
     if end and not conversation and last is not None:
         ids, marks = [*ids, last], [*marks, True]
+    whole = np.asarray([*before, *ids], np.int64)
+    if known is not None:
+        refuse_unknown(whole, known, tokenizer, name=entry.name, error=FinetuneError)
     counted = np.asarray([False] * len(before) + marks, bool)
     octets = sum(len(text.encode()) for text, marked in segments if marked)
     if len(counted) and counted[0]:
         counted[0], octets = False, octets - first  # nothing stands before the first token, so it cannot be predicted
-    return Sample(np.asarray([*before, *ids], np.int64), counted, max(octets, 0))
+    return Sample(whole, counted, max(octets, 0))
 
 
 def windows(sample: Sample, length: int) -> list[Sample]:
@@ -98,23 +109,27 @@ def pack(samples: Iterable[Sample], length: int) -> list[Sample]:
     return windows(joined, length)
 
 
-def training_samples(entries: Sequence[Entry], tokenizer: Any, *, length: int, packing: bool) -> list[Sample]:
+def training_samples(
+    entries: Sequence[Entry], tokenizer: Any, *, length: int, packing: bool, known: int | None = None
+) -> list[Sample]:
     """What is trained on: plain texts packed or each in runs of its own; conversations and completions always by themselves.
 
     Raises:
-        FinetuneError: nothing in the data counts.
+        FinetuneError: as `encode`; nothing in the data counts.
     """
-    plain = [encode(entry, tokenizer, end=True) for entry in entries if entry.is_plain]
+    plain = [encode(entry, tokenizer, end=True, known=known) for entry in entries if entry.is_plain]
     found = pack(plain, length) if packing else [part for sample in plain for part in windows(sample, length)]
     for entry in entries:
         if not entry.is_plain:
-            found += windows(encode(entry, tokenizer, end=True), length)
+            found += windows(encode(entry, tokenizer, end=True, known=known), length)
     if not found:
         raise FinetuneError("the data is empty: not one token of it counts in the loss")
     return found
 
 
-def full_rows(entries: Iterable[Entry], tokenizer: Any, *, length: int, tokens: int, rows: int = 8) -> list[Tensor]:
+def full_rows(
+    entries: Iterable[Entry], tokenizer: Any, *, length: int, tokens: int, rows: int = 8, known: int | None = None
+) -> list[Tensor]:
     """Texts one after the other as batches of token ids, int64 [rows, length] each; about ``tokens`` of them, nothing padded.
 
     What is left over is dropped; texts that fill no row at all are one shorter row. No text: no batch.
@@ -123,7 +138,7 @@ def full_rows(entries: Iterable[Entry], tokenizer: Any, *, length: int, tokens: 
     for entry in entries:
         if sum(map(len, kept)) >= tokens:
             break
-        kept.append(encode(entry, tokenizer, end=True).ids)
+        kept.append(encode(entry, tokenizer, end=True, known=known).ids)
     joined = np.concatenate(kept)[: max(tokens, length)] if kept else np.zeros(0, np.int64)
     return cut_rows(joined, length=length, rows=rows)
 
@@ -138,29 +153,22 @@ def cut_rows(ids: np.ndarray, *, length: int, rows: int = 8) -> list[Tensor]:
 
 def collate(samples: Sequence[Sample], *, padding: int) -> Batch:
     """The samples as one batch."""
-    width = max(len(sample.ids) for sample in samples)
-    ids, counted = np.full((len(samples), width), padding, np.int64), np.zeros((len(samples), width), bool)
-    mask = np.zeros((len(samples), width), np.int64)
+    ids, mask = padded([sample.ids for sample in samples], padding=padding)
+    counted = np.zeros(ids.shape, bool)
     for row, sample in enumerate(samples):
-        length = len(sample.ids)
-        ids[row, :length], counted[row, :length], mask[row, :length] = sample.ids, sample.counted, 1
+        counted[row, : len(sample.counted)] = sample.counted
     inputs = {"input_ids": torch.from_numpy(ids)}
     if not mask.all():
         inputs["attention_mask"] = torch.from_numpy(mask)
     return Batch(inputs, torch.from_numpy(counted))
 
 
-def padding_id(tokenizer: Any) -> int:
-    """The token that fills up shorter rows; any will do, since they are masked."""
-    return next((value for value in (tokenizer.pad_token_id, tokenizer.eos_token_id) if value is not None), 0)
-
-
 def _before(tokenizer: Any) -> list[int]:
     """Special tokens the tokenizer puts before a text."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
-    places = [start for start in range(len(whole)) if whole[start : start + len(plain)] == plain]
-    return list(whole[: places[0]]) if places else []
+    try:
+        return list(known_special_tokens(tokenizer)[0])
+    except RecordingError as problem:
+        raise FinetuneError(str(problem)) from None
 
 
 def _tokens(segments: Sequence[tuple[str, bool]], tokenizer: Any) -> tuple[list[int], list[bool], int]:
@@ -168,7 +176,7 @@ def _tokens(segments: Sequence[tuple[str, bool]], tokenizer: Any) -> tuple[list[
     if not getattr(tokenizer, "is_fast", False):
         parts = [(tokenizer(text, add_special_tokens=False)["input_ids"], marked) for text, marked in segments]
         ids = [token for part, _ in parts for token in part]
-        return ids, [marked for part, marked in parts for _ in part], len(tokenizer.decode(ids[:1]).encode())
+        return ids, [marked for part, marked in parts for _ in part], token_bytes(tokenizer, ids[0]) if ids else 0
     text = "".join(part for part, _ in segments)
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     marked_character = np.concatenate([np.full(len(part), marked) for part, marked in segments] or [np.zeros(0, bool)])
@@ -182,7 +190,7 @@ def _rendered(entry: Entry, tokenizer: Any) -> list[tuple[str, bool]]:
     """The conversation as the chat template writes it, cut where the assistant begins and ends to speak."""
     if not getattr(tokenizer, "chat_template", None):
         raise FinetuneError(
-            f"{entry.id}: this is a conversation, and the model's tokenizer has no chat template; "
+            f"{entry.name}: this is a conversation, and the model's tokenizer has no chat template; "
             "use a tokenizer that has one, or give prompt and completion"
         )
     messages, segments, done = list(entry.messages), [], ""
@@ -190,13 +198,25 @@ def _rendered(entry: Entry, tokenizer: Any) -> list[tuple[str, bool]]:
         if message["role"] != "assistant":
             continue
         # a template may refuse to render no message at all
-        opened = tokenizer.apply_chat_template(messages[:place], tokenize=False, add_generation_prompt=True) if place else ""
-        closed = tokenizer.apply_chat_template(messages[: place + 1], tokenize=False)
+        opened = _templated(entry, tokenizer, messages[:place], add_generation_prompt=True) if place else ""
+        closed = _templated(entry, tokenizer, messages[: place + 1])
         if not closed.startswith(opened) or not opened.startswith(done):
             raise FinetuneError(
-                f"{entry.id}: the chat template of this tokenizer rewrites earlier turns, so the assistant's words cannot be found in it; "
-                "give prompt and completion"
+                f"{entry.name}: the chat template of this tokenizer rewrites earlier turns, so the assistant's words cannot be found "
+                "in it; give prompt and completion"
             )
         segments += [(opened[len(done) :], False), (closed[len(opened) :], place >= entry.first)]
         done = closed
     return segments
+
+
+def _templated(entry: Entry, tokenizer: Any, messages: Sequence[Any], **options: Any) -> str:
+    text, problem = asked(lambda: tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    if not isinstance(text, str):
+        raise FinetuneError(
+            f"{entry.name}: the chat template of this tokenizer refuses the conversation "
+            f"({problem or f'it gives {type(text).__name__}, expected text'}); change its messages, or give prompt and completion"
+        )
+    if lone_surrogate(text) is not None:
+        raise FinetuneError(f"{entry.name}: the chat template of this tokenizer writes half of a surrogate pair, which is no character")
+    return text

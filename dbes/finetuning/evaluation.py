@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from dbes.errors import FinetuneError
 from dbes.finetuning.data import Entry, Item
-from dbes.finetuning.encoding import Batch, Sample, collate, encode, padding_id, windows
+from dbes.finetuning.encoding import Batch, Sample, collate, encode, windows
 from dbes.sites import input_device
+from dbes.windows import embedding_rows, padding_id
 
 BATCH_TOKENS = 4096
 
@@ -91,11 +92,16 @@ def _score(
 ) -> DomainScore:
     count, index = (accelerator.num_processes, accelerator.process_index) if accelerator is not None else (1, 0)
     mine = entries[index::count]
-    samples = [part for entry in mine for part in windows(encode(entry, tokenizer, end=False), length)]
-    padding = padding_id(tokenizer)
+    known = embedding_rows(model)
+    samples = [part for entry in mine for part in windows(encode(entry, tokenizer, end=False, known=known), length)]
+    padding = padding_id(tokenizer, known)
     nats = sum((float(losses.double().sum()) for _, losses in _losses(model, padding, samples, batch_tokens)), 0.0)
-    items = [entry.item for entry in mine if entry.item is not None]
-    choices = [choice for item in items for choice in encode_choices(item, tokenizer, length=length)]
+    asking = [entry for entry in mine if entry.item is not None]
+    items = [entry.item for entry in asking if entry.item is not None]
+    choices = [
+        choice for entry, item in zip(asking, items, strict=True)
+        for choice in encode_choices(item, tokenizer, length=length, known=known, where=entry.name)
+    ]  # fmt: skip
     right = right_choices(
         choice_likelihoods(model, choices, padding=padding, batch_tokens=batch_tokens),
         octets=[choice.octets for choice in choices],
@@ -122,15 +128,17 @@ def _score(
     )
 
 
-def encode_choices(item: Item, tokenizer: Any, *, length: int) -> list[Sample]:
+def encode_choices(item: Item, tokenizer: Any, *, length: int, known: int | None = None, where: str = "") -> list[Sample]:
     """The question with every one of its choices, of which only the choice counts; ``octets`` are the bytes of the choice, at least 1.
 
     Args:
         length: tokens at most; a longer question loses its beginning, and so does a choice that is longer by itself.
+        known: see `encode`.
+        where: name of the text that the item is in, for messages.
     """
     question, samples = (item.question.rstrip(), False), []
     for choice in map(str.strip, item.choices):
-        whole = encode(Entry(id="", source="", segments=(question, (f" {choice}", True))), tokenizer, end=False)
+        whole = encode(Entry(id="", source="", where=where, segments=(question, (f" {choice}", True))), tokenizer, end=False, known=known)
         samples.append(_ending(whole, length, octets=len(choice.encode()) or 1))
     return samples
 

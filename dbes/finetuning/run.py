@@ -18,7 +18,7 @@ from torch import Tensor
 from dbes.errors import FinetuneError, PathError
 from dbes.finetuning.cells import TrainableCells
 from dbes.finetuning.data import Data, prepare_data
-from dbes.finetuning.encoding import full_rows, padding_id, training_samples
+from dbes.finetuning.encoding import full_rows, training_samples
 from dbes.finetuning.evaluation import DomainScore, measure, tracked_scores
 from dbes.finetuning.output import base_rows_digest, refuse_occupied, round_rows, save_checkpoint, save_delta, storage_dtype
 from dbes.finetuning.report import FinetuneReport, changes, peak_memory, read_report, versions, write_report
@@ -30,6 +30,7 @@ from dbes.paths.files import read_esft, read_path
 from dbes.paths.types import ExpertPath
 from dbes.pipeline import EMBEDDED_MODEL, EMBEDDED_NAME
 from dbes.sites import find_sites
+from dbes.windows import embedding_rows, padding_id
 
 Say = Callable[[str], None]
 
@@ -89,7 +90,8 @@ def finetune(
         refuse_occupied(out)
     out.mkdir(parents=True, exist_ok=True)
     stored = storage_dtype(where, revision=revision, trust_remote_code=trust_remote_code)
-    samples = training_samples(found.training, loaded.tokenizer, length=settings.seq_len, packing=settings.packing)
+    known = embedding_rows(loaded.model)
+    samples = training_samples(found.training, loaded.tokenizer, length=settings.seq_len, packing=settings.packing, known=known)
 
     def evaluate() -> dict[str, DomainScore]:
         with memory_explained(), accelerator.autocast():
@@ -120,7 +122,7 @@ def finetune(
             cells,
             samples,
             settings,
-            padding=padding_id(loaded.tokenizer),
+            padding=padding_id(loaded.tokenizer, known),
             accelerator=accelerator,
             folder=out,
             identity=identity,
@@ -188,9 +190,8 @@ def protected_texts(data: Data, loaded: LoadedModel, settings: FinetuneSettings)
     if unknown:
         raise FinetuneError(f"--protect-domains {', '.join(unknown)}: other domains of the task are {', '.join(data.elsewhere)}")
     names = settings.protect_domains or tuple(data.elsewhere)
-    return {
-        name: full_rows(data.elsewhere[name], loaded.tokenizer, length=settings.seq_len, tokens=settings.protect_tokens) for name in names
-    }
+    options = {"length": settings.seq_len, "tokens": settings.protect_tokens, "known": embedding_rows(loaded.model)}
+    return {name: full_rows(data.elsewhere[name], loaded.tokenizer, **options) for name in names}
 
 
 def checked_path(paths: str | Path | ExpertPath, loaded: LoadedModel) -> ExpertPath:

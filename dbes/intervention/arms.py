@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dbes.errors import PathError
+from dbes.errors import InterventionError, PathError
 from dbes.finetuning.cells import TrainableCells
 from dbes.intervention.data import SourceText, Texts, tuning_split
 from dbes.intervention.routing import under
@@ -42,6 +42,7 @@ from dbes.paths.types import Cell, ExpertPath
 from dbes.recording import record_documents
 from dbes.testbed.prescribed import Prescribed
 from dbes.trace import Trace, join_traces
+from dbes.windows import token_ids
 
 SEARCH_SEED = 1000
 """Seed of the search for learning rates; no seed of the outcome."""
@@ -84,7 +85,8 @@ def evidence_of(
         for text in own:
             if total >= settings.evidence_tokens:
                 break
-            length = len(loaded.tokenizer(text.text, add_special_tokens=False)["input_ids"])  # pyright: ignore[reportArgumentType]
+            name = f"text {text.id!r} (domain {domain!r})"
+            length = len(token_ids(loaded.tokenizer, [text.text], names=lambda _, name=name: name, error=InterventionError)[0])
             if length:
                 documents.append(text)
                 total += length

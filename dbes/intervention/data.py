@@ -26,6 +26,8 @@ from dbes.intervention.settings import Settings
 from dbes.pipeline import read_benchmark
 from dbes.testbed.mix import is_heldout, read_texts
 from dbes.testbed.mixes import HELDOUT_SHARE, mix_files
+from dbes.token_text import text_bytes
+from dbes.windows import refuse_unknown, token_ids
 
 TASK, MIX = "task:", "mix:"
 TUNING_SHARE = 0.1
@@ -41,6 +43,10 @@ class SourceText:
     source_document: str
     text: str
     item: Item | None = None
+
+    @property
+    def name(self) -> str:
+        return f"text {self.id!r} (domain {self.domain!r})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +160,9 @@ def read_sources(texts: str, domains: Sequence[str], *, cache: Path) -> tuple[Te
             training[name], heldout[name] = _held_out(entries, where=files)
         else:
             training[name], heldout[name] = entries, [_plain(entry, name, paths[1]) for entry in read_entries(Path(paths[1]))]
-            both = {one.source_document for one in training[name]} & {one.source_document for one in heldout[name]}
+            # a text that names no source has its id for one, which is unique only within its file
+            both = {one.source_document for one in training[name] if one.source_document != one.id}
+            both &= {one.source_document for one in heldout[name]}
             both |= {one.text for one in training[name]} & {one.text for one in heldout[name]}
             if both:
                 raise InterventionError(f"{given}: {len(both)} texts or sources are in both files; held-out texts must be others")
@@ -217,42 +225,47 @@ def _plain(entry: Entry, domain: str, path: str) -> SourceText:
     return SourceText(id=entry.id, domain=domain, source_document=entry.source, text=text, item=entry.item)
 
 
-def tokenize(texts: Texts, tokenizer: Any, *, targets: Sequence[str], settings: Settings) -> ExperimentData:
+def tokenize(texts: Texts, tokenizer: Any, *, targets: Sequence[str], settings: Settings, known: int | None = None) -> ExperimentData:
     """The documents an experiment measures and trains on.
 
+    Args:
+        known: how many token ids the model knows (`dbes.windows.embedding_rows`); None leaves them unchecked.
+
     Raises:
-        InterventionError: a domain has too little text.
+        InterventionError: a domain has too little text; a token that the model does not know.
     """
     unknown = sorted(set(settings.protect_domains) - set(texts.domains))
     if unknown:
         raise InterventionError(f"protect_domains {unknown}: the texts have {', '.join(texts.domains)}")
     needed = settings.steps * settings.sequences * settings.length
+    encode = _Encoder(tokenizer, known)
     parts: dict[tuple[str, str], Part] = {}
     items: dict[str, Items] = {}
     for domain in texts.domains:
         target = domain in targets
         wanted = settings.documents if target else settings.other_documents
-        parts[domain, "heldout"] = _cut(texts.heldout[domain], tokenizer, count=wanted, length=settings.length, where=domain)
-        asked = [text.item for text in _in_order(texts.heldout[domain]) if text.item is not None][:wanted]
-        if asked:
-            items[domain] = _items(asked, tokenizer, length=settings.length)
+        parts[domain, "heldout"] = _cut(texts.heldout[domain], encode, count=wanted, length=settings.length, where=domain)
+        asking = [text for text in _in_order(texts.heldout[domain]) if text.item is not None][:wanted]
+        if asking:
+            items[domain] = _items(asking, encode, length=settings.length)
         if target:
             training, tuning = tuning_split(texts.training[domain])
-            parts[domain, "tuning"] = _cut(
-                tuning, tokenizer, count=settings.tuning_documents, length=settings.length, where=domain, least=1
-            )
-            parts[domain, "train"] = _whole(training, tokenizer, tokens=2 * needed)
+            few = settings.tuning_documents
+            parts[domain, "tuning"] = _cut(tuning, encode, count=few, length=settings.length, where=domain, least=1)
+            parts[domain, "train"] = _whole(training, encode, tokens=2 * needed)
             if len(parts[domain, "train"].tokens) < 2 * settings.length:
                 raise InterventionError(f"domain {domain}: fewer than {2 * settings.length} tokens to train on")
         if settings.protects and (domain in settings.protect_domains if settings.protect_domains else domain not in settings.new):
             own = tuning_split(texts.training[domain])[0] if target else texts.training[domain]
-            part = parts[domain, "protected"] = _whole(own, tokenizer, tokens=settings.protect_tokens)
+            part = parts[domain, "protected"] = _whole(own, encode, tokens=settings.protect_tokens)
             if len(part.tokens) < settings.length:
                 raise InterventionError(
                     f"domain {domain}: {len(part.tokens)} tokens to protect it with, fewer than a sequence of {settings.length}; "
                     "raise protect_tokens, or leave it out of protect_domains"
                 )
     boundary = tokenizer.eos_token_id
+    if boundary is not None and known is not None and boundary >= known:
+        boundary = None
     return ExperimentData(
         domains=texts.domains,
         parts=parts,
@@ -287,9 +300,13 @@ def _in_order(texts: Sequence[SourceText]) -> list[SourceText]:
     return sorted(texts, key=lambda text: hashlib.sha256(f"{text.source_document}\0{text.id}".encode()).digest())
 
 
-def _items(items: Sequence[Item], tokenizer: Any, *, length: int) -> Items:
-    """The items, at least one, every question with a choice in ``length`` tokens at most."""
-    samples = [sample for item in items for sample in encode_choices(item, tokenizer, length=length)]
+def _items(texts: Sequence[SourceText], encode: _Encoder, *, length: int) -> Items:
+    """The items of some texts, at least one, every question with a choice in ``length`` tokens at most."""
+    items, samples = [], []
+    for text in texts:
+        if text.item is not None:
+            items.append(text.item)
+            samples += encode_choices(text.item, encode.tokenizer, length=length, known=encode.known, where=text.name)
     return Items(
         tokens=np.concatenate([sample.ids for sample in samples]).astype(np.int32),
         counted=np.concatenate([sample.counted for sample in samples]),
@@ -300,31 +317,41 @@ def _items(items: Sequence[Item], tokenizer: Any, *, length: int) -> Items:
     )
 
 
-def _encode(texts: Sequence[SourceText], tokenizer: Any) -> list[np.ndarray]:
-    return [np.asarray(tokenizer(text.text, add_special_tokens=False)["input_ids"], np.int32) for text in texts]
+@dataclass(frozen=True)
+class _Encoder:
+    """Token ids of a text, int32 [tokens], which the model knows."""
+
+    tokenizer: Any
+    known: int | None
+
+    def __call__(self, text: SourceText) -> np.ndarray:
+        (ids,) = token_ids(self.tokenizer, [text.text], names=lambda _: text.name, error=InterventionError)
+        if self.known is not None:
+            refuse_unknown(ids, self.known, self.tokenizer, name=text.name, error=InterventionError)
+        return ids
 
 
-def _cut(texts: Sequence[SourceText], tokenizer: Any, *, count: int, length: int, where: str, least: int = 2) -> Part:
+def _cut(texts: Sequence[SourceText], encode: _Encoder, *, count: int, length: int, where: str, least: int = 2) -> Part:
     """The beginnings of documents of at least two tokens, spread over sources by a hash."""
     documents = []
     for text in _in_order(texts):
-        ids = _encode([text], tokenizer)[0][:length]
+        ids = encode(text)[:length]
         if len(ids) > 1:
             documents.append(ids)
         if len(documents) == count:
             break
     if len(documents) < least:
         raise InterventionError(f"domain {where}: {len(documents)} held-out documents of two tokens or more, at least {least} are needed")
-    return _part(documents, [len(tokenizer.decode(ids[1:].tolist()).encode()) for ids in documents])
+    return _part(documents, [text_bytes(encode.tokenizer, ids[1:].tolist()) for ids in documents])
 
 
-def _whole(texts: Sequence[SourceText], tokenizer: Any, *, tokens: int) -> Part:
+def _whole(texts: Sequence[SourceText], encode: _Encoder, *, tokens: int) -> Part:
     order = sorted(texts, key=lambda text: hashlib.sha256(text.id.encode()).digest())
     documents, total = [], 0
     for text in order:
         if total >= tokens:
             break
-        documents.append(_encode([text], tokenizer)[0])
+        documents.append(encode(text))
         total += len(documents[-1])
     return _part(documents, [len(text.text.encode()) for text in order[: len(documents)]])
 

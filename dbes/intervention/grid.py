@@ -30,6 +30,7 @@ from dbes.models import load_model, load_weights
 from dbes.paths.files import write_path
 from dbes.pipeline import EMBEDDED_MODEL, EMBEDDED_NAME
 from dbes.testbed.grid import end_with_parent
+from dbes.windows import embedding_rows
 
 EXPERIMENT_SCHEMA = 1
 EXPERIMENT, RUNS, MASKS, DATA, OUTCOME = "experiment.json", "runs", "masks", "data.safetensors", "intervention.json"
@@ -73,7 +74,7 @@ def intervene(
     sources, left_out = routable(sources, prescription)
     if left_out:
         say(f"left out, as the model has no block of experts for them: {', '.join(left_out)}")
-    data = tokenize(sources, loaded.tokenizer, targets=names, settings=settings)
+    data = tokenize(sources, loaded.tokenizer, targets=names, settings=settings, known=embedding_rows(loaded.model))
     for name in names:
         if not [other for other in data.domains if other not in (name, *settings.new)]:
             raise InterventionError(f"domain {name!r}: no other domain is left to measure forgetting on")

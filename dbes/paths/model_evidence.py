@@ -14,8 +14,8 @@ from dbes.models import LoadedModel, load_model
 from dbes.paths.evidence import Evidence
 from dbes.paths.gradients import expert_parameters, gradient_norms, masking_effects
 from dbes.pipeline import EMBEDDED_MODEL, EMBEDDED_NAME, read_benchmark
-from dbes.recording import special_tokens
 from dbes.sites import find_sites, max_positions
+from dbes.windows import embedding_rows, refuse_unknown, special_tokens, token_ids
 
 GRADIENT_TOKENS = 16_384
 """Tokens of each domain for the gradient."""
@@ -72,14 +72,17 @@ def check_model(evidence: Evidence, loaded: LoadedModel) -> None:
 
 def cut_windows(loaded: Any, texts: Sequence[str], *, window: int, tokens: int) -> list[np.ndarray]:
     """Token windows of some texts, with the special tokens before a text; whole texts in order until ``tokens`` are reached."""
-    before, _ = special_tokens(loaded.tokenizer)
+    before, _ = special_tokens(loaded.tokenizer, texts)
     limit = max_positions(loaded.model)
     length = (window if limit is None else min(window, limit)) - len(before)
+    known = embedding_rows(loaded.model)
     windows, total = [], 0
-    for text in texts:
+    for place, text in enumerate(texts):
         if total >= tokens:
             break
-        ids = np.asarray(loaded.tokenizer(text, add_special_tokens=False)["input_ids"], np.int64)[: tokens - total]
+        found = token_ids(loaded.tokenizer, [text], names=lambda _, place=place: f"text {place}", error=PathError)[0]
+        refuse_unknown(found, known, loaded.tokenizer, name=f"text {place}", error=PathError)
+        ids = found.astype(np.int64)[: tokens - total]
         for start in range(0, len(ids), length):
             windows.append(np.concatenate([np.asarray(before, np.int64), ids[start : start + length]]))
         total += len(ids)

@@ -6,7 +6,7 @@ Read from the recorded trace, on whole documents spread evenly over the domains 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from dbes.results import Specialist
 from dbes.statistics import primary_experts
+from dbes.token_text import TokenText, joined, shown
 from dbes.trace import Trace
 from dbes.types import RoutingShape, TokenRoutes
 
@@ -31,6 +32,11 @@ TOKEN_WIDTH = 32
 CONTEXT_SPECIALISTS, CONTEXTS, CONTEXT_REACH = 200, 3, 7
 """Specialists with examples, examples of each, tokens shown on either side."""
 
+CHARACTER_BYTES = 4
+"""Of one character in UTF-8 at most, so over as many tokens."""
+
+JOINERS, EMOJI_TAGS = "\u200c\u200d", (0xE0020, 0xE007F)
+
 MOVES = 10
 """Strongest moves kept for each domain and pair of layers."""
 
@@ -43,22 +49,42 @@ class Sample:
     routes: TokenRoutes
     domain: np.ndarray
     primary: np.ndarray | None
-    vocabulary: dict[int, str]
+    vocabulary: Mapping[int, TokenText]
 
     @property
     def tokens(self) -> int:
         return len(self.routes)
 
-    def text(self, row: int) -> str:
+    def token(self, row: int) -> TokenText:
+        """Text of a row's token; bytes where it is only a part of a character."""
         assert self.routes.token_ids is not None
         token = int(self.routes.token_ids[row])
         return self.vocabulary.get(token, f"#{token}")
 
+    def texts(self, rows: Sequence[int]) -> list[str]:
+        """Text of each of some rows, in the order of a document. A character that several tokens share stands at the first.
+
+        Rows that follow are looked at, so that a character which begins in the last of these is whole.
+        """
+        document, last = self.routes.document, rows[-1] if len(rows) else -1
+        after = [row for row in range(last + 1, min(last + CHARACTER_BYTES, self.tokens)) if document[row] == document[last]]
+        return joined([self.token(row) for row in (*rows, *after)])[: len(rows)]
+
 
 def legible(text: str, width: int = TOKEN_WIDTH) -> str:
-    """Text that cannot disturb what stands around it: control, direction and unassigned characters replaced, shortened."""
-    shown = "".join("�" if unicodedata.category(character)[0] == "C" else character for character in text[: width + 1])
+    """Text that cannot disturb what stands around it: control and direction characters replaced, shortened.
+
+    Joiners are kept, which emoji and several scripts need, and so are characters that are newer than this Python's Unicode.
+    """
+    shown = "".join(character if _is_harmless(character) else "�" for character in text[: width + 1])
     return shown if len(text) <= width else shown[:width] + "…"
+
+
+def _is_harmless(character: str) -> bool:
+    category, code = unicodedata.category(character), ord(character)
+    if category == "Cn":
+        return not (0xFDD0 <= code <= 0xFDEF or code & 0xFFFE == 0xFFFE)
+    return category[0] != "C" or character in JOINERS or EMOJI_TAGS[0] <= code <= EMOJI_TAGS[1]
 
 
 def token_text(text: str) -> str:
@@ -84,7 +110,7 @@ def read_sample(trace: Trace) -> Sample | None:
     routes = TokenRoutes(**{name: np.concatenate([getattr(each, name) for each in parts]) for name in names})
     primary = primary_experts(routes, np.iinfo(routes.ids.dtype).max)
     domain = shape.document_domain[routes.document]
-    return Sample(shape=shape, routes=routes, domain=domain, primary=primary, vocabulary=dict(trace.vocabulary))
+    return Sample(shape=shape, routes=routes, domain=domain, primary=primary, vocabulary=trace.vocabulary)
 
 
 def documents(sample: Sample) -> list[dict[str, Any]]:
@@ -92,6 +118,8 @@ def documents(sample: Sample) -> list[dict[str, Any]]:
 
     ``experts`` and ``weights`` are flat in the order tokens, layers, slots, the heaviest slot first; weights are whole percent
     of the token's gate weight, -1 stands for a slot that did not run. ``weights`` is empty where the trace has none.
+    A character that several tokens share stands at the first and leaves nothing to the others; ``bytes`` are those of such tokens, by
+    place.
     """
     routes, shape = sample.routes, sample.shape
     if routes.token_ids is None or not sample.vocabulary:
@@ -117,7 +145,8 @@ def documents(sample: Sample) -> list[dict[str, Any]]:
             {
                 "id": legible(shape.document_ids[document], 80),
                 "domain": legible(shape.domains[sample.domain[rows[0]]], 60),
-                "tokens": [token_text(sample.text(row)) for row in rows],
+                "tokens": [token_text(text) for text in sample.texts(rows.tolist())],
+                "bytes": {str(place): shown(token) for place, token in enumerate(map(sample.token, rows)) if isinstance(token, bytes)},
                 "experts": ids.reshape(-1).tolist(),
                 "weights": [] if weights is None else _percent(weights).reshape(-1).tolist(),
                 "whole": bool(len(rows) == (routes.document == document).sum()),
@@ -136,7 +165,7 @@ def contexts(sample: Sample | None, specialists: Sequence[Specialist]) -> list[l
     assert token_ids is not None
     written: dict[str, list[int]] = {}
     for token, text in sample.vocabulary.items():
-        written.setdefault(text, []).append(token)
+        written.setdefault(shown(text), []).append(token)
     members = [np.flatnonzero(sample.domain == domain) for domain in range(len(shape.domains))]
     for index, specialist in enumerate(specialists[:CONTEXT_SPECIALISTS]):
         if specialist.layer not in shape.layers or specialist.domain not in shape.domains:
@@ -158,9 +187,10 @@ def contexts(sample: Sample | None, specialists: Sequence[Specialist]) -> list[l
 def _surroundings(sample: Sample, row: int) -> list[str]:
     document = sample.routes.document
     start, stop = max(0, row - CONTEXT_REACH), min(sample.tokens, row + CONTEXT_REACH + 1)
-    before = "".join(token_text(sample.text(near)) for near in range(start, row) if document[near] == document[row])
-    after = "".join(token_text(sample.text(near)) for near in range(row + 1, stop) if document[near] == document[row])
-    return [before, token_text(sample.text(row)), after]
+    near = [place for place in range(start, stop) if document[place] == document[row]]
+    texts = dict(zip(near, map(token_text, sample.texts(near)), strict=True))
+    token = texts[row] or shown(sample.token(row))
+    return ["".join(texts[place] for place in near if place < row), token, "".join(texts[place] for place in near if place > row)]
 
 
 def trajectories(sample: Sample) -> list[list[list[list[float]]]] | None:

@@ -6,9 +6,7 @@ sees the same data, and a resumed run goes on as if it had never stopped.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,8 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from dbes import file_data
+from dbes.documents import kind_of, plain_text
 from dbes.errors import MixError
 from dbes.finetuning.data import Item, multiple_choice
 from dbes.testbed.settings import MixSettings
@@ -110,25 +110,25 @@ def read_texts(path: Path) -> list[Text]:
     are read.
 
     Raises:
-        MixError: unreadable file, a line that is not such an object, an empty text.
+        MixError: unreadable file, a line that is not such an object, an empty text, no texts.
     """
     texts = []
-    try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        # Not splitlines(): texts may hold other separators that it would take for the end of a line.
-        lines = content.decode("utf-8").rstrip("\n").split("\n")
-    except (OSError, EOFError, UnicodeDecodeError) as problem:
-        raise MixError(f"{path}: cannot be read ({problem})") from None
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            item = multiple_choice(str(row.get("question") or ""), row.get("choices"), row.get("answer"))
-            text = Text(id=row["id"], domain=row["domain"], source=row["source_document"], text=row["text"], item=item)
-        except (ValueError, KeyError, TypeError) as problem:
-            raise MixError(f"{path}, line {number}: expected id, domain, text and source_document ({problem!r})") from None
-        if not text.text.strip():
-            raise MixError(f"{path}, line {number}: document {text.id} has no text")
-        texts.append(text)
+    for number, row in file_data.rows(path, "jsonl", error=MixError):
+        where = f"{path}:{number}"
+        fields = {}
+        for name in ("id", "domain", "text", "source_document"):
+            if not isinstance(row.get(name), str):
+                raise MixError(f"{where}: expected id, domain, text and source_document; {name} is {kind_of(row.get(name))}")
+            fields[name] = plain_text(row[name], name, where, error=MixError)
+        question = row.get("question")
+        item = multiple_choice(question if isinstance(question, str) else "", row.get("choices"), row.get("answer"))
+        if not fields["text"].strip():
+            raise MixError(f"{where}: document {fields['id']} has no text")
+        for choice in item.choices if item is not None else ():
+            plain_text(choice, "choices", where, error=MixError)
+        texts.append(Text(id=fields["id"], domain=fields["domain"], source=fields["source_document"], text=fields["text"], item=item))
+    if not texts:
+        raise MixError(f"{path}: no texts in it")
     return texts
 
 

@@ -158,7 +158,7 @@ start((data) => {
       const marked = chosen("t-expert");
       place.replaceChildren(...text.tokens.flatMap((token, i) => {
         const list = lists[i], uses = marked !== "" && list.some(([expert]) => String(expert) === marked);
-        const span = element("span", { class: "t" + (marked === "" ? "" : uses ? " uses" : " faint"), "data-token": i, dir: "auto" }, token);
+        const span = element("span", { class: "t" + (token === "" ? " part" : "") + (marked === "" ? "" : uses ? " uses" : " faint"), "data-token": i, dir: "auto" }, token);
         if (list.length && counts.size) { span.append(element("sub", {}, list[0][0])); span.style.borderBottomColor = colour.get(list[0][0]) ?? "var(--line)"; }
         return token.endsWith("⏎") ? [span, element("br")] : [span];
       }));
@@ -171,7 +171,7 @@ start((data) => {
       const text = data.text[Number(chosen("t-document"))], column = layers.indexOf(Number(chosen("t-layer")));
       if (token < 0) return inspector.replaceChildren(element("span", { class: "small" }, "Choose a token to see its experts and their weights."));
       place.querySelector(`[data-token="${token}"]`)?.classList.add("now");
-      inspector.replaceChildren(element("div", {}, "Token ", element("span", { class: "token", dir: "auto" }, text.tokens[token]), ` at layer ${layers[column]}, position ${token}:`),
+      inspector.replaceChildren(element("div", {}, "Token ", element("span", { class: "token", dir: "auto" }, text.tokens[token] || text.bytes[token]), text.tokens[token] && text.bytes[token] ? `, of which it is ${text.bytes[token]},` : "", ` at layer ${layers[column]}, position ${token}:`),
         element("ul", { class: "weights" }, ...used(text, token, column).map(([expert, weight]) => { const bar = element("i"); bar.style.width = `${Math.max(2, (weight ?? 0) * 0.9)}px`; return element("li", {}, ...(weight === null ? [] : [bar]), `expert ${expert}` + (weight === null ? "" : ` · ${weight} %`)); })));
     };
     for (const type of ["mouseover", "click"]) place.addEventListener(type, (event) => { const token = event.target.closest("[data-token]"); if (token) inspect(Number(token.dataset.token)); });
@@ -182,7 +182,7 @@ start((data) => {
       inspect(Math.max(0, Math.min(data.text[Number(chosen("t-document"))].tokens.length - 1, now + by)));
       place.querySelector(".now")?.scrollIntoView({ block: "nearest" });
     });
-    addFigure("text", null, () => [], () => { const text = data.text[Number(chosen("t-document"))]; return text.tokens.flatMap((token, i) => layers.flatMap((layer, column) => used(text, i, column).map(([expert, weight]) => ({ document: text.id, domain: text.domain, position: i, token, layer, expert, weight_percent: weight })))); });
+    addFigure("text", null, () => [], () => { const text = data.text[Number(chosen("t-document"))]; return text.tokens.flatMap((token, i) => layers.flatMap((layer, column) => used(text, i, column).map(([expert, weight]) => ({ document: text.id, domain: text.domain, position: i, token: token || text.bytes[i], layer, expert, weight_percent: weight })))); });
     ["t-document", "t-layer", "t-expert"].forEach((id) => onChange(id, show));
     document.addEventListener("theme", show);
     show();
