@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -167,6 +168,21 @@ def task_fingerprint(task: Task, documents: Sequence[Document]) -> str:
         row = [document.id, document.domain, document.source_document, document.text]
         digest.update(json.dumps(row, ensure_ascii=True).encode() + b"\n")
     return digest.hexdigest()
+
+
+def task_facts(task: Task, reading: Reading) -> dict[str, Any]:
+    """What identifies a task that was read: name, version, fingerprint; separability where it can be told, and a note on what is odd."""
+    found: dict[str, Any] = {"name": task.name, "version": task.version, "fingerprint": task_fingerprint(task, reading.documents)}
+    accuracy = separability(reading.documents)
+    if not math.isnan(accuracy):
+        found["separability"] = accuracy
+    notes = []
+    if any(document.stand_in for document in reading.documents):
+        notes.append("the hub could not be reached: the EMBEDDED sample was read in place of this task")
+    if reading.without_text:
+        told = ", ".join(f"{domain} {count:,}" for domain, count in reading.without_text.items())
+        notes.append(f"rows without text were left out: {told}")
+    return {**found, "note": "; ".join(notes)} if notes else found
 
 
 def separability(documents: Sequence[Document], seed: int = 0) -> float:

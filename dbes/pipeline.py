@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dbes.benchmark import Document, Task, load_task, read_documents, separability, task_fingerprint
+from dbes.benchmark import Document, Task, load_task, read_task, task_facts
 from dbes.errors import DbesError, ModelError, ResultError, TraceError
 from dbes.results import RESULT_FILE, ModelFacts, RecordingFacts, Result, TaskFacts, load_result
 from dbes.scoring import score_tables
@@ -150,16 +150,8 @@ def read_benchmark(tasks: str | Path, *, limit: int | None = None, embedded_fall
         TaskError: unknown task, or one that cannot be used.
     """
     task = load_task(tasks)
-    documents = tuple(read_documents(task, limit=limit, embedded_fallback=embedded_fallback))
-    facts: dict[str, Any] = {
-        "name": task.name,
-        "version": task.version,
-        "fingerprint": task_fingerprint(task, documents),
-        "separability": separability(documents),
-    }
-    if any(document.stand_in for document in documents):
-        facts["note"] = "the hub could not be reached: the EMBEDDED sample was read in place of this task"
-    return Benchmark(task=task, documents=documents, facts=facts)
+    reading = read_task(task, limit=limit, embedded_fallback=embedded_fallback)
+    return Benchmark(task=task, documents=reading.documents, facts=task_facts(task, reading))
 
 
 def result_folder(output_path: str | Path, name: str, revision: str, task: str, *, limit: int | None = None) -> Path:
