@@ -38,7 +38,7 @@ def token_text_of(tokenizer: Any, token: int) -> TokenText:
             return whole if whole is not None else content
     if not isinstance(text, str):
         text = piece if isinstance(piece, str) and piece else f"<{token}>"
-    elif isinstance(piece, str) and piece.startswith("▁") and text and text == piece[1:].replace("▁", " "):
+    elif isinstance(piece, str) and piece.startswith("▁") and text == piece[1:].replace("▁", " "):
         text = " " + text  # decoders of this kind take the space from the beginning of what they decode
     return text.encode("utf-8", "replace").decode()
 
@@ -130,9 +130,7 @@ def _written(parts: Sequence[str | int]) -> list[str]:
 
 def as_json(vocabulary: Mapping[int, TokenText]) -> dict[str, Any]:
     """Texts as strings, bytes as ``{"bytes": "e4b8"}``."""
-    return {
-        str(token): text if isinstance(text := vocabulary[token], str) else {"bytes": text.hex()} for token in sorted(vocabulary)
-    }
+    return {str(token): text if isinstance(text := vocabulary[token], str) else {"bytes": text.hex()} for token in sorted(vocabulary)}
 
 
 def from_json(content: Any, *, where: Path, error: type[DbesError]) -> dict[int, TokenText]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -11,13 +12,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dbes import hub_data
+from dbes import file_data, hub_data
 from dbes.benchmark import (
     Document,
     list_tasks,
     load_task,
     read_documents,
+    read_task,
     separability,
+    task_facts,
     task_fingerprint,
 )
 from dbes.documents import template_fields
@@ -197,6 +200,120 @@ def test_bad_content_names_file_and_line(folder, content, told):
     assert told in problem(folder, TWO)
 
 
+@pytest.mark.parametrize(
+    ("row", "fields", "told"),
+    [
+        pytest.param({"text": None}, "", "field 'text' is null (id 1)", id="null text"),
+        pytest.param({"text": ["x"]}, "", "field 'text' is a list, expected text", id="text is a list"),
+        pytest.param({"text": "a \ud83d"}, "", r"field 'text' holds half of a surrogate pair (\ud83d at character 2)", id="surrogate"),
+        pytest.param({"text": "a", "id": "\udc00"}, "", "field 'id' holds half of a surrogate pair", id="surrogate in an id"),
+        pytest.param({"text": "a", "choices": ["x", "\udc00"]}, "", "field 'choices[1]' holds half", id="surrogate in a choice"),
+        pytest.param({"text": "a", "source_document": "\udc00"}, "", "field 'source_document' holds half", id="surrogate in a source"),
+        pytest.param({"text": "a", "id": {"a": 1}}, "", "field 'id' is an object", id="id is an object"),
+        pytest.param({"text": "a", "id": " "}, "", "field 'id' is empty", id="empty id"),
+        pytest.param({"text": "a", "synthetic": "false"}, "", "field 'synthetic' is 'false', expected true or false", id="no truth value"),
+        pytest.param({"q": "a", "c": None}, "template: '{q} {c}'", "field 'c' is null", id="null in a template"),
+        pytest.param({"q": {"a": 1}}, "template: '{q}'", "field 'q' is an object", id="object in a template"),
+        pytest.param({"q": [["a"]]}, "template: '{q}'", "field 'q[0]' is a list", id="list of lists in a template"),
+        pytest.param({"q": [None]}, "template: '{q}'", "field 'q[0]' is null", id="list with null in a template"),
+        pytest.param({"q": True}, "template: '{q}'", "field 'q' is bool", id="truth value in a template"),
+        pytest.param({"q": "", "c": " "}, "template: 'Q: {q} {c}'", "is empty", id="template with nothing in it"),
+        pytest.param({"text": "a", "c": {"text": ["x"]}}, "choices_fields: [c]", "field 'c' is an object, expected a list", id="choices"),
+        pytest.param({"text": "a", "c": {"x": 1}}, "answer_field: c", "field 'c' is an object", id="answer is an object"),
+    ],
+)
+def test_fields_that_are_no_text_are_named_by_row(folder, row, fields, told):
+    (folder / "a.jsonl").write_text(json.dumps(row) + "\n", "utf-8")
+    message = problem(folder, TWO.replace("files: [a.jsonl]", f"files: [a.jsonl], {fields}" if fields else "files: [a.jsonl]"))
+    assert f"a.jsonl:1: {told}" in message or (f"{folder / 'a.jsonl'}:1: " in message and told in message)
+    assert "\n" not in message
+
+
+def test_numbers_and_lists_of_text_are_text_in_a_template(folder):
+    rows(folder / "a.jsonl", {"q": 3, "c": ["x", 2.5], "id": None, "answer": {"not": "named"}, "source_document": 7})
+    text = TWO.replace("files: [a.jsonl]", "files: [a.jsonl], template: '{q}: {c}'")
+    document = read_documents(load_task(written(folder, text)))[0]
+    assert document == Document("a/a.jsonl:1", "a", "3: x\n2.5", source_document="7")
+
+
+def test_ids_are_unique_within_their_file(folder):
+    for name in "ab":
+        rows(folder / f"{name}.jsonl", *({"id": number, "text": f"{name} {number}"} for number in range(2)))
+    (folder / "c").mkdir()
+    rows(folder / "c" / "a.jsonl", {"id": "own", "text": "x"})
+    rows(folder / "c" / "b.jsonl", {"text": "no id"}, {"id": 0, "text": "y"})
+    text = TWO.replace("[b.jsonl]", "[b.jsonl, c/a.jsonl, c/b.jsonl]")
+    documents = read_documents(load_task(written(folder, text)))
+    assert [document.id for document in documents] == [
+        "a/a.jsonl:0", "a/a.jsonl:1", "b/b.jsonl:0", "b/b.jsonl:1", "own", "b/c/b.jsonl:1", "b/c/b.jsonl:0",
+    ]  # fmt: skip
+    assert [document.id for document in read_documents(load_task(written(folder, text)), limit=1)] == ["a/a.jsonl:0", "b/b.jsonl:0"]
+    rows(folder / "b.jsonl", {"id": 1, "text": "x"}, {"id": 2, "text": "z"}, {"id": 1, "text": "y"})
+    told = problem(folder, text)
+    assert f"{folder / 'b.jsonl'}:3: id '1' is given twice" in told and f"first at {folder / 'b.jsonl'}:1" in told
+
+
+def test_default_ids_of_files_of_one_name_are_told_apart(folder):
+    for name in ("x", "y"):
+        (folder / name).mkdir()
+        rows(folder / name / "train.jsonl", {"text": name})
+    documents = read_documents(load_task(written(folder, TWO.replace("[a.jsonl]", "['*/train.jsonl']"))))
+    assert [document.id for document in documents][:2] == ["a/x/train.jsonl:1", "a/y/train.jsonl:1"]
+
+
+def test_what_is_no_regular_file_is_refused(folder):
+    os.mkfifo(folder / "pipe.jsonl")
+    (folder / "folder.jsonl").mkdir()
+    assert "this is a pipe, socket or device" in problem(folder, TWO.replace("a.jsonl", "pipe.jsonl"))
+    assert "this is a folder" in problem(folder, TWO.replace("a.jsonl", "folder.jsonl"))
+    assert "no name of a file" in problem(folder, TWO.replace("[a.jsonl]", "['**x']"))
+    (folder / "data").mkdir()
+    hub = TWO.replace("files: [a.jsonl]", "dataset: ./data, split: train, revision: main")
+    os.mkfifo(folder / "data" / "train.parquet")
+    assert "train.parquet is a pipe, socket or device" in problem(folder, hub)
+    (folder / "data" / "train.parquet").unlink()
+    assert "cannot be read" in problem(folder, hub) and "Log in" not in problem(folder, hub)
+    assert "is no folder" in problem(folder, hub.replace("./data", "./none"))
+
+
+def test_files_are_read_within_bounds(folder, monkeypatch):
+    (folder / "n.jsonl.gz").write_bytes(gzip.compress(b"\n" * (file_data.BLANK_LINES + 100)))
+    assert "lines are empty; this is no file of JSON lines" in problem(folder, TWO.replace("a.jsonl", "n.jsonl.gz"))
+    monkeypatch.setattr(file_data, "ROW_BYTES", 1000)
+    (folder / "l.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' + b" " * 5000))
+    assert "l.jsonl.gz:2: a line of more than 1,000 bytes" in problem(folder, TWO.replace("a.jsonl", "l.jsonl.gz"))
+    (folder / "t.txt.gz").write_bytes(gzip.compress(b"x" * 5000))
+    assert "one text of more than 1,000 bytes" in problem(folder, TWO.replace("a.jsonl", "t.txt.gz"))
+    monkeypatch.setattr(file_data, "FILE_BYTES", 30)
+    assert "more than 30 bytes" in problem(folder, TWO)
+    monkeypatch.setattr(file_data, "FILE_BYTES", 10_000)
+    monkeypatch.setattr(file_data, "ROWS", 1)
+    assert "more than 1 rows" in problem(folder, TWO)
+    limited = load_task(written(folder, TWO))
+    assert len(read_documents(limited, limit=1)) == 2, "what is beyond the limit is not read"
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "told"),
+    [
+        pytest.param('{"text": "a"}\n'.encode("utf-16"), "x.jsonl", "it looks like UTF-16", id="UTF-16"),
+        pytest.param("text".encode("utf-16-le"), "x.txt", "holds NUL characters", id="UTF-16 without a mark"),
+        pytest.param(b'{"text": "a", "n": NaN}\n', "x.jsonl", "x.jsonl:1: not strict JSON", id="NaN"),
+        pytest.param(b"[" * 10_000, "x.jsonl", "x.jsonl:1: nested more than 64 deep", id="deep"),
+        pytest.param(gzip.compress(b'{"text": "a"}\n')[:-5], "x.jsonl.gz", "damaged gzip", id="cut gzip"),
+    ],
+)
+def test_files_of_another_kind_are_told_in_a_line(folder, content, name, told):
+    (folder / name).write_bytes(content)
+    message = problem(folder, TWO.replace("a.jsonl", name))
+    assert told in message and "\n" not in message
+
+
+def test_line_ends_and_marks_of_windows_are_no_text(folder):
+    (folder / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"id": 1, "text": "x"}\r\n\r\n{"id": 2, "text": "y"}\r\n')
+    assert [document.text for document in read_documents(load_task(written(folder, TWO)))][:2] == ["x", "y"]
+
+
 def test_damaged_archives(folder):
     (folder / "a.jsonl.gz").write_bytes(b"no gzip")
     assert "damaged gzip" in problem(folder, TWO.replace("a.jsonl", "a.jsonl.gz"))
@@ -286,6 +403,29 @@ def test_full_task_reads_the_true_columns(hub):
     assert by_name["finance"].text == "How much?\n| a | b |\n| 1 | 2 |"
     assert by_name["software_engineering"].answer == "diff"
     assert by_name["general"].id == "h1"
+
+
+def test_hub_rows_without_text_are_left_out_and_counted(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    for name, texts in (("a", ["one", None, "", "two"]), ("b", ["three", "four", "five"])):
+        (tmp_path / name).mkdir()
+        pd.DataFrame({"text": texts, "number": range(len(texts))}).to_parquet(tmp_path / name / "train.parquet")
+    text = """
+        name: t
+        version: 1
+        domains:
+          a: {dataset: ./a, split: train, revision: main, id_field: number}
+          b: {dataset: ./b, split: train, revision: main, id_field: number}
+    """
+    task = load_task(written(tmp_path, text))
+    reading = read_task(task)
+    assert [document.id for document in reading.documents] == ["a/0", "a/3", "b/0", "b/1", "b/2"]
+    assert reading.without_text == {"a": 2}
+    assert task_facts(task, reading)["note"] == "rows without text were left out: a 2"
+    pd.DataFrame({"q": ["x", "y"], "c": ["z", None]}).to_parquet(tmp_path / "a" / "train.parquet")
+    changed = text.replace("id_field: number}", "template: '{q} {c}'}", 1)
+    with pytest.raises(TaskError, match=r"data set './a' row 1: field 'c' is null"):
+        read_documents(load_task(written(tmp_path, changed)))
 
 
 def test_hub_errors(hub):

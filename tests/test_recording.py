@@ -229,6 +229,49 @@ def test_more_tokens_than_positions_are_cut_into_windows_of_one_document() -> No
     np.testing.assert_array_equal(routes.positions, np.arange(len(document.text)))
 
 
+def lent(tokenizer: Any) -> LoadedModel:
+    """The tiny OLMoE with another tokenizer."""
+    return replace(loaded_model(), tokenizer=tokenizer)
+
+
+def test_padding_beyond_the_embedding_changes_nothing() -> None:
+    tokenizer = character_tokenizer()
+    rows = loaded_model().model.get_input_embeddings().num_embeddings
+    tokenizer.add_tokens([f"<extra {index}>" for index in range(rows - len(tokenizer))])
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id == rows
+    documents = written()
+    expected, found = record("olmoe", documents), record_documents(lent(tokenizer), documents, domains=("a", "b"), window=40)
+    assert np.array_equal(joined(expected.trace).ids, joined(found.trace).ids)
+
+
+def test_a_token_beyond_the_embedding_is_named_before_any_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = character_tokenizer()
+    rows = loaded_model().model.get_input_embeddings().num_embeddings
+    tokenizer.add_tokens([f"<extra {index}>" for index in range(rows - len(tokenizer))])
+    tokenizer.add_tokens(["<|tool|>"])
+    monkeypatch.setattr("dbes.recording.find_batching", lambda *_: pytest.fail("a forward"))
+    documents = [*written(), Document("long", "b", "ab<|tool|>")]
+    told = rf"document 'long' \(domain 'b'\): token '<\|tool\|>' \(id {rows}, at position 2\) is beyond"
+    with pytest.raises(RecordingError, match=told):
+        record_documents(lent(tokenizer), documents, domains=("a", "b"), window=40)
+    with pytest.raises(RecordingError, match=r"document 'half' \(domain 'a'\): the tokenizer .*half of a surrogate pair"):
+        record("olmoe", [Document("half", "a", "x \ud83d"), *written()])
+
+
+def test_a_decode_that_fails_does_not_lose_the_recording(tmp_path: Path) -> None:
+    class Strange(Exception):
+        pass
+
+    class Mute(type(character_tokenizer())):
+        def decode(self, *_: Any, **__: Any) -> str:
+            raise Strange("no")
+
+    tokenizer = Mute(tokenizer_object=character_tokenizer().backend_tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    trace = record_documents(lent(tokenizer), [Document("x", "a", "ab")], domains=("a", "b"), window=40, output_path=tmp_path).trace
+    assert set(Trace.load(tmp_path).vocabulary.values()) == {"a", "b"} == set(trace.vocabulary.values())
+
+
 def test_special_tokens_are_told_by_place_not_by_id() -> None:
     assert special_tokens(character_tokenizer()) == ((1,), ())
     assert special_tokens(character_tokenizer(special=False)) == ((), ())

@@ -172,17 +172,37 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     assert not any("\u202e" in name for name in shown["domains"])
 
 
+def test_characters_over_several_tokens_are_shown_as_the_character() -> None:
+    text = "中文 😀 é"
+    trace = simulated_trace()
+    (routes,) = trace.loaded
+    assert routes.token_ids is not None
+    tokens = {256 + byte: bytes([byte]) if byte > 127 else chr(byte) for byte in text.encode()}
+    ids = routes.token_ids.copy()
+    rows = np.flatnonzero(routes.document == 0)
+    ids[rows] = np.resize([256 + byte for byte in text.encode()], len(rows))
+    changed = replace(trace, loaded=(replace(routes, token_ids=ids),), vocabulary={**trace.vocabulary, **tokens})
+    sample = read_sample(changed)
+    assert sample is not None
+    shown = documents(sample)[0]
+    assert "".join(shown["tokens"]).startswith(text) and "\ufffd" not in "".join(shown["tokens"])
+    assert shown["tokens"][:4] == ["中", "", "", "文"]
+    assert {place: shown["bytes"][place] for place in "012"} == {"0": "<E4>", "1": "<B8>", "2": "<AD>"} and "6" not in shown["bytes"]
+    assert shown["whole"] or len("".join(shown["tokens"]).encode()) >= len(shown["tokens"]), "the last character is whole"
+
+
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
         ("plain", "plain"),
+        ("👨\u200d👩\U0001fae8", "👨\u200d👩\U0001fae8"),
         ("a\u202eb\u2066c", "a�b�c"),
         ("\x00\x1b[31m", "��[31m"),
         ("line\nend\t", "line⏎end⇥"),
         ("x" * 10_000_000, "x" * 32 + "…"),
         ("\ud800", "�"),
     ],
-    ids=["plain", "direction marks", "control", "line end", "ten megabytes", "lone surrogate"],
+    ids=["plain", "joined and new emoji", "direction marks", "control", "line end", "ten megabytes", "lone surrogate"],
 )
 def test_token_text_is_legible(text: str, shown: str) -> None:
     assert token_text(text) == shown

@@ -165,6 +165,60 @@ def test_rows_that_cannot_serve_are_refused(tmp_path, content, message):
         read_entries(tmp_path / "rows.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": None}, "here text is null"),
+        ({"text": ["x"]}, "here text is a list"),
+        ({"text": "a \ud83d"}, "field 'text' holds half of a surrogate pair"),
+        ({"text": "a", "id": {}}, "field 'id' is an object"),
+        ({"prompt": "a", "completion": None}, "here prompt is text, completion is null"),
+        ({"prompt": "\ud83d", "completion": "b"}, "field 'prompt' holds half"),
+        ({"messages": "x"}, "here messages is text"),
+        ({"messages": [{"role": "assistant", "content": None}]}, r"field 'messages\[0\].content' is null, expected text"),
+        ({"messages": [{"role": "assistant", "content": {"a": 1}}]}, r"messages\[0\].content' is an object"),
+        ({"messages": [{"role": "assistant", "content": [{"type": "image"}]}]}, r"messages\[0\].content' is a list"),
+        ({"messages": [{"role": "assistant", "content": "\udc00"}]}, r"messages\[0\].content' holds half"),
+        ({"text": "t", "question": "q", "choices": ["x", {"y": 1}], "answer": 0}, r"field 'choices\[1\]' is an object"),
+    ],
+)
+def test_fields_that_are_no_text_are_named_by_row(tmp_path, row, message):
+    with pytest.raises(FinetuneError, match=rf"rows\.jsonl:1: .*{message}"):
+        read_entries(lines(tmp_path / "rows.jsonl", [row]))
+
+
+def test_text_in_parts_and_calls_of_tools_are_text(tmp_path):
+    parts = [{"type": "text", "text": "on"}, {"type": "text", "text": "e"}]
+    rows = [{"role": "assistant", "content": parts}, {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}]
+    (entry,) = read_entries(lines(tmp_path / "rows.jsonl", [{"messages": rows}]))
+    assert [message["content"] for message in entry.messages] == ["one", ""]
+
+
+@pytest.mark.parametrize(
+    ("template", "cause"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "TemplateError: roles must alternate"),
+        ("{{ messages + 1 }}", "TypeError"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{{ unknown.field.deeper }}", "UndefinedError"),
+        ("{% for %}", "TemplateSyntaxError"),
+    ],
+)
+def test_a_chat_template_that_fails_is_named_by_row(tmp_path, template, cause):
+    (entry,) = read_entries(lines(tmp_path / "rows.jsonl", [{"messages": CHAT}]))
+    with pytest.raises(FinetuneError, match=rf"rows\.jsonl:1: the chat template .* refuses the conversation \({cause}"):
+        encode(entry, chat_tokenizer(template), end=True)
+
+
+def test_tokens_that_the_model_does_not_know_are_named_by_row(tmp_path):
+    tokenizer = character_tokenizer()
+    tokenizer.add_tokens(["<|tool|>"])
+    (entry,) = read_entries(lines(tmp_path / "rows.jsonl", [{"text": "a<|tool|>"}]))
+    assert len(encode(entry, tokenizer, end=True, known=100).ids) == 4
+    with pytest.raises(FinetuneError, match=r"rows\.jsonl:1: token '<\|tool\|>' \(id 99, at position 2\) is beyond"):
+        training_samples([entry], tokenizer, length=8, packing=True, known=99)
+
+
 def test_files_that_cannot_serve_are_refused(tmp_path):
     with pytest.raises(FinetuneError, match="no such file; give a file, or task:DOMAIN"):
         read_entries(tmp_path / "missing.jsonl")
