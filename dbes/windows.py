@@ -17,7 +17,7 @@ from dbes.text import clipped, lone_surrogate
 PROBES = ("a", "A b", "0", "1.5", "the", ".", "é", "中文", "न", "😀", "<", "_", "\n")
 """Texts by which special tokens are found, besides tokens of the vocabulary and given texts: whatever the tokenizer knows of them."""
 
-VOCABULARY_PROBES, TEXT_PROBES = 64, 16
+VOCABULARY_PROBES, TEXT_PROBES, PROBE_CHARACTERS = 64, 16, 1000
 BATCH = 64
 
 Answer = TypeVar("Answer")
@@ -52,7 +52,7 @@ def token_ids(
             found.extend(np.asarray(ids, np.int32) for ids in together)
             continue
         for place, text in enumerate(some, start):
-            ids, problem = asked(lambda text=text: tokenizer(text, add_special_tokens=False)["input_ids"])
+            ids, problem = asked(lambda text=text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
             if ids is None:
                 if (at := lone_surrogate(text)) is not None:
                     problem = f"half of a surrogate pair at character {at}, which is no character"
@@ -78,8 +78,8 @@ def special_tokens(tokenizer: Any, texts: Sequence[str] = ()) -> Sides:
     different: set[tuple[int, ...]] = set()
     given = [texts[place] for place in np.linspace(0, len(texts) - 1, min(len(texts), TEXT_PROBES)).astype(int)] if texts else []
     for probe in (*given, *PROBES, *_pieces(tokenizer)):
-        bare, _ = asked(lambda probe=probe: list(tokenizer(probe, add_special_tokens=False)["input_ids"]))
-        full, _ = asked(lambda probe=probe: list(tokenizer(probe)["input_ids"]))
+        bare, _ = asked(lambda probe=probe: list(tokenizer(probe[:PROBE_CHARACTERS], add_special_tokens=False, verbose=False)["input_ids"]))
+        full, _ = asked(lambda probe=probe: list(tokenizer(probe[:PROBE_CHARACTERS], verbose=False)["input_ids"]))
         if not bare or full is None:
             continue
         firsts.add(bare[0])

@@ -174,11 +174,11 @@ def _before(tokenizer: Any) -> list[int]:
 def _tokens(segments: Sequence[tuple[str, bool]], tokenizer: Any) -> tuple[list[int], list[bool], int]:
     """Ids, marks, and the bytes of the first token."""
     if not getattr(tokenizer, "is_fast", False):
-        parts = [(tokenizer(text, add_special_tokens=False)["input_ids"], marked) for text, marked in segments]
+        parts = [(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], marked) for text, marked in segments]
         ids = [token for part, _ in parts for token in part]
         return ids, [marked for part, marked in parts for _ in part], token_bytes(tokenizer, ids[0]) if ids else 0
     text = "".join(part for part, _ in segments)
-    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     marked_character = np.concatenate([np.full(len(part), marked) for part, marked in segments] or [np.zeros(0, bool)])
     # a token that reaches from a prompt into its completion holds some of it, so it counts
     marks = [bool(marked_character[start:stop].any()) for start, stop in found["offset_mapping"]]
