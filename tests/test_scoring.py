@@ -317,7 +317,7 @@ def test_one_document_per_domain_gives_values_without_interval_and_no_claim() ->
         assert record.value > 0 and math.isnan(record.ci_low) and math.isnan(record.ci_high)
         assert record.p == 1.0
     assert result.specialists == ()
-    assert result.verdict.startswith("No specialization")
+    assert result.verdict.startswith("Too few texts to tell; the smallest possible p is 1 (1 source text in each of 3 domains)")
 
 
 def test_all_experts_chosen_leaves_routing_metrics_undefined() -> None:
