@@ -52,7 +52,7 @@ def read_texts(trace: Trace, *, phase: int | None = None) -> Texts:
     for part in (shape.domains, shape.document_domain.tolist(), () if numbered else shape.document_ids, shape.document_source or ()):
         data.update(f"{len(part)}:".encode() + "\0".join(map(str, part)).encode("utf-8", "backslashreplace"))
     units = shape.units
-    texts: dict[int, "hashlib._Hash"] = {}
+    texts: dict[int, hashlib._Hash] = {}
     known = prompted = False
     for routes in trace.with_columns("token_ids", "phase"):
         if routes.token_ids is None:

@@ -149,7 +149,8 @@ def _warnings(statistics: RoutingStatistics, facts: Mapping[str, DomainFacts], d
     sizes = list(zip(shape.layers, shape.experts, shape.top_k, strict=True))
     crowded = [layer for layer, experts, k in sizes if blocks_overlap(len(shape.domains), experts, k)]
     if crowded and len(shape.domains) > 1:
-        yield f"fewer than domains x k experts at {counted(len(crowded), 'layer')}: the ideal router's expert blocks overlap, its scores are below 1"
+        where = counted(len(crowded), "layer")
+        yield f"fewer than domains x k experts at {where}: the ideal router's expert blocks overlap, its scores are below 1"
     full = [layer for layer, experts, k in sizes if experts <= k]
     if full:
         where = f"layer {full[0]}" if len(full) == 1 else f"layers {full}"
@@ -197,13 +198,13 @@ def _published(statistics: RoutingStatistics) -> dict[str, Any]:
     }
     ngrams = statistics.ngrams
     nothing = np.full((len(shape.domains), len(shape.layers)), np.nan)
-    for name, counted in (("ngram_ratio", "alike"), ("ngram_group_ratio", "grouped")):
+    for name, counts in (("ngram_ratio", "alike"), ("ngram_group_ratio", "grouped")):
         found[name] = {}
         for index, size in enumerate(metrics.NGRAM_SIZES):
             ratio = nothing
             if ngrams is not None:
-                counts = getattr(ngrams, counted)[..., index]
-                ratio = domain_ratio(counts, ngrams.windows[..., index], shape.document_domain, len(shape.domains))
+                counts_of_size = getattr(ngrams, counts)[..., index]
+                ratio = domain_ratio(counts_of_size, ngrams.windows[..., index], shape.document_domain, len(shape.domains))
             found[name][size] = _by_layer(ratio, shape)
     return found
 
