@@ -10,6 +10,9 @@ from dbes.results import Result
 
 SIGNIFICANCE = 0.05
 
+DOUBTFUL = "Nothing should be concluded from them: there are too few different texts to tell"
+"""Stands beside specialists of a result that cannot tell anything from chance."""
+
 EXACT = 40.0
 """Logarithm of the number of labelings up to which it is counted exactly."""
 
@@ -74,13 +77,20 @@ def smallest_p(result: Result, metric: str = "specialization", domain: str | Non
 
 
 def cannot_tell(result: Result, metric: str = "specialization", domain: str | None = None) -> bool:
-    """Whether no outcome could have been significant, so that "not above chance" would say nothing about the router."""
-    return smallest_p(result, metric, domain) > SIGNIFICANCE
+    """Whether no outcome could have been significant, so that "not above chance" would say nothing about the router.
+
+    Nothing is said of one domain either where nothing could be found in all of them together.
+    """
+    return _least(result, metric, domain) > SIGNIFICANCE
 
 
 def why_not(result: Result, metric: str = "specialization", domain: str | None = None) -> str:
     """Why nothing could have been significant: too few texts, or too few permutations. Only where ``cannot_tell``."""
     permutations = result.settings.get("permutations")
-    least = smallest_p(result, metric, domain)
+    least = _least(result, metric, domain)
     by_draws = isinstance(permutations, int) and permutations > 0 and math.isclose(least, 1 / (1 + permutations))
     return f"too few {'permutations' if by_draws else 'texts'} to tell; the smallest possible p is {least:.2g}"
+
+
+def _least(result: Result, metric: str, domain: str | None) -> float:
+    return max(smallest_p(result, metric, domain), smallest_p(result, metric))

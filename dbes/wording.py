@@ -42,7 +42,7 @@ def plus_minus(low: float | None, high: float | None) -> str:
     """Half the width of an interval of shares, in percentage points, `` ±1.2``; empty where an end is unknown."""
     if low is None or high is None or not math.isfinite(high - low):
         return ""
-    return f" ±{share((high - low) / 2).removesuffix('%')}"
+    return f" ±{100 * (high - low) / 2:.1f}"
 
 
 def p_cell(p: float | None) -> str:
@@ -75,3 +75,9 @@ def span(numbers: list[int]) -> str:
     """The smallest and the largest of some whole numbers: ``3``, ``3 to 5``."""
     low, high = min(numbers), max(numbers)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def task_words(name: str, version: int | None, fingerprint: str | None) -> str:
+    """A task by name, version and fingerprint, as far as they are known."""
+    known = f", version {version}" if version is not None else ""
+    return f"{name}{known}, {'no fingerprint' if fingerprint is None else f'fingerprint {fingerprint}'}"

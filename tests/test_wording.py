@@ -41,7 +41,7 @@ def test_intervals_have_two_known_ends_or_none() -> None:
     assert shares(0.01, 0.2, sign=True) == "+1.0% to +20.0%"
     assert shares(NAN, 0.2) == shares(0.1, None) == "–"
     assert plus_minus(0.1, 0.2) == " ±5.0" and plus_minus(NAN, NAN) == plus_minus(None, 0.1) == ""
-    assert plus_minus(0.1, 0.1002) == " ±0.01"
+    assert plus_minus(0.1, 0.1002) == " ±0.0"
 
 
 @pytest.mark.parametrize(

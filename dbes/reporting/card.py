@@ -6,10 +6,10 @@ from dbes.reporting.charts import HEADLINE, METRICS
 from dbes.reporting.compare import model_score
 from dbes.reporting.export import markdown_cell
 from dbes.reporting.page import command
-from dbes.resolution import cannot_tell, why_not
+from dbes.resolution import DOUBTFUL, cannot_tell, why_not
 from dbes.results import Result
 from dbes.verdict import current_verdict
-from dbes.wording import p_cell, share, shares
+from dbes.wording import p_cell, share, shares, task_words
 
 STRONGEST = 8
 
@@ -31,8 +31,9 @@ def card_section(result: Result) -> str:
         )
     lines += ["", "0 % is what shuffling the documents' domain labels gives, 100 % a router that gives each domain experts of its own.", ""]
     if cannot_tell(result):
-        lines += [f"No p can be below 0.05 here: {why_not(result)}.", ""]
+        lines += [f"The p-values say nothing here: {why_not(result)}.", ""]
     if result.specialists:
+        lines += [f"Specialists. {DOUBTFUL}.", ""] if cannot_tell(result) else []
         lines += ["| Domain | Layer | Expert | Lift | 95 % interval | q |", "| --- | --- | --- | --- | --- | --- |"]
         for each in result.specialists[:STRONGEST]:
             interval = f"{each.lift_low:.2f} to {each.lift_high:.2f}"
@@ -41,8 +42,7 @@ def card_section(result: Result) -> str:
         lines.append("")
     task = result.task
     lines += [
-        f"Task {markdown_cell(task.name)}, version {task.version}, fingerprint {markdown_cell(task.fingerprint)}; "
-        f"dtype {markdown_cell(result.model.dtype)}; "
+        f"Task {markdown_cell(task_words(task.name, task.version, task.fingerprint), 400)}; dtype {markdown_cell(result.model.dtype)}; "
         f"dbes {markdown_cell(result.environment.get('dbes'))}; {result.created[:10]}.",
         "",
         "```",

@@ -22,7 +22,7 @@ from dbes.resolution import cannot_tell, why_not
 from dbes.results import Result
 from dbes.scoring import REPLICATED
 from dbes.tables import spreadsheet_safe
-from dbes.wording import p_cell, share, shares
+from dbes.wording import p_cell, share, shares, task_words
 
 NAME_WIDTH = 80
 
@@ -78,7 +78,7 @@ def entry_row(entry: Entry, comparison: Comparison) -> dict[str, Any]:
 def entry_note(entry: Entry, metric: str) -> str | None:
     """What a reader of the table must know of a result: why it has no rank, and whether its scores could be told from chance."""
     notes = [entry.problem] if entry.problem else []
-    if model_score(entry.result, metric) is not None and cannot_tell(entry.result, metric):
+    if cannot_tell(entry.result, metric):
         notes.append(f"whether its score is above chance: {why_not(entry.result, metric)}")
     return "; ".join(notes) or None
 
@@ -243,8 +243,9 @@ def hub_entries(result: Result, *, dataset: str) -> str:
             continue
         record = result.record(metric)
         interval = "" if math.isnan(record.score_low) else f"95 % interval {record.score_low:.4f} to {record.score_high:.4f}; "
+        fingerprint = None if result.task.fingerprint is None else result.task.fingerprint[:12]
         notes = (
-            f"{interval}task {result.task.name} v{result.task.version} {str(result.task.fingerprint)[:12]}; "
+            f"{interval}task {task_words(result.task.name, result.task.version, fingerprint)}; "
             f"dtype {result.model.dtype}; dbes {result.environment.get('dbes')}"
         )
         entries.append(

@@ -15,7 +15,7 @@ from dbes.reporting.export import entry_note, entry_row, phase_rows, published_r
 from dbes.reporting.page import columns, render
 from dbes.reporting.text_view import legible
 from dbes.scoring import REPLICATED
-from dbes.wording import p_cell, plus_minus, share, shares
+from dbes.wording import p_cell, plus_minus, share, shares, task_words
 
 CURVE_FIELDS = ("score", "score_low", "score_high", "control")
 PAIRED_MODELS = 24
@@ -135,7 +135,9 @@ def render_terminal(comparison: Comparison, paired: Sequence[Difference] = (), *
 
 def _score_table(comparison: Comparison) -> Table:
     task = comparison.entries[0].result.task if comparison.entries else None
-    title = "" if task is None else f"Task {legible(task.name, 60)}, version {task.version}, fingerprint {str(task.fingerprint)[:12]}"
+    title = ""
+    if task is not None:
+        title = f"Task {task_words(legible(task.name, 60), task.version, None if task.fingerprint is None else task.fingerprint[:12])}"
     table = Table(title=Text(title), title_justify="left", title_style="italic", header_style="bold")
     table.add_column("Rank")
     table.add_column("Model", overflow="fold")

@@ -25,7 +25,7 @@ from dbes.errors import ResultError
 from dbes.files import write_text
 from dbes.reporting import charts
 from dbes.reporting.text_view import Sample, contexts, documents, legible, read_sample, token_text, trajectories
-from dbes.resolution import cannot_tell, why_not
+from dbes.resolution import DOUBTFUL, cannot_tell, why_not
 from dbes.results import CalibratedRecord, Result, load_result
 from dbes.tables import MATRICES, USAGE
 from dbes.trace import MANIFEST, Trace
@@ -127,6 +127,7 @@ def render_page(
         headline=[_tile(result, metric) for metric in charts.HEADLINE],
         facts=provenance(result),
         published=published_rows(result),
+        doubtful=DOUBTFUL if cannot_tell(result) else "",
         command=command(result),
         citation=CITATION % version("dbes"),
         has=payload["has"],
@@ -270,7 +271,7 @@ def provenance(result: Result) -> list[tuple[str, str]]:
         ("Model", model.name), ("Revision", model.revision), ("Family", model.family),
         ("Experts", ", ".join(f"{experts} per layer, top-{k}" for experts, k in sizes)), ("MoE layers", len(model.layers)),
         ("Parameters", None if model.parameters is None else f"{model.parameters:,}"), ("dtype", model.dtype),
-        ("Task", f"{task.name}, version {task.version}"), ("Task fingerprint", task.fingerprint),
+        ("Task", task.name if task.version is None else f"{task.name}, version {task.version}"), ("Task fingerprint", task.fingerprint),
         ("Separability by words alone", None if math.isnan(task.separability) else f"{share(task.separability)} of documents"),
     ]  # fmt: skip
     if recording is not None:

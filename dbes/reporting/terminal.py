@@ -12,7 +12,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from dbes.resolution import SIGNIFICANCE, cannot_tell, why_not
+from dbes.resolution import DOUBTFUL, SIGNIFICANCE, cannot_tell, why_not
 from dbes.results import CalibratedRecord, Result, Specialist
 from dbes.verdict import current_verdict
 from dbes.wording import counted, p_cell, plus_minus, share
@@ -141,6 +141,8 @@ def _specialist_table(result: Result) -> Table:
         f"Specialists: {counts.get('specialists', len(result.specialists)):,} of {counts.get('tests', 0):,} (layer, expert, domain) tests "
         f"at 5 % false discoveries, in both halves of the documents; the strongest {SPECIALISTS_PER_DOMAIN} of each domain"
     )
+    if cannot_tell(result):
+        title += f". {DOUBTFUL}"
     table = Table(title=title, title_justify="left", title_style="italic", header_style="bold")
     for heading in ("Domain", "Layer", "Expert", "Lift", "95 % interval", "Share", "q"):
         table.add_column(heading, justify="left" if heading == "Domain" else "right")
@@ -184,15 +186,21 @@ def _footnotes(result: Result) -> Text:
 
 def _marks(result: Result) -> str:
     """What the marks before scores mean; a test that nothing could have passed says nothing against a router."""
+    above = f"· marks scores not above chance (p > {SIGNIFICANCE})"
     if cannot_tell(result):
-        return f"? marks scores that could not be told from chance, whatever the router does ({why_not(result)})"
-    return f"· marks scores not above chance (p > {SIGNIFICANCE})"
+        return f"{above}; ? marks scores that could not be told from chance, whatever the router does ({why_not(result)})"
+    metrics = [metric for metric, _ in COLUMNS]
+    if any(cannot_tell(result, metric, domain) for metric in metrics for domain in (None, *result.task.domains)):
+        return f"{above}, ? those of which too few texts can tell nothing (smallest possible p above {SIGNIFICANCE})"
+    return above
 
 
 def _score(result: Result, record: CalibratedRecord) -> Text:
     if math.isnan(record.score):
         return Text("–", style="dim")
-    text = share(record.score) + plus_minus(record.score_low, record.score_high)
+    # digits beyond the first decimal say nothing where the score may as well be chance
+    score = round(record.score, 3) if record.p > SIGNIFICANCE else record.score
+    text = share(score) + plus_minus(record.score_low, record.score_high)
     if math.isnan(record.p):
         return Text(text)
     if cannot_tell(result, record.metric, record.domain):

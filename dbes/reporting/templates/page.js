@@ -42,7 +42,7 @@ const percent = (value, digits = 1) => {
   return (value > 0 ? "<" : ">-") + (10 ** -(digits + 2)).toFixed(digits + 2) + " %";
 };
 const small = (value) => (value === null || value === undefined ? "–" : value < 0.001 ? "< 0.001" : value.toFixed(value > 0.05 && value < 0.0505 ? 4 : 3));
-const half = (low, high) => (low === null || high === null || low === undefined ? "" : ` ±${percent((high - low) / 2).replace(" %", "")}`);
+const half = (low, high) => (low === null || high === null || low === undefined ? "" : ` ±${(50 * (high - low)).toFixed(1)}`);
 
 // ---- theme
 
