@@ -38,6 +38,9 @@ STABILITY_SCALE = NOISE_SCALES.index(1e-2)
 
 SIGNIFICANCE = 0.05
 
+NO_SPAN = 1e-9
+"""An ideal router this close to chance differs from it by rounding only: a score relative to it would be noise over noise."""
+
 Z95 = 1.959963984540054
 
 
@@ -155,7 +158,7 @@ def _domain_estimate(metric: str, sources: _Sources, cells: Callable[[DomainScor
     value, draws, without, ideal = (with_means(cells(each))[..., last, :] for each in scores)
     chance = draws.mean(axis=0) if len(draws) else np.full(value.shape, np.nan)
     with np.errstate(invalid="ignore", divide="ignore"):
-        span = np.where(np.abs(ideal - chance) > 0, ideal - chance, np.nan)
+        span = np.where(np.abs(ideal - chance) > NO_SPAN, ideal - chance, np.nan)
     return Estimate(
         metric=metric,
         value=value,

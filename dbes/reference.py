@@ -43,7 +43,13 @@ def ideal_trace(shape: RoutingShape, tokens: np.ndarray, *, seed: int) -> Trace:
 
 
 def baseline_trace(
-    shape: RoutingShape, tokens: np.ndarray, *, router: Router, seed: int, token_ids: np.ndarray | None = None
+    shape: RoutingShape,
+    tokens: np.ndarray,
+    *,
+    router: Router,
+    seed: int,
+    token_ids: np.ndarray | None = None,
+    phase: np.ndarray | None = None,
 ) -> Trace:
     """A router without a model, on documents of the given lengths.
 
@@ -52,7 +58,7 @@ def baseline_trace(
         tokens: [documents], tokens of each document.
         router: ``reference`` draws inside the domain's block; ``uniform`` among all experts; ``collapsed`` always takes experts
             0..k-1; ``hash`` takes k experts fixed by the token id (needs ``token_ids``).
-        token_ids: int [tokens], in order of documents.
+        token_ids, phase: int [tokens], in order of documents.
     """
     document = np.repeat(np.arange(len(tokens), dtype=np.int32), tokens)
     positions = (np.arange(len(document)) - np.repeat(np.cumsum(tokens) - tokens, tokens)).astype(np.int32)
@@ -77,7 +83,7 @@ def baseline_trace(
             for index, block in enumerate(expert_blocks(len(shape.domains), experts, k)):
                 rows = np.flatnonzero(domain == index)
                 ids[rows, column, :k] = _choices(len(rows), block, k, rng)
-    routes = TokenRoutes(ids=ids, document=document, positions=positions, weights=weights, token_ids=token_ids)
+    routes = TokenRoutes(ids=ids, document=document, positions=positions, weights=weights, token_ids=token_ids, phase=phase)
     return Trace(shape=shape, provenance={"model": f"{router} router", "seed": seed}, loaded=(routes,))
 
 
@@ -85,12 +91,16 @@ def imitate(trace: Trace, router: Router, *, seed: int) -> Trace:
     """The documents, tokens and sizes of a trace, routed by a router without a model."""
     tokens = np.zeros(len(trace.shape.document_domain), np.int64)
     ids: list[np.ndarray] = []
+    phases: list[np.ndarray] = []
     for routes in trace:
         tokens += np.bincount(routes.document, minlength=len(tokens))
         if routes.token_ids is not None:
             ids.append(routes.token_ids)
+        if routes.phase is not None:
+            phases.append(routes.phase)
     token_ids = np.concatenate(ids) if ids else None
-    made = baseline_trace(trace.shape, tokens, router=router, seed=seed, token_ids=token_ids)
+    phase = np.concatenate(phases) if phases else None
+    made = baseline_trace(trace.shape, tokens, router=router, seed=seed, token_ids=token_ids, phase=phase)
     about = {key: trace.provenance[key] for key in ("task", "tokenizer") if key in trace.provenance}
     return replace(made, provenance={**made.provenance, **about}, vocabulary=trace.vocabulary)
 

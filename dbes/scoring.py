@@ -5,20 +5,19 @@ Nothing here needs a model, so the same code scores recordings of dbes, traces f
 
 from __future__ import annotations
 
-import platform
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 
 from dbes import companions, metrics
 from dbes.estimates import Estimate, calibrated_records, estimate_all, reference_scores
+from dbes.facts import PHASES, Texts, environment, model_facts, read_texts, require_phase, task_facts
 from dbes.reference import blocks_overlap
-from dbes.results import DomainFacts, ModelFacts, PublishedMetric, RecordingFacts, Result, Specialist, TaskFacts
+from dbes.results import DomainFacts, PublishedMetric, RecordingFacts, Result, Specialist
 from dbes.specialists import SpecialistTable, find_specialists
 from dbes.statistics import RoutingStatistics, count_routes, of_phase
 from dbes.token_text import shown
@@ -26,8 +25,7 @@ from dbes.trace import Trace
 from dbes.types import LOGIT_NOISE, NOISE_SCALES, RoutingShape
 from dbes.uncertainty import domain_ratio, permuted_labels
 from dbes.verdict import verdict
-
-PHASES = {None: "all", 0: "prompt", 1: "generated"}
+from dbes.wording import counted
 
 REPLICATED = ("specialization", "der", "domain_isolation", "stiffness", "ngram_expertise_2")
 """Metrics whose delete-one-document scores are kept, so that models can be compared on the same documents."""
@@ -69,7 +67,7 @@ def score(trace: Trace, *, permutations: int = 1000, seed: int = 0, phase: int |
         phase: score only tokens of this phase (0 prompt, 1 generated); None scores all.
 
     Raises:
-        TraceError: the trace is incomplete, altered or inconsistent.
+        TraceError: the trace is incomplete, altered or inconsistent, or holds no token of the phase.
     """
     return score_tables(trace, permutations=permutations, seed=seed, phase=phase).result
 
@@ -77,9 +75,12 @@ def score(trace: Trace, *, permutations: int = 1000, seed: int = 0, phase: int |
 def score_tables(trace: Trace, *, permutations: int = 1000, seed: int = 0, phase: int | None = None) -> Scores:
     """As ``score``, and the expert tables and matrices as arrays."""
     shape = trace.shape
-    counted = count_routes(trace, phase=phase)
-    statistics = counted.by_unit()
-    sample = companions.sample_routes(trace, counted.tokens, phase=phase)
+    require_phase(trace, phase)
+    counts = count_routes(trace, phase=phase)
+    statistics = counts.by_unit()
+    texts = read_texts(trace, phase=phase)
+    task = task_facts(trace, counts, texts)
+    sample = companions.sample_routes(trace, counts.tokens, phase=phase)
     # A document without tokens (of this phase) says nothing: counted as one, it would move the jackknife and the null.
     used = np.flatnonzero(statistics.tokens > 0) if statistics.tokens.any() else np.arange(len(statistics.tokens))
     statistics = statistics.take(used)
@@ -101,16 +102,19 @@ def score_tables(trace: Trace, *, permutations: int = 1000, seed: int = 0, phase
     result = Result(
         status="ok",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        model=_model_facts(trace),
-        task=_task_facts(trace, counted),
-        environment=_environment(trace),
+        model=model_facts(trace),
+        task=task,
+        environment=environment(trace),
         settings={"permutations": permutations, "seed": seed, "phase": PHASES[phase], "control": trace.control is not None},
-        recording=RecordingFacts(documents=int((counted.tokens > 0).sum()), tokens=int(counted.tokens.sum())),
-        warnings=(*_warnings(statistics), *_small_sample_warnings(statistics, estimates.by_metric["specialization"])),
+        recording=RecordingFacts(documents=int((counts.tokens > 0).sum()), tokens=int(counts.tokens.sum())),
+        warnings=(
+            *_warnings(statistics, task.domains, texts.distinct),
+            *_small_sample_warnings(statistics, estimates.by_metric["specialization"]),
+        ),
         published=_published(statistics),
         calibrated=tuple(records),
         specialists=tuple(_specialist_records(table, trace, phase)),
-        companions=_companions(statistics, table, sample, trace, seed=seed),
+        companions=_companions(statistics, table, sample, trace, texts, seed=seed),
     )
     arrays = {"similarity": _similarity(statistics)}
     if sample is not None:
@@ -125,23 +129,33 @@ def score_tables(trace: Trace, *, permutations: int = 1000, seed: int = 0, phase
     )
 
 
-def _warnings(statistics: RoutingStatistics) -> Iterator[str]:
+def _warnings(statistics: RoutingStatistics, facts: Mapping[str, DomainFacts], distinct: Mapping[str, int]) -> Iterator[str]:
     shape = statistics.shape
     if len(shape.domains) == 1:
         yield "one domain only: specialization, effective rank and domain isolation compare domains and are undefined"
-    documents = np.bincount(shape.document_domain[statistics.tokens > 0], minlength=len(shape.domains))
-    for domain, count in zip(shape.domains, documents, strict=True):
-        if count == 0:
+    for domain, found in facts.items():
+        texts = distinct.get(domain, found.sources)
+        if found.sources == 0:
             yield f"domain {domain!r} has no tokens: its values, and all that compare it with other domains, are NaN"
-        elif count == 1:
+        elif found.documents == 1:
             yield f"domain {domain!r} has one document only: values without interval"
+        elif found.sources == 1:
+            yield f"domain {domain!r} has one source text only, cut into {found.documents:,} documents: values without interval"
+        elif texts < found.sources:
+            words = "is one text, repeated" if texts == 1 else f"has {texts:,} different texts"
+            yield (
+                f"domain {domain!r} {words} in {counted(found.documents, 'document')}: copies are no further evidence, but intervals "
+                "and p count them and are too small"
+            )
     sizes = list(zip(shape.layers, shape.experts, shape.top_k, strict=True))
     crowded = [layer for layer, experts, k in sizes if blocks_overlap(len(shape.domains), experts, k)]
     if crowded and len(shape.domains) > 1:
-        yield f"fewer than domains x k experts at {len(crowded)} layers: the ideal router's expert blocks overlap, its scores are below 1"
+        where = counted(len(crowded), "layer")
+        yield f"fewer than domains x k experts at {where}: the ideal router's expert blocks overlap, its scores are below 1"
     full = [layer for layer, experts, k in sizes if experts <= k]
     if full:
-        yield f"every expert is used by every token at layers {full}: nothing is chosen there, values are NaN"
+        where = f"layer {full[0]}" if len(full) == 1 else f"layers {full}"
+        yield f"every expert is used by every token at {where}: nothing is chosen there, values are NaN"
     if statistics.ngrams is None:
         yield "the trace has no gate weights: the primary expert is unknown, n-gram values are NaN"
     if not statistics.stiffness.kept_count.any():
@@ -185,13 +199,13 @@ def _published(statistics: RoutingStatistics) -> dict[str, Any]:
     }
     ngrams = statistics.ngrams
     nothing = np.full((len(shape.domains), len(shape.layers)), np.nan)
-    for name, counted in (("ngram_ratio", "alike"), ("ngram_group_ratio", "grouped")):
+    for name, counts in (("ngram_ratio", "alike"), ("ngram_group_ratio", "grouped")):
         found[name] = {}
         for index, size in enumerate(metrics.NGRAM_SIZES):
             ratio = nothing
             if ngrams is not None:
-                counts = getattr(ngrams, counted)[..., index]
-                ratio = domain_ratio(counts, ngrams.windows[..., index], shape.document_domain, len(shape.domains))
+                counts_of_size = getattr(ngrams, counts)[..., index]
+                ratio = domain_ratio(counts_of_size, ngrams.windows[..., index], shape.document_domain, len(shape.domains))
             found[name][size] = _by_layer(ratio, shape)
     return found
 
@@ -277,7 +291,13 @@ def _similarity(statistics: RoutingStatistics) -> np.ndarray:
 
 
 def _companions(
-    statistics: RoutingStatistics, table: SpecialistTable, sample: companions.TokenSample | None, trace: Trace, *, seed: int
+    statistics: RoutingStatistics,
+    table: SpecialistTable,
+    sample: companions.TokenSample | None,
+    trace: Trace,
+    texts: Texts,
+    *,
+    seed: int,
 ) -> dict[str, Any]:
     shape = statistics.shape
     experts, top_k = np.asarray(shape.experts), np.asarray(shape.top_k)
@@ -323,7 +343,7 @@ def _companions(
         "ngram": _ngram_companions(statistics),
         "slots_without_expert": dict(trace.provenance.get("slots_without_expert", {})),
     }
-    return found
+    return found | ({"distinct_texts": dict(texts.distinct)} if texts.distinct else {})
 
 
 def _first_tokens(sample: companions.TokenSample) -> companions.TokenSample:
@@ -378,50 +398,3 @@ def _plain(values: Any) -> Any:
         return [_plain(value) for value in values]
     number = values.item() if hasattr(values, "item") else values
     return None if isinstance(number, float) and not np.isfinite(number) else number
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Facts
-
-
-def _model_facts(trace: Trace) -> ModelFacts:
-    shape, about = trace.shape, trace.provenance
-    return ModelFacts(
-        name=str(about.get("model", "unnamed")),
-        revision=about.get("revision"),
-        family=about.get("family"),
-        layers=shape.layers,
-        experts=shape.experts,
-        top_k=shape.top_k,
-        parameters=about.get("parameters"),
-        dtype=about.get("dtype"),
-    )
-
-
-def _environment(trace: Trace) -> dict[str, str | None]:
-    """What can change a score besides model and task: where and with which versions it was recorded and scored."""
-    about = trace.provenance
-    recorded = {key: str(about[key]) for key in ("device", "attention", "experts_implementation") if key in about}
-    recorded |= {f"recorded_with_{name}": str(number) for name, number in about.get("versions", {}).items()}
-    return {**recorded, "dbes": version("dbes"), "numpy": np.__version__, "python": platform.python_version()}
-
-
-def _task_facts(trace: Trace, statistics: RoutingStatistics) -> TaskFacts:
-    shape = statistics.shape
-    about = trace.provenance.get("task") or {}
-    domains = {
-        domain: DomainFacts(
-            documents=int(((shape.document_domain == index) & (statistics.tokens > 0)).sum()),
-            sources=len(np.unique(shape.units[(shape.document_domain == index) & (statistics.tokens > 0)])),
-            tokens=int(statistics.tokens[shape.document_domain == index].sum()),
-        )
-        for index, domain in enumerate(shape.domains)
-    }
-    return TaskFacts(
-        name=str(about.get("name", "unnamed")),
-        version=about.get("version"),
-        fingerprint=about.get("fingerprint"),
-        domains=domains,
-        separability=about.get("separability", float("nan")),
-        note=about.get("note"),
-    )

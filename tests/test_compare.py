@@ -7,7 +7,10 @@ import io
 import json
 import math
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,6 +19,7 @@ import simulate
 import yaml
 from report_results import simulated_trace, write_result
 from rich.console import Console
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
@@ -26,6 +30,7 @@ from dbes.reporting import export
 from dbes.reporting.card import card_section
 from dbes.reporting.check import check_folder
 from dbes.reporting.compare import (
+    Comparison,
     Difference,
     Entry,
     Replicates,
@@ -191,6 +196,66 @@ def test_other_tasks_stand_apart_with_the_reason(copied: Path, update: dict, rea
     found = compare([copied])
     assert [entry.label for entry in found.entries] == ["model-2", "model-0"]
     assert [(each.name, each.reason) for each in found.apart] == [("model-1", reason)]
+
+
+@pytest.fixture
+def imported(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a result of routing that was recorded elsewhere: documents are known by number unless something else is given."""
+
+    def write(name: str, *, words: int | None = None, ids: tuple[str, ...] | None = None, **task: Any) -> Path:
+        made = simulated_trace(seed=len(name), documents=6, layers=2, model=name)
+        about = {"model": name, "task": {"name": "mine", **task}}
+        routes = made.loaded[0]
+        token_ids = None if words is None else np.random.default_rng(words).integers(0, 50, len(routes)).astype(np.int32)
+        shape = replace(made.shape, document_ids=ids or tuple(map(str, range(24))))
+        trace = replace(made, shape=shape, provenance=about, control=None, loaded=(replace(routes, token_ids=token_ids),))
+        return write_result(tmp_path / name, trace, keep_trace=False, permutations=20)
+
+    return write
+
+
+def test_numbers_of_documents_do_not_make_unrelated_recordings_comparable(imported: Callable[..., Path]) -> None:
+    found = compare([imported("a"), imported("bb")])
+    assert [entry.label for entry in found.entries] == ["a"] and found.pairs == ()
+    assert found.apart[0].name == "bb" and "no fingerprint of its data" in found.apart[0].reason
+    found = compare([imported("ccc"), imported("dddd", words=1), imported("eeeee", words=1)])
+    assert {entry.label for entry in found.entries} == {"dddd", "eeeee"} and len(found.pairs) == 1
+    assert "no fingerprint of its data" in found.apart[0].reason
+
+
+def test_other_words_under_the_same_numbers_stand_apart_and_a_named_fingerprint_joins(imported: Callable[..., Path]) -> None:
+    found = compare([imported("a", words=1), imported("bb", words=2)])
+    assert len(found.entries) == 1 and "made from document ids, domains and token ids" in found.apart[0].reason
+    ids = tuple(f"paper-{i}" for i in range(24))
+    assert len(compare([imported("ccc", ids=ids), imported("dddd", ids=ids)]).pairs) == 1
+    named = {"fingerprint": "ef" * 32}
+    assert len(compare([imported("eeeee", words=1, **named), imported("ffffff", words=2, **named)]).pairs) == 1
+
+
+def test_the_same_documents_in_other_domains_are_not_paired(copied: Path) -> None:
+    path = copied / "m1" / "replicates.safetensors"
+    with safe_open(path, framework="numpy") as content:
+        about = content.metadata()
+    arrays = load_file(path)
+    arrays["document_domain"] = np.roll(arrays["document_domain"], 1)
+    save_file(arrays, path, metadata=about)
+    assert "model-1" not in compare([copied]).ranks
+
+
+def test_too_few_texts_are_told_beside_the_score(tmp_path: Path) -> None:
+    for seed in range(2):
+        write_result(tmp_path / f"m{seed}", simulated_trace(seed, documents=1, model=f"m{seed}"), keep_trace=False, permutations=20)
+    found = compare([tmp_path])
+    assert all(str(rank) == "1 (1–2)" for rank in found.ranks.values())
+    for text in (export.as_csv(found), export.as_json(found), terminal(found)):
+        assert "too few texts to tell; the smallest possible p is 1" in text
+    assert "nan" not in terminal(found).lower() and "nan" not in export.as_markdown(found, paired_of(found))
+
+
+def terminal(found: Comparison) -> str:
+    out = io.StringIO()
+    Console(file=out, width=300).print(render_terminal(found, paired_of(found)))
+    return out.getvalue()
 
 
 @pytest.mark.parametrize(

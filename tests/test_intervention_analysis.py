@@ -82,10 +82,59 @@ def test_protection_is_compared_with_the_same_cells_and_protected_arms_with_prot
         assert found["verdict"]["prize"] == ["specialization-protected at 15%", "target-load-protected at 15%"]
         ratios.append(arm(found, "full-protected")["matched"]["ratio"]["value"])
         whole = analyse(*experiment(truth, np.random.default_rng(seed)))["verdict"]
-        assert "on 1 of 1 targets, 0 of them without protection; protected paths keep the domains whose text they had." in whole
+        assert "on 1 of 1 target, 0 of them without protection; protected paths keep the domains whose text they had." in whole
     assert wins <= allowed
     assert np.median(gained) == pytest.approx(0.16, abs=0.02), "0.2 against 0.04, which the same cells gain at a forgetting of 0.01"
     assert np.median(ratios) == pytest.approx(5, rel=0.15)
+
+
+def with_cells(seed: int, cells: dict[str, list[tuple[int, int]]], **change: dict) -> dict:
+    """The outcome of equal arms that trained these cells; arms of the same cells have the same records."""
+    about, records, masks = experiment(EQUAL, np.random.default_rng(seed))
+    by_cells: dict = {}
+    told = []
+    for arm, record in records:
+        arm = arm.model_copy(update={"cells": tuple(cells.get(arm.name, ())), **change.get(arm.name, {})})
+        told.append((arm, by_cells.setdefault((arm.cells or arm.name, arm.seed), record)))
+    return analyse(about, told, masks)
+
+
+def test_arms_of_the_same_cells_are_no_contrast_and_no_test() -> None:
+    other = {"lift": [(0, 0), (1, 4)], "random-load-matched": [(1, 6), (1, 7)]}
+    found = with_cells(0, {"specialization": [(0, 0), (0, 1)], "target-load": [(0, 0), (0, 1)], **other})
+    target = found["targets"]["a"]
+    rows = {row["arm"]: row for row in target["contrasts"] if row["control"] == "target-load"}
+    same, tested = rows["specialization"], rows["lift"]
+    assert same["same_cells"] and same["overlap"] == 1.0 and "matched_holm" not in same and "gain_holm" not in same
+    assert same["matched"] == same["gain"] == {"value": None, "low": None, "high": None, "p": None}
+    assert not tested["same_cells"] and tested["overlap"] == pytest.approx(1 / 3, abs=1e-5)
+    assert tested["matched_holm"] == pytest.approx(tested["matched"]["p"], rel=1e-4), "one test only: nothing to correct"
+    assert "(same cells, no contrast: specialization at 15%)" in target["verdict"]["text"]
+    only = with_cells(0, {name: [(0, 0), (0, 1)] for name in ("specialization", "lift", "target-load")})
+    told = only["targets"]["a"]["verdict"]["text"]
+    assert "same cells as target load, no contrast: specialization at 15%, lift at 15%" in told
+    assert "no advantage over target load" not in told
+    assert only["verdict"].startswith("No rule chose other cells than target load: no contrast;")
+
+
+def test_the_same_cells_trained_in_another_way_are_a_contrast() -> None:
+    cells = {name: [(0, 0), (0, 1)] for name in ("specialization", "lift", "target-load")}
+    found = with_cells(0, cells, lift={"rank": 4}, specialization={"layer_rates": ((0, 2.0),)})
+    rows = [row for row in found["targets"]["a"]["contrasts"] if row["control"] == "target-load"]
+    assert [(row["overlap"], row["same_cells"]) for row in rows] == [(1.0, False)] * 2
+    assert "no advantage over target load (arms share 100% of their cells with it)" in found["targets"]["a"]["verdict"]["text"]
+
+
+def test_without_target_load_nothing_is_said_of_it() -> None:
+    truth = {name: effect for name, effect in EQUAL.items() if name != "target-load"}
+    assert analyse(*experiment(truth, np.random.default_rng(0)))["verdict"].startswith("Nothing was compared with target load;")
+
+
+def test_counts_keep_every_digit() -> None:
+    about, records, masks = experiment(EQUAL, np.random.default_rng(0))
+    records = [(arm, {**record, "trainable_parameters": 3_942_528, "optimizer_bytes": 123_456_789_012}) for arm, record in records]
+    row = arm(analyse(about, records, masks)["targets"]["a"], "lift")
+    assert row["trainable_parameters"] == 3_942_528 and row["optimizer_bytes"] == 123_456_789_012
 
 
 def test_an_arm_that_hardly_trains_is_not_better_for_forgetting_nothing() -> None:

@@ -205,6 +205,35 @@ def test_markdown_holds_every_arm_and_contrast(content: dict[str, Any]) -> None:
         assert part in card
 
 
+@pytest.mark.parametrize("told", [True, False], ids=["flag", "older outcome"])
+def test_same_cells_are_called_so_and_shown_without_figures(content: dict[str, Any], told: bool) -> None:
+    changed = json.loads(json.dumps(content))
+    row = changed["targets"]["a"]["contrasts"][0]
+    if told:
+        unknown = {"value": None, "low": None, "high": None, "p": None}
+        row.update(same_cells=True, overlap=1.0, matched=unknown, gain=unknown)
+    else:
+        nothing = {"value": 0.0, "low": 0.0, "high": 0.0, "p": 1.0}
+        row.update(matched=nothing, gain=nothing)
+        row.pop("overlap"), row.pop("same_cells")
+    read = Outcome.model_validate(changed)
+    shown = unpacked(render_outcome(read))["targets"][0]["contrasts"][0]
+    assert shown["note"] == "same cells, no contrast" and shown["overlap"] == 1.0
+    assert shown["matched"] is shown["matched_p"] is shown["matched_holm"] is shown["gain"] is None
+    lines = [line for line in outcome_card(read).splitlines() if "same cells, no contrast" in line]
+    assert len(lines) == 1 and f"| {row['control']} | 100% | same cells, no contrast | – |" in lines[0]
+
+
+def test_counts_of_parameters_keep_every_digit(content: dict[str, Any]) -> None:
+    changed = json.loads(json.dumps(content))
+    changed["targets"]["a"]["arms"][0]["trainable_parameters"] = 3942528.0
+    changed["model"]["parameters"] = 30_532_122_624
+    read = Outcome.model_validate(changed)
+    assert "| 3,942,528 |" in outcome_card(read)
+    page = render_outcome(read)
+    assert "30,532,122,624" in page and unpacked(page)["targets"][0]["arms"][0]["trainable_parameters"] == 3942528
+
+
 def test_missing_pieces_are_gaps_not_errors(content: dict[str, Any]) -> None:
     bare = json.loads(json.dumps(content)) | {"masks": [], "skipped": []}
     for arm in bare["targets"]["a"]["arms"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -15,6 +16,7 @@ from naive import Recording
 from sklearn.metrics import mutual_info_score
 from sklearn.metrics.pairwise import cosine_similarity
 
+from dbes.errors import TraceError
 from dbes.reference import ideal_trace, imitate, one_layer_each
 from dbes.results import PublishedMetric, RecordingFacts, Result
 from dbes.scoring import Scores, score, score_tables
@@ -317,7 +319,7 @@ def test_one_document_per_domain_gives_values_without_interval_and_no_claim() ->
         assert record.value > 0 and math.isnan(record.ci_low) and math.isnan(record.ci_high)
         assert record.p == 1.0
     assert result.specialists == ()
-    assert result.verdict.startswith("No specialization")
+    assert result.verdict.startswith("Too few texts to tell; the smallest possible p is 1 (1 source text in each of 3 domains)")
 
 
 def test_all_experts_chosen_leaves_routing_metrics_undefined() -> None:
@@ -348,11 +350,33 @@ def test_a_phase_is_scored_as_if_it_were_the_whole_trace() -> None:
         alone = score(with_tokens(recording.take(np.flatnonzero(marked.phase == phase))).trace(), permutations=9)
         assert part.settings["phase"] == name
         assert part.to_dataframe().equals(alone.to_dataframe())
-        assert published_text(part) == published_text(alone)
+        # what a model wrote itself is no part of the data, so that only the prompts give both the same fingerprint
+        assert (part.task.fingerprint == alone.task.fingerprint) == (name == "prompt")
+        task = part.task.model_copy(update={"fingerprint": alone.task.fingerprint})
+        assert published_text(part.model_copy(update={"task": task})) == published_text(alone)
         assert part.companions == alone.companions
     everything = score(recording.trace(), permutations=9)
     assert score(recording.trace(), permutations=9, phase=0).to_dataframe().equals(everything.to_dataframe())
-    assert math.isnan(score(recording.trace(), permutations=9, phase=1).record("specialization").value)
+
+
+@pytest.mark.parametrize(
+    ("marks", "phase", "message"),
+    [
+        pytest.param(None, 1, "no generated tokens to score; it holds {all} prompt tokens; choose that phase, or all", id="unmarked"),
+        pytest.param(0, 1, "no generated tokens to score; it holds {all} prompt tokens", id="prompts only"),
+        pytest.param(1, 0, "no prompt tokens to score; it holds {all} generated tokens", id="generated only"),
+        pytest.param(1, 2, "expected 0 (prompt), 1 (generated) or None (all tokens), got 2", id="no such phase"),
+    ],
+)
+def test_a_phase_without_tokens_is_an_error_that_names_those_there_are(marks: int | None, phase: int, message: str) -> None:
+    recording = naive.random_recording(23, documents=(3, 3))
+    count = len(recording.document)
+    marked = recording if marks is None else replace(recording, phase=np.full(count, marks, np.uint8))
+    with pytest.raises(TraceError, match=re.escape(message.format(all=count))):
+        score(marked.trace(), permutations=5, phase=phase)
+    if phase == 1:
+        with pytest.raises(TraceError, match="no generated tokens"):
+            score(imitate(marked.trace(), "uniform", seed=0), permutations=5, phase=phase)
 
 
 def test_documents_without_tokens_change_nothing() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dbes.results import CalibratedRecord, ModelFacts, Result, TaskFacts
+from dbes.results import CalibratedRecord, DomainFacts, ModelFacts, Result, TaskFacts
 from dbes.verdict import verdict
 
 NAN = math.nan
@@ -33,6 +33,81 @@ def test_specialization_in_every_layer() -> None:
         "Domain specialization is above chance in 4 of 4 layers (p < 0.001): 31% of the ideal domain router; "
         "strongest for law, weakest for general (not above chance: general)."
     )
+
+
+@pytest.mark.parametrize(
+    ("score", "more", "words"),
+    [
+        pytest.param(0.003, {}, "less than 1% of the ideal domain router, though distinguishable from chance.", id="hardly anything"),
+        pytest.param(0.012, {}, "1% of the ideal domain router.", id="one percent"),
+        pytest.param(1.34, {}, "134% of the ideal domain router, which is no upper bound here.", id="above the ideal router"),
+        pytest.param(0.31, {"null": 0.4}, "not measurable (on these texts the ideal domain router shows", id="no scale"),
+        pytest.param(
+            0.003, {"control": 0.0004, "excess_low": 0.001, "excess_high": 0.004},
+            "above what a frozen random router on the same representation shows (less than 1%; excess +0.1% to +0.4%)",
+            id="control of nothing",
+        ),
+        pytest.param(
+            0.05, {"control": -0.004, "excess_low": 0.04, "excess_high": 0.06},
+            "above what a frozen random router on the same representation shows (nothing above chance; excess +4% to +6%)",
+            id="control below chance",
+        ),
+    ],
+)  # fmt: skip
+def test_scores_that_plain_percentages_would_misstate(score: float, more: dict[str, float], words: str) -> None:
+    text = verdict(result(record(None, None, 0.001, score, **more), *four_layers(0.001)))
+    assert words in text and " 0%" not in text and "in 1 of 1 layer (" in text
+
+
+def test_a_model_above_chance_without_a_layer_or_a_domain_that_is() -> None:
+    domains = [record(None, "law", 0.06, 0.4), record(None, "code", 0.04, 0.3)]
+    text = verdict(result(record(None, None, 0.03), *four_layers(0.2, 0.04, 0.06, 0.5), *domains))
+    assert "above chance on average over 4 layers (p = 0.03), though in no single one of them" in text
+    assert text.endswith("; no domain is above chance by itself.")
+
+
+def test_only_a_domain_above_chance_is_called_strongest() -> None:
+    domains = [record(None, "law", 0.2, 0.9), record(None, "code", 0.001, 0.3), record(None, "math", 0.001, 0.2)]
+    text = verdict(result(record(None, None, 0.001), *four_layers(0.001), *domains))
+    assert "strongest for code, weakest for math (not above chance: law)" in text
+    alike = [record(None, "law", 0.001, 0.3), record(None, "code", 0.001, 0.3)]
+    assert verdict(result(record(None, None, 0.001), *four_layers(0.001), *alike)).endswith("; about the same in all domains.")
+
+
+@pytest.mark.parametrize(
+    ("score", "words"),
+    [
+        (-0.02, "is below what shuffled labels give (-2.0% of the ideal router), not more"),
+        (-1e-9, "is less than 1% of the ideal router, not"),
+    ],
+)
+def test_chance_without_minus_nothing(score: float, words: str) -> None:
+    text = verdict(result(record(None, None, 0.6, score), *four_layers(0.6)))
+    assert text.startswith("No specialization found") and words in text and "-0" not in text
+
+
+def texts(*count: int) -> TaskFacts:
+    domains = {f"d{index}": DomainFacts(documents=each, sources=each, tokens=10) for index, each in enumerate(count)}
+    return TaskFacts(name="t", domains=domains)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "permutations", "p", "words"),
+    [
+        ((1, 1), 1000, 1.0, "Too few texts to tell; the smallest possible p is 1 (1 source text in each of 2 domains)"),
+        ((3, 3), 1000, 0.04, "Too few texts to tell; the smallest possible p is 0.1 (3 source texts in each of 2 domains)"),
+        ((9, 9), 10, 0.09, "Too few permutations to tell; the smallest possible p is 0.091 (10 permutations; run 1,000)"),
+    ],
+)
+def test_too_few_texts_to_tell(sizes: tuple[int, ...], permutations: int, p: float, words: str) -> None:
+    found = result(record(None, None, p), *four_layers(p), settings={"permutations": permutations})
+    text = verdict(found.model_copy(update={"task": texts(*sizes)}))
+    assert text.startswith(words) and "No specialization" not in text and "above chance in" not in text
+
+
+def test_a_test_that_just_could_have_found_something_says_how_little() -> None:
+    found = result(record(None, None, 0.3), *four_layers(0.3), settings={"permutations": 1000}).model_copy(update={"task": texts(4, 4)})
+    assert "(p = 0.3, documents as the unit; the smallest possible p is 0.029)" in verdict(found)
 
 
 def test_layers_are_counted_after_false_discovery_control() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from dbes.intervention.outcomes import (
     Curves,
+    Figure,
     Measured,
     Strata,
     accuracy_changes,
@@ -22,13 +24,16 @@ from dbes.intervention.outcomes import (
     pareto,
     strata_of,
 )
-from dbes.intervention.settings import CONTROL, EXTRA_ARMS, FULL, FULL_REPLAY, LOAD, PROTECTED, REPLAY, SLOWER, Arm, Settings
+from dbes.intervention.settings import CONTROL, EXTRA_ARMS, FULL, FULL_REPLAY, LOAD, PROTECTED, REPLAY, SLOWER, Arm, Settings, run_of
 from dbes.intervention.verdicts import overall_verdict, target_verdict
 
 OUTCOME_SCHEMA = 1
 Records = Sequence[tuple[Arm, dict[str, Any]]]
 Key = tuple[str, float | None]
 """An arm's name and budget."""
+
+NO_FIGURE = Figure(value=math.nan, low=None, high=None, p=None)
+"""Stands for what was not compared; its value is null in JSON."""
 
 
 def analyse(about: Mapping[str, Any], records: Records, masks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -88,7 +93,8 @@ def _target(
     arms = [_arm(key, runs, curves, strata, whole) for key, runs in whole.items()]
     for arm, kept in zip(arms, pareto([(arm["gain"]["value"], arm["forgetting"]["value"]) for arm in arms]), strict=True):
         arm["pareto"] = kept
-    contrasts = [row for control in (CONTROL, LOAD) for row in _contrasts(control, curves, strata)]
+    trained = {key: [runs[seed][0] for seed in sorted(runs)] for key, runs in whole.items()}
+    contrasts = [row for control in (CONTROL, LOAD) for row in _contrasts(control, curves, strata, trained)]
     return {
         "is_new": is_new,
         "others": list(others),
@@ -217,18 +223,35 @@ def _at_equal_compute(full: Curves, measured: Measured, seconds: float | None) -
     }
 
 
-def _contrasts(control: str, curves: Mapping[Key, Curves], strata: Strata) -> list[dict[str, Any]]:
+def _contrasts(control: str, curves: Mapping[Key, Curves], strata: Strata, trained: Mapping[Key, Sequence[Arm]]) -> list[dict[str, Any]]:
     """Every arm of a budget against the control of the same budget: gain at matched forgetting, and plain gain. Holm over the arms.
 
-    Like is compared with like: a protected arm with the protected control.
+    Like is compared with like: a protected arm with the protected control. An arm that trains the control's own cells in the same
+    way is the control: such a row says so, has no figures and no place among the tests.
+
+    Args:
+        trained: the arms seed by seed.
     """
-    pairs = []
+    pairs: list[tuple[Key, str, Sequence[Curves]]] = []
     for name, budget in curves:
         rule = name.removesuffix(PROTECTED)
         against = control if rule == name else control + PROTECTED
         if budget is not None and rule not in (control, CONTROL) and name not in EXTRA_ARMS and (against, budget) in curves:
             pairs.append(((name, budget), against, [curves[against, budget]]))
-    return _compared(pairs, curves, strata)
+    sides = [(trained[key], trained[against, key[1]]) for key, against, _ in pairs]
+    rows = _compared(pairs, curves, strata, same=[_one_arm(*both) for both in sides])
+    return [{**row, "overlap": overlap(*both)} for row, both in zip(rows, sides, strict=True)]
+
+
+def _one_arm(one: Sequence[Arm], other: Sequence[Arm]) -> bool:
+    """Whether two arms need the same runs with every seed: the same cells, trained in the same way."""
+    return all(a.cells and run_of(a, rate=0.0) == run_of(b, rate=0.0) for a, b in zip(one, other, strict=True))
+
+
+def overlap(one: Sequence[Arm], other: Sequence[Arm]) -> float | None:
+    """Cells of both arms over cells of either, mean over seeds; None for arms without cells."""
+    shares = [len({*a.cells} & {*b.cells}) / len({*a.cells} | {*b.cells}) for a, b in zip(one, other, strict=True) if a.cells or b.cells]
+    return round(float(np.mean(shares)), 5) if shares else None
 
 
 def _twins(curves: Mapping[Key, Curves], strata: Strata) -> list[dict[str, Any]]:
@@ -243,12 +266,19 @@ def _against_replay(curves: Mapping[Key, Curves], strata: Strata) -> list[dict[s
     return _compared([(key, FULL_REPLAY, family) for key in curves if family and key[0] not in EXTRA_ARMS], curves, strata)
 
 
-def _compared(pairs: Sequence[tuple[Key, str, Sequence[Curves]]], curves: Mapping[Key, Curves], strata: Strata) -> list[dict[str, Any]]:
-    """A row for each (arm, name of what it is compared with, its trajectories; gain at the end is that of the first)."""
+def _compared(
+    pairs: Sequence[tuple[Key, str, Sequence[Curves]]], curves: Mapping[Key, Curves], strata: Strata, *, same: Sequence[bool] = ()
+) -> list[dict[str, Any]]:
+    """A row for each (arm, name of what it is compared with, its trajectories; gain at the end is that of the first).
+
+    Args:
+        same: for each pair, whether both sides are one and the same; nothing is compared and tested then.
+    """
     rows = []
-    for (name, budget), control, references in pairs:
+    for index, ((name, budget), control, references) in enumerate(pairs):
         own, reference = curves[name, budget], references[0]
         gained, by_control, level = matched(own, *references)
+        alike = bool(same) and same[index]
         rows.append(
             {
                 "arm": name,
@@ -257,8 +287,9 @@ def _compared(pairs: Sequence[tuple[Key, str, Sequence[Curves]]], curves: Mappin
                 "forgetting": float(level[0]),
                 "gained": float(gained[0]),
                 "control_gain": float(reference.gain[0, -1]),
-                "matched": figure(gained - by_control, strata),
-                "gain": figure(own.gain[:, -1] - reference.gain[:, -1], strata),
+                "matched": NO_FIGURE if alike else figure(gained - by_control, strata),
+                "gain": NO_FIGURE if alike else figure(own.gain[:, -1] - reference.gain[:, -1], strata),
+                "same_cells": alike,
             }
         )
     for outcome in ("matched", "gain"):
@@ -328,5 +359,6 @@ def _inside_outside(
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
+    """Mean of what is known, with five decimals: counts keep every digit."""
     known = [value for value in values if value is not None]
-    return float(f"{np.mean(known):.5g}") if known else None
+    return round(float(np.mean(known)), 5) if known else None

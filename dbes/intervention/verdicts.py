@@ -7,9 +7,13 @@ from typing import Any
 
 from dbes.intervention.outcomes import holm
 from dbes.intervention.settings import CONTROL, EXTRA_ARMS, LOAD, PROTECTED
+from dbes.wording import counted, share
 
 SIGNIFICANT = 0.05
 PRIZE_RATIO = 1.3
+ALIKE = 0.5
+"""Share of common cells from which the verdict says how much the arms of a contrast have in common."""
+
 MATERIAL = 0.5
 """An arm must gain at least this share of the control's gain to be called better: one that hardly trains also hardly forgets, and
 where nothing is forgotten any gain at all would win."""
@@ -36,16 +40,11 @@ def target_verdict(target: str, arms: Rows, contrasts: Rows) -> dict[str, Any]:
             beats_full.append(_name(arm))
             if ratio["value"] >= PRIZE_RATIO:
                 large.append(_name(arm))
-    sentences = []
-    tests_load = any(_rule(row["control"]) == LOAD for row in contrasts)
-    if tests_load:
-        sentences.append(f"better than target load: {', '.join(against_load)}" if against_load else "no advantage over target load")
-    if any(_rule(row["control"]) == CONTROL for row in contrasts):
-        sentences.append(
-            f"better than random cells of the same load: {', '.join(against_random)}"
-            if against_random
-            else "no advantage over random cells of the same load"
-        )
+    sentences = [
+        told
+        for control, words, better in ((LOAD, "target load", against_load), (CONTROL, "random cells of the same load", against_random))
+        if (told := _contrast_words(contrasts, control, words, better))
+    ]
     if candidates:
         told = "at matched forgetting no path gains more than full finetuning stopped early"
         if beats_full:
@@ -61,21 +60,52 @@ def target_verdict(target: str, arms: Rows, contrasts: Rows) -> dict[str, Any]:
 
 
 def overall_verdict(targets: Mapping[str, Mapping[str, Any]]) -> str:
-    """One sentence over all targets."""
+    """One sentence over all targets; target load is spoken of as far as arms were compared with it."""
     total = len(targets)
     load = [name for name, found in targets.items() if found["verdict"]["beats_target_load"]]
     full = [name for name, found in targets.items() if found["verdict"]["prize"]]
     plain = [name for name in full if not all(arm.partition(" ")[0].endswith(PROTECTED) for arm in targets[name]["verdict"]["prize"])]
-    told = f"a rule beats target load on {len(load)} of {total} targets" if load else "no advantage over target load"
+    rows = [row for found in targets.values() for row in found["contrasts"] if _rule(row["control"]) == LOAD and not _uninformed(row)]
+    told = f"a rule beats target load on {len(load)} of {counted(total, 'target')}" if load else "no advantage over target load"
+    if not rows:
+        told = "nothing was compared with target load"
+    elif all(same_cells(row) for row in rows):
+        told = "no rule chose other cells than target load: no contrast"
     kept = f", {len(plain)} of them without protection; protected paths keep the domains whose text they had"
     return (
         f"{told[0].upper()}{told[1:]}; at matched forgetting a path gains at least {PRIZE_RATIO} times what full finetuning stopped "
-        f"early gains on {len(full)} of {total} targets{kept if len(plain) < len(full) else ''}."
+        f"early gains on {len(full)} of {counted(total, 'target')}{kept if len(plain) < len(full) else ''}."
     )
 
 
+def same_cells(row: Mapping[str, Any]) -> bool:
+    """Whether both arms of a contrast trained the same cells in the same way, so that there is nothing to compare."""
+    return bool(row.get("same_cells"))
+
+
+def _contrast_words(contrasts: Rows, control: str, words: str, better: Sequence[str]) -> str:
+    """What the contrasts with a control show; arms that are the control under another name show nothing."""
+    rows = [row for row in contrasts if _rule(row["control"]) == control]
+    informed = [row for row in rows if not _uninformed(row)] or rows
+    same = [_name(row) for row in informed if same_cells(row)]
+    if not rows:
+        return ""
+    if len(same) == len(informed):
+        return f"same cells as {words}, no contrast: {', '.join(same)}"
+    shared = [row["overlap"] for row in informed if row.get("overlap") is not None and not same_cells(row)]
+    told = f"better than {words}: {', '.join(better)}" if better else f"no advantage over {words}"
+    notes = [f"arms share {_span(shared)} of their cells with it"] if shared and max(shared) >= ALIKE else []
+    notes += [f"same cells, no contrast: {', '.join(same)}"] if same else []
+    return told + (f" ({'; '.join(notes)})" if notes else "")
+
+
+def _span(shares: Sequence[float]) -> str:
+    low, high = share(min(shares), 0), share(max(shares), 0)
+    return low if low == high else f"{low} to {high}"
+
+
 def _better(contrasts: Rows, control: str) -> list[str]:
-    rows = [row for row in contrasts if _rule(row["control"]) == control and not _uninformed(row)]
+    rows = [row for row in contrasts if _rule(row["control"]) == control and not _uninformed(row) and not same_cells(row)]
     tested = [row for row in rows if row.get("matched_holm") is not None and row["gained"] >= MATERIAL * row["control_gain"]]
     return [_name(row) for row in tested if row["matched_holm"] <= SIGNIFICANT and row["matched"]["value"] > 0]
 

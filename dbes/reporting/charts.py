@@ -17,6 +17,7 @@ import numpy as np
 from altair.utils.schemapi import debug_mode
 from scipy.cluster.hierarchy import dendrogram, linkage
 
+from dbes.resolution import SIGNIFICANCE
 from dbes.results import Result
 
 Spec = dict[str, Any]
@@ -36,8 +37,6 @@ METRICS = {
 """Title and meaning of every calibrated metric, the five of the summary first."""
 
 HEADLINE = tuple(METRICS)[:5]
-
-SIGNIFICANCE = 0.05
 
 CURVE_FIELDS = (
     "value", "null", "corrected", "ci_low", "ci_high", "p", "reference", "score", "score_low", "score_high", "control",
@@ -134,7 +133,7 @@ def domain_spec(domains: int) -> Spec:
         base.mark_rule(strokeWidth=3, style="interval").encode(x=alt.X("score_low:Q", title="score"), x2="score_high:Q"),
         base.mark_tick(thickness=3, size=18, style="second-tick").encode(x="control:Q"),
         base.mark_point(size=80, filled=True, opacity=1).encode(x="score:Q", tooltip=tooltip),
-        base.mark_text(dy=-11, fontSize=11).encode(x="score:Q", text=alt.Text("score:Q", format=".1%")),
+        base.mark_text(dy=-11, fontSize=11).encode(x="score:Q", text="label:N"),
     ]
     return _finished(alt.layer(*layers).properties(width="container", height=38 * domains))
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from scipy.stats import t as student
 
 from dbes.errors import DbesError, ResultError
+from dbes.facts import DATA
 from dbes.reporting.accuracy import Accuracies, read_accuracies
 from dbes.results import RESULT_FILE, Result, load_result
 from dbes.scoring import REPLICATED, score_tables
@@ -29,6 +30,9 @@ from dbes.uncertainty import jackknife
 
 LEVEL = 0.05
 """Two models are told apart when the paired test, corrected over all pairs of the table (Holm), stays below this."""
+
+UNKNOWN_DATA = "unknown:"
+"""Beginning of what stands for the fingerprint of a result without one."""
 
 DEPTHS = (("all layers", 0.0, 1.0), ("first third", 0.0, 1 / 3), ("middle third", 1 / 3, 2 / 3), ("last third", 2 / 3, 1.0))
 """Relative depth of the MoE layers, 0 the first and 1 the last: models of different depth are compared by it."""
@@ -210,7 +214,11 @@ def read_replicates(folder: Path, result: Result) -> Replicates | None:
 
 
 def comparable(entries: list[Entry]) -> tuple[list[Entry], list[Apart]]:
-    """The largest set of results on one task, version, fingerprint and phase, and the rest with the reason."""
+    """The largest set of results on one task, version, fingerprint and phase, and the rest with the reason.
+
+    A result without a fingerprint stands alone: that its documents have the same ids as another's (most often mere numbers) says
+    nothing about their texts.
+    """
     groups = Counter(_identity(entry.result) for entry in entries)
     if not groups:
         return [], []
@@ -221,18 +229,15 @@ def comparable(entries: list[Entry]) -> tuple[list[Entry], list[Apart]]:
     shown = {id(entry.result) for each in kept for entry in (each, *each.phases.values())}
     apart = []
     for entry in entries:
-        found = _identity(entry.result)
-        if id(entry.result) in shown:
-            continue
-        names = ("task", "task version", "task fingerprint", "phase")
-        words = [f"{name} {str(a)[:12]} instead of {str(b)[:12]}" for name, a, b in zip(names, found, chosen, strict=True) if a != b]
-        apart.append(Apart(path=str(entry.folder / RESULT_FILE), name=entry.result.model.name, reason=f"another {', '.join(words)}"))
-    common = Counter(entry.replicates.documents for entry in kept if entry.replicates is not None)
+        if id(entry.result) not in shown:
+            reason = _why_apart(_identity(entry.result), chosen)
+            apart.append(Apart(path=str(entry.folder / RESULT_FILE), name=entry.result.model.name, reason=reason))
+    common = Counter(_sampled(entry.replicates) for entry in kept if entry.replicates is not None)
     if len(common) > 1:
-        documents = common.most_common(1)[0][0]
+        sampled = common.most_common(1)[0][0]
         kept = [
             replace(entry, replicates=None, problem="it has tokens in other documents than the rest: no paired test can be made")
-            if entry.replicates is not None and entry.replicates.documents != documents
+            if entry.replicates is not None and _sampled(entry.replicates) != sampled
             else entry
             for entry in kept
         ]
@@ -283,7 +288,30 @@ def with_accuracies(entries: Sequence[Entry], known: Accuracies, *, elsewhere: s
 
 
 def _identity(result: Result) -> tuple[str, int | None, str | None, str]:
-    return result.task.name, result.task.version, result.task.fingerprint, str(result.settings.get("phase", "all"))
+    """What results of one table have in common; a result without a fingerprint has nothing in common with another."""
+    own = result.task.fingerprint or f"{UNKNOWN_DATA}{result.model.name}{id(result)}"
+    return result.task.name, result.task.version, own, str(result.settings.get("phase", "all"))
+
+
+def _why_apart(found: tuple[str, int | None, str | None, str], chosen: tuple[str, int | None, str | None, str]) -> str:
+    """Why a result of one identity is not in the table of another."""
+    data = str(found[2]), str(chosen[2])
+    if any(each.startswith(UNKNOWN_DATA) for each in data):
+        which = "it has" if data[0].startswith(UNKNOWN_DATA) else "the result in the table has"
+        return (
+            f"{which} no fingerprint of its data, so that nothing shows that both read the same texts; score the trace again with "
+            "document ids or token ids, or name the data in provenance['task']['fingerprint']"
+        )
+    names = ("task", "task version", "task fingerprint", "phase")
+    words = [f"{name} {str(a)[:12]} instead of {str(b)[:12]}" for name, a, b in zip(names, found, chosen, strict=True) if a != b]
+    made = all(each.startswith(DATA) for each in data) and data[0] != data[1]
+    hint = " (made from document ids, domains and token ids; where both read the same texts give both the fingerprint of the task)"
+    return f"another {', '.join(words)}{hint if made else ''}"
+
+
+def _sampled(replicates: Replicates) -> tuple[tuple[str, ...], bytes]:
+    """The documents and their domains: what two results must share to be paired."""
+    return replicates.documents, np.asarray(replicates.document_domain, np.int64).tobytes()
 
 
 def labelled(entries: list[Entry]) -> list[Entry]:
@@ -359,7 +387,7 @@ def difference(first: Entry, second: Entry, metric: str, depth: str, low: float,
     sides = [_at_depth(entry, metric, low, high) for entry in (first, second)]
     if sides[0] is None or sides[1] is None or first.replicates is None or second.replicates is None:
         return None
-    if first.replicates.documents != second.replicates.documents:
+    if _sampled(first.replicates) != _sampled(second.replicates):
         return None
     (score_first, left_first), (score_second, left_second) = sides[0], sides[1]
     domain = first.replicates.document_domain

@@ -18,9 +18,11 @@ from dbes.files import write_text
 from dbes.reporting.charts import METRICS
 from dbes.reporting.compare import Comparison, Difference, Entry, PhaseDifference, model_score, phase_differences
 from dbes.reporting.text_view import legible
+from dbes.resolution import cannot_tell, why_not
 from dbes.results import Result
 from dbes.scoring import REPLICATED
 from dbes.tables import spreadsheet_safe
+from dbes.wording import p_cell, share, shares, task_words
 
 NAME_WIDTH = 80
 
@@ -68,9 +70,17 @@ def entry_row(entry: Entry, comparison: Comparison) -> dict[str, Any]:
         "accuracy": entry.accuracy,
         "date": result.created[:10],
         "versions": legible(_versions(result), 120),
-        "note": entry.problem,
+        "note": entry_note(entry, comparison.metric),
     }
     return row
+
+
+def entry_note(entry: Entry, metric: str) -> str | None:
+    """What a reader of the table must know of a result: why it has no rank, and whether its scores could be told from chance."""
+    notes = [entry.problem] if entry.problem else []
+    if cannot_tell(entry.result, metric):
+        notes.append(f"whether its score is above chance: {why_not(entry.result, metric)}")
+    return "; ".join(notes) or None
 
 
 def table(comparison: Comparison) -> pd.DataFrame:
@@ -173,8 +183,8 @@ def as_markdown(comparison: Comparison, paired: Sequence[Difference] = (), *, pu
             name = row["model"] + (" (baseline)" if entry.baseline else "")
             scores = [_interval(row[metric], row[f"{metric}_low"], row[f"{metric}_high"]) for metric in REPLICATED]
             body.append(["–" if rank is None else str(rank), name, row["experts"], row["k"], row["layers"], row["tokens"], *scores,
-                         _percent(row["random_router"]), _percent(row["utilization"]),
-                         *([_percent(row["accuracy"])] if comparison.accuracy_of else [])])  # fmt: skip
+                         share(row["random_router"]), share(row["utilization"]),
+                         *([share(row["accuracy"])] if comparison.accuracy_of else [])])  # fmt: skip
         lines += markdown_table(names, body)
         if comparison.accuracy_of:
             lines += ["", f"Accuracy: {markdown_cell(comparison.accuracy_of)}"]
@@ -186,7 +196,7 @@ def as_markdown(comparison: Comparison, paired: Sequence[Difference] = (), *, pu
     if paired:
         lines += ["", f"Paired difference, {markdown_cell(paired[0].first)} minus {markdown_cell(paired[0].second)}:", ""]
         body = [[METRICS[each.metric][0], each.depth, f"{each.score_first:.4f}", f"{each.score_second:.4f}",
-                 f"{each.difference:+.4f} ({each.low:+.4f} to {each.high:+.4f})", f"{each.adjusted:.3g}"] for each in paired]  # fmt: skip
+                 _difference(each), p_cell(each.adjusted)] for each in paired]  # fmt: skip
         lines += markdown_table(["Metric", "Depth", "First", "Second", "Difference", "p (Holm)"], body)
     for each in comparison.apart:
         lines += ["", f"Not in the table: {markdown_cell(each.name)}: {markdown_cell(each.reason)}"]
@@ -203,7 +213,7 @@ def markdown_cell(value: Any, width: int = 160) -> str:
     """Text that can neither end a Markdown cell nor become markup."""
     if value is None:
         return "–"
-    text = f"{value:.4f}" if isinstance(value, float) else legible(str(value), width)
+    text = f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else legible(str(value), width)
     for character in "\\`*_[]<>|#":
         text = text.replace(character, f"\\{character}")
     return text.replace("\\<", "&lt;").replace("\\>", "&gt;")
@@ -233,8 +243,9 @@ def hub_entries(result: Result, *, dataset: str) -> str:
             continue
         record = result.record(metric)
         interval = "" if math.isnan(record.score_low) else f"95 % interval {record.score_low:.4f} to {record.score_high:.4f}; "
+        fingerprint = None if result.task.fingerprint is None else result.task.fingerprint[:12]
         notes = (
-            f"{interval}task {result.task.name} v{result.task.version} {str(result.task.fingerprint)[:12]}; "
+            f"{interval}task {task_words(result.task.name, result.task.version, fingerprint)}; "
             f"dtype {result.model.dtype}; dbes {result.environment.get('dbes')}"
         )
         entries.append(
@@ -282,15 +293,13 @@ def _versions(result: Result) -> str:
 
 
 def _interval(score: float | None, low: float | None, high: float | None) -> str:
-    if score is None:
-        return "–"
-    return f"{score:.1%}" if low is None or high is None else f"{score:.1%} ({low:.1%} to {high:.1%})"
+    return share(score) if score is None or low is None or high is None else f"{share(score)} ({shares(low, high)})"
 
 
 def _change(row: dict[str, Any]) -> str:
-    interval = "" if row["low"] is None else f" ({row['low']:+.1%} to {row['high']:+.1%})"
-    return f"{row['difference']:+.1%}{interval}"
+    interval = "" if row["low"] is None else f" ({shares(row['low'], row['high'], sign=True)})"
+    return f"{share(row['difference'], sign=True)}{interval}"
 
 
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{share:.1%}"
+def _difference(test: Difference) -> str:
+    return f"{test.difference:+.4f}" + ("" if math.isnan(test.low) else f" ({test.low:+.4f} to {test.high:+.4f})")

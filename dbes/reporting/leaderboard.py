@@ -11,10 +11,11 @@ from rich.text import Text
 
 from dbes.reporting import charts
 from dbes.reporting.compare import DEPTHS, LEVEL, Comparison, Difference, Entry, depth_of, differences, model_score
-from dbes.reporting.export import entry_row, phase_rows, published_row
+from dbes.reporting.export import entry_note, entry_row, phase_rows, published_row
 from dbes.reporting.page import columns, render
 from dbes.reporting.text_view import legible
 from dbes.scoring import REPLICATED
+from dbes.wording import p_cell, plus_minus, share, shares, task_words
 
 CURVE_FIELDS = ("score", "score_low", "score_high", "control")
 PAIRED_MODELS = 24
@@ -126,7 +127,7 @@ def render_terminal(comparison: Comparison, paired: Sequence[Difference] = (), *
     )
     notes = [] if published else [rule]
     notes += [f"Accuracy: {comparison.accuracy_of}"] if comparison.accuracy_of and not published else []
-    notes += [f"{entry.label}: {entry.problem}" for entry in comparison.entries if entry.problem]
+    notes += [f"{entry.label}: {note}" for entry in comparison.entries if (note := entry_note(entry, comparison.metric))]
     notes += [f"Not in the table: {each.name}: {each.reason}" for each in comparison.apart]
     parts += [Text(legible(note, 600), style="dim") for note in notes]
     return Group(*parts)
@@ -134,7 +135,9 @@ def render_terminal(comparison: Comparison, paired: Sequence[Difference] = (), *
 
 def _score_table(comparison: Comparison) -> Table:
     task = comparison.entries[0].result.task if comparison.entries else None
-    title = "" if task is None else f"Task {legible(task.name, 60)}, version {task.version}, fingerprint {str(task.fingerprint)[:12]}"
+    title = ""
+    if task is not None:
+        title = f"Task {task_words(legible(task.name, 60), task.version, None if task.fingerprint is None else task.fingerprint[:12])}"
     table = Table(title=Text(title), title_justify="left", title_style="italic", header_style="bold")
     table.add_column("Rank")
     table.add_column("Model", overflow="fold")
@@ -172,8 +175,8 @@ def _phase_table(rows: Sequence[dict[str, Any]]) -> Table:
         table.add_column(heading, justify="right")
     for row in rows:
         scores = [_score(row[phase], row[f"{phase}_low"], row[f"{phase}_high"]) for phase in ("prompt", "generated")]
-        interval = "–" if row["low"] is None else f"{row['low']:+.1%} to {row['high']:+.1%}"
-        table.add_row(Text(row["model"]), charts.METRICS[row["metric"]][0], *scores, f"{row['difference']:+.1%}", interval)
+        interval = shares(row["low"], row["high"], sign=True)
+        table.add_row(Text(row["model"]), charts.METRICS[row["metric"]][0], *scores, share(row["difference"], sign=True), interval)
     return table
 
 
@@ -184,13 +187,11 @@ def _difference_table(paired: Sequence[Difference]) -> Table:
         table.add_column(heading, justify="left" if heading in ("Metric", "Depth") else "right")
     for each in paired:
         style = "" if each.adjusted <= LEVEL else "dim"
-        p = "<0.001" if each.adjusted < 0.001 else f"{each.adjusted:.3f}"
-        scores = (f"{each.score_first:.1%}", f"{each.score_second:.1%}", f"{each.difference:+.1%}", f"{each.low:+.1%} to {each.high:+.1%}")
-        table.add_row(charts.METRICS[each.metric][0], each.depth, *scores, p, style=style)
+        scores = (share(each.score_first), share(each.score_second), share(each.difference, sign=True))
+        interval = shares(each.low, each.high, sign=True)
+        table.add_row(charts.METRICS[each.metric][0], each.depth, *scores, interval, p_cell(each.adjusted), style=style)
     return table
 
 
 def _score(score: float | None, low: float | None, high: float | None) -> str:
-    if score is None:
-        return "–"
-    return f"{score:.1%}" if low is None or high is None else f"{score:.1%} ±{50 * (high - low):.1f}"
+    return share(score) + ("" if score is None else plus_minus(low, high))

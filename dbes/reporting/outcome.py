@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from dbes.errors import ResultError
 from dbes.reporting.text_view import legible
 from dbes.results import RESULT_FILE
+from dbes.wording import counted, share, whole
 
 OUTCOME_SCHEMA = 1
 KIND = "intervention"
@@ -28,6 +29,7 @@ RANDOM = ("random", "bottom", CONTROL)
 """Names of arms that the report treats apart; every other arm is an expert path."""
 
 PROTECTED, REPLAY = "-protected", "full-replay"
+SAME_CELLS = "same cells, no contrast"
 GROUPS = ("expert path", "full finetuning", "target load", "random or bottom cells", "no path")
 
 WIDTH = 80
@@ -139,6 +141,13 @@ class ArmFigures(Part):
 
 
 class Contrast(Part):
+    """An arm against a control.
+
+    Attributes:
+        overlap: cells of both over cells of either, mean over seeds; None where it is not known.
+        same_cells: both trained the same cells in the same way, so that nothing was compared.
+    """
+
     arm: str
     budget: float | None
     control: str
@@ -149,6 +158,13 @@ class Contrast(Part):
     gain: Figure
     matched_holm: float | None = None
     gain_holm: float | None = None
+    overlap: float | None = None
+    same_cells: bool = False
+
+    @property
+    def no_contrast(self) -> bool:
+        """As ``same_cells``; outcomes of older versions do not say so but show it: not a single seed or document differs."""
+        return self.same_cells or all(one.value == one.low == one.high == 0 and one.p == 1 for one in (self.matched, self.gain))
 
 
 class Failed(Part):
@@ -242,7 +258,10 @@ class Outcome(Part):
 def accuracy_facts(target: Target) -> list[tuple[str, str]]:
     """The accuracy of every domain with items before training, as pairs of name and text."""
     return [
-        (legible(name, WIDTH), f"{one.base:.1%} ({one.base_per_byte:.1%} per byte) of {one.items} items; chance {one.chance:.1%}")
+        (
+            legible(name, WIDTH),
+            f"{share(one.base)} ({share(one.base_per_byte)} per byte) of {counted(one.items, 'item')}; chance {share(one.chance)}",
+        )
         for name, one in target.accuracy.items()
     ]
 
@@ -305,7 +324,7 @@ def facts(outcome: Outcome) -> list[tuple[str, str]]:
     model = outcome.model
     found: list[tuple[str, Any]] = [
         ("Model", model.name), ("Revision", model.revision),
-        ("Parameters", None if model.parameters is None else f"{model.parameters:,}"),
+        ("Parameters", None if model.parameters is None else whole(model.parameters)),
         ("Texts", _place(outcome.texts)), ("Domains of the texts", ", ".join(outcome.domains)), ("Units", outcome.units),
     ]  # fmt: skip
     found += [(name.replace("_", " ").capitalize(), _value(value)) for name, value in outcome.settings.items()]

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from dbes.reporting.export import markdown_cell, markdown_table
-from dbes.reporting.outcome import TEXT_WIDTH, ArmFigures, Figure, Outcome, Target, accuracy_facts, command, limits, named
+from dbes.reporting.outcome import (
+    SAME_CELLS,
+    TEXT_WIDTH,
+    ArmFigures,
+    Contrast,
+    Figure,
+    Outcome,
+    Target,
+    accuracy_facts,
+    command,
+    limits,
+    named,
+)
+from dbes.wording import p_cell, share, whole
 
 ARM_COLUMNS = (
     "Arm", "Cells", "Gain", "Forgetting", "Worst domain", "Times full (matched)", "Matched gain", "of full", "Full, same seconds",
     "Trainable", "Seconds", "Rate", "Pareto",
 )  # fmt: skip
 ACCURACY_COLUMNS = ("Accuracy", "Accuracy elsewhere", "Accuracy per byte", "elsewhere, per byte")
-CONTRAST_COLUMNS = ("Arm", "Against", "Matched difference", "p (Holm)", "Plain difference", "p (Holm), plain")
+CONTRAST_COLUMNS = ("Arm", "Against", "Common cells", "Matched difference", "p (Holm)", "Plain difference", "p (Holm), plain")
 MASK_COLUMNS = ("Target", "Cells of", "Inside", "Outside", "Random, inside", "Random, outside", "Difference of selectivity", "p")
 
 
@@ -24,7 +37,7 @@ def outcome_card(outcome: Outcome) -> str:
     if outcome.masks:
         body = [
             [mask.target, named(mask.rule, mask.budget), _told(mask.inside), _told(mask.outside), _told(mask.control_inside),
-             _told(mask.control_outside), _told(mask.difference), _p(mask.difference.p)]
+             _told(mask.control_outside), _told(mask.difference), p_cell(mask.difference.p)]
             for mask in outcome.masks
         ]  # fmt: skip
         lines += ["", "### Loss added by masking", "", *markdown_table(MASK_COLUMNS, body)]
@@ -51,11 +64,11 @@ def _target(target: Target) -> list[str]:
         matched, equal = arm.matched, arm.equal_compute
         arms.append(
             [
-                arm.name, f"{arm.cells:g}", _told(arm.gain), _told(arm.forgetting), _told(arm.worst_forgetting),
+                arm.name, whole(arm.cells), _told(arm.gain), _told(arm.forgetting), _told(arm.worst_forgetting),
                 None if matched is None else "not defined" if matched.ratio is None else _told(matched.ratio, 2),
                 None if matched is None else _told(matched.gain), None if matched is None else _told(matched.full),
                 None if equal is None else f"{_number(equal.gain)}, forgets {_number(equal.forgetting)}",
-                None if arm.trainable_parameters is None else f"{arm.trainable_parameters:,.0f}",
+                whole(arm.trainable_parameters),
                 None if arm.training_seconds is None else f"{arm.training_seconds:,.1f}",
                 f"{arm.rate:g}", "yes" if arm.pareto else "",
             ]
@@ -67,11 +80,17 @@ def _target(target: Target) -> list[str]:
     lines += markdown_table((*ARM_COLUMNS, *(ACCURACY_COLUMNS if target.accuracy else ())), arms)
     if target.pairs:
         body = [
-            [named(row.arm, row.budget), row.control, _told(row.matched), _p(row.matched_holm), _told(row.gain), _p(row.gain_holm)]
+            [named(row.arm, row.budget), row.control, share(1.0 if row.no_contrast else row.overlap, 0), *_compared(row)]
             for row in target.pairs
         ]
         lines += ["", *markdown_table(CONTRAST_COLUMNS, body)]
     return lines
+
+
+def _compared(row: Contrast) -> list[str]:
+    if row.no_contrast:
+        return [SAME_CELLS, "–", SAME_CELLS, "–"]
+    return [_told(row.matched), p_cell(row.matched_holm), _told(row.gain), p_cell(row.gain_holm)]
 
 
 def _accuracy(arm: ArmFigures) -> list[str | None]:
@@ -95,7 +114,3 @@ def _told(figure: Figure, digits: int = 4) -> str:
     value = _number(figure.value, digits)
     ends = [_number(end, digits) for end in (figure.low, figure.high) if end is not None]
     return f"{value} ({ends[0]} to {ends[1]})" if len(ends) == 2 else value
-
-
-def _p(value: float | None) -> str:
-    return "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"

@@ -15,6 +15,7 @@ from dbes.reporting.outcome import (
     LOAD,
     PROTECTED,
     REPLAY,
+    SAME_CELLS,
     TEXT_WIDTH,
     WIDTH,
     ArmAccuracy,
@@ -171,6 +172,7 @@ def _accuracy_columns(found: ArmAccuracy) -> Row:
 
 
 def _contrast_row(row: Contrast, target: Target, *, short: bool) -> Row:
+    same = row.no_contrast
     better = {LOAD: target.verdict.beats_target_load, CONTROL: target.verdict.beats_random_load_matched}
     return {
         "arm": legible(named(row.arm, row.budget), WIDTH),
@@ -180,10 +182,12 @@ def _contrast_row(row: Contrast, target: Target, *, short: bool) -> Row:
         "forgetting": row.forgetting,
         "gained": row.gained,
         "control_gain": row.control_gain,
-        **spread("matched", row.matched),
-        "matched_holm": row.matched_holm,
-        **spread("gain", row.gain),
-        "gain_holm": row.gain_holm,
+        **spread("matched", None if same else row.matched),
+        "matched_holm": None if same else row.matched_holm,
+        **spread("gain", None if same else row.gain),
+        "gain_holm": None if same else row.gain_holm,
+        "overlap": 1.0 if same else row.overlap,
+        "note": SAME_CELLS if same else None,
         "better": named(row.arm, row.budget) in better.get(row.control.removesuffix(PROTECTED), ()),
     }
 

@@ -25,9 +25,12 @@ from dbes.errors import ResultError
 from dbes.files import write_text
 from dbes.reporting import charts
 from dbes.reporting.text_view import Sample, contexts, documents, legible, read_sample, token_text, trajectories
+from dbes.resolution import DOUBTFUL, cannot_tell, why_not
 from dbes.results import CalibratedRecord, Result, load_result
 from dbes.tables import MATRICES, USAGE
 from dbes.trace import MANIFEST, Trace
+from dbes.verdict import current_verdict
+from dbes.wording import counted, p_words, share, shares
 
 PAGE_FILE = "report.html"
 NAME_WIDTH = 120
@@ -120,9 +123,11 @@ def render_page(
         payload=payload,
         title=legible(result.model.name, NAME_WIDTH),
         result=result,
+        verdict=current_verdict(result),
         headline=[_tile(result, metric) for metric in charts.HEADLINE],
         facts=provenance(result),
         published=published_rows(result),
+        doubtful=DOUBTFUL if cannot_tell(result) else "",
         command=command(result),
         citation=CITATION % version("dbes"),
         has=payload["has"],
@@ -176,6 +181,7 @@ def model_payload(result: Result, *, usage: pd.DataFrame | None, arrays: dict[st
         ),
         "text": text,
         "moves": moves,
+        "untold": why_not(result) if cannot_tell(result) else "",
         "sample_tokens": sample.tokens if sample is not None else 0,
         "specs": _specs(result, order),
     }  # fmt: skip
@@ -252,7 +258,9 @@ def _tile(result: Result, metric: str) -> dict[str, Any]:
         record: CalibratedRecord | None = result.record(metric)
     except KeyError:
         record = None
-    return {"title": title, "meaning": meaning, "record": None if record is None or math.isnan(record.score) else record}
+    known = record is not None and not math.isnan(record.score)
+    untold = why_not(result, metric) if record is not None and not math.isnan(record.p) and cannot_tell(result, metric) else ""
+    return {"title": title, "meaning": meaning, "record": record if known else None, "untold": untold}
 
 
 def provenance(result: Result) -> list[tuple[str, str]]:
@@ -263,8 +271,8 @@ def provenance(result: Result) -> list[tuple[str, str]]:
         ("Model", model.name), ("Revision", model.revision), ("Family", model.family),
         ("Experts", ", ".join(f"{experts} per layer, top-{k}" for experts, k in sizes)), ("MoE layers", len(model.layers)),
         ("Parameters", None if model.parameters is None else f"{model.parameters:,}"), ("dtype", model.dtype),
-        ("Task", f"{task.name}, version {task.version}"), ("Task fingerprint", task.fingerprint),
-        ("Separability by words alone", None if math.isnan(task.separability) else f"{task.separability:.1%} of documents"),
+        ("Task", task.name if task.version is None else f"{task.name}, version {task.version}"), ("Task fingerprint", task.fingerprint),
+        ("Separability by words alone", None if math.isnan(task.separability) else f"{share(task.separability)} of documents"),
     ]  # fmt: skip
     if recording is not None:
         facts += [("Documents", f"{recording.documents:,}"), ("Tokens", f"{recording.tokens:,}")]
@@ -326,6 +334,10 @@ def render(template: str, *, scripts: tuple[str, ...] = (), payload: dict[str, A
         data="" if payload is None else packed(payload),
         dbes_version=version("dbes"),
         isnan=math.isnan,
+        share=share,
+        shares=shares,
+        p_words=p_words,
+        counted=counted,
         **values,
     )
 

@@ -12,9 +12,10 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from dbes.resolution import DOUBTFUL, SIGNIFICANCE, cannot_tell, why_not
 from dbes.results import CalibratedRecord, Result, Specialist
-
-SIGNIFICANCE = 0.05
+from dbes.verdict import current_verdict
+from dbes.wording import counted, p_cell, plus_minus, share
 
 COLUMNS = (
     ("specialization", "Specialization"),
@@ -36,7 +37,7 @@ def render(result: Result) -> RenderableType:
     parts: list[RenderableType] = [_heading(result), _layer_table(result), _domain_table(result)]
     if result.specialists:
         parts.append(_specialist_table(result))
-    parts.append(Panel(Text(result.verdict), title="verdict", border_style="bold"))
+    parts.append(Panel(Text(current_verdict(result)), title="verdict", border_style="bold"))
     parts.append(_footnotes(result))
     return Group(*parts)
 
@@ -73,12 +74,12 @@ def _heading(result: Result) -> Text:
     model, task, recording = result.model, result.task, result.recording
     sizes = sorted(set(zip(model.experts, model.top_k, strict=True)))
     shape = ", ".join(f"{experts} experts, top-{k}" for experts, k in sizes)
-    line = Text.assemble((model.name, "bold"), f"  {len(model.layers)} MoE layers ({shape})")
+    line = Text.assemble((model.name, "bold"), f"  {counted(len(model.layers), 'MoE layer')} ({shape})")
     if model.dtype:
         line.append(f", {model.dtype}")
-    line.append(f"\n{task.name} task: {len(task.domains)} domains")
+    line.append(f"\n{task.name} task: {counted(len(task.domains), 'domain')}")
     if recording is not None:
-        line.append(f", {recording.documents:,} documents, {recording.tokens:,} tokens")
+        line.append(f", {counted(recording.documents, 'document')}, {counted(recording.tokens, 'token')}")
         if not math.isnan(recording.tokens_per_second):
             line.append(f", recorded at {recording.tokens_per_second:,.0f} tokens/s")
     return line
@@ -102,10 +103,10 @@ def _layer_table(result: Result) -> Table:
         used = utilization.get(str(layer)) if layer is not None else result.companions.get("model", {}).get("utilization")
         table.add_row(
             "mean" if layer is None else str(layer),
-            *(_score(found[(metric, layer)]) for metric, _ in COLUMNS),
-            _p(specialization.p),
-            _percent(specialization.control),
-            _percent(math.nan if used is None else used),
+            *(_score(result, found[(metric, layer)]) for metric, _ in COLUMNS),
+            p_cell(specialization.p),
+            share(specialization.control),
+            share(used),
         )
     return table
 
@@ -124,12 +125,12 @@ def _domain_table(result: Result) -> Table:
             f"{facts.documents:,}",
             f"{facts.sources:,}",
             f"{facts.tokens:,}",
-            _score(specialization),
-            _score(found[("domain_isolation", domain)]),
-            _score(found[("ngram_expertise_2", domain)]),
-            _p(specialization.p),
-            _percent(specialization.control),
-            str(counts.get(domain, "")),
+            _score(result, specialization),
+            _score(result, found[("domain_isolation", domain)]),
+            _score(result, found[("ngram_expertise_2", domain)]),
+            p_cell(specialization.p),
+            share(specialization.control),
+            f"{counts[domain]:,}" if domain in counts else "",
         )
     return table
 
@@ -140,6 +141,8 @@ def _specialist_table(result: Result) -> Table:
         f"Specialists: {counts.get('specialists', len(result.specialists)):,} of {counts.get('tests', 0):,} (layer, expert, domain) tests "
         f"at 5 % false discoveries, in both halves of the documents; the strongest {SPECIALISTS_PER_DOMAIN} of each domain"
     )
+    if cannot_tell(result):
+        title += f". {DOUBTFUL}"
     table = Table(title=title, title_justify="left", title_style="italic", header_style="bold")
     for heading in ("Domain", "Layer", "Expert", "Lift", "95 % interval", "Share", "q"):
         table.add_column(heading, justify="left" if heading == "Domain" else "right")
@@ -151,8 +154,8 @@ def _specialist_table(result: Result) -> Table:
             str(specialist.expert),
             f"{specialist.lift:.2f}",
             f"{specialist.lift_low:.2f} – {specialist.lift_high:.2f}",
-            f"{specialist.share:.1%}",
-            _p(specialist.q),
+            share(specialist.share),
+            p_cell(specialist.q),
             Text("  ".join(visible(token) for token in specialist.tokens)),
         )
     return table
@@ -165,8 +168,8 @@ def _strongest(specialists: Iterable[Specialist], domains: Iterable[str]) -> lis
 
 def _footnotes(result: Result) -> Text:
     lines = [
-        "0 % is what shuffling the documents' domain labels gives, 100 % a router that gives each domain experts of its own; · marks "
-        "scores not above chance (p > 0.05). Random router: the same score for a frozen random router on the same hidden states.",
+        "0 % is what shuffling the documents' domain labels gives, 100 % a router that gives each domain experts of its own; "
+        f"{_marks(result)}. Random router: the same score for a frozen random router on the same hidden states.",
         "Intervals, shuffles and tests take source texts as their unit: documents cut from one source count as one.",
         "Stiffness: share of tokens whose experts stay the same under noise of 1 % of the scores' spread. N-gram: how much more often two "
         "neighbours share their first expert than after shuffling each document.",
@@ -181,23 +184,27 @@ def _footnotes(result: Result) -> Text:
     return Text("\n".join(lines), style="dim")
 
 
-def _score(record: CalibratedRecord) -> Text:
+def _marks(result: Result) -> str:
+    """What the marks before scores mean; a test that nothing could have passed says nothing against a router."""
+    above = f"· marks scores not above chance (p > {SIGNIFICANCE})"
+    if cannot_tell(result):
+        return f"{above}; ? marks scores that could not be told from chance, whatever the router does ({why_not(result)})"
+    metrics = [metric for metric, _ in COLUMNS]
+    if any(cannot_tell(result, metric, domain) for metric in metrics for domain in (None, *result.task.domains)):
+        return f"{above}, ? those of which too few texts can tell nothing (smallest possible p above {SIGNIFICANCE})"
+    return above
+
+
+def _score(result: Result, record: CalibratedRecord) -> Text:
     if math.isnan(record.score):
         return Text("–", style="dim")
-    half = (record.score_high - record.score_low) / 2
-    text = f"{record.score:.1%}" + ("" if math.isnan(half) else f" ±{100 * half:.1f}")
-    if not math.isnan(record.p) and record.p > SIGNIFICANCE:
-        return Text(f"· {text}", style="dim")
+    # digits beyond the first decimal say nothing where the score may as well be chance
+    score = round(record.score, 3) if record.p > SIGNIFICANCE else record.score
+    text = share(score) + plus_minus(record.score_low, record.score_high)
     if math.isnan(record.p):
         return Text(text)
+    if cannot_tell(result, record.metric, record.domain):
+        return Text(f"? {text}", style="dim")
+    if record.p > SIGNIFICANCE:
+        return Text(f"· {text}", style="dim")
     return Text(text, style="green" if record.score >= 0.25 else "cyan" if record.score >= 0.05 else "yellow")
-
-
-def _percent(share: float) -> str:
-    return "–" if math.isnan(share) else f"{share:.1%}"
-
-
-def _p(p: float) -> str:
-    if math.isnan(p):
-        return "–"
-    return "<0.001" if p < 0.001 else f"{p:.3f}"

@@ -104,14 +104,14 @@ start((data) => {
     }
     const paired = document.getElementById(`contrasts-table-${i}`);
     if (paired) {
-      const drawn = () => target.contrasts.map((row) => ({ label: row.label, series: row.series, value: row.matched, low: row.matched_low, high: row.matched_high }));
-      const lines = new Set(target.contrasts.map((row) => row.label)).size;
+      const drawn = () => target.contrasts.filter((row) => !row.note).map((row) => ({ label: row.label, series: row.series, value: row.matched, low: row.matched_low, high: row.matched_high }));
+      const lines = new Set(drawn().map((row) => row.label)).size;
       addFigure(`contrasts-${i}`, () => ({ ...data.specs.contrasts, height: 34 * lines + 12 }), drawn, () => target.contrasts);
       saveTable(`contrasts-table-${i}`, `contrasts-${i}`, sortableTable(paired, [
         { key: "arm", label: "Arm", show: (row) => element("span", {}, element("bdi", {}, row.arm), row.better ? element("span", {}, " ", element("span", { class: "badge" }, "better")) : "") },
-        name("control", "Against"), column("matched", "Matched difference", told("matched"), "gain at matched forgetting, arm minus control"), column("matched_p", "p", (row) => small(row.matched_p)), column("matched_holm", "p (Holm)", (row) => small(row.matched_holm)),
+        name("control", "Against"), column("overlap", "Common cells", (row) => percent(row.overlap, 0), "cells of both over cells of either, mean over seeds"), column("matched", "Matched difference", (row) => row.note || told("matched")(row), "gain at matched forgetting, arm minus control"), column("matched_p", "p", (row) => small(row.matched_p)), column("matched_holm", "p (Holm)", (row) => small(row.matched_holm)),
         column("forgetting", "at forgetting", (row) => bits(row.forgetting)), column("gained", "Arm's gain there", (row) => bits(row.gained)), column("control_gain", "Control's gain", (row) => bits(row.control_gain), "at its end"),
-        column("gain", "Plain difference", told("gain"), "gain at the end, arm minus control"), column("gain_holm", "p (Holm) plain", (row) => small(row.gain_holm)),
+        column("gain", "Plain difference", (row) => row.note || told("gain")(row), "gain at the end, arm minus control"), column("gain_holm", "p (Holm) plain", (row) => small(row.gain_holm)),
       ], target.contrasts, { size: 60, pager: document.getElementById(`contrasts-table-${i}-pager`) }));
     }
   });

@@ -1,7 +1,7 @@
 "use strict";
 start((data) => {
   const metrics = Object.entries(data.metrics), models = data.rows.map((row) => row.model), MOST = 6;
-  const withInterval = (metric) => (row) => (row[metric] === null ? "–" : element("span", {}, percent(row[metric]), row[`${metric}_low`] === null ? "" : element("span", { class: "small" }, ` ±${(50 * (row[`${metric}_high`] - row[`${metric}_low`])).toFixed(1)}`)));
+  const withInterval = (metric) => (row) => (row[metric] === null ? "–" : element("span", {}, percent(row[metric]), element("span", { class: "small" }, half(row[`${metric}_low`], row[`${metric}_high`]))));
 
   // Table
   const size = (row) => { const n = Number(String(row.experts).split("–").at(-1)); return n <= 16 ? "up to 16" : n <= 64 ? "17 to 64" : "65 and more"; };

@@ -25,7 +25,7 @@ start((data) => {
       span.append(svg); return span; };
     const line = "M0 7H30", score = scale() === "score";
     document.getElementById("curve-key").replaceChildren(
-      element("li", {}, swatch(line, accent, "", "band"), score ? "score, 95 % interval" : "value, 95 % interval of the corrected value"), element("li", {}, swatch(line, accent, "", "open"), "not above chance (p > 0.05)"),
+      element("li", {}, swatch(line, accent, "", "band"), score ? "score, 95 % interval" : "value, 95 % interval of the corrected value"), element("li", {}, swatch(line, accent, "", "open"), data.untold || "not above chance (p > 0.05)"),
       element("li", {}, swatch(line, other, "5 4"), score ? "random router" : "chance (shuffled labels)"), ...(score ? [element("li", {}, swatch(line, soft, ""), "0: chance")] : []), ...(full() ? [element("li", {}, swatch(line, soft, "1 3"), score ? "1: ideal router" : "ideal router")] : []));
   };
   const all = () => { key(); redraw(...curves.map((metric) => `curve-${metric}`)); };
@@ -35,7 +35,7 @@ start((data) => {
 
   // Domain by domain
   fill("domain-metric", [...new Set(data.curve_domains.metric)].map((metric) => [metric, data.metrics[metric] ?? metric]));
-  addFigure("domain", () => specs.domain, () => rowsOf(data.curve_domains, (i) => data.curve_domains.metric[i] === chosen("domain-metric")), () => rowsOf(data.curve_domains));
+  addFigure("domain", () => specs.domain, () => rowsOf(data.curve_domains, (i) => data.curve_domains.metric[i] === chosen("domain-metric")).map((row) => ({ ...row, label: row.score === null ? "" : percent(row.score) })), () => rowsOf(data.curve_domains));
   onChange("domain-metric", () => redraw("domain"));
   fill("similarity-layer", [["mean", "mean of all"], ...named], "mean");
   const similarity = (index) => data.order.flatMap((first) => data.order.map((second) => ({ layer: index < layers.length ? layers[index] : "mean", first, second, similarity: data.similarity[index][domains.indexOf(first)][domains.indexOf(second)] })));

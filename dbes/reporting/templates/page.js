@@ -34,8 +34,15 @@ function rowsOf(columns, keep) {
 
 const number = (value, digits = 3) => (value === null || value === undefined ? "–" : Number(value).toPrecision(digits).replace(/\.?0+$/, (m) => (m.startsWith(".") ? "" : m)));
 const fixed = (value, digits = 2) => (value === null || value === undefined ? "–" : Number(value).toFixed(digits));
-const percent = (value, digits = 1) => (value === null || value === undefined ? "–" : (100 * value).toFixed(digits).replace(/^-(0\.?0*)$/, "$1") + " %");
-const small = (value) => (value === null || value === undefined ? "–" : value < 0.001 ? "< 0.001" : value.toFixed(3));
+// What is not 0 gets up to two more decimals before it is written as 0; never "-0.0 %".
+const percent = (value, digits = 1) => {
+  if (value === null || value === undefined) return "–";
+  if (Math.abs(value) < 1e-9) return (0).toFixed(digits) + " %";
+  for (let more = digits; more <= digits + 2; more++) { const text = (100 * value).toFixed(more); if (Number(text) !== 0) return text + " %"; }
+  return (value > 0 ? "<" : ">-") + (10 ** -(digits + 2)).toFixed(digits + 2) + " %";
+};
+const small = (value) => (value === null || value === undefined ? "–" : value < 0.001 ? "< 0.001" : value.toFixed(value > 0.05 && value < 0.0505 ? 4 : 3));
+const half = (low, high) => (low === null || high === null || low === undefined ? "" : ` ±${(50 * (high - low)).toFixed(1)}`);
 
 // ---- theme
 

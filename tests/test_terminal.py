@@ -1,0 +1,58 @@
+"""A result in the terminal: no mark and no number says more than was measured."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from report_results import simulated_trace
+from rich.console import Console
+
+from dbes.reporting.card import card_section
+from dbes.reporting.page import render_page
+from dbes.reporting.terminal import render
+from dbes.results import Result
+from dbes.scoring import score
+from dbes.trace import Trace
+
+
+def shown(result: Result) -> str:
+    out = io.StringIO()
+    Console(file=out, width=200).print(render(result))
+    return " ".join(out.getvalue().split())
+
+
+@pytest.mark.parametrize(("documents", "least"), [(1, "1"), (3, "0.1")])
+def test_where_nothing_can_be_told_every_form_says_so_and_calls_nothing_chance(documents: int, least: str) -> None:
+    result = score(simulated_trace(documents=documents, domains=("law", "code"), lean=1.0, layers=2), permutations=200)
+    why = f"ew texts to tell; the smallest possible p is {least}"
+    page = render_page(result)
+    for text in (shown(result), card_section(result), page):
+        assert why in text
+        assert "No specialization" not in text and "is above chance" not in text and "strongest for" not in text
+    assert "? marks scores that could not be told from chance" in shown(result) and "│ · " not in shown(result)
+    assert 'class="not">not above chance' not in page.split("N-gram")[0]
+
+
+def test_an_older_result_is_told_anew_where_its_texts_were_too_few() -> None:
+    result = score(simulated_trace(documents=1, domains=("law", "code"), layers=2), permutations=200)
+    older = result.model_copy(update={"verdict": "No specialization: 0.0% of the ideal router's."})
+    for text in (shown(older), card_section(older), render_page(older)):
+        assert "No specialization" not in text and "oo few texts to tell" in text
+
+
+def test_marks_stay_where_there_are_texts_enough() -> None:
+    result = score(simulated_trace(documents=8, domains=("law", "code"), lean=0.0, layers=2), permutations=200)
+    assert "· marks scores not above chance (p > 0.05)" in shown(result) and "texts to tell" not in shown(result)
+
+
+def test_one_of_anything_is_singular_and_nothing_is_nan() -> None:
+    made = Trace.from_arrays(
+        np.array([[[0, 1]], [[2, 3]]]), document=[0, 1], domain=[0, 1], domains=("a", "b"), layers=[7], experts=4, token_ids=[1, 2]
+    )
+    result = score(made, permutations=20)
+    text = shown(result)
+    assert "1 MoE layer (" in text and "2 documents, 2 tokens" in text
+    for form in (text, card_section(result)):
+        assert "nan%" not in form and "nan " not in form and "[nan" not in form and "-0.0%" not in form and "1 layers" not in form
