@@ -13,8 +13,9 @@ from torch import Tensor
 
 from dbes.capture import Decision, watching
 from dbes.errors import RecordingError
+from dbes.execution import input_device, is_offloaded, run_base
 from dbes.models import LoadedModel
-from dbes.sites import RoutingSite, base_of, input_device, is_offloaded, router_std
+from dbes.sites import RoutingSite, router_std
 from dbes.stiffness import Noise, logit_stiffness, noise_rows, selection_stiffness
 from dbes.types import NOISE_SCALES, storage_dtype
 from dbes.windows import embedding_rows, padded, padding_id
@@ -80,6 +81,11 @@ class Recorder:
         return Noise.drawn(classes=classes, slots=self.slots, seed=self.seed)
 
     @cached_property
+    def proven(self) -> dict[int, tuple[int, int]]:
+        """What was found out about experts that are modules; see `dbes.capture.watching`."""
+        return {}
+
+    @cached_property
     def _on_device(self) -> dict:
         return {}
 
@@ -143,8 +149,9 @@ def record_batch(recorder: Recorder, windows: Sequence[Window]) -> dict[str, np.
 
     model = recorder.loaded.model
     scores = recorder.stiffness or any(site.adapter == "embedding" for site in recorder.sites)
-    with torch.inference_mode(), watching(recorder.sites, observe, scores=scores, stop=not is_offloaded(model)):
-        base_of(model)(**inputs, use_cache=False)
+    stop = not is_offloaded(model)
+    with torch.inference_mode(), watching(recorder.sites, observe, scores=scores, stop=stop, proven=recorder.proven):
+        run_base(model, **inputs)
 
     for site, count in zip(recorder.sites, fired, strict=True):
         if count != 1:
