@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dbes.capture import Decision, watching
 from dbes.errors import RecordingError
-from dbes.execution import input_device, is_offloaded, run_base
+from dbes.execution import forward, input_device, is_offloaded
 from dbes.models import LoadedModel
 from dbes.sites import RoutingSite, router_std
 from dbes.stiffness import Noise, logit_stiffness, noise_rows, selection_stiffness
@@ -81,7 +81,7 @@ class Recorder:
         return Noise.drawn(classes=classes, slots=self.slots, seed=self.seed)
 
     @cached_property
-    def proven(self) -> dict[int, tuple[int, int]]:
+    def proven(self) -> dict[tuple[int, int], int]:
         """What was found out about experts that are modules; see `dbes.capture.watching`."""
         return {}
 
@@ -151,7 +151,7 @@ def record_batch(recorder: Recorder, windows: Sequence[Window]) -> dict[str, np.
     scores = recorder.stiffness or any(site.adapter == "embedding" for site in recorder.sites)
     stop = not is_offloaded(model)
     with torch.inference_mode(), watching(recorder.sites, observe, scores=scores, stop=stop, proven=recorder.proven):
-        run_base(model, **inputs)
+        forward(model, whole=stop, **inputs)
 
     for site, count in zip(recorder.sites, fired, strict=True):
         if count != 1:
@@ -190,6 +190,9 @@ def record_within_memory(recorder: Recorder, batch: Sequence[Window]) -> Iterato
 def find_batching(recorder: Recorder, texts: Sequence[np.ndarray], window: int) -> Batching:
     """What may share a batch, found by trying on the beginnings of two texts.
 
+    Raises:
+        RecordingError: routing differs from one forward to the next.
+
     Rows may differ in numerical noise: at most 1 % of expert sets in float32, 10 % in a 16-bit dtype.
     """
     quiet = replace(recorder, control=False, stiffness=False)
@@ -209,6 +212,11 @@ def find_batching(recorder: Recorder, texts: Sequence[np.ndarray], window: int) 
         return "padded"
     if agree(replace(long, token_ids=long.token_ids[: len(other)]), other):
         return "equal lengths"
+    if float((routed(long) != routed(long)).any(axis=-1).mean()) > allowed:
+        raise RecordingError(
+            f"{recorder.loaded.name}: the same text is routed to other experts every time it is read, so the router draws random numbers "
+            "outside training too; dbes records routing that can be repeated: switch the noise of the gate off"
+        )
     return "one at a time"
 
 

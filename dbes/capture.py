@@ -8,7 +8,7 @@ are the experts that were executed. Nothing is recomputed, and where no call fit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dbes.errors import RecordingError
-from dbes.expert_calls import ExpertCalls
+from dbes.expert_calls import ExpertCalls, Proven
 from dbes.scorekeeper import Scorekeeper, copied
 from dbes.sites import RoutingSite
 
@@ -49,9 +49,9 @@ class Decision:
     logits: Tensor | None
 
 
+EXPECTED = {"modules": "dbes records only what it can show to have run"}
+
 Observe = Callable[[int, Decision], None]
-Proven = MutableMapping[int, tuple[int, int]]
-"""What was found out once about sites whose experts are modules: see `ExpertCalls.weights`."""
 
 
 @contextmanager
@@ -143,7 +143,7 @@ def _attach_modules(
     def begin(_: nn.Module, args: tuple, kwargs: dict) -> None:
         if not _recomputed():
             keeper.reset(site, whole_block=True)
-            calls.begin(args, kwargs, prove=index not in proven)
+            calls.begin(args, kwargs)
             look(args, kwargs)
             keeper.start()
 
@@ -160,14 +160,14 @@ def _attach_modules(
     def leave(*_: Any) -> None:
         keeper.in_router = False
 
-    def end(_: nn.Module, __: tuple, output: Any) -> None:
+    def end(*_: Any) -> None:
         if _recomputed():
             return
         keeper.stop()
         keeper.site = None
         with _explained(site):
             ids = calls.executed(keeper.tables)
-            weights = calls.weights(ids, keeper.tables, output, proven, index)
+            weights = calls.weights(ids, keeper.tables, proven, index)
         _report(index, site, ids, weights, keeper, observe, scores, last)
 
     yield site.block.register_forward_pre_hook(begin, with_kwargs=True)
@@ -195,8 +195,8 @@ def _explained(site: RoutingSite) -> Iterator[None]:
     except (TypeError, ValueError, IndexError, KeyError, StopIteration) as problem:
         seen = [type(part).__name__ for part in (site.block, site.router, site.experts) if part is not None]
         raise RecordingError(
-            f"layer {site.layer} ({site.name}: {', '.join(seen)}): unsupported routing contract ({problem}); "
-            "expected expert ids and weights of shape [tokens, top_k]"
+            f"layer {site.layer} ({site.name}: {', '.join(seen)}): unsupported routing contract: {problem}; "
+            f"{EXPECTED.get(site.adapter, 'expected expert ids and weights of shape [tokens, top_k]')}"
         ) from None
 
 

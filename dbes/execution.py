@@ -35,13 +35,19 @@ def is_offloaded(model: nn.Module) -> bool:
     return "disk" in places or ("cpu" in places and len(places) > 1)
 
 
-def run_base(model: nn.Module, **inputs: Tensor) -> None:
-    """One forward of the model without its head, for the sake of hooks inside; inputs may lie anywhere.
+def forward(model: nn.Module, *, whole: bool = False, **inputs: Tensor) -> None:
+    """One forward for the sake of hooks inside the model; inputs may lie anywhere.
 
-    A model with hooks of its own is called whole: they may do what the rest depends on (compressed-tensors decompresses the
-    weights in the first forward of the whole model), and calling the base alone would pass them by.
+    Args:
+        whole: call the model itself, head included, as its user would: what its own forward prepares for its base is prepared.
+            Where a hook ends the forward before the head (`dbes.capture.watching` with ``stop``), this costs nothing. Without
+            it the head is left out, unless the model has hooks of its own or a forward that was put in place of its class's:
+            they may do what the rest depends on (compressed-tensors decompresses the weights before the first forward of the
+            whole model).
     """
-    whole = model._forward_pre_hooks or model._forward_hooks
+    # accelerate puts a forward of its own in place, which moves inputs and outputs between devices and does nothing else
+    patched = "forward" in vars(model) and not hasattr(model, "_hf_hook")
+    whole = whole or patched or bool(model._forward_pre_hooks or model._forward_hooks)
     _call(model if whole else base_of(model), input_device(model), inputs)
 
 

@@ -13,6 +13,7 @@ Where nothing fits, the block is refused.
 from __future__ import annotations
 
 from collections.abc import Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,31 +29,31 @@ _LABEL = 0x9E3779B97F4A7C15 - 2**64
 _FACTOR = 0x5851F42D4C957F2D
 
 
+Proven = MutableMapping[tuple[int, int], int]
+"""By site and number of tables seen: the place of the table that was proven to hold the weights."""
+
+
 class ExpertCalls:
-    """What the experts of one site were given, and gave, in one forward of its block.
+    """What the experts of one site were given in one forward of its block.
 
     Attributes:
-        again: while the block runs again for the proof: nothing is watched.
+        again: while the block runs again for the proof; nothing else is to be watched then.
     """
 
     def __init__(self, site: RoutingSite) -> None:
         self.site = site
         self.again = False
-        self.begin((), {}, prove=False)
+        self._enlarge = False
+        self.begin((), {})
 
-    def begin(self, args: tuple, kwargs: dict, *, prove: bool) -> None:
+    def begin(self, args: tuple, kwargs: dict) -> None:
         """A forward of the block begins with these arguments."""
         self._sources: list[Tensor] = []
         self._given: list[tuple[int, Tensor]] = []
         self._outputs: list[Tensor] = []
-        self._prove = prove
-        self._arguments: tuple[tuple, dict] = (), {}
-        if prove:
-            self._arguments = tuple(map(_copy, args)), {name: _copy(value) for name, value in kwargs.items()}
-            self._random = torch.get_rng_state()
-            device = next((value.device for value in args if isinstance(value, Tensor)), torch.device("cpu"))
-            self._device = None if device.type == "cpu" else device
-            self._device_random = None if self._device is None else torch.get_device_module(device).get_rng_state(device)
+        # copies: the block may work in place on what it is given
+        self._arguments = tuple(map(_copy, args)), {name: _copy(value) for name, value in kwargs.items()}
+        self._random = _random_states(next((value.device for value in args if isinstance(value, Tensor)), torch.device("cpu")))
 
     def add_source(self, hidden: Tensor) -> None:
         """Hidden states that the experts' rows can come from."""
@@ -74,16 +75,12 @@ class ExpertCalls:
         return before
 
     def _after(self, _: nn.Module, __: tuple, output: Any) -> Any:
-        if self.again:
-            return output * self._scale(output) if isinstance(output, Tensor) else None
-        if self._prove and isinstance(output, Tensor):
-            self._outputs.append(_columns(output).float().clone())
+        if not self.again or not isinstance(output, Tensor):
+            return None
+        if self._enlarge:
+            return output * _scale(output)
+        self._outputs.append(_columns(output).float())
         return None
-
-    @staticmethod
-    def _scale(output: Tensor) -> int:
-        # far above 1, so that rounding of whatever else is added to the output does not matter; float16 has little room
-        return 4 if output.dtype == torch.float16 else 32
 
     def executed(self, tables: Sequence[Tensor]) -> Tensor:
         """int64 [tokens, slots], the ids that are exactly what ran.
@@ -114,23 +111,19 @@ class ExpertCalls:
     def _ran(self) -> Tensor:
         return torch.cat([_labelled(keys, torch.full_like(keys, expert)) for expert, keys in self._given])
 
-    def weights(
-        self, ids: Tensor, tables: Sequence[Tensor], output: Any, proven: MutableMapping[int, tuple[int, int]], index: int
-    ) -> Tensor:
+    def weights(self, ids: Tensor, tables: Sequence[Tensor], proven: Proven, index: int) -> Tensor:
         """float [tokens, slots], the weights that the experts' outputs are added up with.
 
         Args:
-            proven: by site, the place in ``tables`` that was proven to hold them, and how many tables there were; filled here.
+            proven: filled here.
 
         Raises:
-            ValueError: none of the tables holds them, or the block computes otherwise than when it was proven.
+            ValueError: none of the tables holds them.
         """
-        if index in proven:
-            place, count = proven[index]
-            if len(tables) != count:
-                raise ValueError(f"its gate took {len(tables)} steps, and {count} before: dbes cannot tell which of them give the weights")
+        place = proven.get((index, len(tables)))
+        if place is not None:
             return _gathered(tables[place], ids)
-        added, parts = self._share(output), self._parts(ids)
+        added, parts = self._run_again(ids)
         for place in reversed(range(len(tables))):
             table = tables[place]
             if not table.is_floating_point() or len(table) != len(ids):
@@ -139,41 +132,58 @@ class ExpertCalls:
             sums = (weights.float()[..., None] * parts).sum(dim=1)
             if not bool(sums.isfinite().all()):  # NaN in the gate is told by those who check the weights
                 return weights
-            limit = torch.finfo(_first(output).dtype).eps ** 0.5
-            if float((added - sums).norm()) <= limit * float(sums.norm()):
-                proven[index] = place, len(tables)
+            if float((added - sums).norm()) <= self._allowed * float(sums.norm()):
+                proven[index, len(tables)] = place
                 return weights
         raise ValueError(
             "its experts ran for the tokens that were seen, but no weights that were seen before they ran "
             "add their outputs up to the block's output"
         )
 
-    def _parts(self, ids: Tensor) -> Tensor:
-        """float32 [tokens, slots, columns], the outputs of the experts of every token."""
+    @torch.no_grad()
+    def _run_again(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """float32 [tokens, columns], what the experts add to the block's output; and [tokens, slots, columns], their outputs."""
+        plain = self._output(enlarge=False)
+        enlarged = self._output(enlarge=True)
+        self._allowed = torch.finfo(plain.dtype).eps ** 0.5
         outputs = torch.cat(self._outputs)
         expected, ran = self._order
         if len(outputs) != len(ran):
             raise ValueError(f"its experts were given {len(ran)} rows and gave {len(outputs)}")
         parts = torch.empty_like(outputs)
         parts[expected] = outputs[ran]
-        return parts.reshape(*ids.shape, -1)
+        return (_columns(enlarged).float() - _columns(plain).float()) / (_scale(plain) - 1), parts.reshape(*ids.shape, -1)
 
-    @torch.no_grad()
-    def _share(self, output: Any) -> Tensor:
-        """float32 [tokens, columns], what the experts' outputs are in the block's output; runs the block again."""
-        before = _first(output)
-        args, kwargs = self._arguments
-        device = self._device
-        with torch.random.fork_rng([] if device is None else [device], device_type="cuda" if device is None else device.type):
-            torch.set_rng_state(self._random)  # a gate may add noise
-            if device is not None:
-                torch.get_device_module(device).set_rng_state(self._device_random, device)
-            self.again = True
-            try:
-                after = _first(self.site.block.forward(*args, **kwargs))
-            finally:
-                self.again = False
-        return (_columns(after).float() - _columns(before).float()) / (self._scale(before) - 1)
+    def _output(self, *, enlarge: bool) -> Tensor:
+        args, kwargs = (tuple(map(_copy, self._arguments[0])), {name: _copy(value) for name, value in self._arguments[1].items()})
+        self.again, self._enlarge = True, enlarge
+        try:
+            with _random_of(self._random):  # a gate may add noise
+                output = self.site.block.forward(*args, **kwargs)
+        finally:
+            self.again = self._enlarge = False
+        return output if isinstance(output, Tensor) else next(value for value in output if isinstance(value, Tensor))
+
+
+def _scale(output: Tensor) -> int:
+    # far above 1, so that rounding of whatever else is added to the output does not matter; float16 has little room
+    return 4 if output.dtype == torch.float16 else 32
+
+
+def _random_states(device: torch.device) -> dict[str, Any]:
+    here = {} if device.type == "cpu" else {"device": device, "state": torch.get_device_module(device).get_rng_state(device)}
+    return {"cpu": torch.get_rng_state(), **here}
+
+
+@contextmanager
+def _random_of(states: dict[str, Any]) -> Iterator[None]:
+    """Inside the block random numbers are drawn as after these states; afterwards, as if none had been drawn."""
+    device = states.get("device")
+    with torch.random.fork_rng([] if device is None else [device], device_type="cuda" if device is None else device.type):
+        torch.set_rng_state(states["cpu"])
+        if device is not None:
+            torch.get_device_module(device).set_rng_state(states["state"], device)
+        yield
 
 
 def row_keys(rows: Tensor) -> Tensor:
@@ -200,10 +210,6 @@ def _labelled(keys: Tensor, experts: Tensor) -> Tensor:
 
 def _gathered(table: Tensor, ids: Tensor) -> Tensor:
     return table if table.shape == ids.shape else table.gather(1, ids)
-
-
-def _first(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else next(value for value in output if isinstance(value, Tensor))
 
 
 def _copy(value: Any) -> Any:

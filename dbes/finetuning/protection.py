@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from dbes.errors import FinetuneError
-from dbes.execution import run_base
+from dbes.execution import forward
 from dbes.finetuning.slots import Slot
 
 Share = Callable[[Tensor], Tensor]
@@ -81,5 +81,5 @@ def inverse_root(moment: Tensor, scale: float) -> Tensor:
 
 def _forward(model: nn.Module, batch: Tensor) -> int:
     """One pass without logits; the number of its tokens."""
-    run_base(model, input_ids=batch)
+    forward(model, input_ids=batch)
     return batch.numel()

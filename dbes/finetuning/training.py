@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from dbes.capture import Decision, watching
 from dbes.errors import FinetuneError
-from dbes.execution import run_base
+from dbes.execution import forward
 from dbes.files import keep_log_before
 from dbes.finetuning.cells import TrainableCells
 from dbes.finetuning.encoding import Batch, Sample, collate
@@ -261,7 +261,7 @@ def _check_reach(
         batch: Batch = collate(samples[first : first + size], padding=padding)
         real = batch.inputs.get("attention_mask", torch.ones_like(batch.inputs["input_ids"])).flatten().bool()
         with torch.no_grad(), watching(sites, observe, scores=False, stop=True):
-            run_base(model, **batch.inputs)
+            forward(model, whole=True, **batch.inputs)
         if any(found):
             return
     raise FinetuneError(

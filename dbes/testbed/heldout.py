@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dbes.execution import input_device, logits_of, run_base
+from dbes.execution import forward, input_device, logits_of
 from dbes.stiffness import Noise, logit_stiffness, noise_rows, selection_stiffness
 from dbes.testbed.mix import Batches, Mix, overlap_domains
 from dbes.testbed.models import routers_of
@@ -156,7 +156,7 @@ def training_routes(model: PreTrainedModel, mix: Mix, settings: TrainSettings, *
             # The step of the re-randomised router's last draw: a new one would not be what training ended with.
             tokens_here, domain_here = torch.from_numpy(batch.tokens).to(device), torch.from_numpy(batch.domain).to(device)
             session.begin(tokens_here, domain_here, step=settings.optimizer.steps)
-            run_base(model, input_ids=tokens_here)
+            forward(model, input_ids=tokens_here)
             made = [torch.where(layer.weights > 0, layer.ids, -1) for layer in session.decisions]
             ids.append(torch.stack(made, 1).cpu().numpy())
             tokens.append(batch.tokens.reshape(-1))
