@@ -13,8 +13,9 @@ from torch import Tensor
 
 from dbes.capture import Decision, watching
 from dbes.errors import RecordingError
+from dbes.execution import forward, input_device, is_offloaded
 from dbes.models import LoadedModel
-from dbes.sites import RoutingSite, base_of, input_device, is_offloaded, router_std
+from dbes.sites import RoutingSite, router_std
 from dbes.stiffness import Noise, logit_stiffness, noise_rows, selection_stiffness
 from dbes.types import NOISE_SCALES, storage_dtype
 from dbes.windows import embedding_rows, padded, padding_id
@@ -80,6 +81,11 @@ class Recorder:
         return Noise.drawn(classes=classes, slots=self.slots, seed=self.seed)
 
     @cached_property
+    def proven(self) -> dict[tuple[int, int], int]:
+        """What was found out about experts that are modules; see `dbes.capture.watching`."""
+        return {}
+
+    @cached_property
     def _on_device(self) -> dict:
         return {}
 
@@ -143,8 +149,9 @@ def record_batch(recorder: Recorder, windows: Sequence[Window]) -> dict[str, np.
 
     model = recorder.loaded.model
     scores = recorder.stiffness or any(site.adapter == "embedding" for site in recorder.sites)
-    with torch.inference_mode(), watching(recorder.sites, observe, scores=scores, stop=not is_offloaded(model)):
-        base_of(model)(**inputs, use_cache=False)
+    stop = not is_offloaded(model)
+    with torch.inference_mode(), watching(recorder.sites, observe, scores=scores, stop=stop, proven=recorder.proven):
+        forward(model, whole=stop, **inputs)
 
     for site, count in zip(recorder.sites, fired, strict=True):
         if count != 1:
@@ -183,6 +190,9 @@ def record_within_memory(recorder: Recorder, batch: Sequence[Window]) -> Iterato
 def find_batching(recorder: Recorder, texts: Sequence[np.ndarray], window: int) -> Batching:
     """What may share a batch, found by trying on the beginnings of two texts.
 
+    Raises:
+        RecordingError: routing differs from one forward to the next.
+
     Rows may differ in numerical noise: at most 1 % of expert sets in float32, 10 % in a 16-bit dtype.
     """
     quiet = replace(recorder, control=False, stiffness=False)
@@ -202,6 +212,11 @@ def find_batching(recorder: Recorder, texts: Sequence[np.ndarray], window: int) 
         return "padded"
     if agree(replace(long, token_ids=long.token_ids[: len(other)]), other):
         return "equal lengths"
+    if float((routed(long) != routed(long)).any(axis=-1).mean()) > allowed:
+        raise RecordingError(
+            f"{recorder.loaded.name}: the same text is routed to other experts every time it is read, so the router draws random numbers "
+            "outside training too; dbes records routing that can be repeated: switch the noise of the gate off"
+        )
     return "one at a time"
 
 

@@ -19,9 +19,10 @@ from transformers import PreTrainedModel
 
 from dbes.capture import Decision, watching
 from dbes.errors import ModelError, RecordingError
+from dbes.execution import base_of, forward, input_device
 from dbes.miniature import miniature
 from dbes.models import load_config, load_weights
-from dbes.sites import RoutingSite, base_of, expert_weights, find_sites, input_device, score_reason
+from dbes.sites import RoutingSite, expert_weights, find_sites, score_reason
 
 WEIGHTS_LIMIT = 4 * 2**30
 TOKENS = (2, 24)
@@ -177,7 +178,7 @@ def _random_ids(model: nn.Module) -> Tensor:
 def _examined(model: nn.Module, sites: Sequence[RoutingSite], ids: Tensor, chosen: set[int]) -> tuple[LayerDiagnosis, ...]:
     decisions: dict[int, list[Decision]] = {}
     with torch.inference_mode(), watching(sites, lambda index, decision: decisions.setdefault(index, []).append(decision)):
-        base_of(model)(input_ids=ids, use_cache=False)
+        forward(model, whole=True, input_ids=ids)
     return tuple(_diagnosed(model, site, decisions.get(index, []), ids, site.layer in chosen) for index, site in enumerate(sites))
 
 
@@ -243,7 +244,7 @@ def _observed(model: nn.Module, site: RoutingSite, input_ids: Tensor) -> tuple[D
     handle = site.block.register_forward_pre_hook(remember, with_kwargs=True)
     try:
         with watching([site], lambda _, decision: seen.append(decision), stop=True):
-            base_of(model)(input_ids=input_ids, use_cache=False)
+            forward(model, whole=True, input_ids=input_ids)
     finally:
         handle.remove()
     if not seen or not arguments:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -19,6 +19,22 @@ import torch
 from torch import nn
 
 from dbes.errors import ModelError
+from dbes.execution import base_of, input_device, is_offloaded
+
+__all__ = [
+    "Adapter",
+    "RoutingSite",
+    "base_of",
+    "expert_modules",
+    "expert_slices",
+    "expert_weights",
+    "find_sites",
+    "input_device",
+    "is_offloaded",
+    "max_positions",
+    "router_std",
+    "score_reason",
+]
 
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts", "num_moe_experts")
 TOP_K = (
@@ -37,14 +53,14 @@ ZERO_EXPERTS = ("zero_expert_num", "num_zero_experts")
 _INDEX = re.compile(r"ind(ex|ices)|idx|selected_experts|expert_ids")
 _WEIGHT = re.compile(r"weight|score|prob|gates?$")
 
-Adapter = Literal["experts", "scores", "sorted", "embedding", "gate"]
+Adapter = Literal["experts", "scores", "sorted", "embedding", "modules"]
 """How a site's decision is read (`dbes.capture` holds one reader for each):
 
 ``experts``: arguments (hidden, ids, weights) of the experts module, as executed. 54 of 57 families.
 ``scores``: the router returns a [tokens, experts] matrix of gates, zero where an expert is not chosen (llama4).
 ``sorted``: the router returns slots sorted by expert (jetmoe).
 ``embedding``: experts are rows of an embedding that is looked up with their ids (doge).
-``gate``: the gate module returns (ids, weights) and a ModuleList of experts is looped over (remote-code models).
+``modules``: experts are modules that the block calls one by one, whatever its gate is (remote-code models; `dbes.expert_calls`).
 """
 
 
@@ -56,7 +72,7 @@ class RoutingSite:
         layer: the model's own decoder-layer number.
         name: path of the MoE block in the model.
         block: the module whose output the experts add to.
-        experts: the module (or ModuleList) that holds the experts' weights.
+        experts: the module (or ModuleList or ModuleDict) that holds the experts' weights.
         router: the module that scores experts, or None when none was recognised.
         probe: the module at which the decision is read; see ``Adapter``.
         num_experts: routed experts, without zero-computation ones.
@@ -94,7 +110,7 @@ def find_sites(model: nn.Module) -> tuple[RoutingSite, ...]:
             continue
         adapter, block_name, probe = found
         block = modules[block_name]
-        experts = module if adapter in ("experts", "embedding") else getattr(block, "experts", module)
+        experts = module if adapter in ("experts", "embedding", "modules") else getattr(block, "experts", module)
         router = getattr(block, "router_gate", None) if adapter == "embedding" else _router(block, experts)
         layer = _layer_number(block_name, modules)
         zero = _first_int(ZERO_EXPERTS, experts, router, block) or 0
@@ -112,8 +128,7 @@ def find_sites(model: nn.Module) -> tuple[RoutingSite, ...]:
                 adapter=adapter,
             )
         )
-    if not sites:
-        _refuse_without_sites(model, modules)
+    _refuse_unread(model, modules, [site.name for site in sites], _config_values(config, EXPERT_COUNTS))
     sites.sort(key=lambda site: site.layer)
     for one, other in pairwise(sites):
         if one.layer == other.layer:
@@ -122,33 +137,6 @@ def find_sites(model: nn.Module) -> tuple[RoutingSite, ...]:
                 "dbes records one routing decision per layer and cannot tell which of them is meant"
             )
     return tuple(sites)
-
-
-def base_of(model: nn.Module) -> nn.Module:
-    """The model without its language-model head."""
-    return getattr(model, getattr(model, "base_model_prefix", "") or "-", model)
-
-
-def input_device(model: nn.Module) -> torch.device:
-    """Where token ids must lie: the device of the input embedding (offloaded weights lie on meta between calls)."""
-    devices = getattr(model, "hf_device_map", None)
-    if devices:
-        first = next(iter(devices.values()))
-        offloaded = first in ("cpu", "disk")
-        return torch.device(0 if offloaded and torch.accelerator.is_available() else "cpu" if offloaded else first)
-    for module in model.modules():
-        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-        if device is not None:
-            return torch.device(device)
-    return next(model.parameters()).device
-
-
-def is_offloaded(model: nn.Module) -> bool:
-    """Whether weights come and go during the forward (kept in memory or on disk beside the device that computes)."""
-    if any(parameter.is_meta for parameter in model.parameters()):
-        return True
-    places = set((getattr(model, "hf_device_map", None) or {}).values())
-    return "disk" in places or ("cpu" in places and len(places) > 1)
 
 
 def max_positions(model: nn.Module) -> int | None:
@@ -192,8 +180,8 @@ def expert_slices(site: RoutingSite, expert: int) -> list[tuple[nn.Parameter, Ca
     Raises:
         ModelError: the weights of one expert cannot be told from those of the others.
     """
-    if isinstance(site.experts, nn.ModuleList):
-        return [(parameter, _whole) for parameter in site.experts[expert].parameters()]
+    if site.adapter == "modules":
+        return [(parameter, _whole) for parameter in expert_modules(site)[expert].parameters()]
     children = dict(site.block.named_children())
     owners = {"sorted": ("input_linear", "output_linear"), "embedding": ("down_embed", "up_embed")}.get(site.adapter)
     modules = [site.experts] if owners is None else [children[name] for name in owners]
@@ -208,6 +196,11 @@ def expert_slices(site: RoutingSite, expert: int) -> list[tuple[nn.Parameter, Ca
     if not found:
         raise ModelError(f"{site.name}: no parameter of {type(site.experts).__name__} has one row per expert")
     return found
+
+
+def expert_modules(site: RoutingSite) -> list[nn.Module]:
+    """The experts of a block that calls them one by one, by their number."""
+    return list(site.experts.children())
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -234,15 +227,14 @@ def score_reason(site: RoutingSite, missing: int, tokens: int) -> str:
 def _classify(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> tuple[Adapter, str, nn.Module] | None:
     """(adapter, path of the block, probe) when this module is where a layer's routing can be read."""
     parent_name, _, own_name = name.rpartition(".")
-    if isinstance(module, nn.ModuleList):
-        if own_name == "experts" and len(module) > 1 and parent_name in modules:
-            gate = _router(modules[parent_name], module)
-            if gate is not None and not isinstance(gate, nn.Linear):
-                return "gate", parent_name, gate
+    if _takes_choice(module) and parent_name:
+        return "experts", parent_name, module
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+        # a list inside a module that takes ids and weights is how that module holds its experts
+        if _lists_experts(name, module) and parent_name in modules and not _takes_choice(modules[parent_name]):
+            return "modules", parent_name, modules[parent_name]
         return None
     parameters = _signature(module)
-    if len(parameters) >= 3 and any(map(_INDEX.search, parameters[1:])) and any(map(_WEIGHT.search, parameters[1:])) and parent_name:
-        return "experts", parent_name, module
     if own_name == "experts" and len(parameters) == 1 and parent_name in modules:
         router = getattr(modules[parent_name], "router", None)
         if router is not None and any(parameter.ndim == 3 for parameter in module.parameters(recurse=False)):
@@ -254,6 +246,17 @@ def _classify(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> tu
     if "router_gate" in children and isinstance(children.get("down_embed"), nn.Embedding):
         return "embedding", name, children["down_embed"]
     return None
+
+
+def _takes_choice(module: nn.Module) -> bool:
+    """Whether a module's forward takes (hidden states, expert ids, weights)."""
+    parameters = _signature(module)[1:]
+    return len(parameters) >= 2 and any(map(_INDEX.search, parameters)) and any(map(_WEIGHT.search, parameters))
+
+
+def _lists_experts(name: str, module: nn.Module) -> bool:
+    """Whether a ModuleList or ModuleDict holds routed experts: named so, and all of one class."""
+    return bool(re.search(r"(^|\.)(\w+_)?experts$", name)) and "shared" not in name and len({type(one) for one in module.children()}) == 1
 
 
 def _signature(module: nn.Module) -> list[str]:
@@ -305,7 +308,7 @@ def _config_values(config: Any, names: tuple[str, ...]) -> set[int]:
 
 
 def _number_of_experts(experts: Any, router: Any, block: Any, config: Any, layer: int, name: str) -> int:
-    if isinstance(experts, nn.ModuleList):
+    if isinstance(experts, nn.ModuleList | nn.ModuleDict):
         count: int | None = len(experts)
     else:
         count = _first_int(EXPERT_COUNTS, experts, block, router)
@@ -343,15 +346,41 @@ def _refuse_bypassed(model: nn.Module) -> None:
         raise ModelError("mxfp4 experts bypass the router's and experts' modules; load it dequantized (Mxfp4Config(dequantize=True))")
 
 
-def _refuse_without_sites(model: nn.Module, modules: dict[str, nn.Module]) -> None:
+def _refuse_unread(model: nn.Module, modules: dict[str, nn.Module], blocks: Sequence[str], counts: set[int]) -> None:
+    """Experts that no site reads are an error, whether or not other layers can be read."""
     name = type(model).__name__
-    hints = [path for path in modules if re.search(r"(^|\.)(block_sparse_)?(experts|moe)$", path)]
-    if hints:
+    inside = tuple(f"{block}." for block in blocks)
+    for path, module in modules.items():
+        # jetmoe's attention heads are experts too; the MLP's are those that are meant
+        if path in blocks or path.startswith(inside) or re.search(r"attn|attention", path):
+            continue
+        if not _looks_like_experts(path, module, modules, counts):
+            continue
+        parent = path.rpartition(".")[0]
+        kinds = {child: type(part).__name__ for child, part in modules[parent].named_children()}
         raise ModelError(
-            f"{name}: unsupported routing contract: {hints[0]} ({type(modules[hints[0]]).__name__}) looks like experts, but no module "
-            "takes (hidden_states, expert ids, weights), and no gate returns (ids, weights); dbes cannot tell which experts ran"
+            f"{name}: unsupported routing contract: {path} ({type(module).__name__}) looks like experts, but no module takes "
+            f"(hidden_states, expert ids, weights) and they are not modules that the block calls one by one; {parent or name} "
+            f"({type(modules[parent]).__name__}) holds {kinds}; dbes cannot tell which experts ran"
         )
-    raise ModelError(
-        f"{name} is not a Mixture-of-Experts model: none of its {len(modules)} modules routes tokens to experts. "
-        "Give a MoE checkpoint (for example OLMoE, Qwen3-MoE, Mixtral, DeepSeek-V3)"
+    if not blocks:
+        raise ModelError(
+            f"{name} is not a Mixture-of-Experts model: none of its {len(modules)} modules routes tokens to experts. "
+            "Give a MoE checkpoint (for example OLMoE, Qwen3-MoE, Mixtral, DeepSeek-V3)"
+        )
+
+
+def _looks_like_experts(path: str, module: nn.Module, modules: dict[str, nn.Module], counts: set[int]) -> bool:
+    """Named as experts are, or weights with one matrix per expert beside something that scores as many."""
+    if re.search(r"(^|\.)(block_sparse_)?(experts|moe)$", path):
+        return True
+    if isinstance(module, nn.modules.conv._ConvNd) or not any(
+        parameter.ndim == 3 and parameter.shape[0] in counts for parameter in module.parameters(recurse=False)
+    ):
+        return False
+    around = modules[path.rpartition(".")[0]]
+    named = [*module.named_parameters(), *around.named_parameters()]
+    return any(
+        re.match(r"[^.]*(gate|rout)[^.]*(\.[^.]*)?$", name) and parameter.ndim == 2 and counts & set(parameter.shape)
+        for name, parameter in named
     )

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from families import COMPOSITE, EXPERTS, HIDDEN, LAYERS, TOP_K, discovered, tiny_model
-from mock_remote_moe import MockMoeConfig, MockMoeForCausalLM
+from mock_remote_moe import BLOCKS, READ, Mixtral, MockMoeConfig, MockMoeForCausalLM
 from torch import nn
 
 from dbes.capture import Decision, watching
@@ -177,32 +177,106 @@ def test_a_composite_model_is_found_with_its_layers() -> None:
     assert [(site.layer, site.num_experts, site.top_k, site.adapter) for site in sites] == [(0, 8, 1, "scores"), (1, 8, 1, "scores")]
 
 
-class TestRemoteCode:
-    """MoEGate and a ModuleList of experts, as checkpoints bring along."""
+def remote(block: str, *, top_k: int | None = None) -> MockMoeForCausalLM:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        slots = top_k or (1 if block in ("switch", "argmax") else 2)
+        return MockMoeForCausalLM(MockMoeConfig(block=block, num_experts_per_tok=slots)).eval()
 
-    model = MockMoeForCausalLM(MockMoeConfig()).eval()
 
-    def test_sites(self) -> None:
-        sites = find_sites(self.model)
-        assert [(site.layer, site.num_experts, site.top_k, site.adapter) for site in sites] == [(1, 8, 2, "gate"), (2, 8, 2, "gate")]
+class TestExpertsThatAreModules:
+    """A ModuleList of experts that the block loops over, with whatever gate, as checkpoints bring along."""
 
-    def test_ablation_and_scores(self) -> None:
-        assert all(ablation_agrees(self.model, site, text()) for site in find_sites(self.model))
-        assert all(bool(decision.matched.all()) for (decision,) in decisions_of(self.model, text()).values())
+    @pytest.mark.parametrize("block", READ)
+    def test_sites(self, block: str) -> None:
+        sites = find_sites(remote(block))
+        slots = 1 if block in ("switch", "argmax") else 2
+        found = [(site.layer, site.num_experts, site.top_k, site.adapter) for site in sites]
+        assert found == [(1, 8, slots, "modules"), (2, 8, slots, "modules")]
+
+    @pytest.mark.parametrize("block", [block for block in READ if block != "noisy"])
+    def test_changing_one_expert_changes_exactly_the_recorded_rows(self, block: str) -> None:
+        model = remote(block)
+        for site in find_sites(model):
+            assert all(ablation_agrees(model, site, text(), expert=expert) for expert in range(EXPERTS))
+
+    @pytest.mark.parametrize("block", [block for block in READ if issubclass(READ[block], Mixtral)])
+    @pytest.mark.parametrize("scores", [True, False])
+    def test_ids_and_weights_are_those_the_block_chose(self, block: str, scores: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, chosen = remote(block), []
+        kind = READ[block]
+        choose = kind.choose
+        monkeypatch.setattr(kind, "choose", lambda self, logits: chosen.append(choose(self, logits)) or chosen[-1])
+        proven: dict[tuple[int, int], int] = {}
+        for seed in range(2):  # the second time nothing is proven again
+            chosen.clear()
+            found = decisions_of(model, text(seed=seed), scores=scores, proven=proven)
+            assert len(proven) == 2
+            first = chosen[:: 1 if seed else 3]  # the block runs twice more for the proof
+            for (decision,), (ids, weights) in zip(found.values(), first, strict=True):
+                assert torch.equal(decision.ids, ids) and torch.equal(decision.weights, weights)
+                assert decision.hidden is not None and len(decision.hidden) == len(ids)
+                assert (decision.scores is not None) == (decision.logits is not None) == scores
+                if scores:
+                    assert bool(decision.matched.all())
+
+    @pytest.mark.parametrize("block", READ)
+    def test_the_model_is_untouched(self, block: str) -> None:
+        model, input_ids = remote(block), text()
+        state = torch.get_rng_state()
+        with torch.inference_mode():
+            plain = model(input_ids=input_ids).logits
+            torch.set_rng_state(state)
+            with watching(find_sites(model), lambda *_: None):
+                watched = model(input_ids=input_ids).logits
+        assert torch.equal(plain, watched) and hooks(model) == 0
+
+    def test_a_shared_prefix_of_documents_is_no_trouble(self) -> None:
+        model = remote("sorted")
+        same = text(1).expand(3, -1)  # every row of the batch three times
+        assert all(bool(decision.matched.all()) for (decision,) in decisions_of(model, same).values())
+
+    @pytest.mark.parametrize(
+        ("block", "told"),
+        [
+            ("dense", r"layer 1 \(model.layers.1.mlp: Dense, Linear, ModuleList\): unsupported routing contract: .*384 rows of 48 tokens"),
+            ("capacity", "its experts were given 24 rows"),
+            ("remapped", "which is not what the choice seen last gives them"),
+            ("hidden", "no weights that were seen before they ran add their outputs up"),
+        ],
+    )
+    def test_what_cannot_be_shown_to_have_run_is_refused(self, block: str, told: str) -> None:
+        model = remote(block)
+        with pytest.raises(RecordingError, match=told):
+            decisions_of(model, text())
+        assert hooks(model) == 0 and torch.overrides._get_current_function_mode_stack() == []
 
     def test_a_gate_without_ids_is_refused(self) -> None:
-        model = MockMoeForCausalLM(MockMoeConfig()).eval()
-        model.model.layers[1].mlp.gate.forward = lambda hidden: (torch.zeros(hidden.shape[0] * hidden.shape[1], 8), None)
-        with pytest.raises(RecordingError, match=r"layer 1 .*unsupported routing contract.*returns no expert ids"):
+        model = remote("gate")
+        model.model.layers[1].mlp.gate.forward = lambda hidden: (torch.zeros(hidden.shape[:2].numel(), 2), torch.ones(48, 2), None)
+        with pytest.raises(RecordingError, match=r"layer 1 .*no top-2 over 8 experts was seen before they ran"):
             decisions_of(model, text())
-        assert hooks(model) == 0
 
-    def test_a_linear_gate_is_refused(self) -> None:
-        model = MockMoeForCausalLM(MockMoeConfig()).eval()
-        for layer in model.model.layers[1:]:
-            layer.mlp.gate = nn.Linear(HIDDEN, EXPERTS)
-        with pytest.raises(ModelError, match=r"unsupported routing contract: model.layers.1.mlp.experts"):
+    def test_experts_in_one_tensor_are_refused_also_beside_layers_that_can_be_read(self) -> None:
+        with pytest.raises(ModelError, match=r"unsupported routing contract: model.layers.1.mlp \(Einsum\)"):
+            find_sites(remote("einsum"))
+        model = remote("mixtral")
+        model.model.layers[2].mlp = BLOCKS["einsum"](model.config)
+        with pytest.raises(ModelError, match=r"unsupported routing contract: model.layers.2.mlp \(Einsum\)"):
             find_sites(model)
+
+
+@pytest.mark.parametrize("block", ["in place", "in place, fused"])
+def test_work_in_place_after_the_choice_changes_nothing_that_was_seen(block: str) -> None:
+    """The gate goes on with its scores, ids and input; the block with its weights: what was seen stays."""
+    model = remote(block)
+    (decision,) = decisions_of(model, text())[0]
+    for layer in model.model.layers[1:]:
+        layer.mlp.spoil = False
+    (expected,) = decisions_of(model, text())[0]
+    for name in ("ids", "weights", "hidden", "scores", "choice", "logits"):
+        assert torch.equal(getattr(decision, name), getattr(expected, name)), name
+    assert bool(decision.matched.all()) and bool(expected.matched.all())
 
 
 def test_disagreement_with_the_config_is_refused() -> None:

@@ -12,9 +12,9 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from dbes.errors import FinetuneError
+from dbes.execution import logits_of
 from dbes.finetuning.data import Entry, Item
 from dbes.finetuning.encoding import Batch, Sample, collate, encode, windows
-from dbes.sites import input_device
 from dbes.windows import embedding_rows, padding_id
 
 BATCH_TOKENS = 4096
@@ -78,12 +78,10 @@ def tracked_scores(scores: Mapping[str, DomainScore]) -> dict[str, float]:
 
 def token_losses(model: nn.Module, batch: Batch) -> Tensor:
     """float32 nats of every counted token of the batch, in order; differentiable."""
-    device = input_device(model)
-    inputs = {name: value.to(device) for name, value in batch.inputs.items()}
-    logits = model(**inputs, use_cache=False).logits
+    logits = logits_of(model, **batch.inputs)
     wanted = batch.counted[:, 1:].to(logits.device)
     # only rows that count are widened to float32: at large vocabularies the logits are the largest tensor of all
-    rows, labels = logits[:, :-1][wanted], inputs["input_ids"][:, 1:].to(logits.device)[wanted]
+    rows, labels = logits[:, :-1][wanted], batch.inputs["input_ids"][:, 1:].to(logits.device)[wanted]
     return nn.functional.cross_entropy(rows.float(), labels, reduction="none")
 
 

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from dbes.errors import FinetuneError
+from dbes.execution import forward
 from dbes.finetuning.slots import Slot
-from dbes.sites import base_of, input_device
 
 Share = Callable[[Tensor], Tensor]
 
@@ -81,5 +81,5 @@ def inverse_root(moment: Tensor, scale: float) -> Tensor:
 
 def _forward(model: nn.Module, batch: Tensor) -> int:
     """One pass without logits; the number of its tokens."""
-    base_of(model)(input_ids=batch.to(input_device(model)), use_cache=False)
+    forward(model, input_ids=batch)
     return batch.numel()

@@ -18,13 +18,14 @@ from transformers import PreTrainedModel
 
 from dbes.capture import Decision, watching
 from dbes.errors import FinetuneError
+from dbes.execution import forward
 from dbes.files import keep_log_before
 from dbes.finetuning.cells import TrainableCells
 from dbes.finetuning.encoding import Batch, Sample, collate
 from dbes.finetuning.evaluation import DomainScore, token_losses, tracked_scores
 from dbes.finetuning.settings import FinetuneSettings, learning_rate
 from dbes.finetuning.state import LOG, STATE, append_log, load_state, save_state
-from dbes.sites import base_of, find_sites, input_device
+from dbes.sites import find_sites
 
 SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP")
 """What accelerate calls ways to spread one model over processes."""
@@ -253,15 +254,14 @@ def _check_reach(
 
     def observe(index: int, decision: Decision) -> None:
         chosen = torch.isin(decision.ids, wanted[sites[index].layer].to(decision.ids.device)) & (decision.weights != 0)
-        found.append(bool((chosen.any(-1) & real).any()))
+        found.append(bool((chosen.any(-1) & real.to(chosen.device)).any()))
 
     size = settings.micro_batch_size or settings.batch_size
     for first in range(0, len(samples), size):
         batch: Batch = collate(samples[first : first + size], padding=padding)
-        inputs = {name: value.to(input_device(model)) for name, value in batch.inputs.items()}
-        real = batch.inputs.get("attention_mask", torch.ones_like(batch.inputs["input_ids"])).flatten().bool().to(input_device(model))
+        real = batch.inputs.get("attention_mask", torch.ones_like(batch.inputs["input_ids"])).flatten().bool()
         with torch.no_grad(), watching(sites, observe, scores=False, stop=True):
-            base_of(model)(**inputs, use_cache=False)
+            forward(model, whole=True, **batch.inputs)
         if any(found):
             return
     raise FinetuneError(

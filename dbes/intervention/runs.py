@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from dbes.execution import logits_of
 from dbes.finetuning.evaluation import choice_likelihoods, right_choices
 from dbes.intervention.data import ExperimentData, Items, Part, training_batches
 from dbes.intervention.routing import under
@@ -38,8 +39,9 @@ def document_nats(model: Any, documents: Sequence[np.ndarray], *, batch_tokens: 
             ids[row, : len(documents[index])] = documents[index]
         tokens = torch.from_numpy(ids)
         # padded on the right: causal attention never looks there
-        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
-        losses = nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").double().numpy()
+        logits = logits_of(model, input_ids=tokens)[:, :-1].float()
+        labels = tokens[:, 1:].to(logits.device)
+        losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none").double().cpu().numpy()
         lengths = np.asarray([len(documents[index]) for index in members])
         nats[members] = np.where(np.arange(1, width)[None] < lengths[:, None], losses, 0.0).sum(axis=1)
     return nats
@@ -120,8 +122,9 @@ def execute(model: Any, run: Run, data: ExperimentData, settings: Settings, *, p
                 group["lr"] = run.rate * group["factor"] * min(1.0, (step - before) / (settings.warmup + 1))
             tokens = torch.from_numpy(batch)
             with under(prescribed, run.target):
-                logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
-            loss = nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), tokens[:, 1:].reshape(-1))
+                logits = logits_of(model, input_ids=tokens)[:, :-1]
+            labels = tokens[:, 1:].reshape(-1).to(logits.device)
+            loss = nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), labels)
             value = float(loss.detach())
             if not math.isfinite(value):
                 record |= {"status": "failed", "error": f"the loss is no number at step {step}"}

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dbes.errors import PathError
-from dbes.sites import expert_slices, expert_weights, find_sites, input_device
+from dbes.execution import logits_of
+from dbes.sites import expert_slices, expert_weights, find_sites
 
 Windows = Sequence[np.ndarray]
 """Runs of token ids that the model sees at once, int [tokens] each."""
@@ -118,12 +119,12 @@ def _summed_loss(model: Any, batch: list[np.ndarray]) -> Tensor:
     ids = np.zeros((len(batch), int(lengths.max())), np.int64)
     for row, window in enumerate(batch):
         ids[row, : len(window)] = window
-    tokens = torch.from_numpy(ids).to(input_device(model))
-    real = torch.from_numpy(np.arange(1, ids.shape[1])[None] < lengths[:, None]).to(tokens.device)
-    inputs = {"input_ids": tokens, "use_cache": False}
+    tokens = torch.from_numpy(ids)
+    real = torch.from_numpy(np.arange(1, ids.shape[1])[None] < lengths[:, None])
+    inputs = {"input_ids": tokens}
     if lengths.min() != lengths.max():
-        inputs["attention_mask"] = torch.from_numpy((np.arange(ids.shape[1])[None] < lengths[:, None]).astype(np.int64)).to(tokens.device)
-    logits = model(**inputs).logits[:, :-1].float()
+        inputs["attention_mask"] = torch.from_numpy((np.arange(ids.shape[1])[None] < lengths[:, None]).astype(np.int64))
+    logits = logits_of(model, **inputs)[:, :-1].float()
     losses = nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:].to(logits.device), reduction="none")
     return losses[real.to(losses.device)].sum()
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dbes.execution import forward, input_device, logits_of
 from dbes.stiffness import Noise, logit_stiffness, noise_rows, selection_stiffness
 from dbes.testbed.mix import Batches, Mix, overlap_domains
 from dbes.testbed.models import routers_of
@@ -85,7 +86,8 @@ def measure(
     names = tuple(f"{mix.domains[domain]}/{place}" for domain, place, _ in chosen)
     layers = tuple(range(len(routers_of(model))))
     experts, slots = int(routers_of(model)[0].num_experts), int(routers_of(model)[0].top_k)
-    noise = Noise.drawn(classes=experts, slots=slots, seed=seed)
+    device = input_device(model)
+    noise = Noise.drawn(classes=experts, slots=slots, seed=seed).to(device)
     columns: dict[str, list[np.ndarray]] = defaultdict(list)
     totals = np.zeros((3, len(mix.domains)))
     order = sorted(range(len(chosen)), key=lambda document: len(chosen[document][2]))
@@ -100,7 +102,7 @@ def measure(
                 tokens[row, : len(chosen[document][2])] = chosen[document][2]
             real = np.arange(width) < np.asarray([len(chosen[document][2]) for document in members])[:, None]
             domain = np.asarray([chosen[document][0] for document in members])
-            session.begin(torch.from_numpy(tokens), torch.from_numpy(domain), step=step)
+            session.begin(torch.from_numpy(tokens).to(device), torch.from_numpy(domain).to(device), step=step)
             losses, entropy = _predictions(model, torch.from_numpy(tokens))
             predicted = real[:, 1:]
             for total, values in zip(totals, (losses, predicted, mix.token_bytes[tokens[:, 1:]]), strict=True):
@@ -113,11 +115,11 @@ def measure(
             rows = np.concatenate(
                 [noise_rows(names[document], np.arange(len(chosen[document][2])), layers) for document in members], axis=1
             )
-            for name, values in _routes(session.decisions, torch.from_numpy(flat), noise, rows).items():
+            for name, values in _routes(session.decisions, torch.from_numpy(flat).to(device), noise, rows).items():
                 columns[name].append(values)
             if keep_inputs:
                 seen = torch.stack([made.inputs for made in session.decisions], 1)
-                columns["inputs"].append(seen[torch.from_numpy(flat)].to(torch.float16).numpy())
+                columns["inputs"].append(seen[torch.from_numpy(flat).to(device)].to(torch.float16).cpu().numpy())
     joined = {name: np.concatenate(parts) for name, parts in columns.items()}
     in_order = np.lexsort((joined["positions"], joined["document"]))
     entropy = joined.pop("entropy")[in_order].astype(np.float32)
@@ -146,16 +148,17 @@ def training_routes(model: PreTrainedModel, mix: Mix, settings: TrainSettings, *
     """
     drawn = Batches(replace(mix, training=mix.heldout), settings.mix, steps=batches, seed=settings.data_seed)
     kept = {name: value.clone() for name, value in model.state_dict().items() if name.endswith("e_score_correction_bias")}
-    ids, tokens, document, domain = [], [], [], []
+    ids, tokens, document, domain, device = [], [], [], [], input_device(model)
     with Routing(model, settings.routing, domains=len(mix.domains), seed=settings.seed) as session:
         session.bias.copy_(bias)
         for step in range(batches):
             batch = drawn(step)
             # The step of the re-randomised router's last draw: a new one would not be what training ended with.
-            session.begin(torch.from_numpy(batch.tokens), torch.from_numpy(batch.domain), step=settings.optimizer.steps)
-            model.base_model(input_ids=torch.from_numpy(batch.tokens), use_cache=False)
+            tokens_here, domain_here = torch.from_numpy(batch.tokens).to(device), torch.from_numpy(batch.domain).to(device)
+            session.begin(tokens_here, domain_here, step=settings.optimizer.steps)
+            forward(model, input_ids=tokens_here)
             made = [torch.where(layer.weights > 0, layer.ids, -1) for layer in session.decisions]
-            ids.append(torch.stack(made, 1).numpy())
+            ids.append(torch.stack(made, 1).cpu().numpy())
             tokens.append(batch.tokens.reshape(-1))
             document.append(len(domain) + np.repeat(np.arange(len(batch.domain)), batch.tokens.shape[1]))
             domain.extend(batch.domain.tolist())
@@ -173,10 +176,10 @@ def training_routes(model: PreTrainedModel, mix: Mix, settings: TrainSettings, *
 
 def _predictions(model: PreTrainedModel, tokens: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Nats of every next token, [sequences, length - 1], and the entropy of every prediction, [sequences, length]."""
-    logarithms = model(input_ids=tokens, use_cache=False).logits.float().log_softmax(-1)
+    logarithms = logits_of(model, input_ids=tokens).float().log_softmax(-1)
     entropy = -(logarithms.exp() * logarithms).sum(-1)
-    losses = -logarithms[:, :-1].gather(2, tokens[:, 1:, None])[..., 0]
-    return losses.numpy(), entropy.numpy()
+    losses = -logarithms[:, :-1].gather(2, tokens[:, 1:, None].to(logarithms.device))[..., 0]
+    return losses.cpu().numpy(), entropy.cpu().numpy()
 
 
 def _routes(decisions: list[Decision], rows: Tensor, noise: Noise, noise_at: np.ndarray) -> dict[str, np.ndarray]:
@@ -184,12 +187,13 @@ def _routes(decisions: list[Decision], rows: Tensor, noise: Noise, noise_at: np.
     by_layer: dict[str, list[Tensor]] = defaultdict(list)
     for layer, made in enumerate(decisions):
         ids = made.ids[rows]
-        drawn = torch.from_numpy(noise_at[layer])
+        drawn = torch.from_numpy(noise_at[layer]).to(ids.device)
         by_layer["ids"].append(ids)
         by_layer["weights"].append(made.weights[rows].float())
         if made.selection is None:
-            nothing = torch.full((len(ids),), torch.nan)
-            margin, scaled, kept = nothing, nothing, torch.full((len(ids), len(NOISE_SCALES)), NOT_KEPT, dtype=torch.uint8)
+            nothing = torch.full((len(ids),), torch.nan, device=ids.device)
+            kept = torch.full((len(ids), len(NOISE_SCALES)), NOT_KEPT, dtype=torch.uint8, device=ids.device)
+            margin, scaled = nothing, nothing
             logit_margin = nothing
         else:
             margin, scaled, kept = selection_stiffness(made.selection[rows], ids, noise.normal[drawn], None)
@@ -198,4 +202,4 @@ def _routes(decisions: list[Decision], rows: Tensor, noise: Noise, noise_at: np.
         by_layer["selection_margins"].append(margin)
         by_layer["scaled_margins"].append(scaled)
         by_layer["kept"].append(kept)
-    return {name: torch.stack(parts, 1).numpy() for name, parts in by_layer.items()}
+    return {name: torch.stack(parts, 1).cpu().numpy() for name, parts in by_layer.items()}
