@@ -81,33 +81,43 @@ def _within_noise(report: FinetuneReport) -> bool:
 
 def _target(report: FinetuneReport) -> str:
     name, change = report.target, report.changes.get(report.target)
-    if change is None or change.low is None or change.high is None:
-        why = "" if change is None else "; from one held-out text, noise cannot be told"
-        return f"{name}: {_amount(-report.gain)}{why}"
+    if change is None:
+        return f"{name}: {_amount(report.gain)}"
+    gain = f"{name}: the gain of {_amount(-change.change)} is"
+    if change.low is None or change.high is None:
+        return f"{gain} from one held-out text, so that noise cannot be told"
     span = _span(-change.high, -change.low)
-    if change.change > 0 and change.low > 0:
-        return f"{name}: lost {change.change:.4f} bits per byte (95 % interval of the gain {span}): held-out texts are predicted worse than before"
     if _within_noise(report):
-        return f"{name}: the gain of {-change.change:+.4f} bits per byte is within noise (95 % interval {span})"
+        return f"{gain} within noise (95 % interval {span})"
+    if change.change > 0:
+        return f"{name}: lost {change.change:.4f} bits per byte (95 % interval of the gain {span}): its held-out texts are predicted worse"
     return f"{name}: gained {-change.change:.4f} bits per byte (95 % interval {span})"
 
 
 def _others(report: FinetuneReport) -> str:
+    mean, worst = report.forgetting_mean, report.forgetting_worst
+    if mean is None or worst is None:
+        return ""
     others, worse = _of_others(report), forgotten(report)
     if not others:
-        if report.forgetting_mean is None:
-            return ""
-        return f"other domains: {_amount(report.forgetting_mean)} on average, {_amount(report.forgetting_worst or 0.0)} at worst"
-    untold = [name for name, one in others.items() if one.low is None]
-    told = f"; of {', '.join(untold)} one text is held out, so that noise cannot be told" if untold else ""
+        return f"other domains: {_amount(mean)} on average, {worst:+.4f} at worst"
+    untold = {name: one for name, one in others.items() if one.low is None}
+    calm = {name: one for name, one in others.items() if name not in worse and name not in untold}
+    told = f"; one text is held out of {_each(untold)}, too few to tell" if untold else ""
     if worse:
         each = ", ".join(f"{name} {one.change:+.4f} ({interval_of(report, name)})" for name, one in worse.items())
-        rest = len(others) - len(worse) - len(untold)
-        return f"forgotten: {each} bits per byte{f'; {rest} other domains not beyond noise' if rest else ''}{told}"
-    if len(untold) == len(others):
+        rest = f"; not beyond noise: {', '.join(calm)}" if calm else ""
+        return f"forgotten: {each} bits per byte{rest}{told}"
+    if not calm:
         return told.removeprefix("; ")
-    mean, worst = report.forgetting_mean or 0.0, report.forgetting_worst or 0.0
-    return f"nothing was forgotten beyond noise: other domains changed by {mean:+.4f} on average, {worst:+.4f} at worst{told}"
+    changed = f"other domains changed by {mean:+.4f} on average, {worst:+.4f} at worst"
+    if untold:
+        changed = ", ".join(f"{name} {one.change:+.4f}" for name, one in calm.items())
+    return f"nothing was forgotten beyond noise: {changed}{told}"
+
+
+def _each(changes: dict[str, Change]) -> str:
+    return ", ".join(f"{name} ({one.change:+.4f})" for name, one in changes.items())
 
 
 def _training(report: FinetuneReport) -> list[str]:
@@ -134,7 +144,7 @@ def _rate(report: FinetuneReport, choice: Choice) -> str:
     tried = ", ".join(f"{trial.lr:g}: {'diverged' if trial.loss is None else f'{trial.loss:.4f}'}" for trial in choice.trials)
     share = choice.search_seconds / max(report.seconds, 1e-9)
     rate += f"the smallest with half of the best fall in {choice.trial_steps} steps "
-    return rate + f"(validation loss before {choice.losses[0][1]:.4f}; {tried}), {share:.0%} of the time"
+    return rate + f"(validation loss before {choice.losses[0][1]:.4f}; {tried}), {100 * share:.0f} % of the time"
 
 
 def interval_of(report: FinetuneReport, domain: str) -> str:
