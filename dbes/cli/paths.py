@@ -14,7 +14,7 @@ from dbes.cli.hints import command, option
 from dbes.text import printable
 
 if TYPE_CHECKING:
-    from dbes.results import TaskFacts
+    from dbes.results import Result, TaskFacts
 
 
 class PathFormat(StrEnum):
@@ -48,6 +48,7 @@ def paths(
     from dbes.paths.files import write_esft, write_path
     from dbes.paths.rules import ESFT_SHARES, NEED_MODEL, RULES
     from dbes.paths.search import DEFAULT_BUDGET, find_path
+    from dbes.results import load_result
 
     with errors():
         if rule not in RULES or match not in RULES:
@@ -69,15 +70,13 @@ def paths(
         err=True,
     )
     typer.echo(written)
-    typer.echo(printable(_next(result, written, domain=domain, model=model, tasks=tasks), lines=True), err=True)
+    typer.echo(printable(next_step(load_result(result), written, domain=domain, model=model, tasks=tasks), lines=True), err=True)
 
 
-def _next(result: Path, written: Path, *, domain: str, model: str | None, tasks: str) -> str:
+def next_step(found: Result, written: Path, *, domain: str, model: str | None, tasks: str) -> str:
     """The command that trains the path, as far as the result says which model and task it is of."""
     from dbes.pipeline import EMBEDDED_NAME
-    from dbes.results import load_result
 
-    found = load_result(result)
     revision = found.model.revision
     local = revision is None or revision.startswith("sha256:")
     named = "embedded" if found.model.name == EMBEDDED_NAME else None if local else found.model.name
@@ -89,7 +88,7 @@ def _next(result: Path, written: Path, *, domain: str, model: str | None, tasks:
     words += ["--data", f"task:{domain}", "--out", _free(f"finetuned-{''.join(c if c.isalnum() else '-' for c in domain)}")]
     words += option("tasks", task or "TASK", default="embedded")
     said = f"Next, train these experts only ({', '.join(missing)}):" if missing else "Next, train these experts only:"
-    return f"{said}\n  {command(words)}\nIts report says what other domains forget; with --protect they forget less."
+    return f"{said}\n  {command(words)}\nIts report says what other domains forget; --protect makes updates that these hardly feel."
 
 
 def _shipped(task: TaskFacts) -> str | None:
@@ -106,4 +105,4 @@ def _shipped(task: TaskFacts) -> str | None:
 
 def _free(name: str) -> str:
     """The name, or with a number, that no file has yet."""
-    return next(one for one in (name, *(f"{name}-{number}" for number in count(2))) if not Path(one).exists())
+    return next(one for number in count(1) if not Path(one := name if number == 1 else f"{name}-{number}").exists())

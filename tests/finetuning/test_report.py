@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy.stats import t as student
+from test_run import path_of
 from typer.testing import CliRunner
 
 from dbes.cli import app
@@ -14,6 +15,7 @@ from dbes.errors import FinetuneError
 from dbes.finetuning.choice import Choice, Trial
 from dbes.finetuning.evaluation import DomainScore, Measured
 from dbes.finetuning.report import Change, change_of, changes, read_report, write_report
+from dbes.finetuning.run import finetune
 from dbes.finetuning.settings import FinetuneSettings, make_settings
 from dbes.finetuning.summary import advice, findings, forgotten, protects_next
 
@@ -74,26 +76,30 @@ def report_of(law=(-0.02, -0.03, -0.01), code=(0.0, -0.01, 0.01), math=(0.0, -0.
     return old.model_copy(update={"schema_version": 2, "target": "law", "settings": settings, **told, **values})
 
 
+CALM = "nothing was forgotten beyond noise"
+
+
 @pytest.mark.parametrize(
-    ("changes", "line"),
+    ("changed", "line"),
     [
         ({}, "law: gained 0.0200 bits per byte (95 % interval +0.0100 to +0.0300)"),
         ({"law": (-0.02, -0.05, 0.01)}, "law: the gain of +0.0200 bits per byte is within noise (95 % interval -0.0100 to +0.0500)"),
         ({"law": (0.02, 0.01, 0.03)}, "law: lost 0.0200 bits per byte (95 % interval of the gain -0.0300 to -0.0100)"),
         ({"law": (0.02, -0.01, 0.05)}, "law: the gain of -0.0200 bits per byte is within noise (95 % interval -0.0500 to +0.0100)"),
         ({"law": (-0.02, None, None)}, "law: the gain of +0.0200 bits per byte is from one held-out text, so that noise cannot be told"),
-        ({}, "nothing was forgotten beyond noise: other domains changed by +0.0000 on average, +0.0000 at worst"),
+        ({}, f"{CALM}: other domains changed by +0.0000 on average, +0.0000 at worst"),
         ({"code": (0.03, 0.02, 0.04)}, "forgotten: code +0.0300 (+0.0200 to +0.0400) bits per byte; not beyond noise: math"),
-        ({"code": (0.01, -0.02, 0.04)}, "nothing was forgotten beyond noise: other domains changed by +0.0050 on average, +0.0100 at worst"),
-        ({"code": (0.03, None, None)}, "nothing was forgotten beyond noise: math +0.0000; one text is held out of code (+0.0300), too few to tell"),
+        ({"code": (0.01, -0.02, 0.04)}, f"{CALM}: other domains changed by +0.0050 on average, +0.0100 at worst"),
+        ({"code": (0.03, None, None)}, f"{CALM}: math +0.0000; one text is held out of code (+0.0300), too few to tell"),
         (
             {"code": (0.02, 0.01, 0.03), "math": (0.03, 0.02, 0.04)},
             "forgotten: math +0.0300 (+0.0200 to +0.0400), code +0.0200 (+0.0100 to +0.0300) bits per byte",
         ),
     ],
 )
-def test_gain_and_forgetting_are_what_was_measured(changes, line):
-    assert any(found.startswith(line) for found in findings(report_of(**changes))), findings(report_of(**changes))
+def test_gain_and_forgetting_are_what_was_measured(changed, line):
+    found = findings(report_of(**changed))
+    assert any(one.startswith(line) for one in found), found
 
 
 def test_protection_is_advised_only_where_something_was_forgotten_and_it_is_possible():
@@ -101,8 +107,8 @@ def test_protection_is_advised_only_where_something_was_forgotten_and_it_is_poss
     assert protects_next(report_of(**harm)) and list(forgotten(report_of(**harm))) == ["code"]
     assert not protects_next(report_of())
     assert not protects_next(report_of(code=(0.03, -0.01, 0.07))), "within noise"
-    for changes in ({"lora_rank": 2}, {"train_router": True}):
-        settings = make_settings(**changes)
+    for way in ({"lora_rank": 2}, {"train_router": True}):
+        settings = make_settings(**way)
         assert not protects_next(report_of(**harm, settings=settings))
         assert "can be protected" in advice(report_of(**harm, settings=settings))[0]
     protected = report_of(**harm, settings=make_settings(protect=0.03))
@@ -123,7 +129,8 @@ def test_how_it_was_trained_is_said():
     report = report_of(choice=choice(), seconds=50.0, steps=4, passes=0.5, sequences=32, validation_unit="texts")
     rate, kept = findings(report)[2:]
     assert "learning rate 0.001" in rate and "(validation loss before 4.0000; 0.001: 3.9000, 0.003: diverged), 10 % of the time" in rate
-    assert kept == "kept step 2 of 4 (0.5 passes over 32 sequences), by the loss on 6 sequences of texts set apart; ended: the loss no longer fell"
+    why = "by the loss on 6 sequences of texts set apart; ended: the loss no longer fell"
+    assert kept == f"kept step 2 of 4 (0.5 passes over 32 sequences), {why}"
     still = report_of(choice=choice(best_step=4, stopped="all steps made"), seconds=50.0, steps=4, passes=1.0)
     assert "more --steps may gain more" in advice(still)[0]
     given = report_of(law=(-0.02, -0.05, 0.01), choice=choice(source="given", trials=()), passes=1.0)
@@ -141,10 +148,6 @@ def test_reports_of_the_first_schema_load_for_ever(tmp_path):
 
 
 def test_a_finished_run_of_before_is_another_run_and_is_refused(tiny_checkpoint, tiny_task, tmp_path):
-    from test_run import path_of
-
-    from dbes.finetuning.run import finetune
-
     shutil.copytree(OLD, tmp_path / "out")
     with pytest.raises(FinetuneError, match="holds another run"):
         finetune(tiny_checkpoint, path_of(tiny_checkpoint), "task:law", tmp_path / "out", make_settings(steps=1), tasks=tiny_task)
