@@ -199,7 +199,7 @@ def protected_texts(data: Data, loaded: LoadedModel, settings: FinetuneSettings)
     """
     unknown = [name for name in settings.protect_domains if name not in data.elsewhere]
     if unknown:
-        raise FinetuneError(f"--protect-domains {', '.join(unknown)}: other domains of the task are {', '.join(data.elsewhere)}")
+        raise FinetuneError(f"protect_domains {', '.join(unknown)}: other domains of the task are {', '.join(data.elsewhere)}")
     names = settings.protect_domains or tuple(data.elsewhere)
     options = {"length": settings.seq_len, "tokens": settings.protect_tokens, "known": embedding_rows(loaded.model)}
     return {name: full_rows(data.elsewhere[name], loaded.tokenizer, **options) for name in names}
@@ -250,7 +250,7 @@ def _read_path(file: Path, layers: tuple[int, ...], experts: tuple[int, ...], lo
 def _accelerator(settings: FinetuneSettings, out: Path) -> Accelerator:
     tracker = settings.tracker
     if tracker != "none" and not _installed(tracker):
-        raise FinetuneError(f"--tracker {tracker}: this needs the package {tracker}; install it with pip install 'dbes[{tracker}]'")
+        raise FinetuneError(f"tracker {tracker}: this needs the package {tracker}; install it with pip install 'dbes[{tracker}]'")
     return Accelerator(
         mixed_precision="bf16" if settings.bf16 else None,
         log_with=tracker if tracker != "none" else None,

@@ -100,24 +100,24 @@ def _others(report: FinetuneReport) -> str:
         return ""
     others, worse = _of_others(report), forgotten(report)
     if not others:
-        return f"other domains: {_amount(mean)} on average, {worst:+.4f} at worst"
+        return f"other domains: {_amount(mean)} on average, {_signed(worst)} at worst"
     untold = {name: one for name, one in others.items() if one.low is None}
     calm = {name: one for name, one in others.items() if name not in worse and name not in untold}
     told = f"; one text is held out of {_each(untold)}, too few to tell" if untold else ""
     if worse:
-        each = ", ".join(f"{name} {one.change:+.4f} ({interval_of(report, name)})" for name, one in worse.items())
+        each = ", ".join(f"{name} {_signed(one.change)} ({interval_of(report, name)})" for name, one in worse.items())
         rest = f"; not beyond noise: {', '.join(calm)}" if calm else ""
         return f"forgotten: {each} bits per byte{rest}{told}"
     if not calm:
         return told.removeprefix("; ")
-    changed = f"other domains changed by {mean:+.4f} on average, {worst:+.4f} at worst"
+    changed = f"other domains changed by {_signed(mean)} on average, {_signed(worst)} at worst"
     if untold:
-        changed = ", ".join(f"{name} {one.change:+.4f}" for name, one in calm.items())
+        changed = ", ".join(f"{name} {_signed(one.change)}" for name, one in calm.items())
     return f"nothing was forgotten beyond noise: {changed}{told}"
 
 
 def _each(changes: dict[str, Change]) -> str:
-    return ", ".join(f"{name} ({one.change:+.4f})" for name, one in changes.items())
+    return ", ".join(f"{name} ({_signed(one.change)})" for name, one in changes.items())
 
 
 def _training(report: FinetuneReport) -> list[str]:
@@ -154,8 +154,13 @@ def interval_of(report: FinetuneReport, domain: str) -> str:
 
 
 def _amount(change: float) -> str:
-    return f"{change:+.4f} bits per byte"
+    return f"{_signed(change)} bits per byte"
 
 
 def _span(low: float, high: float) -> str:
-    return f"{low:+.4f} to {high:+.4f}"
+    return f"{_signed(low)} to {_signed(high)}"
+
+
+def _signed(number: float) -> str:
+    """Four digits and the sign, which zero has none of before rounding or after."""
+    return f"{round(number, 4) + 0.0:+.4f}"

@@ -143,6 +143,12 @@ def test_without_early_stopping_the_last_step_is_kept(run, scripted):
     assert any("no early stopping" in line for line in findings(report))
 
 
+def test_a_rate_is_found_without_early_stopping_too(run):
+    report, _ = run(steps=3, early_stopping=False)
+    assert report.choice.source == "range test" and report.choice.check_every == 0 and report.choice.best_step == 3
+    assert [step for step, _ in report.choice.losses] == [0] and report.choice.validation_sequences > 0
+
+
 def test_too_little_text_is_said_and_takes_the_fixed_rate(run, tmp_path):
     (tmp_path / "few.jsonl").write_text('{"text": "one two three"}\n{"text": "four five six"}\n')
     said = []

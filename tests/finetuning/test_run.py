@@ -370,7 +370,7 @@ def test_a_tracker_that_is_not_installed_is_named(run, monkeypatch, tracker, tmp
     # a folder of the package's name, such as W&B leaves in the working directory, is found but is no package
     for found in (None, SimpleNamespace(origin=None)):
         monkeypatch.setattr("importlib.util.find_spec", lambda _, found=found: found)
-        with pytest.raises(FinetuneError, match=rf"--tracker {tracker}: .*pip install 'dbes\[{tracker}\]'"):
+        with pytest.raises(FinetuneError, match=rf"tracker {tracker}: .*pip install 'dbes\[{tracker}\]'"):
             run(tracker=tracker, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
