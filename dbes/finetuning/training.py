@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -154,18 +155,6 @@ def train(
             save_state(folder, identity, step, seconds, leaves, optimizer, kept, found.model_dump_json())
             saved = time.monotonic()
 
-    def tell(record: dict[str, Any], scores: dict[str, DomainScore] | None) -> None:
-        log.append(record)
-        if folder and main:
-            append_log(folder, record)
-        # the step is the trackers' own axis, and a name that some of them reserve
-        numbers = {name: value for name, value in record.items() if isinstance(value, int | float) and name != "step"}
-        accelerator.log(numbers, step=record["step"])
-        if scores is not None:
-            accelerator.log(tracked_scores(scores), step=record["step"] + 1)  # measured after so many updates
-        if progress:
-            progress(record)
-
     run = _Run(
         model=model, cells=cells, samples=samples, validation=validation, settings=settings, padding=padding, accelerator=accelerator,
         steps=settings.total_steps(len(samples)), leaves=leaves, optimizer=optimizer, kept=kept, found=found, save=save,
@@ -174,7 +163,7 @@ def train(
         if not start:
             check_reach(model, cells, samples, padding=padding, size=settings.micro_batch_size or settings.batch_size)
         _find_rate(run, say)
-        steps, failure = _loop(run, start, evaluate, tell)
+        steps, failure = _loop(run, start, evaluate, partial(_tell, log, folder if main else None, accelerator, progress))
     if failure is not None:
         raise FinetuneError(_failure(steps - 1, *failure, folder))
     seconds = before + time.monotonic() - began
@@ -292,6 +281,27 @@ def _prepare(run: _Run, step: int, rate: float) -> dict[str, Any]:
     seconds = time.monotonic() - clock
     record = {"step": step, "loss": loss, "lr": rate, "gradient_norm": norm, "tokens": tokens, "active": active}
     return record | {"tensors": len(leaves), "tokens_per_second": round(tokens / max(seconds, 1e-9), 1)}
+
+
+def _tell(
+    log: list[dict[str, Any]],
+    folder: Path | None,
+    accelerator: Any,
+    progress: Callable[[dict[str, Any]], None] | None,
+    record: dict[str, Any],
+    scores: dict[str, DomainScore] | None,
+) -> None:
+    """Hand the record of a step, and what was measured after it, to the log, the trackers and the caller."""
+    log.append(record)
+    if folder:
+        append_log(folder, record)
+    # the step is the trackers' own axis, and a name that some of them reserve
+    numbers = {name: value for name, value in record.items() if isinstance(value, int | float) and name != "step"}
+    accelerator.log(numbers, step=record["step"])
+    if scores is not None:
+        accelerator.log(tracked_scores(scores), step=record["step"] + 1)  # measured after so many updates
+    if progress:
+        progress(record)
 
 
 def _is_finite(record: dict[str, Any]) -> bool:
