@@ -18,7 +18,7 @@ START = RATES.index(3e-4)
 FALLBACK = 1e-4
 """Where there is too little text to test rates on: one that does little harm, and may do little."""
 
-ENOUGH = 0.5
+ENOUGH = 2 / 3
 SHARE, FEWEST, MOST = 0.05, 4, 20
 
 
@@ -28,7 +28,7 @@ def trial_steps(steps: int) -> int:
 
 
 def find_rate(attempt: Callable[[float], float], *, before: float, known: Mapping[float, float]) -> float:
-    """The smallest rate that gets half of the largest fall of the loss; the one of the lowest loss where none falls.
+    """The smallest rate that gets two thirds of the largest fall of the loss; the one of the lowest loss where none falls.
 
     Args:
         attempt: validation loss after a trial at this rate; inf or NaN where it diverged.

@@ -143,7 +143,7 @@ def _rate(report: FinetuneReport, choice: Choice) -> str:
         return rate + "the default where there is too little text to find one"
     tried = ", ".join(f"{trial.lr:g}: {'diverged' if trial.loss is None else f'{trial.loss:.4f}'}" for trial in choice.trials)
     share = choice.search_seconds / max(report.seconds, 1e-9)
-    rate += f"the smallest with half of the best fall in {choice.trial_steps} steps "
+    rate += f"the smallest with two thirds of the best fall in {choice.trial_steps} steps "
     return rate + f"(validation loss before {choice.losses[0][1]:.4f}; {tried}), {100 * share:.0f} % of the time"
 
 

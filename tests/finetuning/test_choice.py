@@ -50,7 +50,7 @@ def test_the_report_says_what_was_tried_and_kept(finished):
     assert choice.source == "range test" and choice.lr in [trial.lr for trial in choice.trials]
     assert len(choice.trials) == len({trial.lr for trial in choice.trials}) >= 3 and choice.trial_steps == 4
     fall = [choice.losses[0][1] - trial.loss for trial in choice.trials if trial.loss is not None]
-    assert choice.losses[0][1] - {trial.lr: trial.loss for trial in choice.trials}[choice.lr] >= max(fall) / 2 > 0
+    assert choice.losses[0][1] - {trial.lr: trial.loss for trial in choice.trials}[choice.lr] >= max(fall) * 2 / 3 > 0
     assert [step for step, _ in choice.losses][:2] == [0, choice.check_every]
     assert choice.best_step == best_step(choice.losses)
     assert 0 < choice.search_seconds < report.seconds

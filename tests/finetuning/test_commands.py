@@ -39,7 +39,7 @@ def test_finetune_prints_a_table_or_json_and_says_where_the_checkpoint_is(call, 
     report = json.loads(call("--steps", 6, "--format", "json").stdout)
     assert report["target"] == "code", "a finished run is reported again"
     assert f"{-report['changes']['code']['change']:.4f} bits per byte" in said
-    assert f"learning rate {report['choice']['lr']:g}, the smallest with half of the best fall in 4 steps" in said
+    assert f"learning rate {report['choice']['lr']:g}, the smallest with two thirds of the best fall in 4 steps" in said
     assert f"kept step {report['choice']['best_step']} of {report['steps']}" in said
     assert "learning rate 0.001: validation loss" in done.stderr
     assert (tmp_path / "out" / "model.safetensors").is_file()

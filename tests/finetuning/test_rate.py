@@ -29,7 +29,7 @@ INF, NAN = math.inf, math.nan
         pytest.param([4.0, 4.0, 4.0, 3.99, 3.97, 3.9, 3.7, 3.2, 3.0, 3.5, 9, INF], 3e-3, [1e-3, 3e-4, 3e-3, 1e-2, 3e-2], id="up"),
         pytest.param([3.9, 3.8, 3.0, 3.2, 4.1, 5, 9, INF, INF, INF, INF, INF], 1e-5, [1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6], id="down"),
         pytest.param([3.9, 3.8, 3.7, 3.2, INF, NAN, NAN, INF, INF, INF, INF, INF], 3e-5, [1e-3, 3e-4, 1e-4, 3e-5, 1e-5], id="diverging"),
-        pytest.param([4.0, 4.0, 4.0, 3.9, 3.4, 3.1, 3.0, 3.4, 9, 9, 9, 9], 1e-4, [1e-3, 3e-4, 3e-3, 1e-4, 3e-5], id="enough for less"),
+        pytest.param([4.0, 4.0, 4.0, 3.5, 3.3, 3.1, 3.0, 3.4, 9, 9, 9, 9], 1e-4, [1e-3, 3e-4, 3e-3, 1e-4, 3e-5], id="enough for less"),
         pytest.param([5.0, 5.0, 5.0, 5.0, 4.6, 4.5, 4.7, 5.0, 9, 9, 9, 9], 3e-4, [1e-3, 3e-4, 1e-4], id="nothing helps"),
         pytest.param([4, 4, 4, 4, 3.99, 3.98, 3.9, 3.8, 3.7, 3.65, 3.6, 3.0], 0.3, [1e-3, 3e-4, 3e-3, 1e-2, 3e-2, 0.1, 0.3], id="top"),
     ],
