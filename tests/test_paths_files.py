@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from dbes.benchmark import load_task
 from dbes.cli import app
+from dbes.cli.paths import next_step
 from dbes.errors import PathError
 from dbes.paths.evidence import read_evidence
 from dbes.paths.files import read_esft, read_path, write_esft, write_path
 from dbes.paths.types import Cell, ExpertPath, Overlap, Provenance, Trajectory
 from dbes.pipeline import evaluate
+from dbes.results import DomainFacts, ModelFacts, Result, TaskFacts
 
 PATH = ExpertPath(
     domain="law",
@@ -117,6 +122,53 @@ def test_command(result: Path, tiny_checkpoint: Path, tiny_task: Path, tmp_path:
     path = read_path(out)
     assert len(path.cells) == 3 and path.provenance.model == "tiny-olmoe" and path.provenance.revision is not None
     assert "3 of 24 cells (12.5% of the expert parameters)" in done.stderr
+
+
+def next_command(stderr: str) -> list[str]:
+    """Arguments of the command line that was printed, as a shell reads them."""
+    words = shlex.split(next(line for line in stderr.splitlines() if " finetune --model " in line))
+    return words[words.index("finetune") :]
+
+
+def test_the_next_command_runs_as_printed(
+    result: Path, tiny_checkpoint: Path, tiny_task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = ("--domain", "law", "--rule", "load", "--model", tiny_checkpoint, "--tasks", tiny_task, "--out", "it's paths.json")
+    words = next_command(run(result, *given).stderr)
+    assert not {"--steps", "--lr", "--protect"} & {*words}, "no number that was not measured for this model"
+    assert words[words.index("--data") + 1] == "task:law" and words[words.index("--out") + 1] == "finetuned-law"
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert "learning rate" in done.stdout and (tmp_path / "finetuned-law" / "config.json").is_file()
+    assert "finetuned-law-2" in next_command(run(result, *given).stderr), "a folder that is free"
+
+
+def test_what_a_result_does_not_say_is_named_in_the_next_command(result: Path, tmp_path: Path) -> None:
+    found = json.loads((result / "result.json").read_text())
+    for name in ("model", "tasks"):
+        found["settings"].pop(name, None)
+    shutil.copytree(result, tmp_path / "old")
+    (tmp_path / "old" / "result.json").write_text(json.dumps(found))
+    done = run(tmp_path / "old", "--domain", "law", "--rule", "load", "--out", tmp_path / "p.json")
+    words = next_command(done.stderr)
+    assert words[words.index("--model") + 1] == "MODEL" and words[words.index("--tasks") + 1] == "TASK"
+    assert "MODEL is the folder of tiny-olmoe, TASK is the YAML file of task tiny" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"name": "dbes-embedded", "revision": "sha256:1"}, ["--model", "embedded", "--paths"]),
+        ({"name": "org/moe", "revision": "abc"}, ["--model", "org/moe", "--revision", "abc", "--paths"]),
+    ],
+)
+def test_models_that_are_known_by_name_are_named(model: dict[str, str], words: list[str]) -> None:
+    domains = {name: DomainFacts(documents=1, sources=1, tokens=1) for name in load_task("embedded").domains}
+    task = TaskFacts(name="embedded", version=load_task("embedded").version, domains=domains)
+    about = Result(status="ok", created="", model=ModelFacts(**model), task=task)
+    found = next_command(next_step(about, Path("p.json"), domain="law", model=None, tasks="embedded"))
+    assert found[1 : 1 + len(words)] == words and "--tasks" not in found and "TASK" not in found
 
 
 def test_command_refuses_a_domain_it_does_not_know(result: Path, tmp_path: Path) -> None:

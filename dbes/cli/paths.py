@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import shlex
 from enum import StrEnum
+from itertools import count
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dbes.cli.common import errors
+from dbes.cli.hints import command, option
+from dbes.text import printable
+
+if TYPE_CHECKING:
+    from dbes.results import Result, TaskFacts
 
 
 class PathFormat(StrEnum):
@@ -43,6 +48,7 @@ def paths(
     from dbes.paths.files import write_esft, write_path
     from dbes.paths.rules import ESFT_SHARES, NEED_MODEL, RULES
     from dbes.paths.search import DEFAULT_BUDGET, find_path
+    from dbes.results import load_result
 
     with errors():
         if rule not in RULES or match not in RULES:
@@ -64,8 +70,39 @@ def paths(
         err=True,
     )
     typer.echo(written)
-    typer.echo(
-        f"Next: dbes finetune --model MODEL --paths {shlex.quote(str(written))} --data task:{domain} --out DIR --steps 200 --protect 0.03\n"
-        "(--protect: the other domains hardly feel it; without it they may forget)",
-        err=True,
-    )
+    typer.echo(printable(next_step(load_result(result), written, domain=domain, model=model, tasks=tasks), lines=True), err=True)
+
+
+def next_step(found: Result, written: Path, *, domain: str, model: str | None, tasks: str) -> str:
+    """The command that trains the path, as far as the result says which model and task it is of."""
+    from dbes.pipeline import EMBEDDED_NAME
+
+    revision = found.model.revision
+    local = revision is None or revision.startswith("sha256:")
+    named = "embedded" if found.model.name == EMBEDDED_NAME else None if local else found.model.name
+    model = model or found.settings.get("model") or named
+    task = tasks if tasks != "embedded" else found.settings.get("tasks") or _shipped(found.task)
+    missing = [f"MODEL is the folder of {found.model.name}"] if model is None else []
+    missing += [f"TASK is the YAML file of task {found.task.name}"] if task is None else []
+    words = ["finetune", "--model", model or "MODEL", *option("revision", None if local else revision), *option("paths", written)]
+    words += ["--data", f"task:{domain}", "--out", _free(f"finetuned-{''.join(c if c.isalnum() else '-' for c in domain)}")]
+    words += option("tasks", task or "TASK", default="embedded")
+    said = f"Next, train these experts only ({', '.join(missing)}):" if missing else "Next, train these experts only:"
+    return f"{said}\n  {command(words)}\nIts report says what other domains forget; --protect makes updates that these hardly feel."
+
+
+def _shipped(task: TaskFacts) -> str | None:
+    """The name by which dbes finds this task; None where it is one of the user's."""
+    from dbes.benchmark import load_task
+    from dbes.errors import TaskError
+
+    try:
+        known = load_task(task.name)
+    except TaskError:
+        return None
+    return task.name if (known.version, list(known.domains)) == (task.version, list(task.domains)) else None
+
+
+def _free(name: str) -> str:
+    """The name, or with a number, that no file has yet."""
+    return next(one for number in count(1) if not Path(one := name if number == 1 else f"{name}-{number}").exists())

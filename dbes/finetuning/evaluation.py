@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -40,8 +41,32 @@ class DomainScore(BaseModel):
     accuracy_per_byte: float | None
 
 
-@torch.no_grad()
-def measure(
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """One domain's score, and what it is made of.
+
+    Attributes:
+        sources: source text of every held-out entry.
+        bits: to predict each with, float64 [entries]; octets: its UTF-8 bytes, float64 [entries].
+    """
+
+    score: DomainScore
+    sources: tuple[str, ...]
+    bits: np.ndarray
+    octets: np.ndarray
+
+
+def measure(model: nn.Module, tokenizer: Any, heldout: Mapping[str, Sequence[Entry]], **named: Any) -> dict[str, DomainScore]:
+    """Scores of every domain; see `measure_texts`."""
+    return scores(measure_texts(model, tokenizer, heldout, **named))
+
+
+def scores(measured: Mapping[str, Measured]) -> dict[str, DomainScore]:
+    """The scores alone."""
+    return {name: one.score for name, one in measured.items()}
+
+
+def measure_texts(
     model: nn.Module,
     tokenizer: Any,
     heldout: Mapping[str, Sequence[Entry]],
@@ -49,8 +74,8 @@ def measure(
     length: int,
     batch_tokens: int = BATCH_TOKENS,
     accelerator: Any = None,
-) -> dict[str, DomainScore]:
-    """Scores of every domain. Texts longer than ``length`` tokens are read in runs that share one token.
+) -> dict[str, Measured]:
+    """Scores of every domain, and of which texts they are made. Texts longer than ``length`` tokens are read in runs that share one token.
 
     Args:
         accelerator: an ``accelerate.Accelerator``; its processes share the work and all get the whole answer.
@@ -67,10 +92,10 @@ def measure(
     return found
 
 
-def tracked_scores(scores: Mapping[str, DomainScore]) -> dict[str, float]:
+def tracked_scores(measured: Mapping[str, DomainScore]) -> dict[str, float]:
     """The scores as one flat row for a tracker: ``bits_per_byte/DOMAIN``, and ``accuracy/DOMAIN`` where there are items."""
-    found = {f"bits_per_byte/{name}": score.bits_per_byte for name, score in scores.items()}
-    for name, score in scores.items():
+    found = {f"bits_per_byte/{name}": score.bits_per_byte for name, score in measured.items()}
+    for name, score in measured.items():
         if score.accuracy is not None and score.accuracy_per_byte is not None:
             found |= {f"accuracy/{name}": score.accuracy, f"accuracy_per_byte/{name}": score.accuracy_per_byte}
     return found
@@ -87,42 +112,46 @@ def token_losses(model: nn.Module, batch: Batch) -> Tensor:
 
 def _score(
     model: nn.Module, tokenizer: Any, entries: Sequence[Entry], length: int, batch_tokens: int, accelerator: Any, name: str
-) -> DomainScore:
-    count, index = (accelerator.num_processes, accelerator.process_index) if accelerator is not None else (1, 0)
-    mine = entries[index::count]
+) -> Measured:
     known = embedding_rows(model)
-    samples = [part for entry in mine for part in windows(encode(entry, tokenizer, end=False, known=known), length)]
     padding = padding_id(tokenizer, known)
-    nats = sum((float(losses.double().sum()) for _, losses in _losses(model, padding, samples, batch_tokens)), 0.0)
-    asking = [entry for entry in mine if entry.item is not None]
-    items = [entry.item for entry in asking if entry.item is not None]
+    parts = [windows(encode(entry, tokenizer, end=False, known=known), length) for entry in entries]
+    samples = [sample for part in parts for sample in part]
+    owner = np.repeat(np.arange(len(entries)), [len(part) for part in parts])
+    nats = sample_nats(model, samples, padding=padding, batch_tokens=batch_tokens, accelerator=accelerator)
+    octets = np.asarray([sample.octets for sample in samples], np.int64)
+    tokens = sum(int(sample.counted.sum()) for sample in samples)
+    asking = [(entry, entry.item) for entry in entries if entry.item is not None]
+    items = [item for _, item in asking]
     choices = [
-        choice for entry, item in zip(asking, items, strict=True)
+        choice for entry, item in asking
         for choice in encode_choices(item, tokenizer, length=length, known=known, where=entry.name)
     ]  # fmt: skip
     right = right_choices(
-        choice_likelihoods(model, choices, padding=padding, batch_tokens=batch_tokens),
+        -sample_nats(model, choices, padding=padding, batch_tokens=batch_tokens, accelerator=accelerator),
         octets=[choice.octets for choice in choices],
         choices=[len(item.choices) for item in items],
         right=[item.right for item in items],
     ).sum(axis=1)
-    tokens, octets = sum(int(sample.counted.sum()) for sample in samples), sum(sample.octets for sample in samples)
-    sums = torch.tensor([nats, tokens, octets, len(items), *right.tolist()], dtype=torch.float64)
-    if accelerator is not None and count > 1:
-        sums = accelerator.reduce(sums.to(accelerator.device), "sum").cpu()
-    nats, tokens, octets, asked, likely, likely_per_byte = sums.tolist()
-    if not math.isfinite(nats):
-        raise FinetuneError(f"domain {name}: the model's loss on held-out texts is {nats}; its weights or logits are no numbers")
-    if not octets or not tokens:
+    total = float(nats.sum())
+    if not math.isfinite(total):
+        raise FinetuneError(f"domain {name}: the model's loss on held-out texts is {total}; its weights or logits are not numbers")
+    if not octets.sum() or not tokens:
         raise FinetuneError(f"domain {name}: its held-out texts have no token to predict")
-    return DomainScore(
+    score = DomainScore(
         entries=len(entries),
-        tokens=int(tokens),
-        bits_per_byte=nats / math.log(2) / octets,
-        nats_per_token=nats / tokens,
-        items=int(asked),
-        accuracy=likely / asked if asked else None,
-        accuracy_per_byte=likely_per_byte / asked if asked else None,
+        tokens=tokens,
+        bits_per_byte=total / math.log(2) / int(octets.sum()),
+        nats_per_token=total / tokens,
+        items=len(items),
+        accuracy=int(right[0]) / len(items) if items else None,
+        accuracy_per_byte=int(right[1]) / len(items) if items else None,
+    )
+    return Measured(
+        score=score,
+        sources=tuple(entry.source for entry in entries),
+        bits=np.bincount(owner, nats / math.log(2), len(entries)),
+        octets=np.bincount(owner, octets, len(entries)),
     )
 
 
@@ -141,14 +170,30 @@ def encode_choices(item: Item, tokenizer: Any, *, length: int, known: int | None
     return samples
 
 
-@torch.no_grad()
 def choice_likelihoods(model: nn.Module, samples: Sequence[Sample], *, padding: int, batch_tokens: int = BATCH_TOKENS) -> np.ndarray:
     """Log-likelihood in nats of the counted tokens of every sample, float64 [samples]."""
-    likelihood = np.zeros(len(samples))
-    for places, losses in _losses(model, padding, samples, batch_tokens):
-        parts = losses.split([int(samples[place].counted.sum()) for place in places])
-        likelihood[places] = [-float(part.double().sum()) for part in parts]
-    return likelihood
+    return -sample_nats(model, samples, padding=padding, batch_tokens=batch_tokens)
+
+
+@torch.no_grad()
+def sample_nats(
+    model: nn.Module, samples: Sequence[Sample], *, padding: int, batch_tokens: int = BATCH_TOKENS, accelerator: Any = None
+) -> np.ndarray:
+    """Nats of the counted tokens of every sample, float64 [samples]; processes share the work and all get the whole."""
+    count, index = (accelerator.num_processes, accelerator.process_index) if accelerator is not None else (1, 0)
+    nats = np.zeros(len(samples))
+    mine = range(index, len(samples), count)
+    for places in _batches([len(samples[place].ids) for place in mine], batch_tokens):
+        members = [mine[place] for place in places]
+        losses = token_losses(model, collate([samples[place] for place in members], padding=padding)).cpu()
+        parts = losses.split([int(samples[place].counted.sum()) for place in members])
+        nats[members] = [float(part.double().sum()) for part in parts]
+    # every place is 0 in all processes but one, so that their sum is exact in any order
+    return _summed(nats, accelerator) if count > 1 else nats
+
+
+def _summed(values: np.ndarray, accelerator: Any) -> np.ndarray:
+    return accelerator.reduce(torch.from_numpy(values).to(accelerator.device), "sum").cpu().numpy()
 
 
 def right_choices(likelihood: np.ndarray, *, octets: Sequence[int], choices: Sequence[int], right: Sequence[int]) -> np.ndarray:
@@ -174,12 +219,6 @@ def _ending(sample: Sample, length: int, *, octets: int) -> Sample:
     counted = sample.counted[-length:].copy()
     counted[:1] = False
     return Sample(sample.ids[-length:], counted, octets)
-
-
-def _losses(model: nn.Module, padding: int, samples: Sequence[Sample], batch_tokens: int) -> Iterator[tuple[list[int], Tensor]]:
-    """(places of the samples, nats of their counted tokens) by batches of samples of similar length."""
-    for places in _batches([len(sample.ids) for sample in samples], batch_tokens):
-        yield places, token_losses(model, collate([samples[place] for place in places], padding=padding)).cpu()
 
 
 def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:

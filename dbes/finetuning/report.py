@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from scipy.stats import t as student
 
 from dbes.errors import FinetuneError
 from dbes.files import write_json
-from dbes.finetuning.evaluation import DomainScore
+from dbes.finetuning.choice import Choice
+from dbes.finetuning.evaluation import DomainScore, Measured
 from dbes.finetuning.settings import FinetuneSettings
 from dbes.paths.types import Cell
+from dbes.schema import Strict
 
 REPORT = "finetune.json"
+ERROR = 0.05
+
+
+class Change(Strict):
+    """What training changed in a domain's held-out texts, in bits per byte after less before: above 0 is worse.
+
+    Attributes:
+        low, high: 95 % interval over source texts; of the other domains all together (Bonferroni). None with one source text.
+    """
+
+    change: float
+    low: float | None
+    high: float | None
 
 
 class FinetuneReport(BaseModel):
@@ -27,6 +46,11 @@ class FinetuneReport(BaseModel):
         share: of the routed-expert parameters, the path's.
         target: domain of the data; ``before`` and ``after`` hold it and all other domains of the task, held-out texts only.
         gain: bits per byte that the target fell by; forgetting: mean and worst rise over the other domains (negative: it fell).
+        changes: of every domain, with intervals; empty in reports of schema 1.
+        sequences: trained on; validation_unit: what was set apart beside them to choose by (`dbes.finetuning.validation`).
+        choice: learning rate, early stopping, and what they were chosen by; None in reports of schema 1.
+        passes: how often the weights that are kept have seen the sequences.
+        warnings: what the user should know about the run.
         train_loss: nats per token of the first and last step.
         parameters: numbers trained; chosen_bytes: of them; optimizer_bytes: AdamW's two moments, without scalar step counters;
             protection_bytes: of the matrices that shape protected updates.
@@ -35,7 +59,7 @@ class FinetuneReport(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1, 2] = 2
     identity: str
     model: str
     revision: str
@@ -56,6 +80,11 @@ class FinetuneReport(BaseModel):
     gain: float
     forgetting_mean: float | None
     forgetting_worst: float | None
+    changes: dict[str, Change] = {}
+    validation_unit: Literal["texts", "sequences", "nothing"] = "nothing"
+    choice: Choice | None = None
+    passes: float | None = None
+    warnings: tuple[str, ...] = ()
     parameters: int
     chosen_bytes: int
     optimizer_bytes: int
@@ -68,16 +97,49 @@ class FinetuneReport(BaseModel):
     saved: Literal["model", "delta"]
     versions: dict[str, str]
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_schema_1(cls, content: Any) -> Any:
+        """Runs of schema 1 did not stop early; their settings do not say so."""
+        if isinstance(content, dict) and content.get("schema_version") == 1 and isinstance(content.get("settings"), dict):
+            return content | {"settings": {"early_stopping": False} | content["settings"]}
+        return content
 
-def changes(before: dict[str, DomainScore], after: dict[str, DomainScore], target: str) -> dict[str, Any]:
-    """Gain in the target and forgetting elsewhere, in bits per byte."""
-    risen = {name: after[name].bits_per_byte - score.bits_per_byte for name, score in before.items()}
-    others = [value for name, value in risen.items() if name != target]
-    return {
-        "gain": -risen[target],
-        "forgetting_mean": sum(others) / len(others) if others else None,
-        "forgetting_worst": max(others) if others else None,
+
+def changes(before: Mapping[str, Measured], after: Mapping[str, Measured], target: str) -> dict[str, Any]:
+    """Gain in the target and forgetting elsewhere, in bits per byte, and the change of every domain with its interval."""
+    others = [name for name in before if name != target]
+    found = {
+        name: change_of(score, after[name], error=ERROR / (1 if name == target else max(1, len(others)))) for name, score in before.items()
     }
+    risen = [found[name].change for name in others]
+    return {
+        "gain": -found[target].change,
+        "forgetting_mean": sum(risen) / len(risen) if risen else None,
+        "forgetting_worst": max(risen) if risen else None,
+        "changes": found,
+    }
+
+
+def change_of(before: Measured, after: Measured, *, error: float) -> Change:
+    r"""The change of a ratio of sums, with an interval over source texts.
+
+    .. math:: R = \frac{\sum_i d_i}{\sum_i b_i} \qquad SE^2 = \frac{n}{n-1} \frac{\sum_i (d_i - R b_i)^2}{(\sum_i b_i)^2}
+
+    with :math:`d_i` the bits that source text i needs more, :math:`b_i` its bytes; Student's t with n - 1 degrees of freedom.
+
+    Args:
+        error: probability that the interval misses.
+    """
+    _, group = np.unique(np.asarray(before.sources), return_inverse=True)
+    more, octets = np.bincount(group, after.bits - before.bits), np.bincount(group, before.octets)
+    count, whole = len(octets), float(octets.sum())
+    change = after.score.bits_per_byte - before.score.bits_per_byte
+    if count < 2:
+        return Change(change=change, low=None, high=None)
+    spread = float(np.square(more - more.sum() / whole * octets).sum()) * count / (count - 1)
+    half = float(student.ppf(1 - error / 2, count - 1)) * math.sqrt(spread) / whole
+    return Change(change=change, low=change - half, high=change + half)
 
 
 def write_report(report: FinetuneReport, folder: Path) -> Path:

@@ -18,13 +18,16 @@ from torch import Tensor
 from dbes.errors import FinetuneError, PathError
 from dbes.finetuning.cells import TrainableCells
 from dbes.finetuning.data import Data, prepare_data
-from dbes.finetuning.encoding import full_rows, training_samples
-from dbes.finetuning.evaluation import DomainScore, measure, tracked_scores
+from dbes.finetuning.encoding import full_rows
+from dbes.finetuning.evaluation import Measured, measure_texts, scores, tracked_scores
+from dbes.finetuning.machine import memory_explained, refuse_sharding
 from dbes.finetuning.output import base_rows_digest, refuse_occupied, round_rows, save_checkpoint, save_delta, storage_dtype
 from dbes.finetuning.report import FinetuneReport, changes, peak_memory, read_report, versions, write_report
 from dbes.finetuning.settings import FinetuneSettings
 from dbes.finetuning.state import STATE
-from dbes.finetuning.training import memory_explained, refuse_sharding, train
+from dbes.finetuning.summary import warnings_after, warnings_before
+from dbes.finetuning.training import train
+from dbes.finetuning.validation import split_validation
 from dbes.models import LoadedModel, load_model
 from dbes.paths.files import read_esft, read_path
 from dbes.paths.types import ExpertPath
@@ -91,17 +94,19 @@ def finetune(
     out.mkdir(parents=True, exist_ok=True)
     stored = storage_dtype(where, revision=revision, trust_remote_code=trust_remote_code)
     known = embedding_rows(loaded.model)
-    samples = training_samples(found.training, loaded.tokenizer, length=settings.seq_len, packing=settings.packing, known=known)
+    split = split_validation(found.training, loaded.tokenizer, settings, known=known)
+    for warning in warnings_before(split, settings):
+        say(f"warning: {warning}")
 
-    def evaluate() -> dict[str, DomainScore]:
+    def evaluate() -> dict[str, Measured]:
         with memory_explained(), accelerator.autocast():
-            return measure(loaded.model, loaded.tokenizer, found.heldout, length=settings.seq_len, accelerator=accelerator)
+            return measure_texts(loaded.model, loaded.tokenizer, found.heldout, length=settings.seq_len, accelerator=accelerator)
 
     if not started:
         _start_tracker(accelerator, settings, out)
     say("measuring before")
     before = evaluate()
-    accelerator.log(tracked_scores(before), step=0)
+    accelerator.log(tracked_scores(scores(before)), step=0)
     digest = base_rows_digest(loaded.model, path.cells, stored)
     say("training")
     with TrainableCells(
@@ -120,14 +125,16 @@ def finetune(
         trained = train(
             loaded.model,
             cells,
-            samples,
+            split.training,
             settings,
+            validation=split.validation,
             padding=padding_id(loaded.tokenizer, known),
             accelerator=accelerator,
             folder=out,
             identity=identity,
-            evaluate=evaluate,
+            evaluate=lambda: scores(evaluate()),
             progress=progress,
+            say=say,
             checkpoint_seconds=checkpoint_seconds,
         )
         cells.merge()
@@ -137,7 +144,7 @@ def finetune(
             save_delta(cells, out, model=loaded.name, revision=loaded.revision, dtype=stored, base_digest=digest)
     say("measuring after")
     after = evaluate()
-    accelerator.log(tracked_scores(after), step=trained.steps)
+    accelerator.log(tracked_scores(scores(after)), step=trained.steps)
     report = FinetuneReport(
         identity=identity,
         model=loaded.name,
@@ -148,15 +155,19 @@ def finetune(
         share=path.share,
         data=data if data.startswith("task:") else Path(data).name,
         data_sha256=found.digest,
-        sequences=len(samples),
+        sequences=len(split.training),
         target=found.target,
         settings=settings,
         method=method,
         steps=trained.steps,
         train_loss=(trained.log[0]["loss"], trained.log[-1]["loss"]),
-        before=before,
-        after=after,
+        before=scores(before),
+        after=scores(after),
         **changes(before, after, found.target),
+        validation_unit=split.unit,
+        choice=trained.choice,
+        passes=settings.passes(trained.choice.best_step, len(split.training)),
+        warnings=warnings_after(split, settings, trained.steps),
         parameters=trained.parameters,
         chosen_bytes=trained.chosen_bytes,
         optimizer_bytes=trained.optimizer_bytes,
@@ -188,7 +199,7 @@ def protected_texts(data: Data, loaded: LoadedModel, settings: FinetuneSettings)
     """
     unknown = [name for name in settings.protect_domains if name not in data.elsewhere]
     if unknown:
-        raise FinetuneError(f"--protect-domains {', '.join(unknown)}: other domains of the task are {', '.join(data.elsewhere)}")
+        raise FinetuneError(f"protect_domains {', '.join(unknown)}: other domains of the task are {', '.join(data.elsewhere)}")
     names = settings.protect_domains or tuple(data.elsewhere)
     options = {"length": settings.seq_len, "tokens": settings.protect_tokens, "known": embedding_rows(loaded.model)}
     return {name: full_rows(data.elsewhere[name], loaded.tokenizer, **options) for name in names}
@@ -239,7 +250,7 @@ def _read_path(file: Path, layers: tuple[int, ...], experts: tuple[int, ...], lo
 def _accelerator(settings: FinetuneSettings, out: Path) -> Accelerator:
     tracker = settings.tracker
     if tracker != "none" and not _installed(tracker):
-        raise FinetuneError(f"--tracker {tracker}: this needs the package {tracker}; install it with pip install 'dbes[{tracker}]'")
+        raise FinetuneError(f"tracker {tracker}: this needs the package {tracker}; install it with pip install 'dbes[{tracker}]'")
     return Accelerator(
         mixed_precision="bf16" if settings.bf16 else None,
         log_with=tracker if tracker != "none" else None,

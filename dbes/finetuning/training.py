@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dbes.capture import Decision, watching
 from dbes.errors import FinetuneError
-from dbes.execution import forward
 from dbes.files import keep_log_before
 from dbes.finetuning.cells import TrainableCells
-from dbes.finetuning.encoding import Batch, Sample, collate
+from dbes.finetuning.choice import Choice, Found, Trial
+from dbes.finetuning.encoding import Sample, collate
 from dbes.finetuning.evaluation import DomainScore, token_losses, tracked_scores
+from dbes.finetuning.machine import memory_explained, refuse_sharding
+from dbes.finetuning.rate import FALLBACK, find_rate, trial_steps
+from dbes.finetuning.reach import check_reach
 from dbes.finetuning.settings import FinetuneSettings, learning_rate
 from dbes.finetuning.state import LOG, STATE, append_log, load_state, save_state
-from dbes.sites import find_sites
-
-SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP")
-"""What accelerate calls ways to spread one model over processes."""
-
-MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
+from dbes.finetuning.validation import best_step, check_every, stalled, validation_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +36,7 @@ class Trained:
 
     Attributes:
         log: one record per step.
+        steps: updates that were made; kept are the leaves after ``choice.best_step`` of them.
         seconds: of the whole run, over all its interruptions.
         parameters: numbers that were trained; chosen_bytes, optimizer_bytes: of the leaves, of AdamW's two moments.
     """
@@ -46,9 +44,62 @@ class Trained:
     log: list[dict[str, Any]]
     steps: int
     seconds: float
+    choice: Choice
     parameters: int
     chosen_bytes: int
     optimizer_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What is given to a run, and what changes in it: leaves, moments, and what it has found.
+
+    Attributes:
+        kept: the leaves of the lowest validation loss so far, on the CPU; none without validation text.
+        save: writes the state with which a step begins, if it is due or forced.
+    """
+
+    model: PreTrainedModel
+    cells: TrainableCells
+    samples: Sequence[Sample]
+    validation: Sequence[Sample]
+    settings: FinetuneSettings
+    padding: int
+    accelerator: Any
+    steps: int
+    leaves: dict[str, nn.Parameter]
+    optimizer: torch.optim.AdamW
+    kept: dict[str, Tensor]
+    found: Found
+    save: Callable[..., None]
+
+    @property
+    def check_every(self) -> int:
+        """Updates between two checks; 0 where there are none."""
+        if not self.settings.early_stopping or not self.validation:
+            return 0
+        return check_every(self.steps, sequences=len(self.validation), batch_size=self.settings.batch_size)
+
+    @property
+    def stalled(self) -> bool:
+        return bool(self.check_every) and stalled(self.found.losses, self.settings.patience)
+
+    def check(self, step: int) -> float:
+        """Add the validation loss after so many updates to what was found, and keep the leaves if it is the lowest."""
+        loss = validation_loss(self.model, self.validation, padding=self.padding, accelerator=self.accelerator)
+        if not math.isfinite(loss):
+            raise FinetuneError(f"the loss on validation text is {loss} after {step} updates; lower --lr, or look at the weights")
+        self.found.losses.append((step, loss))
+        if best_step(self.found.losses) == step:
+            for name, leaf in self.leaves.items():
+                self.kept[name].copy_(leaf.detach())
+        return loss
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Set the leaves to the kept ones."""
+        for name, leaf in self.leaves.items():
+            leaf.copy_(self.kept[name])
 
 
 def train(
@@ -59,96 +110,202 @@ def train(
     *,
     padding: int,
     accelerator: Any,
+    validation: Sequence[Sample] = (),
     folder: Path | None = None,
     identity: str = "",
     evaluate: Callable[[], dict[str, DomainScore]] | None = None,
     progress: Callable[[dict[str, Any]], None] | None = None,
+    say: Callable[[str], None] = lambda _: None,
     checkpoint_seconds: float = 120.0,
 ) -> Trained:
     """Train the cells, whose block is open, on the samples. Equal settings give equal weights, interrupted or not.
 
     The loss is the mean over all counted tokens of a global batch, so that neither micro-batches nor processes change it. The
-    router's balancing loss is never added.
+    router's balancing loss is never added. With early stopping the leaves end as they were at the lowest validation loss.
 
     Args:
         accelerator: an ``accelerate.Accelerator``; its processes take consecutive shares of each batch, and its trackers get the
             numbers of every record and every evaluation.
+        validation: text by which a learning rate that is not given is found, and the end; without any, the rate is
+            ``rate.FALLBACK`` and all steps are made.
         folder: where log and state are kept; None keeps neither.
-        evaluate: called every ``eval_every`` steps.
+        evaluate: called every ``eval_every`` steps; nothing is chosen by it.
         progress: called with every record of the log.
 
     Raises:
-        FinetuneError: no token of the data is routed to the cells; the loss or a gradient is no number (a state on disk is from
+        FinetuneError: no token of the data is routed to the cells; the loss or a gradient is not a number (a state on disk is from
             before that, and stays); out of memory; the folder holds another run; the batch cannot be shared by the processes.
     """
     refuse_sharding(accelerator)
-    steps, main = settings.total_steps(len(samples)), accelerator.is_main_process
+    main = accelerator.is_main_process
     if settings.batch_size % accelerator.num_processes:
-        raise FinetuneError(f"--batch-size {settings.batch_size} cannot be shared evenly by {accelerator.num_processes} processes")
+        raise FinetuneError(f"batch_size {settings.batch_size} cannot be shared evenly by {accelerator.num_processes} processes")
     leaves = dict(cells.named_parameters())
     optimizer = make_optimizer(list(leaves.values()), settings)
-    start, before = load_state(folder, identity, leaves, optimizer) if folder else (0, 0.0)
+    kept = {name: leaf.detach().to("cpu", copy=True) for name, leaf in leaves.items()} if validation else {}
+    start, before, notes = load_state(folder, identity, leaves, optimizer, kept) if folder else (0, 0.0, "")
+    found = Found.model_validate_json(notes) if notes else Found()
     log = keep_log_before(folder / LOG, start) if folder and main else []
-    if not start:
-        _check_reach(model, cells, samples, settings, padding)
     began = saved = time.monotonic()
-    moved = bool(start)
+
+    def save(step: int, *, forced: bool = False) -> None:
+        nonlocal saved
+        if folder and main and (forced or time.monotonic() - saved > checkpoint_seconds):
+            seconds = before + time.monotonic() - began
+            save_state(folder, identity, step, seconds, leaves, optimizer, kept, found.model_dump_json())
+            saved = time.monotonic()
+
+    run = _Run(
+        model=model, cells=cells, samples=samples, validation=validation, settings=settings, padding=padding, accelerator=accelerator,
+        steps=settings.total_steps(len(samples)), leaves=leaves, optimizer=optimizer, kept=kept, found=found, save=save,
+    )  # fmt: skip
     with _training_mode(model, settings), memory_explained():
-        for step in range(start, steps):
-            clock = time.monotonic()
-            rate = learning_rate(settings, step, steps)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            # dropout, where a model has it, is the same after a resume
-            torch.manual_seed((settings.seed << 32) + step * accelerator.num_processes + accelerator.process_index)
-            members = [samples[place] for place in batch_places(step, settings.batch_size, len(samples), settings.seed)]
-            loss = _gradients(model, members, settings, list(leaves.values()), padding=padding, accelerator=accelerator)
-            active = cells.drop_empty_gradients()
-            norm = _clip(leaves.values(), settings.clip)
-            tokens = sum(int(sample.counted.sum()) for sample in members)
-            seconds = time.monotonic() - clock
-            record: dict[str, Any] = {"step": step, "loss": loss, "lr": rate, "gradient_norm": norm, "tokens": tokens, "active": active}
-            record |= {"tensors": len(leaves), "tokens_per_second": round(tokens / max(seconds, 1e-9), 1)}
-            failed = not math.isfinite(loss) or not math.isfinite(norm)
-            if not failed and folder and main and time.monotonic() - saved > checkpoint_seconds:
-                # before the update: these weights have just given a loss and gradients that are numbers
-                save_state(folder, identity, step, before + time.monotonic() - began, leaves, optimizer)
-                saved = time.monotonic()
-            if not failed:
-                optimizer.step()
-                moved = moved or active > 0
-            optimizer.zero_grad()
-            scores = None
-            if evaluate is not None and settings.eval_every and (step + 1) % settings.eval_every == 0 and step + 1 < steps:
-                scores = evaluate()
-                record["bits_per_byte"] = {name: score.bits_per_byte for name, score in scores.items()}
-            log.append(record)
-            if folder and main:
-                append_log(folder, record)
-            # the step is the trackers' own axis, and a name that some of them reserve
-            numbers = {name: value for name, value in record.items() if isinstance(value, int | float) and name != "step"}
-            accelerator.log(numbers, step=step)
-            if scores is not None:
-                accelerator.log(tracked_scores(scores), step=step + 1)  # measured after so many updates
-            if progress:
-                progress(record)
-            if failed:
-                raise FinetuneError(_failure(step, loss, norm, folder))
-    if not moved:
-        raise FinetuneError("no chosen expert had a gradient in any step: the tokens it saw count for nothing in the loss")
-    if not all(bool(leaf.isfinite().all()) for leaf in leaves.values()):
-        raise FinetuneError(_failure(steps - 1, math.nan, math.nan, folder))
+        if not start:
+            check_reach(model, cells, samples, padding=padding, size=settings.micro_batch_size or settings.batch_size)
+        _find_rate(run, say)
+        steps, failure = _loop(run, start, evaluate, partial(_tell, log, folder if main else None, accelerator, progress))
+    if failure is not None:
+        raise FinetuneError(_failure(steps - 1, *failure, folder))
     seconds = before + time.monotonic() - began
-    if folder and main:
-        save_state(folder, identity, steps, seconds, leaves, optimizer)
+    save(steps, forced=True)
+    if run.check_every:
+        run.put_back()
     return Trained(
         log=log,
         steps=steps,
         seconds=seconds,
+        choice=found.choice(run.steps, steps, check_every=run.check_every, sequences=len(validation)),
         parameters=sum(leaf.numel() for leaf in leaves.values()),
         chosen_bytes=cells.chosen_bytes,
         optimizer_bytes=cells.optimizer_bytes(optimizer),
     )
+
+
+def _find_rate(run: _Run, say: Callable[[str], None]) -> None:
+    """Set the learning rate that the run will use, and the validation loss before any update."""
+    found = run.found
+    if run.validation and not found.losses:
+        run.check(0)
+    if found.lr is not None:
+        return
+    if run.settings.lr != "auto":
+        found.lr, found.source = run.settings.lr, "given"
+    elif not run.validation:
+        found.lr, found.source = FALLBACK, "fallback"
+    else:
+        found.trial_steps = trial_steps(run.steps)
+
+        def attempt(rate: float) -> float:
+            clock = time.monotonic()
+            loss = _trial(run, rate, found.trial_steps)
+            found.trials.append(Trial(lr=rate, loss=loss if math.isfinite(loss) else None))
+            found.search_seconds += time.monotonic() - clock
+            say(f"learning rate {rate:g}: validation loss {loss:.4f} after {found.trial_steps} steps, {found.losses[0][1]:.4f} before")
+            run.save(0)
+            return loss
+
+        known = {trial.lr: math.inf if trial.loss is None else trial.loss for trial in found.trials}
+        found.lr, found.source = find_rate(attempt, before=found.losses[0][1], known=known), "range test"
+    run.save(0)
+
+
+def _trial(run: _Run, rate: float, steps: int) -> float:
+    """Validation loss after the first batches at one learning rate; inf where it diverged. Leaves and moments are put back."""
+    try:
+        for step in range(steps):
+            record = _prepare(run, step, rate)
+            if not _is_finite(record):
+                return math.inf
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+        return validation_loss(run.model, run.validation, padding=run.padding, accelerator=run.accelerator)
+    finally:
+        run.optimizer.zero_grad()
+        run.put_back()
+        for state in run.optimizer.state.values():
+            for value in state.values():
+                value.zero_()
+
+
+def _loop(
+    run: _Run,
+    start: int,
+    evaluate: Callable[[], dict[str, DomainScore]] | None,
+    tell: Callable[[dict[str, Any], dict[str, DomainScore] | None], None],
+) -> tuple[int, tuple[float, float] | None]:
+    """Update from a step on until the last or until the validation loss has stalled.
+
+    Returns:
+        The number of updates, and (loss, norm of the gradient) where one of them is not a number.
+    """
+    step, settings = start, run.settings
+    moved = bool(start)
+    while step < run.steps and not run.stalled:
+        record = _prepare(run, step, learning_rate(settings, step, run.steps, peak=cast(float, run.found.lr)))
+        failed = not _is_finite(record)
+        if not failed:
+            run.save(step)  # before the update: these weights have just given a loss and gradients that are numbers
+            run.optimizer.step()
+            moved = moved or record["active"] > 0
+        run.optimizer.zero_grad()
+        step += 1
+        scores = None
+        if not failed and run.check_every and (step % run.check_every == 0 or step == run.steps):
+            record["validation_loss"] = run.check(step)
+        if not failed and evaluate is not None and settings.eval_every and step % settings.eval_every == 0 and step < run.steps:
+            scores = evaluate()
+            record["bits_per_byte"] = {name: score.bits_per_byte for name, score in scores.items()}
+        tell(record, scores)
+        if failed:
+            return step, (record["loss"], record["gradient_norm"])
+    if not moved:
+        raise FinetuneError("no chosen expert had a gradient in any step: the tokens it saw count for nothing in the loss")
+    finite = all(bool(leaf.isfinite().all()) for leaf in run.leaves.values())
+    return step, None if finite else (math.nan, math.nan)
+
+
+def _prepare(run: _Run, step: int, rate: float) -> dict[str, Any]:
+    """Leave the gradients of a step in the leaves, and return its record; the update is the caller's."""
+    settings, accelerator = run.settings, run.accelerator
+    clock = time.monotonic()
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    # dropout, where a model has it, is the same after a resume
+    torch.manual_seed((settings.seed << 32) + step * accelerator.num_processes + accelerator.process_index)
+    members = [run.samples[place] for place in batch_places(step, settings.batch_size, len(run.samples), settings.seed)]
+    leaves = list(run.leaves.values())
+    loss = _gradients(run.model, members, settings, leaves, padding=run.padding, accelerator=accelerator)
+    active = run.cells.drop_empty_gradients()
+    norm = _clip(leaves, settings.clip)
+    tokens = sum(int(sample.counted.sum()) for sample in members)
+    seconds = time.monotonic() - clock
+    record = {"step": step, "loss": loss, "lr": rate, "gradient_norm": norm, "tokens": tokens, "active": active}
+    return record | {"tensors": len(leaves), "tokens_per_second": round(tokens / max(seconds, 1e-9), 1)}
+
+
+def _tell(
+    log: list[dict[str, Any]],
+    folder: Path | None,
+    accelerator: Any,
+    progress: Callable[[dict[str, Any]], None] | None,
+    record: dict[str, Any],
+    scores: dict[str, DomainScore] | None,
+) -> None:
+    """Hand the record of a step, and what was measured after it, to the log, the trackers and the caller."""
+    log.append(record)
+    if folder:
+        append_log(folder, record)
+    # the step is the trackers' own axis, and a name that some of them reserve
+    numbers = {name: value for name, value in record.items() if isinstance(value, int | float) and name != "step"}
+    accelerator.log(numbers, step=record["step"])
+    if scores is not None:
+        accelerator.log(tracked_scores(scores), step=record["step"] + 1)  # measured after so many updates
+    if progress:
+        progress(record)
+
+
+def _is_finite(record: dict[str, Any]) -> bool:
+    return math.isfinite(record["loss"]) and math.isfinite(record["gradient_norm"])
 
 
 def make_optimizer(leaves: Sequence[nn.Parameter], settings: FinetuneSettings) -> torch.optim.AdamW:
@@ -157,7 +314,7 @@ def make_optimizer(leaves: Sequence[nn.Parameter], settings: FinetuneSettings) -
     A leaf without a gradient in a step is skipped: no decay, no momentum, and its own step counter waits.
     """
     fused = all(leaf.device.type in ("cpu", "cuda") for leaf in leaves)
-    optimizer = torch.optim.AdamW(leaves, lr=settings.lr, weight_decay=settings.weight_decay, fused=fused)
+    optimizer = torch.optim.AdamW(leaves, lr=0.0, weight_decay=settings.weight_decay, fused=fused)
     for leaf in leaves:
         step = torch.zeros((), dtype=torch.float32, device=leaf.device if fused else None)
         optimizer.state[leaf] = {"step": step, "exp_avg": torch.zeros_like(leaf), "exp_avg_sq": torch.zeros_like(leaf)}
@@ -169,42 +326,6 @@ def batch_places(step: int, size: int, samples: int, seed: int) -> list[int]:
     places = range(step * size, (step + 1) * size)
     orders = {epoch: np.random.default_rng([seed, epoch]).permutation(samples) for epoch in {place // samples for place in places}}
     return [int(orders[place // samples][place % samples]) for place in places]
-
-
-def refuse_sharding(accelerator: Any = None) -> None:
-    """Raises FinetuneError under FSDP, DeepSpeed and the like: they cut the fused tensors whose rows are trained.
-
-    Without an accelerator, by what `accelerate launch` put into the environment: making one would start the sharding already.
-    """
-    kind = next((name for name in SHARDING if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true")), None)
-    if accelerator is not None and kind is None:
-        given = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
-        kind = given if given in SHARDING else None
-    if kind is not None:
-        raise FinetuneError(
-            f"{kind} cuts the fused tensors of the experts into shards, and single experts cannot be trained in shards; "
-            "use accelerate's plain multi-process mode, in which every process holds the model"
-        )
-
-
-@contextmanager
-def memory_explained() -> Iterator[None]:
-    """Turns running out of memory into a FinetuneError that names the remedies."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as problem:
-        text = str(problem).lower()
-        if (
-            isinstance(problem, RuntimeError)
-            and not isinstance(problem, torch.OutOfMemoryError)
-            and not any(said in text for said in MEMORY)
-        ):
-            raise
-        first = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
-        raise FinetuneError(
-            f"out of memory ({first}). In this order: --micro-batch-size 1, --gradient-checkpointing, a shorter --seq-len, --bf16, "
-            "--lora-rank, or a path with a smaller budget; the same command then goes on where the last state was saved"
-        ) from problem
 
 
 def _gradients(
@@ -244,32 +365,6 @@ def _clip(leaves: Any, most: float) -> float:
     return float(nn.utils.clip_grad_norm_(kept, most)) if kept else 0.0
 
 
-def _check_reach(
-    model: PreTrainedModel, cells: TrainableCells, samples: Sequence[Sample], settings: FinetuneSettings, padding: int
-) -> None:
-    """Raises FinetuneError when no token of the data is routed to any of the cells; looks no further than the first that is."""
-    wanted = {layer: torch.tensor([cell.expert for cell in cells.cells if cell.layer == layer]) for layer, _ in cells.cells}
-    sites = [site for site in find_sites(model) if site.layer in wanted]
-    found: list[bool] = []
-
-    def observe(index: int, decision: Decision) -> None:
-        chosen = torch.isin(decision.ids, wanted[sites[index].layer].to(decision.ids.device)) & (decision.weights != 0)
-        found.append(bool((chosen.any(-1) & real.to(chosen.device)).any()))
-
-    size = settings.micro_batch_size or settings.batch_size
-    for first in range(0, len(samples), size):
-        batch: Batch = collate(samples[first : first + size], padding=padding)
-        real = batch.inputs.get("attention_mask", torch.ones_like(batch.inputs["input_ids"])).flatten().bool()
-        with torch.no_grad(), watching(sites, observe, scores=False, stop=True):
-            forward(model, whole=True, **batch.inputs)
-        if any(found):
-            return
-    raise FinetuneError(
-        f"no token of the data is routed to any of the {len(cells.cells)} chosen experts, so training would change nothing; "
-        "choose a path of the data's own domain, or other data"
-    )
-
-
 @contextmanager
 def _training_mode(model: PreTrainedModel, settings: FinetuneSettings) -> Iterator[None]:
     """Dropout on, and activations recomputed where asked for; the model is left as it was."""
@@ -280,7 +375,7 @@ def _training_mode(model: PreTrainedModel, settings: FinetuneSettings) -> Iterat
             try:
                 model.activation_checkpointing_enable()
             except ValueError as problem:
-                raise FinetuneError(f"--gradient-checkpointing: {problem}") from None
+                raise FinetuneError(f"gradient_checkpointing: {problem}") from None
         yield
     finally:
         if settings.gradient_checkpointing and model.supports_gradient_checkpointing:

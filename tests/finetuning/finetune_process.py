@@ -1,4 +1,7 @@
-"""A training process for tests: ``MODEL TASK PATHS OUT STEPS [PAUSE [PROTECT]]``, by the environment one of several."""
+"""A training process for tests: ``MODEL TASK PATHS OUT STEPS [PAUSE [PROTECT [LR]]]``, by the environment one of several.
+
+LR ``auto``: with early stopping too.
+"""
 
 import sys
 import time
@@ -8,9 +11,12 @@ from dbes.finetuning.run import finetune
 from dbes.finetuning.settings import make_settings
 
 
-def main(model, task, paths, out, steps, pause="0", protect=""):
+def main(model, task, paths, out, steps, pause="0", protect="", rate="0.01"):
     floor = float(protect) if protect else None
-    settings = make_settings(steps=int(steps), lr=1e-2, batch_size=4, seq_len=32, weight_decay=0.1, protect=floor)
+    found = rate == "auto"
+    settings = make_settings(
+        steps=int(steps), lr=rate if found else float(rate), early_stopping=found, batch_size=4, seq_len=32, weight_decay=0.1, protect=floor
+    )
     # the pause gives a test the time to kill this process between two states
     finetune(
         model,

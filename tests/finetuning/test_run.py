@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dbes.errors import FinetuneError
-from dbes.finetuning import training
+from dbes.finetuning import machine, training
 from dbes.finetuning.output import merge_delta
 from dbes.finetuning.report import read_report
 from dbes.finetuning.run import checked_path, finetune
@@ -42,7 +42,8 @@ def path_of(checkpoint, **changes):
 
 
 def settings(**changes):
-    return make_settings(**{"steps": 6, "lr": 1e-2, "batch_size": 4, "seq_len": 32, "weight_decay": 0.1, **changes})
+    kept = {"steps": 6, "lr": 1e-2, "early_stopping": False, "batch_size": 4, "seq_len": 32, "weight_decay": 0.1}
+    return make_settings(**kept | changes)
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +263,7 @@ def test_out_of_memory_names_the_remedies(run, monkeypatch, problem):
         raise problem
 
     monkeypatch.setattr(training, "token_losses", exhausted)
-    with pytest.raises(FinetuneError, match=r"out of memory .*--micro-batch-size 1, --gradient-checkpointing"):
+    with pytest.raises(FinetuneError, match=r"out of memory .*micro_batch_size: 1, gradient_checkpointing: true"):
         run()
     monkeypatch.setattr(training, "token_losses", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -318,12 +319,15 @@ def test_paths_are_read_from_both_formats_and_empty_ones_refused(tiny_checkpoint
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "give steps or epochs"),
-        ({"steps": 1, "epochs": 1.0}, "give steps or epochs"),
+        ({"steps": 1, "epochs": 1.0}, "give steps or epochs, not both"),
         ({"steps": 0}, "--steps: .*greater than or equal to 1"),
-        ({"steps": 1, "lr": 0.0}, "--lr: "),
-        ({"steps": 1, "seq_len": 1}, "--seq-len: "),
-        ({"steps": 1, "colour": 1}, "--colour: Extra inputs"),
+        ({"steps": 1, "lr": 0.0}, r"--lr: expected auto or a number above 0 \(given: 0.0\)"),
+        ({"steps": 1, "lr": "fast"}, "--lr: expected auto or a number above 0"),
+        ({"steps": 1, "lr": True}, "--lr: expected auto or a number above 0"),
+        ({"steps": 1, "lr": float("nan")}, "--lr: expected auto or a number above 0"),
+        ({"steps": 1, "seq_len": 1}, "seq_len: "),
+        ({"patience": 0}, "patience: "),
+        ({"steps": 1, "colour": 1}, "colour: no such setting; there are steps, epochs, lr"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(values, message):
@@ -332,7 +336,7 @@ def test_settings_that_cannot_be_are_refused(values, message):
 
 
 def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
-    rates = [learning_rate(settings(lr=1.0, warmup=0.1), step, 100) for step in range(100)]
+    rates = [learning_rate(settings(warmup=0.1), step, 100, peak=1.0) for step in range(100)]
     assert rates[0] == pytest.approx(1 / 11) and max(rates) == rates[10] == 1.0
     assert rates[-1] == pytest.approx(0.1, abs=1e-3)
 
@@ -342,12 +346,13 @@ def test_every_epoch_takes_every_sample_once():
     assert [sorted(places[start : start + 12]) for start in (0, 12, 24)] == [list(range(12))] * 3
     assert places[:12] != places[12:24]
     assert settings(steps=None, epochs=1.5).total_steps(12) == 5
+    assert settings(steps=None).total_steps(12) == 12, "four passes in batches of 4"
 
 
 def test_sharded_training_is_refused(run, monkeypatch):
     with pytest.raises(FinetuneError, match="FSDP cuts the fused tensors"):
-        training.refuse_sharding(SimpleNamespace(distributed_type="FSDP"))
-    training.refuse_sharding(SimpleNamespace(distributed_type="MULTI_GPU"))
+        machine.refuse_sharding(SimpleNamespace(distributed_type="FSDP"))
+    machine.refuse_sharding(SimpleNamespace(distributed_type="MULTI_GPU"))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(FinetuneError, match="plain multi-process mode"):
         run()
@@ -356,7 +361,7 @@ def test_sharded_training_is_refused(run, monkeypatch):
 def test_a_batch_that_processes_cannot_share_evenly_is_refused():
     three = SimpleNamespace(distributed_type="MULTI_CPU", num_processes=3, is_main_process=True)
     nothing: Any = None
-    with pytest.raises(FinetuneError, match="--batch-size 4 cannot be shared evenly by 3 processes"):
+    with pytest.raises(FinetuneError, match="batch_size 4 cannot be shared evenly by 3 processes"):
         training.train(nothing, nothing, [nothing], settings(), padding=0, accelerator=three)
 
 
@@ -365,7 +370,7 @@ def test_a_tracker_that_is_not_installed_is_named(run, monkeypatch, tracker, tmp
     # a folder of the package's name, such as W&B leaves in the working directory, is found but is no package
     for found in (None, SimpleNamespace(origin=None)):
         monkeypatch.setattr("importlib.util.find_spec", lambda _, found=found: found)
-        with pytest.raises(FinetuneError, match=rf"--tracker {tracker}: .*pip install 'dbes\[{tracker}\]'"):
+        with pytest.raises(FinetuneError, match=rf"tracker {tracker}: .*pip install 'dbes\[{tracker}\]'"):
             run(tracker=tracker, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -445,10 +450,10 @@ def test_tensorboard_events_hold_loss_rate_and_evaluations(run, tmp_path):
     assert sorted(out.rglob("events*")) == files, "a finished run leaves no empty one behind"
 
 
-def command(checkpoint, task, folder, out, steps, pause=0, protect=None):
+def command(checkpoint, task, folder, out, steps, pause=0, protect=None, rate=1e-2):
     script = Path(__file__).parent / "finetune_process.py"
     path = write_path(path_of(checkpoint), folder / "paths.json")
-    return [sys.executable, str(script), str(checkpoint), str(task), str(path), str(out), str(steps), str(pause), str(protect or "")]
+    return [sys.executable, *map(str, (script, checkpoint, task, path, out, steps, pause, protect or "", rate))]
 
 
 @pytest.mark.slow

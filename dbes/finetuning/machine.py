@@ -1,0 +1,53 @@
+"""What the machine does not allow: models cut into shards, and more memory than there is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from dbes.errors import FinetuneError
+
+SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP")
+"""What accelerate calls ways to spread one model over processes."""
+
+MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
+
+
+def refuse_sharding(accelerator: Any = None) -> None:
+    """Raises FinetuneError under FSDP, DeepSpeed and the like: they cut the fused tensors whose rows are trained.
+
+    Without an accelerator, by what `accelerate launch` put into the environment: making one would start the sharding already.
+    """
+    kind = next((name for name in SHARDING if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true")), None)
+    if accelerator is not None and kind is None:
+        given = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+        kind = given if given in SHARDING else None
+    if kind is not None:
+        raise FinetuneError(
+            f"{kind} cuts the fused tensors of the experts into shards, and single experts cannot be trained in shards; "
+            "use accelerate's plain multi-process mode, in which every process holds the model"
+        )
+
+
+@contextmanager
+def memory_explained() -> Iterator[None]:
+    """Turns running out of memory into a FinetuneError that names the remedies."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as problem:
+        text = str(problem).lower()
+        if (
+            isinstance(problem, RuntimeError)
+            and not isinstance(problem, torch.OutOfMemoryError)
+            and not any(said in text for said in MEMORY)
+        ):
+            raise
+        first = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
+        raise FinetuneError(
+            f"out of memory ({first}). In this order, in the file of --config: micro_batch_size: 1, gradient_checkpointing: true, "
+            "a shorter seq_len, bf16: true, a lora_rank; or a path with a smaller budget"
+        ) from problem
