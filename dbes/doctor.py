@@ -256,7 +256,8 @@ def _run(site: RoutingSite, arguments: tuple[tuple, dict]) -> Tensor:
     args, kwargs = arguments
     output = site.block(*args, **kwargs)
     first = output if isinstance(output, Tensor) else next(value for value in output if isinstance(value, Tensor))
-    return first.reshape(-1, first.shape[-1])
+    given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), first)
+    return first.reshape(-1, given.shape[-1])  # some blocks return all rows in one
 
 
 @contextmanager

@@ -37,6 +37,12 @@ ZERO_EXPERTS = ("zero_expert_num", "num_zero_experts")
 _INDEX = re.compile(r"ind(ex|ices)|idx|selected_experts|expert_ids")
 _WEIGHT = re.compile(r"weight|score|prob|gates?$")
 
+SENSES = re.compile(
+    r"(?:^|\.)(?:(?:\w*_)?(?:vision|visual|image|img|video|audio|speech|sound)(?:_\w*)?"
+    r"|mm_projector|multi_?modal_projector|patch_merger|talker|code2wav|token2wav)(?:\.|$)"
+)
+"""Parts of a model that see, hear or speak: text does not pass through them."""
+
 Adapter = Literal["experts", "scores", "sorted", "embedding", "gate"]
 """How a site's decision is read (`dbes.capture` holds one reader for each):
 
@@ -89,7 +95,7 @@ def find_sites(model: nn.Module) -> tuple[RoutingSite, ...]:
     config = _text_config(model)
     modules = dict(model.named_modules())
     for name, module in modules.items():
-        found = _classify(name, module, modules)
+        found = None if SENSES.search(name) else _classify(name, module, modules)
         if found is None:
             continue
         adapter, block_name, probe = found
@@ -98,20 +104,19 @@ def find_sites(model: nn.Module) -> tuple[RoutingSite, ...]:
         router = getattr(block, "router_gate", None) if adapter == "embedding" else _router(block, experts)
         layer = _layer_number(block_name, modules)
         zero = _first_int(ZERO_EXPERTS, experts, router, block) or 0
-        sites.append(
-            RoutingSite(
-                layer=layer,
-                name=block_name,
-                block=block,
-                experts=experts,
-                router=router,
-                probe=probe,
-                num_experts=_number_of_experts(experts, router, block, config, layer, block_name),
-                top_k=_top_k(experts, router, block, config, layer, block_name),
-                zero_experts=zero,
-                adapter=adapter,
-            )
+        site = RoutingSite(
+            layer=layer,
+            name=block_name,
+            block=block,
+            experts=experts,
+            router=router,
+            probe=probe,
+            num_experts=_number_of_experts(experts, router, block, config, layer, block_name),
+            top_k=_top_k(experts, router, block, config, layer, block_name),
+            zero_experts=zero,
+            adapter=adapter,
         )
+        sites.append(_refuse_impossible(site))
     if not sites:
         _refuse_without_sites(model, modules)
     sites.sort(key=lambda site: site.layer)
@@ -328,6 +333,15 @@ def _top_k(experts: Any, router: Any, block: Any, config: Any, layer: int, name:
     if count is None or (expected and count not in expected):
         raise ModelError(f"layer {layer} ({name}): its router chooses {count} experts per token, the config says {sorted(expected)}")
     return count
+
+
+def _refuse_impossible(site: RoutingSite) -> RoutingSite:
+    if not 1 <= site.top_k <= site.num_experts + site.zero_experts:
+        raise ModelError(
+            f"layer {site.layer} ({site.name}): {site.top_k} experts per token of {site.num_experts} experts; correct the number of "
+            "experts per token (or of experts) in config.json"
+        )
+    return site
 
 
 def _text_config(model: nn.Module) -> Any:
