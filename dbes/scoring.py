@@ -105,7 +105,7 @@ def score_tables(trace: Trace, *, permutations: int = 1000, seed: int = 0, phase
         environment=_environment(trace),
         settings={"permutations": permutations, "seed": seed, "phase": PHASES[phase], "control": trace.control is not None},
         recording=RecordingFacts(documents=int((counted.tokens > 0).sum()), tokens=int(counted.tokens.sum())),
-        warnings=(*_warnings(statistics), *_small_sample_warnings(statistics, estimates.by_metric["specialization"])),
+        warnings=(*_model_notes(trace), *_warnings(statistics), *_small_sample_warnings(statistics, estimates.by_metric["specialization"])),
         published=_published(statistics),
         calibrated=tuple(records),
         specialists=tuple(_specialist_records(table, trace, phase)),
@@ -122,6 +122,12 @@ def score_tables(trace: Trace, *, permutations: int = 1000, seed: int = 0, phase
         arrays=arrays,
         replicates={metric: estimates.by_metric[metric].left_out_score[:, -1].astype(np.float32) for metric in REPLICATED},
     )
+
+
+def _model_notes(trace: Trace) -> Iterator[str]:
+    """What loading the checkpoint told: tensors that were left out, an adapter that was merged."""
+    for note in trace.provenance.get("notes") or ():
+        yield f"model: {note}"
 
 
 def _warnings(statistics: RoutingStatistics) -> Iterator[str]:

@@ -238,7 +238,8 @@ def score_reason(site: RoutingSite, missing: int, tokens: int) -> str:
 
 def _classify(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> tuple[Adapter, str, nn.Module] | None:
     """(adapter, path of the block, probe) when this module is where a layer's routing can be read."""
-    parent_name, _, own_name = name.rpartition(".")
+    # peft puts what it adapts one level deeper, as the base_layer of its own module
+    parent_name, _, own_name = re.sub(r"(\.base_layer)+$", "", name).rpartition(".")
     if isinstance(module, nn.ModuleList):
         if own_name == "experts" and len(module) > 1 and parent_name in modules:
             gate = _router(modules[parent_name], module)

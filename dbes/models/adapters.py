@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.utils import find_adapter_config_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from dbes.errors import ModelError
 from dbes.models.explained import explained
@@ -70,7 +70,7 @@ def merge_adapter(model: PreTrainedModel, adapter: Adapter, *, revision: str | N
     Raises:
         ModelError: it cannot be read or merged, or is not made for this model: tensors that have no place, or were not given.
     """
-    from peft import PeftConfig, PeftModel
+    from peft import PeftConfig, PeftModel  # pyright: ignore[reportMissingImports]
 
     hub = {} if Path(adapter.source).is_dir() else {"revision": revision}
     # transformers' own notes on adapters, and peft's, are about things that are checked here
@@ -78,7 +78,7 @@ def merge_adapter(model: PreTrainedModel, adapter: Adapter, *, revision: str | N
         warnings.simplefilter("ignore")
         config: Any = PeftConfig.from_pretrained(adapter.source, **hub)
         if getattr(config, "is_prompt_learning", False) or not hasattr(config, "target_modules"):
-            raise ModelError(f"{adapter.source}: a {config.peft_type} adapter is no change of the weights, so it cannot be merged; LoRA can")
+            raise ModelError(f"{adapter.source}: a {config.peft_type} adapter does not change weights, so it cannot be merged; LoRA can")
         config.inference_mode = True
         together = PeftModel(model, config)
         result: Any = together.load_adapter(adapter.source, "default", **hub)

@@ -94,8 +94,9 @@ def _beside(config: Any) -> Iterator[type[PreTrainedModel]]:
     if not home.startswith("transformers.models."):
         return
     module = importlib.import_module(home.replace(".configuration_", ".modeling_"))
-    for kind in vars(module).values():
-        if inspect.isclass(kind) and issubclass(kind, PreTrainedModel) and kind.__module__ == module.__name__:
-            # a class without a forward of its own is only a base for others
-            if "forward" in vars(kind) and not kind.__name__.endswith("PreTrainedModel"):
-                yield kind
+    for kind in list[Any](vars(module).values()):
+        if not (inspect.isclass(kind) and issubclass(kind, PreTrainedModel)):
+            continue
+        # a class without a forward of its own is only a base for others
+        if kind.__module__ == module.__name__ and "forward" in vars(kind):
+            yield kind

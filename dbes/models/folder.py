@@ -124,6 +124,27 @@ def check_code(folder: Path, config: Mapping[str, Any], *, trust_remote_code: bo
     )
 
 
+def refuse_contradictions(where: str, content: Mapping[str, Any], config: Any) -> None:
+    """One setting under two names (``num_experts``, ``num_local_experts``) with two values, of which transformers takes one.
+
+    Args:
+        content: config.json.
+        config: what transformers made of it.
+
+    Raises:
+        ModelError: names both.
+    """
+    for alias, name in (getattr(config, "attribute_map", None) or {}).items():
+        if alias in content and name in content and content[alias] != content[name]:
+            raise ModelError(
+                f"{where}: config.json says {alias} {clipped(content[alias])} and {name} {clipped(content[name])}, which are one setting; "
+                "correct the one that is wrong"
+            )
+    for name, part in content.items():
+        if isinstance(part, dict) and name.endswith("_config"):
+            refuse_contradictions(where, part, getattr(config, name, None))
+
+
 def weight_files(folder: Path) -> tuple[Path, ...]:
     """The files that transformers will read, by the rules it has: model.safetensors, else the files of the index.
 
@@ -190,7 +211,7 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
             with safe_open(path, "pt") as content:
                 for name in content.keys():  # noqa: SIM118 (no mapping)
                     if name in tensors:
-                        raise ModelError(f"{path}: holds {clipped(name)}, which another file of the folder holds too; copy the weights again")
+                        raise ModelError(f"{path}: holds {clipped(name)}, as another file here does; copy the weights again")
                     cut = content.get_slice(name)
                     tensors[name] = StoredTensor(str(cut.get_dtype()), tuple(cut.get_shape()))
         except (SafetensorError, OSError, ValueError) as problem:
@@ -200,6 +221,7 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
         raise ModelError(f"{folder}: the safetensors here hold no tensors; copy or download them again")
     _refuse_lost_scales(folder, tensors)
     _refuse_lost_experts(folder, tensors)
+    _refuse_twice(folder, tensors)
     return tensors
 
 
@@ -237,6 +259,18 @@ def _refuse_lost_experts(folder: Path, tensors: Iterable[str]) -> None:
                 f"{folder}: {clipped(pattern, 120)} is there for {len(numbers)} experts up to number {max(numbers)}, but not for "
                 f"{', '.join(map(str, lost[:5]))}{', ...' if len(lost) > 5 else ''}; the checkpoint is incomplete: download it again"
             )
+
+
+def _refuse_twice(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    """Two tensors for one place in the model: with and without the prefix ``model.``, or an expert by itself and in a stack of all."""
+    twice = [f"{name} and model.{name}" for name in tensors if f"model.{name}" in tensors]
+    alone = {found[1] for name in tensors if (found := re.match(r"(.*\.experts)\.\d+\.", name))}
+    for name, tensor in tensors.items():
+        block, _, own = name.rpartition(".experts.")
+        if len(tensor.shape) == 3 and not own[:1].isdigit() and f"{block}.experts" in alone:
+            twice.append(f"{block}.experts.0... and {name}")
+    if twice:
+        raise ModelError(f"{folder}: {clipped(twice[0], 200)} are both in the weights, for one place in the model; copy the weights again")
 
 
 def listed(names: Iterable[str], most: int = 3) -> str:

@@ -75,7 +75,7 @@ def model_fingerprint(model: PreTrainedModel) -> str:
         digest.update(f"{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
         whole = _offloaded(model, name) if tensor.is_meta else tensor
         for part in _parts(whole.detach()):
-            digest.update(part.cpu().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(part.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return f"sha256:{digest.hexdigest()}"
 
 

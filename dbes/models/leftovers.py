@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import transformers
 from transformers import PreTrainedModel
-from transformers.modeling_utils import PreTrainedModel as Loader
 
 from dbes.errors import ModelError
 from dbes.models.folder import WHOLE, StoredTensor, listed
@@ -37,7 +36,7 @@ class LoadingReport:
     unexpected: set[str] = field(default_factory=set)
     hidden: set[str] = field(default_factory=set)
     uninitialised: set[str] = field(default_factory=set)
-    mismatched: dict[str, tuple[Sequence[int], Sequence[int]]] = field(default_factory=dict)
+    mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     conversions: dict[str, str] = field(default_factory=dict)
 
 
@@ -45,23 +44,23 @@ class LoadingReport:
 def watched_loading() -> Iterator[LoadingReport]:
     """Follow a load inside the block; transformers' own table of differences, which goes to the log, is kept quiet."""
     report = LoadingReport()
-    adjust = Loader._adjust_missing_and_unexpected_keys
+    adjust = PreTrainedModel._adjust_missing_and_unexpected_keys
 
-    def keep(model: PreTrainedModel, info: Any) -> None:
-        missing, unexpected = set(info.missing_keys), set(info.unexpected_keys)
-        adjust(model, info)
-        report.missing, report.uninitialised = set(info.missing_keys), missing - set(info.missing_keys)
-        report.unexpected, report.hidden = unexpected, unexpected - set(info.unexpected_keys)
-        report.mismatched = {name: (tuple(stored), tuple(built)) for name, stored, built in info.mismatched_keys}
-        report.conversions = dict(info.conversion_errors)
+    def keep(self: PreTrainedModel, loading_info: Any) -> None:
+        missing, unexpected = set(loading_info.missing_keys), set(loading_info.unexpected_keys)
+        adjust(self, loading_info)
+        report.missing, report.uninitialised = set(loading_info.missing_keys), missing - set(loading_info.missing_keys)
+        report.unexpected, report.hidden = unexpected, unexpected - set(loading_info.unexpected_keys)
+        report.mismatched = {name: (tuple(stored), tuple(built)) for name, stored, built in loading_info.mismatched_keys}
+        report.conversions = dict(loading_info.conversion_errors)
 
     verbosity = transformers.utils.logging.get_verbosity()
-    Loader._adjust_missing_and_unexpected_keys = keep
+    PreTrainedModel._adjust_missing_and_unexpected_keys = keep
     transformers.utils.logging.set_verbosity_error()
     try:
         yield report
     finally:
-        Loader._adjust_missing_and_unexpected_keys = adjust
+        PreTrainedModel._adjust_missing_and_unexpected_keys = adjust
         transformers.utils.logging.set_verbosity(verbosity)
 
 
@@ -123,7 +122,7 @@ def account(
     told = [f"{len(names)} tensors of the checkpoint were not loaded, {kind}: {names[0]}, ..." for kind, names in sorted(notes.items())]
     if report.uninitialised:
         first = sorted(report.uninitialised)[0]
-        told.append(f"{len(report.uninitialised)} tensors are not in the checkpoint and have the value that the class gives them: {first}, ...")
+        told.append(f"{len(report.uninitialised)} tensors are not in the checkpoint and have their class's value: {first}, ...")
     return tuple(told)
 
 

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import Mxfp4Config
 
 from dbes.errors import ModelError
-from dbes.models.adapters import Adapter, find_adapter, merge_adapter, inner_model
+from dbes.models.adapters import Adapter, find_adapter, inner_model, merge_adapter
 from dbes.models.classes import build, choose_class
 from dbes.models.explained import explained
-from dbes.models.folder import CONFIG, check_code, check_folder, find_folder, read_config, read_tensors, unread_files
+from dbes.models.folder import CONFIG, check_code, check_folder, find_folder, read_config, read_tensors, refuse_contradictions, unread_files
 from dbes.models.identity import folder_fingerprint, joined, model_fingerprint, tokenizer_fingerprint
 from dbes.models.leftovers import account, refuse_unfit, watched_loading
 from dbes.sites import find_sites, input_device
@@ -124,8 +124,10 @@ def load_config(where: str, *, revision: str | None = None, trust_remote_code: b
     folder = find_folder(where)
     if folder is not None:
         check_code(folder, read_config(folder), trust_remote_code=trust_remote_code)
-    with explained(where, part="config.json"):
-        return AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
+    with explained(where, part=CONFIG):
+        config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
+    refuse_contradictions(where, read_config(folder or _snapshot(where, revision)), config)
+    return config
 
 
 def transformers_model(model: Any) -> PreTrainedModel:
