@@ -137,7 +137,7 @@ def test_hub_models_are_checked_and_known_by_their_commit(checkpoint: Path, tmp_
     loaded = load_model("some/olmoe")
     assert (loaded.name, loaded.revision) == ("some/olmoe", commit)
     edit(repository / "snapshots" / commit, num_hidden_layers=2)
-    with pytest.raises(ModelError, match="some/olmoe: .*the weights hold 4 layers, config.json names 2"):
+    with pytest.raises(ModelError, match=r"some/olmoe: .*the weights hold 4 layers, config\.json names 2"):
         load_model("some/olmoe")
 
 
@@ -256,7 +256,7 @@ class TestErrors:
 
     def test_a_config_of_the_wrong_types(self, checkpoint: Path) -> None:
         edit(checkpoint, num_experts_per_tok="two")
-        with pytest.raises(ModelError, match="num_experts_per_tok.*expected int, got str") as caught:
+        with pytest.raises(ModelError, match=r"num_experts_per_tok.*expected int, got str") as caught:
             load_model(checkpoint)
         assert "\n" not in str(caught.value)
 

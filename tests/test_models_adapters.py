@@ -118,7 +118,7 @@ def test_an_adapter_of_another_model(base: Path, tmp_path: Path) -> None:
     first = sorted(tensors)[0]
     save_file({name: tensor for name, tensor in tensors.items() if name != first}, path)
     refused(alone, "is not in the adapter; it was not made for this base")
-    save_file({**tensors, first.replace(".0.", ".9."): tensors[first]}, path)
+    save_file({**tensors, first.replace(".0.", ".9."): tensors[first].clone()}, path)
     refused(alone, "is in the adapter but not in the model; it was not made for this base")
     path.write_bytes(b"")
     refused(alone, "the adapter cannot be loaded")
