@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -17,8 +16,7 @@ from dbes.doctor import examine
 from dbes.errors import ModelError
 from dbes.models import adapters, load_model
 
-WITHOUT_PEFT = importlib.util.find_spec("peft") is None
-needs_peft = pytest.mark.skipif(WITHOUT_PEFT, reason="peft is not installed")
+needs_peft = pytest.mark.skipif(not adapters.peft_is_installed(), reason="peft is not installed")
 IDS = torch.arange(3, 23)[None]
 
 
@@ -42,7 +40,7 @@ def refused(folder: Path, match: str) -> None:
 
 
 def test_without_peft_an_adapter_is_refused(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adapters.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(adapters, "peft_is_installed", lambda: False)
     match = r"holds a PEFT adapter .*install peft \(pip install 'dbes\[peft\]'\)"
     refused(adapter_files(base), match)
     refused(adapter_files(tmp_path / "alone", str(base)), match)
@@ -63,7 +61,7 @@ def test_half_an_adapter(base: Path) -> None:
 
 @pytest.fixture
 def with_peft(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adapters.importlib.util, "find_spec", lambda _: True)
+    monkeypatch.setattr(adapters, "peft_is_installed", lambda: True)
 
 
 @pytest.mark.usefixtures("with_peft")

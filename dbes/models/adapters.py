@@ -46,7 +46,8 @@ def find_adapter(where: str, folder: Path | None, *, revision: str | None) -> Ad
                 raise ModelError(f"{folder / name}: missing, though there is an adapter here{pickled}; add it, or take the adapter out")
         path = folder / ADAPTER_CONFIG
     else:
-        found = find_adapter_config_file(where, revision=revision)
+        with explained(where, part=ADAPTER_CONFIG):
+            found = find_adapter_config_file(where, revision=revision)
         if found is None:
             return None
         path = Path(found)
@@ -56,12 +57,17 @@ def find_adapter(where: str, folder: Path | None, *, revision: str | None) -> Ad
     base = content.get("base_model_name_or_path")
     if base is not None and not isinstance(base, str):
         raise ModelError(f"{path}: base_model_name_or_path {clipped(base)}, expected a folder or a hub id")
-    if importlib.util.find_spec("peft") is None:
+    if not peft_is_installed():
         raise ModelError(
             f"{where}: holds a PEFT adapter ({ADAPTER_CONFIG}), without which it is another model; install peft "
             "(pip install 'dbes[peft]'), or give a folder into whose weights it was merged"
         )
     return Adapter(source=where, base=base or None)
+
+
+def peft_is_installed() -> bool:
+    found = importlib.util.find_spec("peft")
+    return found is not None and found.origin is not None  # a mere folder of that name has no origin
 
 
 def merge_adapter(model: PreTrainedModel, adapter: Adapter, *, revision: str | None) -> PreTrainedModel:
