@@ -21,8 +21,13 @@ from dbes.capture import Decision, watching
 from dbes.errors import ModelError, RecordingError
 from dbes.execution import base_of, forward, input_device
 from dbes.miniature import miniature
-from dbes.models import load_config, load_weights
+from dbes.models import check_folder, has_adapter, load_config, load_model, load_tokenizer, transformers_model
+from dbes.models.explained import explained
+from dbes.models.folder import INDEX, PICKLES, find_folder
 from dbes.sites import RoutingSite, expert_weights, find_sites, score_reason
+
+ARCHITECTURE = "random, scaled down"
+"""The weights of a model that was built from a config: its architecture was judged, nothing else."""
 
 WEIGHTS_LIMIT = 4 * 2**30
 TOKENS = (2, 24)
@@ -61,7 +66,12 @@ class LayerDiagnosis:
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """The examination of one model; ``ok`` when it can be recorded."""
+    """The examination of one model; ``ok`` when it can be recorded.
+
+    Attributes:
+        weights: "given", "from the folder", or "random, scaled down", when only the architecture was judged.
+        notes: what was not examined, and what loading told.
+    """
 
     model: str
     architecture: str
@@ -70,6 +80,7 @@ class Diagnosis:
     dense_layers: tuple[int, ...]
     layers: tuple[LayerDiagnosis, ...]
     seconds: float
+    notes: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -105,26 +116,29 @@ def examine(
 ) -> Diagnosis:
     """Run hooks, count check and ablation on a model for a few seconds.
 
-    A folder with weights of at most 4 GiB is examined as it is; of anything else (a larger checkpoint, a hub id, a folder that
-    holds only config.json) the config is taken and a miniature with random weights examined: the same code, the same experts
-    and top-k, narrow and few layers. Nothing is downloaded but the config.
+    A folder with weights of at most 4 GiB is loaded as for a recording, with its tokenizer. Of a larger one the files are
+    checked, the tokenizer is loaded, and the architecture is judged on a miniature with random weights: the same code, the same
+    experts and top-k, narrow and few layers. So it is for a hub id and for a folder that holds only config.json, of which
+    nothing but the config is read; ``notes`` says so.
 
     Args:
+        model: folder, hub id, or a model of transformers or peft.
         ablated_layers: how many layers to ablate, spread evenly; weights are put back.
 
     Raises:
-        ModelError: no config, not a Mixture-of-Experts model, or a routing contract dbes cannot read.
+        ModelError: what a recording would stop at: no config, damaged or unfit weights, no tokenizer, not a Mixture-of-Experts
+            model, a routing contract dbes cannot read, a model that does not run.
     """
     started = time.perf_counter()
-    name = type(model).__name__ if isinstance(model, PreTrainedModel) else str(model)
-    if isinstance(model, PreTrainedModel):
-        subject, weights = model, "given"
+    if isinstance(model, str | Path):
+        name = str(model)
+        weights, subject, notes = _subject(model, revision=revision, trust_remote_code=trust_remote_code)
     else:
-        weights, subject = _subject(str(model), revision=revision, trust_remote_code=trust_remote_code)
+        name, weights, subject, notes = type(model).__name__, "given", transformers_model(model), ()
     sites = find_sites(subject)
     chosen = {sites[round(place * (len(sites) - 1) / max(1, ablated_layers - 1))].layer for place in range(ablated_layers)}
     ids = _random_ids(subject)
-    layers = _examined(subject, sites, ids, chosen)
+    layers = _examined(name, subject, sites, ids, chosen)
     return Diagnosis(
         model=name,
         architecture=type(subject).__name__,
@@ -133,6 +147,7 @@ def examine(
         dense_layers=_dense_layers(subject, sites),
         layers=layers,
         seconds=time.perf_counter() - started,
+        notes=notes,
     )
 
 
@@ -157,15 +172,25 @@ def ablation_agrees(model: nn.Module, site: RoutingSite, input_ids: Tensor, *, e
         return bool((changed == used_by[expert]).all())
 
 
-def _subject(where: str, *, revision: str | None, trust_remote_code: bool) -> tuple[str, PreTrainedModel]:
-    folder = Path(where)
-    if folder.is_dir():
-        files = list(folder.glob("*.safetensors"))
-        size = sum(path.stat().st_size for path in files)
-        if files and size <= WEIGHTS_LIMIT:
-            return "from the folder", load_weights(where, trust_remote_code=trust_remote_code)
+def _subject(model: str | Path, *, revision: str | None, trust_remote_code: bool) -> tuple[str, PreTrainedModel, tuple[str, ...]]:
+    """(what its weights are, the model to examine, notes)."""
+    where, folder = str(model), find_folder(model)
+    note = "nothing but the config was read: this judges the architecture, not weights or tokenizer"
+    if folder is not None and (_holds_weights(folder) or has_adapter(folder)):
+        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        if size <= WEIGHTS_LIMIT:
+            loaded = load_model(folder, trust_remote_code=trust_remote_code)
+            return "from the folder", loaded.model, loaded.notes
+        check_folder(folder, trust_remote_code=trust_remote_code)
+        load_tokenizer(where, trust_remote_code=trust_remote_code)
+        note = f"the weights ({size / 2**30:.1f} GiB) were not loaded: only their names, shapes and files were checked"
     config = load_config(where, revision=revision, trust_remote_code=trust_remote_code)
-    return "random, scaled down", miniature(config, trust_remote_code=trust_remote_code)
+    return ARCHITECTURE, miniature(config, trust_remote_code=trust_remote_code), (note,)
+
+
+def _holds_weights(folder: Path) -> bool:
+    """Whether there is anything that is, or names, weights, readable or not."""
+    return (folder / INDEX).exists() or any(path.suffix in (".safetensors", ".gguf", *PICKLES) for path in folder.iterdir())
 
 
 def _random_ids(model: nn.Module) -> Tensor:
@@ -175,9 +200,10 @@ def _random_ids(model: nn.Module) -> Tensor:
     return torch.randint(min(3, vocabulary - 1), vocabulary, TOKENS, generator=generator).to(input_device(model))
 
 
-def _examined(model: nn.Module, sites: Sequence[RoutingSite], ids: Tensor, chosen: set[int]) -> tuple[LayerDiagnosis, ...]:
+def _examined(name: str, model: nn.Module, sites: Sequence[RoutingSite], ids: Tensor, chosen: set[int]) -> tuple[LayerDiagnosis, ...]:
     decisions: dict[int, list[Decision]] = {}
-    with torch.inference_mode(), watching(sites, lambda index, decision: decisions.setdefault(index, []).append(decision)):
+    seen = watching(sites, lambda index, decision: decisions.setdefault(index, []).append(decision))
+    with torch.inference_mode(), seen, explained(name, problem="the model cannot be run"):
         forward(model, whole=True, input_ids=ids)
     return tuple(_diagnosed(model, site, decisions.get(index, []), ids, site.layer in chosen) for index, site in enumerate(sites))
 
@@ -257,7 +283,8 @@ def _run(site: RoutingSite, arguments: tuple[tuple, dict]) -> Tensor:
     args, kwargs = arguments
     output = site.block(*args, **kwargs)
     first = output if isinstance(output, Tensor) else next(value for value in output if isinstance(value, Tensor))
-    return first.reshape(-1, first.shape[-1])
+    given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), first)
+    return first.reshape(-1, given.shape[-1])  # some blocks return all rows in one
 
 
 @contextmanager

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dbes.errors import ModelError
+from dbes.models import build, text_config_of
 from dbes.sites import find_sites
 
 HEADS, HEAD, HIDDEN, VOCABULARY = 4, 8, 32, 128
@@ -54,7 +55,7 @@ def miniature(config: Any, *, seed: int = 0, trust_remote_code: bool = False) ->
     Raises:
         ModelError: the architecture cannot be scaled down, or is not a Mixture-of-Experts model.
     """
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = text_config_of(config)
     depth = next((getattr(text, name) for name in LAYERS if isinstance(getattr(text, name, None), int)), 4)
     problem: Exception | None = None
     for layers in sorted({min(depth, count) for count in (4, 6, 8, 16, depth)}):
@@ -62,7 +63,7 @@ def miniature(config: Any, *, seed: int = 0, trust_remote_code: bool = False) ->
             small = type(text).from_dict(_cut(text.to_dict(), depth, layers))
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                model = AutoModelForCausalLM.from_config(small, dtype=torch.float32, trust_remote_code=trust_remote_code)
+                model = build(small, dtype=torch.float32, trust_remote_code=trust_remote_code)
                 _fill_empty(model)
             find_sites(model)
             return model.eval()
@@ -101,7 +102,18 @@ def _cut(values: dict[str, Any], depth: int, layers: int) -> dict[str, Any]:
         cut["num_key_value_heads"] = cut["num_attention_heads"]
     if values.get("qk_nope_head_dim") and (values.get("head_dim") or 0) > (values.get("qk_rope_head_dim") or 0):
         cut["head_dim"] = cut["qk_nope_head_dim"] + cut["qk_rope_head_dim"]  # of a whole query, not of its rotated part
+    rotation = cut.get("rope_parameters")
+    if isinstance(rotation, dict) and isinstance(rotation.get("mrope_section"), list):
+        cut["rope_parameters"] = {**rotation, "mrope_section": _sections(cut, rotation)}
     return cut
+
+
+def _sections(cut: dict[str, Any], rotation: dict[str, Any]) -> list[int]:
+    """How the rotated pairs of a head are shared by time, height and width."""
+    pairs = int((cut.get("head_dim") or HEAD) * (rotation.get("partial_rotary_factor") or 1)) // 2
+    share, first, second = pairs // 3, *rotation["mrope_section"][:2]
+    rest = pairs - 2 * share
+    return [share, share, rest] if first == second else [rest, share, share]  # height and width stay alike
 
 
 @torch.no_grad()

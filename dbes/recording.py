@@ -169,6 +169,7 @@ def _identity(recorder: Recorder) -> dict[str, Any]:
         "experts_implementation": loaded.experts_implementation,
         "device": loaded.device,
         "tokenizer_sha256": loaded.tokenizer_sha256,
+        "notes": list(loaded.notes),
         "special_tokens_excluded": {"before": list(recorder.before), "after": list(recorder.after)},
         "versions": {"dbes": version("dbes"), "torch": torch.__version__, "transformers": version("transformers")},
     }

@@ -108,6 +108,7 @@ def score_tables(trace: Trace, *, permutations: int = 1000, seed: int = 0, phase
         settings={"permutations": permutations, "seed": seed, "phase": PHASES[phase], "control": trace.control is not None},
         recording=RecordingFacts(documents=int((counts.tokens > 0).sum()), tokens=int(counts.tokens.sum())),
         warnings=(
+            *_model_notes(trace),
             *_warnings(statistics, task.domains, texts.distinct),
             *_small_sample_warnings(statistics, estimates.by_metric["specialization"]),
         ),
@@ -127,6 +128,12 @@ def score_tables(trace: Trace, *, permutations: int = 1000, seed: int = 0, phase
         arrays=arrays,
         replicates={metric: estimates.by_metric[metric].left_out_score[:, -1].astype(np.float32) for metric in REPLICATED},
     )
+
+
+def _model_notes(trace: Trace) -> Iterator[str]:
+    """What loading the checkpoint told: tensors that were left out, an adapter that was merged."""
+    for note in trace.provenance.get("notes") or ():
+        yield f"model: {note}"
 
 
 def _warnings(statistics: RoutingStatistics, facts: Mapping[str, DomainFacts], distinct: Mapping[str, int]) -> Iterator[str]:

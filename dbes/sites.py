@@ -53,6 +53,12 @@ ZERO_EXPERTS = ("zero_expert_num", "num_zero_experts")
 _INDEX = re.compile(r"ind(ex|ices)|idx|selected_experts|expert_ids")
 _WEIGHT = re.compile(r"weight|score|prob|gates?$")
 
+SENSES = re.compile(
+    r"(?:^|\.)(?:(?:\w*_)?(?:vision|visual|image|img|video|audio|speech|sound)(?:_\w*)?"
+    r"|mm_projector|multi_?modal_projector|patch_merger|talker|code2wav|token2wav)(?:\.|$)"
+)
+"""Parts of a model that see, hear or speak: text does not pass through them."""
+
 Adapter = Literal["experts", "scores", "sorted", "embedding", "modules"]
 """How a site's decision is read (`dbes.capture` holds one reader for each):
 
@@ -105,7 +111,7 @@ def find_sites(model: nn.Module) -> tuple[RoutingSite, ...]:
     config = _text_config(model)
     modules = dict(model.named_modules())
     for name, module in modules.items():
-        found = _classify(name, module, modules)
+        found = None if SENSES.search(name) else _classify(name, module, modules)
         if found is None:
             continue
         adapter, block_name, probe = found
@@ -114,20 +120,19 @@ def find_sites(model: nn.Module) -> tuple[RoutingSite, ...]:
         router = getattr(block, "router_gate", None) if adapter == "embedding" else _router(block, experts)
         layer = _layer_number(block_name, modules)
         zero = _first_int(ZERO_EXPERTS, experts, router, block) or 0
-        sites.append(
-            RoutingSite(
-                layer=layer,
-                name=block_name,
-                block=block,
-                experts=experts,
-                router=router,
-                probe=probe,
-                num_experts=_number_of_experts(experts, router, block, config, layer, block_name),
-                top_k=_top_k(experts, router, block, config, layer, block_name),
-                zero_experts=zero,
-                adapter=adapter,
-            )
+        site = RoutingSite(
+            layer=layer,
+            name=block_name,
+            block=block,
+            experts=experts,
+            router=router,
+            probe=probe,
+            num_experts=_number_of_experts(experts, router, block, config, layer, block_name),
+            top_k=_top_k(experts, router, block, config, layer, block_name),
+            zero_experts=zero,
+            adapter=adapter,
         )
+        sites.append(_refuse_impossible(site))
     _refuse_unread(model, modules, [site.name for site in sites], _config_values(config, EXPERT_COUNTS))
     sites.sort(key=lambda site: site.layer)
     for one, other in pairwise(sites):
@@ -226,7 +231,8 @@ def score_reason(site: RoutingSite, missing: int, tokens: int) -> str:
 
 def _classify(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> tuple[Adapter, str, nn.Module] | None:
     """(adapter, path of the block, probe) when this module is where a layer's routing can be read."""
-    parent_name, _, own_name = name.rpartition(".")
+    # peft puts what it adapts one level deeper, as the base_layer of its own module
+    parent_name, _, own_name = re.sub(r"(\.base_layer)+$", "", name).rpartition(".")
     if _takes_choice(module) and parent_name:
         return "experts", parent_name, module
     if isinstance(module, nn.ModuleList | nn.ModuleDict):
@@ -333,6 +339,15 @@ def _top_k(experts: Any, router: Any, block: Any, config: Any, layer: int, name:
     return count
 
 
+def _refuse_impossible(site: RoutingSite) -> RoutingSite:
+    if not 1 <= site.top_k <= site.num_experts + site.zero_experts:
+        raise ModelError(
+            f"layer {site.layer} ({site.name}): {site.top_k} experts per token of {site.num_experts} experts; correct the number of "
+            "experts per token (or of experts) in config.json"
+        )
+    return site
+
+
 def _text_config(model: nn.Module) -> Any:
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -352,7 +367,7 @@ def _refuse_unread(model: nn.Module, modules: dict[str, nn.Module], blocks: Sequ
     inside = tuple(f"{block}." for block in blocks)
     for path, module in modules.items():
         # jetmoe's attention heads are experts too; the MLP's are those that are meant
-        if path in blocks or path.startswith(inside) or re.search(r"attn|attention", path):
+        if path in blocks or path.startswith(inside) or re.search(r"attn|attention", path) or SENSES.search(path):
             continue
         if not _looks_like_experts(path, module, modules, counts):
             continue

@@ -18,7 +18,11 @@ from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, model_type_to_module_name
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 from transformers.models.dbrx.configuration_dbrx import DbrxAttentionConfig
 
 EXPERTS, TOP_K, LAYERS, VOCABULARY, HIDDEN = 8, 2, 4, 128, 32
@@ -167,3 +171,125 @@ def character_tokenizer(*, special: bool = True) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>", model_max_length=10**9
     )
+
+
+SENSES: dict[str, Any] = {
+    **dict.fromkeys(("depth", "num_hidden_layers", "encoder_layers", "num_layers"), 1),
+    **dict.fromkeys(("hidden_size", "out_hidden_size", "d_model", "output_dim", "text_hidden_size", "adapter_in_dim"), HIDDEN),
+    **dict.fromkeys(("adapter_out_dim", "adapter_input_size", "output_channels", "output_proj_dims", "downsample_hidden_size"), HIDDEN),
+    **dict.fromkeys(("projection_hidden_dim", "projection_intermediate_size"), HIDDEN),
+    **dict.fromkeys(("intermediate_size", "encoder_ffn_dim", "mlp_dim", "moe_intermediate_size"), 48),
+    **dict.fromkeys(("num_heads", "num_attention_heads", "encoder_attention_heads", "num_key_value_heads"), 4),
+    "head_dim": 8,
+    "image_size": 28,
+    "num_position_embeddings": 16,
+    "position_embedding_size": 64,
+    "vocab_size": VOCABULARY,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "deepstack_visual_indexes": [0],
+    "layer_types": ["full_attention"],
+    "mlp_layer_types": ["sparse"],
+    "per_layer_config": {},
+    "patch_sizes": (16,),
+    "hidden_sizes": (HIDDEN,),
+    "depths": (1,),
+}
+"""Small values for the fields of configs of the parts that see and hear."""
+
+TOKENS_OF_SENSES = {"vision_start_token_id": 100, "image_token_id": 101, "video_token_id": 102} | {
+    "audio_token_id": 103,
+    "audio_start_token_id": 104,
+}
+
+
+def _sections(*sections: int, **more: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default", "mrope_section": list(sections), **more}}
+
+
+TEXT_PARTS: dict[str, dict[str, Any]] = {
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "ernie4_5_vl_moe_text": {"moe_intermediate_size": [16, 16], "moe_k": TOP_K, **_sections(1, 1, 2)},
+    "glm4v_moe_text": {"head_dim": 16, **_sections(2, 1, 1, partial_rotary_factor=0.5)},
+    "glm5_next_text": {
+        "num_key_value_heads": 4, "qk_rope_head_dim": 0, "head_dim": 0, "layer_types": ["linear_attention"] * 3 + ["indexed_attention"],
+    },
+    "mistral_large4_text": {"num_key_value_heads": 4},
+    "qwen3_omni_moe_text": _sections(2, 1, 1),
+    "qwen3_vl_moe_text": _sections(2, 1, 1),
+}  # fmt: skip
+"""What the text parts of composite models need besides `SIZES` and `SPECIAL`."""
+
+NOT_CAUSAL = {"diffusion_gemma": "two routers in layer 0"}
+"""Composite types with experts that dbes refuses, and why: an encoder and a decoder."""
+
+TOWER = {"num_hidden_layers": 1, "hidden_size": HIDDEN, "num_attention_heads": 4, "intermediate_size": 48, "image_size": 28}
+OTHER_TOWERS = {
+    "aria": {"model_type": "idefics3_vision", "patch_size": 14, **TOWER},
+    "diffusion_gemma": {"model_type": "gemma4_vision", "num_key_value_heads": 4, "head_dim": 8, "position_embedding_size": 64, **TOWER},
+    "mistral_large4": {"model_type": "pixtral", "patch_size": 14, "head_dim": 8, **TOWER},
+}
+"""Vision parts that may be of any type."""
+
+
+@functools.cache
+def composites() -> tuple[str, ...]:
+    """Model types with a text part and others, whose source speaks of experts."""
+    found = set()
+    source = Path(transformers.__file__).parent / "models"
+    for model_type in {*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES}:
+        if not {"text_config", "thinker_config"} & set(CONFIG_MAPPING[model_type].sub_configs):
+            continue
+        for path in (source / model_type_to_module_name(model_type)).glob("modeling_*.py"):
+            if re.search(r"^class \w*(Experts|MoE|Moe|MOE|SparseMoeBlock)\b", path.read_text("utf-8"), re.MULTILINE):
+                found.add(model_type)
+    return tuple(sorted(found))
+
+
+def tiny_composite(model_type: str) -> PreTrainedModel:
+    """A random model of a composite type with all its parts, of the class that its checkpoints name."""
+    kind = CONFIG_MAPPING[model_type]
+    parts: dict[str, Any] = {}
+    for name, part in kind.sub_configs.items():
+        if name == "text_config":
+            parts[name] = _text_part(part)
+        elif name == "thinker_config":
+            parts[name] = _thinker(part)
+        elif name == "talker_config":
+            parts[name] = _talker(part)
+        else:
+            parts[name] = _part(part, SENSES) if dataclasses.is_dataclass(part) else OTHER_TOWERS[model_type]
+    if "thinker" in model_type:
+        parts |= TOKENS_OF_SENSES
+    mappings = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES)
+    built = getattr(transformers, next(mapping[model_type] for mapping in mappings if model_type in mapping))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = built(kind(**parts)).eval()
+        with torch.no_grad():
+            for name, tensor in model.named_parameters():
+                if ("router" in name or "gate." in name) and tensor.dim() == 2:
+                    tensor.copy_(torch.randn_like(tensor) * 0.3)
+    return model
+
+
+def _text_part(kind: Any) -> dict[str, Any]:
+    return _part(kind, SIZES) | SPECIAL.get(kind.model_type, {}) | TEXT_PARTS.get(kind.model_type, {})
+
+
+def _thinker(kind: Any) -> dict[str, Any]:
+    parts = {name: _text_part(part) if name == "text_config" else _part(part, SENSES) for name, part in kind.sub_configs.items()}
+    return TOKENS_OF_SENSES | parts
+
+
+def _talker(kind: Any) -> dict[str, Any]:
+    parts = {name: _part(part, SIZES) | _sections(2, 1, 1) for name, part in kind.sub_configs.items()}
+    parts["text_config"]["shared_expert_intermediate_size"] = 16
+    return {"spatial_merge_size": 2, "thinker_hidden_size": HIDDEN, **parts}
+
+
+def _part(kind: Any, sizes: dict[str, Any]) -> dict[str, Any]:
+    names = {field.name for field in dataclasses.fields(kind)}
+    inner = {name: _part(part, sizes) for name, part in kind.sub_configs.items() if dataclasses.is_dataclass(part)}
+    return {name: value for name, value in sizes.items() if name in names} | inner

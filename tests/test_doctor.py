@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ import pytest
 import torch
 import transformers
 from families import EXPERTS, character_tokenizer, discovered, tiny_config, tiny_model
+from rich.console import Console
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from dbes import doctor
 from dbes.doctor import examine
 from dbes.errors import ModelError
 from dbes.miniature import miniature
+from dbes.reporting.doctor import render
 
 INCOMPLETE: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"kv_n_heads": 8, "clip_qkv": 8.0}},
@@ -56,22 +59,43 @@ def test_rows_are_text() -> None:
 
 def test_a_folder_with_weights(tmp_path: Path) -> None:
     tiny_model("qwen3_moe").save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="no tokenizer here"):  # a recording would stop there too
+        examine(tmp_path)
+    character_tokenizer().save_pretrained(tmp_path)
     found = examine(tmp_path)
-    assert found.ok and found.weights == "from the folder" and found.architecture == "Qwen3MoeForCausalLM"
+    assert found.ok and found.weights == "from the folder" and found.architecture == "Qwen3MoeForCausalLM" and not found.notes
 
 
 def test_a_folder_with_a_config_alone(tmp_path: Path) -> None:
     CONFIG_MAPPING["deepseek_v3"]().save_pretrained(tmp_path)
     found = examine(tmp_path)
-    assert found.ok and found.weights == "random, scaled down"
+    assert found.ok and found.weights == "random, scaled down" and "judges the architecture, not weights or tokenizer" in found.notes[0]
+    assert "OK: every layer of this architecture can be recorded" in shown(found)
     assert {(layer.layer, layer.experts, layer.top_k) for layer in found.layers} == {(3, 256, 8)} and found.dense_layers == (0, 1, 2)
     assert found.seconds < 60
+
+
+def shown(found: doctor.Diagnosis) -> str:
+    console = Console(width=200, file=StringIO())
+    console.print(render(found))
+    return console.file.getvalue()
+
+
+def test_a_model_that_does_not_run() -> None:
+    model = tiny_model("olmoe")
+    model.model.norm.weight = torch.nn.Parameter(torch.ones(7))
+    with pytest.raises(ModelError, match="OlmoeForCausalLM: the model cannot be run"):
+        examine(model)
 
 
 def test_weights_too_large_are_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_model("qwen3_moe").save_pretrained(tmp_path)
     monkeypatch.setattr(doctor, "WEIGHTS_LIMIT", 10)
-    assert examine(tmp_path).weights == "random, scaled down"
+    with pytest.raises(ModelError, match="no tokenizer here"):
+        examine(tmp_path)
+    character_tokenizer().save_pretrained(tmp_path)
+    found = examine(tmp_path)
+    assert found.weights == "random, scaled down" and "were not loaded: only their names, shapes and files" in found.notes[0]
 
 
 @pytest.mark.parametrize("family", discovered())

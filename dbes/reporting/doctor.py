@@ -9,7 +9,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dbes.doctor import Diagnosis
+from dbes.doctor import ARCHITECTURE, Diagnosis
+from dbes.text import printable
 
 
 def render(diagnosis: Diagnosis) -> RenderableType:
@@ -25,7 +26,11 @@ def render(diagnosis: Diagnosis) -> RenderableType:
             table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(*(Text(text) for name, text in row.items() if name != "problem" or any(each["problem"] for each in rows)))
-    says = "every layer is recorded as executed" if diagnosis.ok else "dbes cannot vouch for a recording of this model"
+    for note in diagnosis.notes:
+        heading.append(f"\nnote: {printable(note)}")
+    whole = diagnosis.weights != ARCHITECTURE
+    fine = "every layer is recorded as executed" if whole else "every layer of this architecture can be recorded"
+    says = fine if diagnosis.ok else "dbes cannot vouch for a recording of this model"
     style = "green" if diagnosis.ok else "bold red"
     verdict = Text(f"{'OK' if diagnosis.ok else 'PROBLEM'}: {says} ({diagnosis.seconds:.1f} s)", style=style)
     return Group(heading, table, verdict)
