@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from itertools import pairwise
 from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -152,6 +153,8 @@ def refuse_quantized(folder: Path) -> None:
 
     A folder that is no checkpoint is left to those who load it.
     """
+    if (folder / "adapter_config.json").is_file() and not any((folder / name).is_file() for name in (SINGLE, INDEX)):
+        raise FinetuneError(f"{folder}: an adapter without the model's weights; merge it into its model, save that, and give that folder")
     if not (folder / CONFIG).is_file():
         return
     config = read_json(folder / CONFIG, error=FinetuneError)
@@ -232,7 +235,7 @@ def compare_files(base: Checkpoint, places: Mapping[str, Path], changed: Iterabl
         path = places[name]
         with refused_by_system(path, doing="read"), path.open("rb") as ours, (base.folder / name).open("rb") as theirs:
             edges = [0, *(edge for hole in sorted(holes.get(name, ())) for edge in hole), size]
-            for number, (start, end) in enumerate(zip(edges, edges[1:], strict=False)):
+            for number, (start, end) in enumerate(pairwise(edges)):
                 ours.seek(start)
                 theirs.seek(start)
                 for first in range(start, end, BLOCK):

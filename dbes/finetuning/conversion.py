@@ -61,8 +61,8 @@ class Places:
         """(key, elements of the flat rows, elements of the flat tensor), for every tensor that holds some of the rows."""
         flat = self.elements.flatten()
         owners = torch.searchsorted(self.starts, flat, right=True) - 1
-        for index in owners.unique().tolist():
-            rows = (owners == index).nonzero().flatten()
+        for owner in owners.unique():
+            rows, index = (owners == owner).nonzero().flatten(), int(owner)
             yield self.keys[index], rows, flat[rows] - self.starts[index]
 
 

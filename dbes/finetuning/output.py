@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -188,6 +189,7 @@ def claimed(out: Path, where: str, *, save: str) -> Iterator[None]:
         yield
         return
     with locked(out):
+        _remove_litter(out)
         shards = list(Path(where).glob("*.safetensors")) if Path(where).is_dir() and save == "model" else []
         refuse_full_disk(out, sum(path.stat().st_size for path in shards))
         if not (out / STATE).exists():
@@ -199,6 +201,13 @@ def tidy(out: Path) -> None:
     """Remove what is of no use once a run is finished."""
     with suppress(OSError):
         (out / STATE).unlink(missing_ok=True)
+    _remove_litter(out)
+
+
+def _remove_litter(out: Path) -> None:
+    """Whole checkpoints that earlier versions wrote beside their place before they were killed."""
+    for folder in out.glob(".saving-*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_output(
@@ -262,6 +271,7 @@ def merge_delta(base: str, delta: Path, out: Path, *, revision: str | None = Non
     if _is_merged(rows, tensors, out):
         return out
     with locked(out):
+        _remove_litter(out)
         mark = _Merging(delta=facts.sha256, base=str(checkpoint.folder.resolve()))
         _refuse_other_merge(out, mark, checkpoint)
         refuse_full_disk(out, checkpoint.bytes)
