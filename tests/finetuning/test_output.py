@@ -306,7 +306,7 @@ FIRST = "model.layers.0.mlp.experts.down_proj[1]"
 TAMPERED = {
     "embeddings": (lambda t: t | {"model.embed_tokens.weight": torch.zeros(257, 32)}, {}, "holds model.embed_tokens.weight, which is none"),
     "another expert": (lambda t: t | {FIRST.replace("[1]", "[2]"): t[FIRST].clone()}, {}, "which is none of its cells"),
-    "renamed": (lambda t: {k.replace("0.mlp.experts.down_proj[1]", "0.mlp.experts.down_proj[2]"): v for k, v in t.items()}, {}, "lacks model"),
+    "renamed": (lambda t: {k.replace(FIRST, FIRST[:-2] + "2]"): v for k, v in t.items()}, {}, "lacks model"),
     "outside": (lambda t: t | {"../../x": t[FIRST].clone()}, {}, "which is none of its cells"),
     "one missing": (lambda t: {k: v for k, v in t.items() if k != FIRST}, {}, "lacks model.layers.0.mlp.experts.down_proj"),
     "none": (lambda _: {}, {}, "lacks model.layers.0"),
