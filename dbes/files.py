@@ -174,15 +174,17 @@ def write_json(path: Path, content: Any) -> None:
 def keep_log_before(path: Path, step: int) -> list[dict[str, Any]]:
     """The records of a JSON-lines log of steps before ``step``, which is all that is left of it afterwards.
 
-    What a killed run logged beyond its last state will be logged again.
+    What a killed run logged beyond its last state will be logged again; what follows a damaged line is lost.
     """
     records = []
     if path.is_file():
-        for line in path.read_text("utf-8").splitlines():
+        for line in read_bytes(path).splitlines():
             try:
                 record = json.loads(line)
             except ValueError:
                 break  # the line that was being written when the run was killed
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                break
             if record["step"] < step:
                 records.append(record)
     write_text(path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in records))

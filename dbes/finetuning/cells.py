@@ -103,6 +103,11 @@ class TrainableCells:
         for name, (parameter, _) in self._routers.items():
             yield name, parameter
 
+    @property
+    def labels(self) -> frozenset[str]:
+        """What is trained of the experts, as ``parameter[expert]``."""
+        return frozenset(f"{slot.name}[{slot.cell.expert}]" for slot in self._slots)
+
     def parameters(self) -> list[nn.Parameter]:
         """What an optimizer is to train."""
         return [leaf for _, leaf in self.named_parameters()]

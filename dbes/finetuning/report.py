@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Mapping
@@ -11,16 +10,16 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import Field, model_validator
 from scipy.stats import t as student
 
 from dbes.errors import FinetuneError
-from dbes.files import write_json
+from dbes.files import sha256_of, write_json
 from dbes.finetuning.choice import Choice
 from dbes.finetuning.evaluation import DomainScore, Measured
 from dbes.finetuning.settings import FinetuneSettings
 from dbes.paths.types import Cell
-from dbes.schema import Strict
+from dbes.schema import Strict, read_versioned
 
 REPORT = "finetune.json"
 ERROR = 0.05
@@ -38,7 +37,7 @@ class Change(Strict):
     high: float | None
 
 
-class FinetuneReport(BaseModel):
+class FinetuneReport(Strict):
     """One run.
 
     Attributes:
@@ -56,9 +55,9 @@ class FinetuneReport(BaseModel):
             protection_bytes: of the matrices that shape protected updates.
         peak_memory_bytes: of the accelerator, or on a CPU of the whole process, loading included.
         seconds: of training alone, over all interruptions.
+        files: what was written, (bytes, sha256) by name in the folder; empty in reports of versions that did not keep it.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     schema_version: Literal[1, 2] = 2
     identity: str
     model: str
@@ -96,6 +95,7 @@ class FinetuneReport(BaseModel):
     dtype: str
     saved: Literal["model", "delta"]
     versions: dict[str, str]
+    files: dict[str, tuple[int, str]] = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod
@@ -154,13 +154,17 @@ def read_report(folder: Path) -> FinetuneReport | None:
         FinetuneError: there is one that cannot be read.
     """
     path = folder / REPORT
-    if not path.is_file():
-        return None
-    try:
-        # JSON has neither tuples nor the difference of 1 and 1.0, so strict settings are read as JSON
-        return FinetuneReport.model_validate_json(path.read_text("utf-8"))
-    except (OSError, ValidationError, json.JSONDecodeError) as problem:
-        raise FinetuneError(f"{path}: not a report of this version ({str(problem).splitlines()[0]})") from None
+    return read_versioned(path, FinetuneReport, error=FinetuneError, versions=(1, 2)) if path.exists() else None
+
+
+def refuse_damaged(report: FinetuneReport, folder: Path) -> None:
+    """Raises FinetuneError when a file that the run wrote is missing or is not what it was."""
+    for name in report.files or {"config.json" if report.saved == "model" else "delta.safetensors": None}:
+        path, known = folder / name, report.files.get(name)
+        if path.is_file() and (known is None or (path.stat().st_size, sha256_of(path)) == known):
+            continue
+        what = "was altered or cut short since" if path.is_file() else "is missing, though"
+        raise FinetuneError(f"{path}: {what} the run finished; put it back, or delete the folder {folder} and run the same command again")
 
 
 def peak_memory() -> int | None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stdout, suppress
+from contextlib import nullcontext, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,14 +16,14 @@ from torch import Tensor
 
 from dbes.errors import FinetuneError, PathError
 from dbes.finetuning.cells import TrainableCells
+from dbes.finetuning.checkpoint import refuse_full_disk
 from dbes.finetuning.data import Data, prepare_data
 from dbes.finetuning.encoding import full_rows
 from dbes.finetuning.evaluation import Measured, measure_texts, scores, tracked_scores
 from dbes.finetuning.machine import memory_explained, refuse_sharding
-from dbes.finetuning.output import base_rows_digest, refuse_occupied, round_rows, save_checkpoint, save_delta, storage_dtype
-from dbes.finetuning.report import FinetuneReport, changes, peak_memory, read_report, versions, write_report
+from dbes.finetuning.output import Rows, base_checkpoint, claimed, refuse_untrainable, round_rows, tidy, write_output
+from dbes.finetuning.report import FinetuneReport, changes, peak_memory, read_report, refuse_damaged, versions, write_report
 from dbes.finetuning.settings import FinetuneSettings
-from dbes.finetuning.state import STATE
 from dbes.finetuning.summary import warnings_after, warnings_before
 from dbes.finetuning.training import train
 from dbes.finetuning.validation import split_validation
@@ -32,6 +31,7 @@ from dbes.models import LoadedModel, load_model
 from dbes.paths.files import read_esft, read_path
 from dbes.paths.types import ExpertPath
 from dbes.pipeline import EMBEDDED_MODEL, EMBEDDED_NAME
+from dbes.schema import read_json
 from dbes.sites import find_sites
 from dbes.windows import embedding_rows, padding_id
 
@@ -76,8 +76,37 @@ def finetune(
     where, name = (str(EMBEDDED_MODEL), EMBEDDED_NAME) if str(model) == "embedded" else (str(model), None)
     found = prepare_data(data, tasks=tasks, limit=limit)
     refuse_sharding(accelerator)
+    refuse_untrainable(where, revision=revision, trust_remote_code=trust_remote_code)
     started = accelerator is not None
     accelerator = accelerator if accelerator is not None else _accelerator(settings, out)
+    with claimed(out, where, save=save) if accelerator.is_main_process else nullcontext():
+        return _run(
+            where, name, paths, data, out, settings, found=found, tasks=tasks, limit=limit, save=save, revision=revision,
+            trust_remote_code=trust_remote_code, accelerator=accelerator, started=started, checkpoint_seconds=checkpoint_seconds,
+            say=say, progress=progress,
+        )  # fmt: skip
+
+
+def _run(
+    where: str,
+    name: str | None,
+    paths: str | Path | ExpertPath,
+    data: str,
+    out: Path,
+    settings: FinetuneSettings,
+    *,
+    found: Data,
+    tasks: str | Path,
+    limit: int | None,
+    save: Literal["model", "delta"],
+    revision: str | None,
+    trust_remote_code: bool,
+    accelerator: Any,
+    started: bool,
+    checkpoint_seconds: float,
+    say: Say,
+    progress: Callable[[dict[str, Any]], None] | None,
+) -> FinetuneReport:
     say("loading")
     place = {"": accelerator.device} if accelerator.num_processes > 1 and accelerator.device.type != "cpu" else None
     with memory_explained():
@@ -88,11 +117,12 @@ def finetune(
     if finished is not None:
         if finished.identity != identity:
             raise FinetuneError(f"{out}: holds another run (model, path, data or settings differ); choose another --out folder")
+        if accelerator.is_main_process:
+            refuse_damaged(finished, out)
         return finished
-    if not (out / STATE).is_file():
-        refuse_occupied(out)
-    out.mkdir(parents=True, exist_ok=True)
-    stored = storage_dtype(where, revision=revision, trust_remote_code=trust_remote_code)
+    checkpoint = base_checkpoint(where, out, revision=getattr(loaded.model.config, "_commit_hash", None) or revision)
+    if accelerator.is_main_process and save == "model":
+        refuse_full_disk(out, checkpoint.bytes)
     known = embedding_rows(loaded.model)
     split = split_validation(found.training, loaded.tokenizer, settings, known=known)
     for warning in warnings_before(split, settings):
@@ -107,7 +137,6 @@ def finetune(
     say("measuring before")
     before = evaluate()
     accelerator.log(tracked_scores(scores(before)), step=0)
-    digest = base_rows_digest(loaded.model, path.cells, stored)
     say("training")
     with TrainableCells(
         loaded.model,
@@ -117,6 +146,8 @@ def finetune(
         train_router=settings.train_router,
         seed=settings.seed,
     ) as cells:
+        rows = Rows(loaded.model, checkpoint, cells.cells, tuple(cells.trained_routers()))
+        digest = rows.digest(loaded=True) if accelerator.is_main_process else ""
         if settings.protect is not None:
             say("measuring what other domains need")
             with memory_explained():
@@ -138,10 +169,8 @@ def finetune(
             checkpoint_seconds=checkpoint_seconds,
         )
         cells.merge()
-        round_rows(loaded.model, cells, stored)
+        values = round_rows(loaded.model, cells, rows)
         method, protection_bytes = cells.method, cells.protection_bytes
-        if save == "delta" and accelerator.is_main_process:
-            save_delta(cells, out, model=loaded.name, revision=loaded.revision, dtype=stored, base_digest=digest)
     say("measuring after")
     after = evaluate()
     accelerator.log(tracked_scores(scores(after)), step=trained.steps)
@@ -182,10 +211,12 @@ def finetune(
     )
     if accelerator.is_main_process:
         say("saving")
-        if save == "model":
-            save_checkpoint(loaded.model, loaded.tokenizer, out, stored)
+        files = write_output(rows, values, out, save=save, model=loaded.name, revision=loaded.revision, base_digest=digest)
+        if save == "model" and checkpoint.left_out:
+            say(f"not copied, because they would stay as they were before training: {', '.join(checkpoint.left_out)}")
+        report = report.model_copy(update={"files": files})
         write_report(report, out)
-        (out / STATE).unlink(missing_ok=True)
+        tidy(out)
     accelerator.wait_for_everyone()
     _end_trackers(accelerator, settings)
     return report
@@ -231,15 +262,13 @@ def checked_path(paths: str | Path | ExpertPath, loaded: LoadedModel) -> ExpertP
 
 
 def _read_path(file: Path, layers: tuple[int, ...], experts: tuple[int, ...], loaded: LoadedModel) -> ExpertPath:
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError):
-        content = None
+    content = read_json(file, error=PathError, missing=f"{file}: there is no such file; run `dbes paths` first")
+    empty = f"{file}: the expert path is empty: it has no cells, so there is nothing to train"
     if isinstance(content, dict) and content.get("cells") == []:
-        raise FinetuneError(f"{file}: the expert path is empty: it has no cells, so there is nothing to train")
+        raise FinetuneError(empty)
     if isinstance(content, dict) and "schema_version" not in content and "experts" in content:
         if isinstance(content["experts"], dict) and not any(content["experts"].values()):
-            raise FinetuneError(f"{file}: the expert path is empty: it has no cells, so there is nothing to train")
+            raise FinetuneError(empty)
         try:
             return read_esft(file, layers=layers, experts=experts, model=loaded.name)
         except PathError as problem:

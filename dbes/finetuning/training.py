@@ -143,7 +143,8 @@ def train(
     leaves = dict(cells.named_parameters())
     optimizer = make_optimizer(list(leaves.values()), settings)
     kept = {name: leaf.detach().to("cpu", copy=True) for name, leaf in leaves.items()} if validation else {}
-    start, before, notes = load_state(folder, identity, leaves, optimizer, kept) if folder else (0, 0.0, "")
+    most = settings.total_steps(len(samples))
+    start, before, notes = load_state(folder, identity, leaves, optimizer, kept, steps=most) if folder else (0, 0.0, "")
     found = Found.model_validate_json(notes) if notes else Found()
     log = keep_log_before(folder / LOG, start) if folder and main else []
     began = saved = time.monotonic()
@@ -157,7 +158,7 @@ def train(
 
     run = _Run(
         model=model, cells=cells, samples=samples, validation=validation, settings=settings, padding=padding, accelerator=accelerator,
-        steps=settings.total_steps(len(samples)), leaves=leaves, optimizer=optimizer, kept=kept, found=found, save=save,
+        steps=most, leaves=leaves, optimizer=optimizer, kept=kept, found=found, save=save,
     )  # fmt: skip
     with _training_mode(model, settings), memory_explained():
         if not start:

@@ -19,6 +19,7 @@ import transformers
 
 from dbes.errors import InterventionError
 from dbes.files import write_json
+from dbes.finetuning.output import refuse_untrainable
 from dbes.intervention.analysis import analyse
 from dbes.intervention.arms import SEARCH_SEED, Plan, evidence_of, plan_arms
 from dbes.intervention.data import ExperimentData, load_data, read_sources, save_data, tokenize
@@ -64,6 +65,7 @@ def intervene(
     where = str(EMBEDDED_MODEL) if model == "embedded" else model
     prescription = prescription_of(where, settings)
     prescribed_facts = None if prescription is None else prescription_facts(prescription)
+    refuse_untrainable(where)
     loaded = load_model(where, name=EMBEDDED_NAME if model == "embedded" else None)
     sources, names = read_sources(texts, targets or settings.domains, cache=cache)
     if names != settings.domains:

@@ -158,8 +158,11 @@ def test_a_delta_merges_into_what_would_have_been_saved(run, tmp_path, tiny_chec
     assert load_file(merged / "model.safetensors").keys() == load_file(folder / "model.safetensors").keys()
     for name, value in load_file(folder / "model.safetensors").items():
         assert torch.equal(load_file(merged / "model.safetensors")[name], value), name
+    times = {path: path.stat().st_mtime_ns for path in merged.iterdir()}
+    assert merge_delta(str(tiny_checkpoint), delta, tmp_path / "merged") == merged, "the same merge is found finished"
+    assert times == {path: path.stat().st_mtime_ns for path in merged.iterdir()}
     with pytest.raises(FinetuneError, match="holds a checkpoint already"):
-        merge_delta(str(tiny_checkpoint), delta, tmp_path / "merged")
+        merge_delta(str(tiny_checkpoint), delta, folder)
     with pytest.raises(FinetuneError, match="not those that the delta was trained from"):
         merge_delta(str(folder), delta, tmp_path / "other")
     content = bytearray((delta / "delta.safetensors").read_bytes())
