@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -161,8 +162,9 @@ def test_a_delta_merges_into_what_would_have_been_saved(run, tmp_path, tiny_chec
     times = {path: path.stat().st_mtime_ns for path in merged.iterdir()}
     assert merge_delta(str(tiny_checkpoint), delta, tmp_path / "merged") == merged, "the same merge is found finished"
     assert times == {path: path.stat().st_mtime_ns for path in merged.iterdir()}
+    shutil.copytree(tiny_checkpoint, tmp_path / "occupied")
     with pytest.raises(FinetuneError, match="holds a checkpoint already"):
-        merge_delta(str(tiny_checkpoint), delta, folder)
+        merge_delta(str(tiny_checkpoint), delta, tmp_path / "occupied")
     with pytest.raises(FinetuneError, match="not those that the delta was trained from"):
         merge_delta(str(folder), delta, tmp_path / "other")
     content = bytearray((delta / "delta.safetensors").read_bytes())
