@@ -196,7 +196,7 @@ def test_what_cannot_be_protected_is_refused():
     for values in ({"lora_rank": 2}, {"method": "view_leaves"}, {"train_router": True}):
         with pytest.raises(FinetuneError, match="protect shapes whole experts"):
             settings(protect=0.03, **values)
-    with pytest.raises(FinetuneError, match="give --protect too"):
+    with pytest.raises(FinetuneError, match="give protect too"):
         settings(protect_domains=("law",))
     with pytest.raises(FinetuneError, match="--protect: "):
         settings(protect=0.0)
