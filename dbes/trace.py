@@ -168,6 +168,9 @@ class Trace:
             positions: int [tokens], place in the document; by default the order of the rows of a document.
             phase: int [tokens], 0 prompt, 1 generated.
             selection_margins, scaled_margins, kept: see ``TokenRoutes``.
+            document_ids: names of the documents; mere numbers by default, which say nothing about what was read.
+            provenance: see ``Trace``. Results are compared where ``provenance["task"]["fingerprint"]`` is equal; without one it is made
+                from the document ids, the domains and the prompts' token ids, and where only numbers are known there is none.
 
         Raises:
             TraceError: shapes disagree, ids out of range, an expert twice in one row, a document outside ``domain``.
