@@ -137,7 +137,7 @@ def test_remote_code_runs_only_when_allowed(remote_checkpoint: Path) -> None:
     with pytest.raises(ModelError, match=r"comes with its own Python code.*--trust-remote-code"):
         load_model(remote_checkpoint)
     loaded = load_model(remote_checkpoint, trust_remote_code=True)
-    assert [site.adapter for site in find_sites(loaded.model)] == ["gate", "gate"]
+    assert [site.adapter for site in find_sites(loaded.model)] == ["modules", "modules"]
     assert record_documents(loaded, written(), domains=("a", "b"), window=40).trace.shape.layers == (1, 2)
 
 
