@@ -44,7 +44,7 @@ class LayerDiagnosis:
         logits: whether the router's logits were seen.
         control: whether the router's input was seen, so that the random-router control can be recorded.
         slots_counted, slots_expected: the count check.
-        ablation: changing one expert changed exactly the rows recorded for it; None when not tried (weights elsewhere).
+        ablation: changing one expert changed exactly the rows recorded for it; None when not tried (weights elsewhere, or quantized).
         problem: what is wrong, in words, or None.
     """
 
@@ -227,13 +227,17 @@ def _diagnosed(model: nn.Module, site: RoutingSite, decisions: list[Decision], i
             problems.append("NaN or infinity in the gate weights")
         unmatched = decision.ids.shape[0] if decision.matched is None else int((~decision.matched).sum())
         scores = "exact" if not unmatched else score_reason(site, unmatched, decision.ids.shape[0])
-        if ablate and not any(weight.is_meta for weight in site.experts.parameters()):
+        if ablate and all(_can_be_changed(weight) for weight in site.experts.parameters()):
             try:
                 ablation = ablation_agrees(model, site, ids)
             except ModelError as problem:
                 problems.append(str(problem))
             if ablation is False:
-                problems.append("changing one expert did not change exactly the rows recorded for it")
+                problems.append(
+                    "changing one expert did not change exactly the rows recorded for it"
+                    if _repeats(model, site, ids)
+                    else "the same tokens are routed to other experts every time: the router draws random numbers outside training too"
+                )
     return LayerDiagnosis(
         layer=site.layer,
         name=site.name,
@@ -250,6 +254,17 @@ def _diagnosed(model: nn.Module, site: RoutingSite, decisions: list[Decision], i
         ablation=ablation,
         problem="; ".join(problems) or None,
     )
+
+
+def _repeats(model: nn.Module, site: RoutingSite, ids: Tensor) -> bool:
+    """Whether two forwards of the same tokens choose the same experts."""
+    with torch.inference_mode():
+        return bool(torch.equal(_observed(model, site, ids)[0].ids, _observed(model, site, ids)[0].ids))
+
+
+def _can_be_changed(weight: Tensor) -> bool:
+    """Whether noise can be added to a weight: it is here, and neither an integer nor of 8 bits (quantized)."""
+    return not weight.is_meta and weight.is_floating_point() and weight.element_size() > 1
 
 
 def _dense_layers(model: nn.Module, sites: Sequence[RoutingSite]) -> tuple[int, ...]:

@@ -372,11 +372,13 @@ def _refuse_unread(model: nn.Module, modules: dict[str, nn.Module], blocks: Sequ
         if not _looks_like_experts(path, module, modules, counts):
             continue
         parent = path.rpartition(".")[0]
-        kinds = {child: type(part).__name__ for child, part in modules[parent].named_children()}
+        block = parent if re.search(r"experts$", path) else path
+        seen = {child: type(part).__name__ for child, part in modules[block].named_children()}
+        seen |= {child: list(part.shape) for child, part in modules[block].named_parameters(recurse=False)}
         raise ModelError(
             f"{name}: unsupported routing contract: {path} ({type(module).__name__}) looks like experts, but no module takes "
-            f"(hidden_states, expert ids, weights) and they are not modules that the block calls one by one; {parent or name} "
-            f"({type(modules[parent]).__name__}) holds {kinds}; dbes cannot tell which experts ran"
+            f"(hidden_states, expert ids, weights) and they are not modules that the block calls one by one; {block or name} "
+            f"({type(modules[block]).__name__}) holds {seen}; dbes cannot tell which experts ran"
         )
     if not blocks:
         raise ModelError(

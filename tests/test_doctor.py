@@ -11,7 +11,9 @@ import pytest
 import torch
 import transformers
 from families import EXPERTS, character_tokenizer, discovered, tiny_config, tiny_model
+from mock_remote_moe import MockMoeConfig, MockMoeForCausalLM
 from rich.console import Console
+from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from dbes import doctor
@@ -167,3 +169,31 @@ def test_faulty_ids_fail_the_ablation(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_tiny_config_is_a_config() -> None:
     assert tiny_config("olmoe").num_experts == EXPERTS and character_tokenizer()("ab")["input_ids"][0] == 1
+
+
+def test_experts_that_are_modules_and_a_router_that_draws_random_numbers() -> None:
+    assert examine(MockMoeForCausalLM(MockMoeConfig(block="shared")).eval()).ok
+    found = examine(MockMoeForCausalLM(MockMoeConfig(block="noisy")).eval())
+    assert not found.ok and "the router draws random numbers outside training too" in str(found.layers[0].problem)
+
+
+class EightBits(nn.Module):
+    """A linear map as quantizers put in place of nn.Linear: integers and a scale."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(linear.weight.detach().abs().amax(dim=1, keepdim=True) / 127)
+        self.weight = nn.Parameter((linear.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(hidden, self.weight.to(hidden.dtype) * self.scale)
+
+
+def test_quantized_experts_are_read_and_not_ablated() -> None:
+    model = MockMoeForCausalLM(MockMoeConfig(block="mixtral")).eval()
+    for layer in model.model.layers[1:]:
+        for expert in layer.mlp.experts:
+            expert.up, expert.down = EightBits(expert.up), EightBits(expert.down)
+    found = examine(model)
+    assert found.ok and [layer.ablation for layer in found.layers] == [None, None]
+    assert [layer.scores for layer in found.layers] == ["exact", "exact"]

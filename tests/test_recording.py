@@ -468,3 +468,21 @@ def test_memory_does_not_grow_with_the_number_of_tokens() -> None:
         return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
     assert peak(200_000) - peak(10_000) < 100
+
+
+@pytest.mark.parametrize("block", ["mixtral", "shared", "sorted", "switch"])
+def test_experts_that_are_modules_are_recorded_alike_in_any_batch(block: str) -> None:
+    torch.manual_seed(0)
+    slots = 1 if block == "switch" else 2
+    model = MockMoeForCausalLM(MockMoeConfig(block=block, num_experts_per_tok=slots)).eval()
+    loaded = load_model(model, tokenizer=character_tokenizer())
+    one = record_documents(loaded, written(), domains=("a", "b"), window=40)
+    assert_same_routes(one.trace, record_documents(loaded, written(), domains=("a", "b"), window=40, batch_size=1).trace)
+    routes = joined(one.trace)
+    assert one.trace.provenance["scores_missing"] == {} and (routes.weights > 0).all() and (routes.selection_margins >= 0).all()
+
+
+def test_a_router_that_draws_random_numbers_is_refused() -> None:
+    model = MockMoeForCausalLM(MockMoeConfig(block="noisy")).eval()
+    with pytest.raises(RecordingError, match="the same text is routed to other experts every time it is read"):
+        record_documents(load_model(model, tokenizer=character_tokenizer()), written(), domains=("a", "b"), window=40)
