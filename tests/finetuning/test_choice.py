@@ -14,7 +14,6 @@ from test_validation import Alone
 from dbes.errors import FinetuneError
 from dbes.finetuning import training
 from dbes.finetuning.data import prepare_data
-from dbes.finetuning.encoding import padding_id
 from dbes.finetuning.rate import FALLBACK
 from dbes.finetuning.report import read_report
 from dbes.finetuning.run import finetune
@@ -118,7 +117,7 @@ def saved_loss(folder, tiny_checkpoint, tiny_task):
     """The validation loss of the checkpoint that was written, in plain transformers."""
     found, tokenizer = prepare_data("task:law", tasks=tiny_task), load_model(tiny_checkpoint).tokenizer
     split = split_validation(found.training, tokenizer, settings(**AUTO))
-    return validation_loss(tensors(folder)[0], split.validation, padding=padding_id(tokenizer), accelerator=Alone())
+    return validation_loss(tensors(folder)[0], split.validation, padding=0, accelerator=Alone())
 
 
 def test_a_run_that_only_harms_saves_the_model_as_it_was(run, scripted, tiny_checkpoint):
