@@ -194,9 +194,9 @@ def test_what_cannot_be_protected_is_refused():
             with pytest.raises(FinetuneError, match="above 0"):
                 training.protect(texts(), floor=floor)
     for values in ({"lora_rank": 2}, {"method": "view_leaves"}, {"train_router": True}):
-        with pytest.raises(FinetuneError, match="--protect shapes whole experts"):
+        with pytest.raises(FinetuneError, match="protect shapes whole experts"):
             settings(protect=0.03, **values)
-    with pytest.raises(FinetuneError, match="give --protect too"):
+    with pytest.raises(FinetuneError, match="give protect too"):
         settings(protect_domains=("law",))
     with pytest.raises(FinetuneError, match="--protect: "):
         settings(protect=0.0)
@@ -221,7 +221,7 @@ def test_a_protected_run_reports_its_matrices_and_an_interrupted_one_ends_like_i
     monkeypatch.setattr(training_module, "batch_places", step)
     run(out=tmp_path / "cut", protect=0.03, steps=6)
     assert same_weights(tmp_path / "cut", whole)
-    with pytest.raises(FinetuneError, match="--protect-domains sea: other domains of the task are"):
+    with pytest.raises(FinetuneError, match="protect_domains sea: other domains of the task are"):
         run(protect=0.03, protect_domains=("sea",))
     one, _ = run(protect=0.03, steps=6, protect_domains=("code",))
     assert one.protection_bytes == report.protection_bytes and one.after != report.after

@@ -66,7 +66,7 @@ def test_so_much_validation_text_is_enough():
 
 
 def test_the_loss_is_that_of_all_counted_tokens():
-    model, tokenizer = tiny_model("olmoe").train(), character_tokenizer()
+    model = tiny_model("olmoe").train()
     samples = split(entries(22)).validation
     found = validation_loss(model, samples, padding=0, accelerator=Alone())
     assert model.training
