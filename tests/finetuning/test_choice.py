@@ -21,7 +21,6 @@ from dbes.finetuning.state import STATE
 from dbes.finetuning.summary import findings
 from dbes.finetuning.validation import best_step, split_validation, validation_loss
 from dbes.models import load_model
-from dbes.windows import padding_id
 
 AUTO = {"lr": "auto", "early_stopping": True}
 
@@ -118,7 +117,7 @@ def saved_loss(folder, tiny_checkpoint, tiny_task):
     """The validation loss of the checkpoint that was written, in plain transformers."""
     found, tokenizer = prepare_data("task:law", tasks=tiny_task), load_model(tiny_checkpoint).tokenizer
     split = split_validation(found.training, tokenizer, settings(**AUTO))
-    return validation_loss(tensors(folder)[0], split.validation, padding=padding_id(tokenizer, 1), accelerator=Alone())
+    return validation_loss(tensors(folder)[0], split.validation, padding=0, accelerator=Alone())
 
 
 def test_a_run_that_only_harms_saves_the_model_as_it_was(run, scripted, tiny_checkpoint):
