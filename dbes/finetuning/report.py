@@ -79,7 +79,7 @@ class FinetuneReport(Strict):
     gain: float
     forgetting_mean: float | None
     forgetting_worst: float | None
-    changes: dict[str, Change] = {}
+    changes: dict[str, Change] = Field(default_factory=dict)
     validation_unit: Literal["texts", "sequences", "nothing"] = "nothing"
     choice: Choice | None = None
     passes: float | None = None

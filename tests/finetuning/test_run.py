@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -162,7 +163,7 @@ def test_a_delta_merges_into_what_would_have_been_saved(run, tmp_path, tiny_chec
     assert merge_delta(str(tiny_checkpoint), delta, tmp_path / "merged") == merged, "the same merge is found finished"
     assert times == {path: path.stat().st_mtime_ns for path in merged.iterdir()}
     with pytest.raises(FinetuneError, match="holds a checkpoint already"):
-        merge_delta(str(tiny_checkpoint), delta, folder)
+        merge_delta(str(tiny_checkpoint), delta, shutil.copytree(tiny_checkpoint, tmp_path / "full"))
     with pytest.raises(FinetuneError, match="not those that the delta was trained from"):
         merge_delta(str(folder), delta, tmp_path / "other")
     content = bytearray((delta / "delta.safetensors").read_bytes())
