@@ -130,7 +130,7 @@ def read_checkpoint(folder: Path, *, besides: Path | None = None) -> Checkpoint:
         FinetuneError: there are no weights, a file is missing, damaged or no regular file; the weights are quantized.
     """
     config = read_json(folder / CONFIG, error=FinetuneError, missing=f"{folder}: no config.json here, so this is not a checkpoint folder")
-    refuse_quantized_config(str(folder), config)
+    refuse_quantized(folder)
     weights = _weight_files(folder, config)
     tensors: dict[str, Stored] = {}
     for name in weights:
@@ -138,7 +138,6 @@ def read_checkpoint(folder: Path, *, besides: Path | None = None) -> Checkpoint:
             if key in tensors:
                 raise FinetuneError(f"{folder}: {key} is in both {tensors[key].file} and {name}, and only one of them can be meant")
             tensors[key] = stored
-    _refuse_quantized_tensors(folder, tensors)
     kept, left_out = [], []
     for name in _walk(folder, besides):
         wanted = name in weights or not (_matches(name, OTHER_COPIES) or _another_copy(folder, name, weights, tensors))
@@ -162,15 +161,12 @@ def refuse_quantized(folder: Path) -> None:
     for name in QUANTIZED_FILES:
         if (folder / name).is_file():
             raise FinetuneError(_quantized(str(folder), f"{name} is beside them"))
-    for path in sorted(folder.glob("*.safetensors")):
-        # a damaged file is named by those who load it
-        with suppress(FinetuneError):
-            found = _header(folder, path.name)
-            if problem := _quantized_tensor(found):
-                break
-    else:
-        return
-    raise FinetuneError(_quantized(str(folder), problem))
+    try:
+        headers = [_header(folder, name) for name in _weight_files(folder, config)]
+    except FinetuneError:
+        return  # damaged files are named by those who load them
+    for why in filter(None, map(_quantized_tensor, headers)):
+        raise FinetuneError(_quantized(str(folder), why))
 
 
 def refuse_quantized_config(where: str, config: Any) -> None:
@@ -215,7 +211,7 @@ def replace_tensor(base: Checkpoint, key: str, value: Tensor, places: Mapping[st
     """Write a tensor over the one in the copy; dtype and shape are the base's."""
     stored = base.tensors[key]
     path = places[stored.file]
-    with refused_by_system(path), path.open("r+b") as content:
+    with refused_by_system(path.parent / stored.file), path.open("r+b") as content:
         content.seek(stored.start)
         content.write(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
 
@@ -250,9 +246,9 @@ def compare_files(base: Checkpoint, places: Mapping[str, Path], changed: Iterabl
 
 
 def refuse_full_disk(out: Path, needed: int) -> None:
-    """Raises FinetuneError when the disk of a folder has no room for so many bytes."""
+    """Raises FinetuneError when the disk of a folder has no room for so many bytes in place of the weights that are there."""
     with refused_by_system(out):
-        free = shutil.disk_usage(out).free
+        free = shutil.disk_usage(out).free + sum(path.stat().st_size for path in out.glob("*.safetensors") if path.name not in OWN)
     if free < needed:
         raise FinetuneError(
             f"{out}: the checkpoint needs {needed / 1e9:,.2f} GB, and {free / 1e9:,.2f} GB of this disk are free; "
@@ -282,15 +278,12 @@ def _quantized_tensor(tensors: Mapping[str, Stored]) -> str | None:
     return None
 
 
-def _refuse_quantized_tensors(folder: Path, tensors: Mapping[str, Stored]) -> None:
-    if why := _quantized_tensor(tensors):
-        raise FinetuneError(_quantized(str(folder), why))
-
-
 def _weight_files(folder: Path, config: Any) -> tuple[str, ...]:
     """The safetensors files that transformers loads, by its own order of precedence."""
     named = config.get("transformers_weights") if isinstance(config, dict) else None
     first = named if isinstance(named, str) else SINGLE if (folder / SINGLE).is_file() else INDEX
+    if not _inside(first):
+        raise FinetuneError(f"{folder / CONFIG}: transformers_weights names a file outside the folder ({first})")
     if not first.endswith(".index.json"):
         return (first,)
     lost = f"{folder}: neither {SINGLE} nor {INDEX} is here, so the folder has no weights that can be trained"

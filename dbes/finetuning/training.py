@@ -28,6 +28,7 @@ from dbes.finetuning.reach import check_reach
 from dbes.finetuning.settings import FinetuneSettings, learning_rate
 from dbes.finetuning.state import LOG, STATE, append_log, load_state, save_state
 from dbes.finetuning.validation import best_step, check_every, stalled, validation_loss
+from dbes.schema import parse_json, validated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +146,10 @@ def train(
     kept = {name: leaf.detach().to("cpu", copy=True) for name, leaf in leaves.items()} if validation else {}
     most = settings.total_steps(len(samples))
     start, before, notes = load_state(folder, identity, leaves, optimizer, kept, steps=most) if folder else (0, 0.0, "")
-    found = Found.model_validate_json(notes) if notes else Found()
+    found = Found()
+    if notes:
+        where = f"{(folder or Path()) / STATE} (notes)"
+        found = validated(Found, parse_json(notes, where=where, error=FinetuneError), where=where, error=FinetuneError)
     log = keep_log_before(folder / LOG, start) if folder and main else []
     began = saved = time.monotonic()
 
