@@ -278,6 +278,17 @@ class TestErrors:
         with pytest.raises(ModelError, match=f"dtype '{dtype}': expected auto, float32, bfloat16 or float16"):
             load_model(stock, dtype=dtype)
 
+    @pytest.mark.parametrize(
+        "problem", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")]
+    )
+    def test_too_large(self, stock: Path, problem: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(*_: Any, **__: Any) -> None:
+            raise problem
+
+        monkeypatch.setattr(transformers.OlmoeForCausalLM, "from_pretrained", refuse)
+        with pytest.raises(ModelError, match="tiny-olmoe: the model does not fit in memory"):
+            load_model(stock)
+
     def test_hub_unreachable(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(*_: Any, **__: Any) -> None:
             raise OSError("We couldn't connect to 'https://huggingface.co' to load the files, and couldn't find them in the cached files.")
