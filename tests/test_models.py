@@ -88,7 +88,8 @@ def test_every_family_loads_what_it_saved(family: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", composites())
 def test_every_composite_model_is_recorded_from_its_folder_as_from_memory(model_type: str, tmp_path: Path) -> None:
-    from test_recording import assert_same_counts, written
+    from rounding import assert_same_routes
+    from test_recording import written
 
     whole = tiny_composite(model_type)
     whole.save_pretrained(tmp_path)
@@ -101,7 +102,7 @@ def test_every_composite_model_is_recorded_from_its_folder_as_from_memory(model_
     assert not loaded.notes or "parts for images, sound or speech" in loaded.notes[0]
     memory = load_model(whole, tokenizer=character_tokenizer())
     one, other = (record_documents(model, written(), domains=("a", "b"), window=40) for model in (loaded, memory))
-    assert_same_counts(one.trace, other.trace)
+    assert_same_routes(one.trace, other.trace)
     found = examine(tmp_path)
     assert found.ok, found.rows()
     for path in (*tmp_path.glob("*.safetensors*"), *tmp_path.glob("tokenizer*")):
@@ -276,6 +277,17 @@ class TestErrors:
     def test_dtype(self, stock: Path, dtype: str) -> None:
         with pytest.raises(ModelError, match=f"dtype '{dtype}': expected auto, float32, bfloat16 or float16"):
             load_model(stock, dtype=dtype)
+
+    @pytest.mark.parametrize(
+        "problem", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")]
+    )
+    def test_too_large(self, stock: Path, problem: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(*_: Any, **__: Any) -> None:
+            raise problem
+
+        monkeypatch.setattr(transformers.OlmoeForCausalLM, "from_pretrained", refuse)
+        with pytest.raises(ModelError, match="tiny-olmoe: the model does not fit in memory"):
+            load_model(stock)
 
     def test_hub_unreachable(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(*_: Any, **__: Any) -> None:

@@ -21,7 +21,7 @@ def needs_code(where: str) -> str:
 class explained:
     """Around one call of somebody else's code: any exception of it becomes a ModelError, with the exception as its cause.
 
-    Nothing of dbes belongs inside. What dbes raised itself, and a lack of memory, pass as they are.
+    Nothing of dbes belongs inside. What dbes raised itself passes as it is.
 
     Args:
         where: folder or hub id, the beginning of the message.
@@ -36,15 +36,15 @@ class explained:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None) -> None:
-        if not isinstance(problem, Exception) or isinstance(problem, DbesError | MemoryError):
+        if not isinstance(problem, Exception) or isinstance(problem, DbesError):
             return
         text = str(problem)
-        if _out_of_memory(problem, text):
-            return
         raise ModelError(f"{self.where}: {self._reason(problem, text)}") from problem
 
     def _reason(self, problem: Exception, text: str) -> str:
         said = clipped(" ".join(text.split()), 300) if text.strip() else type(problem).__name__
+        if _out_of_memory(problem, text):
+            return f"the {self.part} does not fit in memory ({said}); a 16-bit dtype or a device map that offloads may help"
         if "trust_remote_code" in text:
             return needs_code(self.where).removeprefix(f"{self.where}: ")
         if isinstance(problem, OSError | HfHubHTTPError | HFValidationError):
@@ -63,4 +63,6 @@ class explained:
 
 
 def _out_of_memory(problem: Exception, text: str) -> bool:
-    return isinstance(problem, RuntimeError) and ("allocate memory" in text or "out of memory" in text)
+    return isinstance(problem, MemoryError) or (
+        isinstance(problem, RuntimeError) and ("allocate memory" in text or "out of memory" in text)
+    )
