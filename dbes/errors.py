@@ -1,5 +1,10 @@
 """The errors users meet: each says what was given, what was expected and what to do."""
 
+from __future__ import annotations
+
+import os
+import re
+
 
 class DbesError(Exception):
     """Base of every error that dbes raises on bad input; its message is meant for the user."""
@@ -7,6 +12,10 @@ class DbesError(Exception):
 
 class FileError(DbesError):
     """A file cannot be read or written, or another run has the folder; the message names it."""
+
+
+class SettingError(DbesError):
+    """An argument or option has a value that cannot be used; nothing was done yet."""
 
 
 class TaskError(DbesError):
@@ -43,3 +52,33 @@ class FinetuneError(DbesError):
 
 class InterventionError(DbesError):
     """An intervention experiment cannot be set up, gone on with or read."""
+
+
+OUT_OF_MEMORY = (
+    "enough memory",
+    "t allocate memory",
+    "cannot allocate memory",
+    "out of memory",
+    "bad_alloc",
+    "start new thread",
+    "failed to map segment",
+)
+"""What libraries say in other errors than a MemoryError."""
+
+
+def refusal(problem: BaseException) -> str | None:
+    """Why the system refused something (disk full, no permission, out of memory, ...), whatever library tells it; None for anything else.
+
+    Libraries written in Rust tell it as an error of their own whose text ends with ``(os error N)``.
+    """
+    if isinstance(problem, OSError):
+        return problem.strerror or str(problem) or type(problem).__name__
+    if isinstance(problem, MemoryError):
+        return f"out of memory: {problem}" if str(problem) else "out of memory"
+    if not isinstance(problem, Exception) or isinstance(problem, DbesError):
+        return None
+    if found := re.search(r"\(os error (\d+)\)", str(problem)):
+        return os.strerror(int(found[1]))
+    if isinstance(problem, RuntimeError | ImportError) and any(words in str(problem).lower() for words in OUT_OF_MEMORY):
+        return f"out of memory: {str(problem).strip().splitlines()[0][:200]}"
+    return None

@@ -9,15 +9,17 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import socket
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dbes.errors import DbesError, FileError
+from dbes.errors import DbesError, FileError, refusal
 
 try:
     import fcntl
@@ -32,16 +34,19 @@ PART = ".part"
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path in the same folder that becomes ``path`` when the block ends well, and is removed when it does not.
 
+    The temporary file is locked until then: what a killed run left under such a name is told apart by having no lock, and the next
+    writing of the same file removes it.
+
     Raises:
         FileError: it cannot be written.
     """
     temporary: Path | None = None
+    handle = -1
     try:
         with refused_by_system(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent)
-            os.close(handle)
-            temporary = Path(name)
+            remove_abandoned(path.parent, of=path.name)
+            handle, temporary = _temporary(path)
             yield temporary
             with temporary.open("rb") as written:
                 os.fsync(written.fileno())
@@ -52,15 +57,104 @@ def replacing(path: Path) -> Iterator[Path]:
             with suppress(OSError):
                 temporary.unlink()
         raise
+    finally:
+        if handle >= 0:
+            os.close(handle)
 
 
-@contextmanager
-def refused_by_system(path: Path, *, doing: str = "written", error: type[DbesError] = FileError) -> Iterator[None]:
-    """Turns an OSError into ``error``: one line with the file and the reason."""
+def _temporary(path: Path) -> tuple[int, Path]:
+    """A new, locked file beside ``path``: its handle, which holds the lock, and its path."""
+    while True:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name[:200]}.", suffix=PART, dir=path.parent)
+        temporary = Path(name)
+        if _lock(handle) and _same_file(handle, temporary):  # else it was taken for abandoned between creating and locking it
+            return handle, temporary
+        os.close(handle)
+
+
+def remove_abandoned(folder: Path, *, of: str | None = None) -> None:
+    """Remove temporary files (and folders) of runs that were killed; those that a living run writes to are locked and stay.
+
+    Args:
+        of: only those of the file of this name.
+    """
+    start = "." if of is None else f".{of[:200]}."
+    with suppress(OSError):
+        for name in [name for name in os.listdir(folder) if name.startswith(start) and name.endswith(PART)]:  # noqa: PTH208
+            with suppress(OSError):
+                _remove_if_abandoned(folder / name)
+
+
+def _remove_if_abandoned(path: Path) -> None:
+    kind = path.lstat().st_mode
+    if stat.S_ISDIR(kind):
+        shutil.rmtree(path)  # the rest of what `discard` removes
+    elif stat.S_ISREG(kind) and fcntl is not None:
+        handle = os.open(path, os.O_RDWR | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0))
+        try:
+            if _lock(handle):
+                path.unlink()
+        finally:
+            os.close(handle)
+
+
+def discard(path: Path) -> None:
+    """Remove a file or a folder; a folder disappears at once, so that a kill never leaves half of it under its name.
+
+    Raises:
+        FileError: it cannot be removed.
+    """
+    with refused_by_system(path, doing="removed"):
+        if path.is_dir() and not path.is_symlink():
+            doomed = Path(tempfile.mkdtemp(prefix=f".{path.name[:200]}.", suffix=PART, dir=path.parent))
+            path.replace(doomed / path.name)
+            shutil.rmtree(doomed)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Make sure, before long work, that a file can be written at ``path``: that its folder can be made and takes a new file.
+
+    Raises:
+        FileError: it cannot; ``path`` is a folder.
+    """
+    made = _missing(path.parent)
     try:
-        yield
-    except OSError as problem:
-        raise error(f"{path}: cannot be {doing} ({problem.strerror or problem})") from problem
+        with refused_by_system(path):
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(prefix=f".{path.name[:200]}.", suffix=PART, dir=path.parent)
+            os.close(handle)
+            Path(name).unlink()
+    finally:
+        _remove_empty(made)
+
+
+def _missing(folder: Path) -> list[Path]:
+    """The folder and those above it that do not exist yet, innermost first."""
+    return [each for each in (folder, *folder.parents) if not each.exists()]
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    with suppress(OSError):
+        for each in folders:
+            each.rmdir()
+
+
+def refused_by_system(path: Path, *, doing: str = "written", error: type[DbesError] = FileError) -> AbstractContextManager[None]:
+    """Turns what the system refuses inside the block (`dbes.errors.refusal`) into ``error``: one line with the file and the reason."""
+    return _Refused(path, doing, error)
+
+
+class _Refused(AbstractContextManager[None]):
+    def __init__(self, path: Path, doing: str, error: type[DbesError]) -> None:
+        self.path, self.doing, self.error = path, doing, error
+
+    def __exit__(self, _: object, problem: BaseException | None, __: object) -> None:
+        if problem is not None and not isinstance(problem, DbesError) and (reason := refusal(problem)) is not None:
+            raise self.error(f"{self.path}: cannot be {self.doing} ({reason})") from problem
 
 
 def read_bytes(path: Path, *, error: type[DbesError] = FileError, missing: str | None = None, most: int | None = None) -> bytes:
@@ -105,49 +199,71 @@ def opened(path: Path, *, error: type[DbesError] = FileError, missing: str | Non
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, *, patience: float = 0.0) -> Iterator[None]:
     """The folder (made where missing, and writable) belongs to this process until the block ends, however the process ends.
 
     The system lets go of the lock when a process dies, so a crash leaves none; temporary files of the dead are removed here.
 
+    Args:
+        patience: seconds to wait for another process.
+
     Raises:
         FileError: another process has it (the message says which), or the folder cannot be written to.
     """
+    made = _missing(folder)
     with refused_by_system(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    handle = _taken(folder / LOCK)
+    handle = _taken(folder / LOCK, patience=patience)
     try:
-        for litter in folder.glob(f".*{PART}"):
-            with suppress(OSError):
-                litter.unlink()
+        remove_abandoned(folder)
         yield
     finally:
         with suppress(OSError):
             (folder / LOCK).unlink()
         os.close(handle)
+        _remove_empty(made)
 
 
-def _taken(path: Path) -> int:
+def _taken(path: Path, *, patience: float) -> int:
     """An open, locked file; the lock ends with the file."""
+    deadline = time.monotonic() + patience
     while True:
         with refused_by_system(path):
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0), 0o666)
         try:
-            if fcntl is not None:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _same_file(handle, path):  # else its owner removed it between our opening and locking it
-                os.ftruncate(handle, 0)
-                os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
-                return handle
-        except OSError as problem:
-            holder = os.pread(handle, 200, 0).decode("utf-8", "replace") if hasattr(os, "pread") else ""
-            os.close(handle)
-            if problem.errno in (errno.EACCES, errno.EAGAIN):
+            if _lock(handle):
+                if _same_file(handle, path):  # else its owner removed it between our opening and locking it
+                    os.ftruncate(handle, 0)
+                    os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+                    return handle
+            elif time.monotonic() >= deadline:
+                holder = os.pread(handle, 200, 0).decode("utf-8", "replace") if hasattr(os, "pread") else ""
                 raise FileError(
                     f"{path.parent}: another run is writing here ({holder or 'process unknown'}); wait for it, or choose another folder"
-                ) from None
+                )
+            else:
+                time.sleep(0.1)
+        except OSError as problem:
+            os.close(handle)
             raise FileError(f"{path}: cannot be locked ({problem.strerror or problem})") from problem
+        except BaseException:
+            os.close(handle)
+            raise
         os.close(handle)
+
+
+def _lock(handle: int) -> bool:
+    """Whether the open file is ours now; True too where the system or its file system knows no locks: then runs are not kept apart."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as problem:
+        if problem.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        if problem.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+    return True
 
 
 def _same_file(handle: int, path: Path) -> bool:
@@ -171,6 +287,46 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
 
 
+def sorted_metadata(content: bytes) -> bytes:
+    """A safetensors file with the keys of its metadata in order: safetensors writes them in another order in every process."""
+    header, data = _parts(content)
+    return _joined(header, data) if "__metadata__" in header else content
+
+
+def sealed(content: bytes) -> bytes:
+    """A safetensors file with the sha256 of all it holds in its metadata, whose keys are in order; see `is_sealed`."""
+    header, data = _parts(content)
+    header["__metadata__"] = {**header.get("__metadata__", {}), "sha256": _seal(header, data)}
+    return _joined(header, data)
+
+
+def is_sealed(content: bytes) -> bool:
+    """Whether a safetensors file is whole and unaltered since `sealed` made it."""
+    try:
+        header, data = _parts(content)
+        return header["__metadata__"].pop("sha256") == _seal(header, data)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _parts(content: bytes) -> tuple[dict[str, Any], memoryview]:
+    size = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + size]), memoryview(content)[8 + size :]
+
+
+def _joined(header: dict[str, Any], data: memoryview) -> bytes:
+    header = {**header, "__metadata__": dict(sorted(header["__metadata__"].items()))}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join((len(text).to_bytes(8, "little"), text, data))
+
+
+def _seal(header: dict[str, Any], data: memoryview) -> str:
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    digest.update(data)
+    return digest.hexdigest()
+
+
 def keep_log_before(path: Path, step: int) -> list[dict[str, Any]]:
     """The records of a JSON-lines log of steps before ``step``, which is all that is left of it afterwards.
 
@@ -181,12 +337,10 @@ def keep_log_before(path: Path, step: int) -> list[dict[str, Any]]:
         for line in read_bytes(path).splitlines():
             try:
                 record = json.loads(line)
-            except ValueError:
+                if record["step"] < step:
+                    records.append(record)
+            except (ValueError, KeyError, TypeError):
                 break  # the line that was being written when the run was killed
-            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-                break
-            if record["step"] < step:
-                records.append(record)
     write_text(path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
     return records
 

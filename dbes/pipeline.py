@@ -2,48 +2,55 @@
 
 from __future__ import annotations
 
-import re
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dbes.benchmark import Document, Task, load_task, read_task, task_facts
-from dbes.errors import DbesError, ModelError, ResultError, TraceError
-from dbes.results import RESULT_FILE, ModelFacts, RecordingFacts, Result, TaskFacts, load_result
+from dbes.errors import DbesError, ModelError, ResultError, TraceError, refusal
+from dbes.files import discard, locked
+from dbes.request import (
+    EMBEDDED_MODEL,
+    EMBEDDED_NAME,
+    UNRESOLVED,
+    Benchmark,
+    Job,
+    Request,
+    Subject,
+    accelerator_here,
+    expected_of,
+    read_benchmark,
+    result_folder,
+    subject_of,
+)
+from dbes.results import PAGE_FILE, RESULT_FILE, ModelFacts, RecordingFacts, Result, TaskFacts, load_result
+from dbes.reuse import TRACE_FOLDER, finished_result, missing_files, notes, other_recording, same_result, tidy, whole_trace
 from dbes.scoring import score_tables
-from dbes.tables import write_tables
+from dbes.tables import COMPANIONS, save_scores
 from dbes.trace import MANIFEST, Trace, read_manifest
 
 if TYPE_CHECKING:
     from dbes.models import LoadedModel
 
-EMBEDDED_MODEL = Path(__file__).resolve().parent.parent / "benchmark_data" / "model"
-EMBEDDED_NAME = "dbes-embedded"
-
-UNRESOLVED = "unresolved"
-"""Stands for the revision in the path of a result whose model could not be loaded."""
-
-TRACE_FOLDER = "trace"
+__all__ = [
+    "EMBEDDED_MODEL",
+    "EMBEDDED_NAME",
+    "TRACE_FOLDER",
+    "UNRESOLVED",
+    "Benchmark",
+    "evaluate",
+    "existing_folder",
+    "read_benchmark",
+    "record",
+    "result_folder",
+]
 
 Progress = Callable[[str, int, int], None]
 """Called as progress(stage, done, total); the stage names what is being done."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Benchmark:
-    """A task with its documents read, and what identifies them."""
-
-    task: Task
-    documents: tuple[Document, ...]
-    facts: dict[str, Any]
-
-    @property
-    def domains(self) -> tuple[str, ...]:
-        return tuple(self.task.domains)
+RECOVERED = (DbesError, OSError, RuntimeError, MemoryError)
+"""What a failed evaluation writes a result about; anything else is a defect."""
 
 
 def evaluate(
@@ -66,15 +73,17 @@ def evaluate(
 ) -> Result:
     """Measure how a Mixture-of-Experts checkpoint routes the domains of a task, and write the result.
 
-    Everything is written below ``<output_path>/<model name>/<revision>/<task>/``, see ``result_folder``. A finished result with
-    the same settings is returned as it is; an interrupted recording is gone on with from its last whole shard.
+    Everything is written below ``<output_path>/<model name>/<revision>/<task>/``, see ``result_folder``. A finished result of the
+    same thing is returned as it is (the logger ``dbes`` says so, and when it was recorded); files of it that are missing are made
+    again. An interrupted recording is resumed from its last whole shard.
 
     Args:
         model: hub id, folder, ``"embedded"`` for the checkpoint that ships with dbes, or a ``LoadedModel``.
         tasks: name of a task or path of a task YAML.
+        revision: branch, tag or commit of a model on the hub.
         limit: read at most this many documents of each domain.
         dtype: "auto" is float32 on a CPU and the checkpoint's own dtype on an accelerator.
-        batch_size: windows per batch, or "auto"; changes no count.
+        batch_size: windows per batch, or "auto".
         seed: of the random-router control, the permutations and the reference router.
         overwrite: evaluate again although there is a result, or another recording, in the folder.
         save_trace: keep the recorded routes beside the result, so that they can be scored again without the model.
@@ -82,39 +91,45 @@ def evaluate(
         progress: see ``Progress``.
 
     Raises:
-        TaskError: the task cannot be used (nothing is written).
+        TaskError, SettingError: the task or an argument cannot be used (nothing is written).
+        FileError: nothing can be written there, or another run is writing there.
+        ResultError: the folder holds a finished result of something else, which is left alone.
         DbesError: the evaluation failed; a result with status "error" has been written.
     """
+    in_memory = not isinstance(model, str | Path)
+    request = Request(
+        model=None if in_memory else str(model),
+        tasks=str(tasks),
+        revision=revision,
+        limit=limit,
+        dtype=None if in_memory else dtype,
+        device_map=None if in_memory else device_map,
+        batch_size=batch_size,
+        seed=seed,
+        permutations=permutations,
+        trust_remote_code=trust_remote_code,
+        embedded_fallback=embedded_fallback,
+    )
     benchmark = read_benchmark(tasks, limit=limit, embedded_fallback=embedded_fallback)
-    settings = {"permutations": permutations, "seed": seed, "limit": limit}
-    name, commit = _identity(model)
-    folder = result_folder(output_path, name, commit or UNRESOLVED, benchmark.task.name, limit=limit)
-    try:
-        if commit is not None and (found := _finished(folder, settings, benchmark, overwrite=overwrite)) is not None:
+    job = Job(
+        subject=subject_of(model, request), request=request, benchmark=benchmark, output_path=Path(output_path), save_trace=save_trace
+    )
+    while True:
+        if not overwrite and (found := finished_result(job)) is not None:
             return found
-        loaded = _loaded(model, name, revision, dtype, device_map, trust_remote_code=trust_remote_code)
-        folder = result_folder(output_path, loaded.name, loaded.revision, benchmark.task.name, limit=limit)
-        if (found := _finished(folder, settings, benchmark, overwrite=overwrite)) is not None:
-            return found
-        if overwrite:
-            shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        trace, facts = _recorded(loaded, benchmark, folder / TRACE_FOLDER, batch_size=batch_size, seed=seed, progress=progress)
-        if progress is not None:
-            progress("scoring", 0, 0)
-        scores = score_tables(trace, permutations=permutations, seed=seed)
-        result = scores.result.model_copy(
-            update={"recording": facts, "settings": {**scores.result.settings, **settings, "batch_size": batch_size}}
-        )
-        write_tables(scores, folder)
-        result.save(folder)
-        if not save_trace:
-            shutil.rmtree(folder / TRACE_FOLDER)
-        return result
-    except (DbesError, OSError, RuntimeError, MemoryError) as problem:
-        error = problem if isinstance(problem, DbesError) else ResultError(f"{type(problem).__name__}: {problem}")
-        _save_failure(folder, name, commit, benchmark, settings, error)
-        raise error from problem
+        with locked(job.folder):
+            try:
+                if not overwrite and (found := _repaired(job)) is not None:
+                    return found
+                loaded = job.subject.loaded or _loaded(job.subject, request)
+                where, job = job.folder, job.with_model(loaded)
+                if job.folder == where:
+                    return _evaluated(job, loaded, fresh=overwrite, progress=progress)
+            except RECOVERED as problem:
+                raise _failed(job, problem) from problem
+        # the revision was not known before, so the result belongs into another folder
+        with suppress(OSError):
+            where.rmdir()
 
 
 def record(
@@ -134,32 +149,23 @@ def record(
     """The routing of a model over a task, without scores; in memory unless ``output_path`` names a folder for it.
 
     Raises:
+        SettingError: an argument cannot be used.
         DbesError: the task or the model cannot be used, or the recording failed its checks.
     """
+    in_memory = not isinstance(model, str | Path)
+    request = Request(
+        model=None if in_memory else str(model), tasks=str(tasks), revision=revision, limit=limit, dtype=None if in_memory else dtype,
+        device_map=None if in_memory else device_map, batch_size=batch_size, seed=seed, permutations=0, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     benchmark = read_benchmark(tasks, limit=limit)
-    name, _ = _identity(model)
-    loaded = _loaded(model, name, revision, dtype, device_map, trust_remote_code=trust_remote_code)
-    target = None if output_path is None else Path(output_path)
-    return _recorded(loaded, benchmark, target, batch_size=batch_size, seed=seed, progress=progress)[0]
-
-
-def read_benchmark(tasks: str | Path, *, limit: int | None = None, embedded_fallback: bool = False) -> Benchmark:
-    """The task and its documents.
-
-    Raises:
-        TaskError: unknown task, or one that cannot be used.
-    """
-    task = load_task(tasks)
-    reading = read_task(task, limit=limit, embedded_fallback=embedded_fallback)
-    return Benchmark(task=task, documents=reading.documents, facts=task_facts(task, reading))
-
-
-def result_folder(output_path: str | Path, name: str, revision: str, task: str, *, limit: int | None = None) -> Path:
-    """``<output_path>/<model name>/<revision>/<task>``; a limited task stands apart from the whole one."""
-    parts = [re.sub(r"[^\w.=-]+", "__", part).strip(".") or "_" for part in (name, revision.removeprefix("sha256:")[:12], task)]
-    if limit is not None:
-        parts[2] += f"-limit{limit}"
-    return Path(output_path).joinpath(*parts)
+    subject = subject_of(model, request)
+    job = Job(subject=subject, request=request, benchmark=benchmark, output_path=Path(), save_trace=output_path is not None)
+    if output_path is None:
+        loaded = subject.loaded or _loaded(subject, request)
+        return _recorded(job, loaded, None, progress=progress)[0]
+    with locked(Path(output_path)):
+        loaded = subject.loaded or _loaded(subject, request)
+        return _recorded(job, loaded, Path(output_path), progress=progress)[0]
 
 
 def existing_folder(output_path: str | Path, result: Result, *, limit: int | None = None) -> Path:
@@ -167,104 +173,119 @@ def existing_folder(output_path: str | Path, result: Result, *, limit: int | Non
     return result_folder(output_path, result.model.name, result.model.revision or UNRESOLVED, result.task.name, limit=limit)
 
 
-def _identity(model: str | Path | LoadedModel) -> tuple[str, str | None]:
-    """Name and, where it can be had without loading the weights, revision of a model."""
-    if not isinstance(model, str | Path):
-        return model.name, model.revision
-    from dbes.models import folder_fingerprint
-
-    folder = EMBEDDED_MODEL if str(model) == "embedded" else Path(model)
-    name = EMBEDDED_NAME if str(model) == "embedded" else folder.resolve().name if folder.is_dir() else str(model)
-    if (folder / "config.json").is_file():
-        with suppress(OSError):
-            return name, folder_fingerprint(folder)
-    return name, None
-
-
-def _loaded(
-    model: str | Path | LoadedModel, name: str, revision: str | None, dtype: str, device_map: str | None, *, trust_remote_code: bool
-) -> LoadedModel:
-    if not isinstance(model, str | Path):
-        return model
+def _loaded(subject: Subject, request: Request) -> LoadedModel:
     from dbes.models import load_model
 
-    where = EMBEDDED_MODEL if str(model) == "embedded" else model
-    if where is EMBEDDED_MODEL and not EMBEDDED_MODEL.is_dir():
+    assert request.model is not None
+    if request.model == "embedded" and not EMBEDDED_MODEL.is_dir():
         raise ModelError(f"{EMBEDDED_MODEL}: no embedded checkpoint; run dbes from a clone of its repository, or give --model a folder")
-    return load_model(where, name=name, revision=revision, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+    return load_model(
+        subject.where or request.model,
+        name=subject.name,
+        revision=request.revision,
+        dtype=request.dtype or "auto",
+        device_map=request.device_map,
+        trust_remote_code=request.trust_remote_code,
+    )
 
 
-def _finished(folder: Path, settings: dict[str, Any], benchmark: Benchmark, *, overwrite: bool) -> Result | None:
-    """A finished result of the same thing in the folder, or None.
-
-    Raises:
-        ResultError: the folder holds a finished result with other settings or of another version of the task.
-    """
-    if overwrite or not (folder / RESULT_FILE).is_file():
+def _repaired(job: Job) -> Result | None:
+    """The finished result with missing files made again from its routes; None where it has none, or they are to be recorded first."""
+    if (same := same_result(job)) is None:
         return None
-    found = load_result(folder)
-    if found.status != "ok":
+    found, folder = same[0], job.folder
+    missing, trace = missing_files(folder, found), whole_trace(folder / TRACE_FOLDER)
+    if not missing and (trace is not None or not job.save_trace or not (folder / TRACE_FOLDER).is_dir()):
+        return finished_result(job)  # another run has finished it meanwhile
+    lost = ", ".join(missing) or "part of the recorded routes"
+    if not missing or trace is None or other_recording(trace.provenance, job.expected, job.request):
+        notes.warning(f"{folder}: {lost} missing or altered; recorded again")
         return None
-    differences = [key for key, value in settings.items() if found.settings.get(key) != value]
-    if found.task.fingerprint != benchmark.facts["fingerprint"]:
-        differences.append("task fingerprint")
-    if differences:
-        raise ResultError(
-            f"{folder}: holds a finished result with another {' and '.join(differences)}; use --overwrite or another --output-path"
-        )
-    return found
+    notes.warning(f"{folder}: {lost} missing or altered; made again from the recorded routes")
+    return _scored(job, trace, found.recording or _facts(job, trace))
 
 
-def _recorded(
-    loaded: LoadedModel,
-    benchmark: Benchmark,
-    folder: Path | None,
-    *,
-    batch_size: int | Literal["auto"],
-    seed: int,
-    progress: Progress | None,
-) -> tuple[Trace, RecordingFacts]:
+def _evaluated(job: Job, loaded: LoadedModel, *, fresh: bool, progress: Progress | None) -> Result:
+    folder = job.folder
+    if fresh or same_result(job) is not None:
+        for name in (RESULT_FILE, PAGE_FILE, *COMPANIONS, TRACE_FOLDER):
+            discard(folder / name)
+    trace, facts = _recorded(job, loaded, folder / TRACE_FOLDER, progress=progress)
+    if progress is not None:
+        progress("scoring", 0, 0)
+    return _scored(job, trace, facts)
+
+
+def _scored(job: Job, trace: Trace, facts: RecordingFacts) -> Result:
+    """Score the trace of a job and write the result; ``result.json`` last."""
+    request = job.request
+    scores = score_tables(trace, permutations=request.permutations, seed=request.seed)
+    about = {"accelerator": accelerator_here()}
+    about |= {name: trace.provenance[name] for name in ("tokenizer_sha256", "code_sha256") if trace.provenance.get(name)}
+    result = scores.result.model_copy(
+        update={
+            "recording": facts,
+            "environment": {**scores.result.environment, **about},
+            "settings": {**scores.result.settings, **request.settings},
+        }
+    )
+    result = save_scores(scores, job.folder, result)
+    tidy(job)
+    return result
+
+
+def _recorded(job: Job, loaded: LoadedModel, folder: Path | None, *, progress: Progress | None) -> tuple[Trace, RecordingFacts]:
     from dbes.recording import record_documents
 
+    benchmark, request = job.benchmark, job.request
     if folder is not None and (folder / MANIFEST).is_file() and read_manifest(folder).complete:
-        # Interrupted while scoring: the recording itself is whole.
+        # interrupted while scoring: the recording itself is whole
         trace = Trace.load(folder)
-        about = trace.provenance
-        if about.get("task") != benchmark.facts or about.get("revision") != loaded.revision or about.get("seed") != seed:
-            raise TraceError(f"{folder}: holds another recording; use --overwrite or another --output-path")
-        return trace, RecordingFacts(documents=len(benchmark.documents), tokens=trace.tokens)
+        other = other_recording(trace.provenance, expected_of(loaded, task=benchmark.facts, code=job.code), request)
+        if other:
+            raise TraceError(f"{folder}: holds another recording (another {' and '.join(other)}); use --overwrite or another --output-path")
+        return trace, _facts(job, trace)
+    extra: Mapping[str, Any] = {} if job.code is None else {"code_sha256": job.code}
     done = record_documents(
         loaded,
         benchmark.documents,
         domains=benchmark.domains,
         window=benchmark.task.window,
         output_path=folder,
-        batch_size=batch_size,
-        seed=seed,
-        provenance={"task": benchmark.facts},
+        batch_size=request.batch_size,
+        seed=request.seed,
+        # how windows share a batch can change close choices, so it is part of what a recording is
+        provenance={"task": benchmark.facts, "batch_size": request.batch_size, **extra},
         progress=None if progress is None else lambda now, total: progress("recording", now, total),
     )
-    facts = RecordingFacts(
-        documents=len(benchmark.documents), tokens=done.trace.tokens, seconds=done.seconds, tokens_per_second=done.tokens_per_second
-    )
-    return done.trace, facts
+    facts = _facts(job, done.trace)
+    return done.trace, facts.model_copy(update={"seconds": done.seconds, "tokens_per_second": done.tokens_per_second})
 
 
-def _save_failure(
-    folder: Path, name: str, revision: str | None, benchmark: Benchmark, settings: dict[str, Any], error: DbesError
-) -> None:
-    """A result that says what went wrong; a finished result that stands there already is left alone."""
-    with suppress(DbesError):
-        if (folder / RESULT_FILE).is_file() and load_result(folder).status == "ok":
-            return
+def _facts(job: Job, trace: Trace) -> RecordingFacts:
+    return RecordingFacts(documents=len(job.benchmark.documents), tokens=trace.tokens)
+
+
+def _failed(job: Job, problem: BaseException) -> DbesError:
+    """The error to raise, after a result that says what went wrong was written; any other result that stands there is left alone."""
+    reason = refusal(problem)
+    error = problem if isinstance(problem, DbesError) else ResultError(reason or f"{type(problem).__name__}: {problem}")
+    folder, task = job.folder, job.benchmark.task
+    if (folder / RESULT_FILE).exists():
+        try:
+            if load_result(folder).status == "ok":
+                return error
+        except DbesError:
+            return error
     result = Result(
         status="error",
         error=str(error),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        model=ModelFacts(name=name, revision=revision),
-        task=TaskFacts(name=benchmark.task.name, version=benchmark.task.version, fingerprint=benchmark.facts["fingerprint"]),
-        settings=settings,
+        model=ModelFacts(name=job.subject.name, revision=job.subject.commit),
+        task=TaskFacts(name=task.name, version=task.version, fingerprint=job.benchmark.facts["fingerprint"]),
+        settings=job.request.settings,
     )
-    # Where even this cannot be written (a full disk, a read-only folder) the error itself still reaches the caller.
-    with suppress(ResultError):
+    # where even this cannot be written (a full disk) the error itself still reaches the caller
+    with suppress(DbesError):
         result.save(folder)
+    return error

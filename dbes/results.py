@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from dbes.errors import ResultError
+from dbes.errors import FileError, ResultError
 from dbes.files import write_text
 
 if TYPE_CHECKING:
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 RESULT_SCHEMA = 1
 RESULT_FILE = "result.json"
+PAGE_FILE = "report.html"
+"""Written from a result, beside it."""
 
 
 class NumberKeyed(dict[int, Any]):
@@ -153,6 +155,8 @@ class Result(_Strict):
     calibrated: tuple[CalibratedRecord, ...] = ()
     specialists: tuple[Specialist, ...] = ()
     companions: dict[str, Any] = Field(default_factory=dict)
+    files: dict[str, str] = Field(default_factory=dict)
+    """Name and sha256 of the tables and matrices that were written beside it; empty in results of earlier versions."""
 
     def record(self, metric: str, *, layer: int | None = None, domain: str | None = None) -> CalibratedRecord:
         """The calibrated record of a metric; the model's by default.
@@ -172,12 +176,16 @@ class Result(_Strict):
         return pd.DataFrame([record.model_dump() for record in self.calibrated], columns=list(CalibratedRecord.model_fields))
 
     def save(self, folder: str | Path) -> Path:
-        """Write ``result.json`` (strict JSON, whole or not at all) and return its path."""
+        """Write ``result.json`` (strict JSON, whole or not at all) and return its path.
+
+        Raises:
+            ResultError: it cannot be written.
+        """
         path = Path(folder) / RESULT_FILE
         try:
             write_text(path, self.model_dump_json(indent=1) + "\n")
-        except OSError as problem:
-            raise ResultError(f"{path}: cannot be written ({problem.strerror or problem})") from problem
+        except FileError as problem:
+            raise ResultError(str(problem)) from problem
         return path
 
 

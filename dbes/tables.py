@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 from safetensors.numpy import save as encode_safetensors
 
-from dbes.files import replacing, write_bytes
+from dbes.files import discard, replacing, sha256_of, sorted_metadata, write_bytes
 from dbes.metrics import usage_of
+from dbes.results import PAGE_FILE, RESULT_FILE, Result
 from dbes.scoring import Scores
 
 SCORES, USAGE, MATRICES = "scores", "expert_usage", "matrices.safetensors"
@@ -18,6 +19,9 @@ SCORES, USAGE, MATRICES = "scores", "expert_usage", "matrices.safetensors"
 REPLICATES = "replicates.safetensors"
 """Scores with each document left out (float32 [documents, layers + 1], see ``Scores``), ``document_domain``, and the documents' ids
 as JSON in the metadata."""
+
+COMPANIONS = (f"{SCORES}.parquet", f"{SCORES}.csv", f"{USAGE}.parquet", f"{USAGE}.csv", MATRICES, REPLICATES)
+"""What `save_scores` writes beside ``result.json``."""
 
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 """A text cell that begins so would be run as a formula by a spreadsheet."""
@@ -51,6 +55,26 @@ def usage_table(scores: Scores) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
+def save_scores(scores: Scores, folder: Path, result: Result) -> Result:
+    """Write a result with its tables and matrices and return it with their sha256; ``result.json`` goes first and comes last.
+
+    So a folder with a ``result.json`` holds all that belongs to it, whenever the writing was cut off. A page of an earlier result
+    is removed.
+
+    Args:
+        result: that of the scores, with what its maker adds to it.
+
+    Raises:
+        FileError: something cannot be written.
+    """
+    discard(folder / RESULT_FILE)
+    discard(folder / PAGE_FILE)
+    written = write_tables(scores, folder)
+    result = result.model_copy(update={"files": {path.name: sha256_of(path) for path in written}})
+    result.save(folder)
+    return result
+
+
 def write_tables(scores: Scores, folder: Path) -> list[Path]:
     """Write scores and expert usage as parquet and CSV, the matrices and the replicates; returns their paths."""
     written: list[Path] = []
@@ -67,7 +91,7 @@ def write_tables(scores: Scores, folder: Path) -> list[Path]:
     replicates = {name: np.ascontiguousarray(array) for name, array in scores.replicates.items()}
     replicates["document_domain"] = np.asarray(shape.document_domain, np.int32)
     about = {"documents": json.dumps(shape.document_ids), "domains": json.dumps(shape.domains)}
-    write_bytes(folder / REPLICATES, encode_safetensors(replicates, metadata=about))
+    write_bytes(folder / REPLICATES, sorted_metadata(encode_safetensors(replicates, metadata=about)))
     return [*written, folder / MATRICES, folder / REPLICATES]
 
 

@@ -21,7 +21,7 @@ from safetensors.numpy import load as parse_safetensors
 from safetensors.numpy import save as encode_safetensors
 
 from dbes.errors import TraceError
-from dbes.files import write_bytes, write_json, write_text
+from dbes.files import discard, write_bytes, write_json, write_text
 from dbes.schema import read_json
 from dbes.token_text import TokenText, as_json, from_json
 from dbes.types import NOISE_SCALES, RoutingShape, TokenRoutes, storage_dtype
@@ -278,7 +278,7 @@ class Trace:
 
 
 class TraceWriter:
-    """Appends shards to a trace folder; what was written whole before an interruption is kept and gone on from.
+    """Appends shards to a trace folder; what was written whole before an interruption is kept and resumed from.
 
     Opening a folder that holds an unfinished recording **of the same thing** (shape and provenance equal) resumes it:
     ``next_document`` is the first document still to be recorded. Anything else in the folder is an error.
@@ -304,7 +304,8 @@ class TraceWriter:
             whole = tuple(entry for entry in earlier.shards if (folder / entry.name).is_file())
             same = earlier.model_copy(update={"complete": False, "shards": ()}) == self._manifest
             if not same or earlier.complete or len(whole) != len(earlier.shards):
-                raise TraceError(f"{folder}: holds another recording; choose another folder or --overwrite")
+                told = ", ".join(_other_facts(earlier, self._manifest)) or ("finished" if earlier.complete else "shards are missing")
+                raise TraceError(f"{folder}: holds another recording ({told}); choose another folder or --overwrite")
             self._manifest = earlier
         else:
             self._save()
@@ -346,7 +347,14 @@ class TraceWriter:
         self._save()
 
     def finish(self, *, vocabulary: Mapping[int, TokenText] | None = None, provenance: Mapping[str, Any] | None = None) -> None:
-        """Mark the trace complete; ``provenance`` adds facts known only at the end (counts, seconds are not among them)."""
+        """Mark the trace complete; ``provenance`` adds facts known only at the end (counts, seconds are not among them).
+
+        Shards beyond the last, of a longer recording that was broken off and overwritten, are removed.
+        """
+        own = {entry.name for entry in self._manifest.shards}
+        for path in self.folder.glob("shard-*.safetensors"):
+            if path.name not in own and path.stem.removeprefix("shard-").isdigit():
+                discard(path)
         if vocabulary:
             write_text(self.folder / VOCABULARY, json.dumps(as_json(vocabulary), ensure_ascii=False))
         update: dict[str, Any] = {"complete": True}
@@ -357,6 +365,14 @@ class TraceWriter:
 
     def _save(self) -> None:
         write_json(self.folder / MANIFEST, self._manifest.model_dump(mode="json"))
+
+
+def _other_facts(one: Manifest, other: Manifest) -> list[str]:
+    """Names of what differs between two recordings, besides how far they are."""
+    fields_of = [name for name in Manifest.model_fields if name not in ("complete", "shards", "provenance")]
+    told = [name for name in fields_of if getattr(one, name) != getattr(other, name)]
+    facts = sorted({*one.provenance, *other.provenance})
+    return [f"another {name}" for name in (*told, *(name for name in facts if one.provenance.get(name) != other.provenance.get(name)))]
 
 
 def join_traces(traces: Sequence[Trace], *, provenance: Mapping[str, Any]) -> Trace:

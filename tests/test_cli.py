@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+import dbes.trace
+from dbes.cli import app
+from dbes.errors import FileError, SettingError
+from dbes.files import locked
 
 DBES = [sys.executable, "-m", "dbes.cli"]
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*DBES, *map(str, arguments)], capture_output=True, text=True, check=False)
+
+
+def inside(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """The same in this process, which has loaded everything already."""
+    done = CliRunner().invoke(app, [*map(str, arguments)])
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return subprocess.CompletedProcess([], done.exit_code, done.stdout, done.stderr)
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +56,91 @@ def test_json_is_the_result_and_nothing_else(results: Path, tiny_checkpoint: Pat
     done = run("evaluate", *arguments, "--format", "json")
     assert done.returncode == 0
     assert json.loads(done.stdout)["status"] == "ok"
+
+
+def test_json_of_several_tasks_is_one_document_and_a_failure_stops_none(tiny_checkpoint: Path, tiny_task: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        shutil.copytree(tiny_task.parent, tmp_path / name)
+        text = (tmp_path / name / tiny_task.name).read_text()
+        (tmp_path / name / tiny_task.name).write_text(text.replace("name: tiny", f"name: {name}"))
+    tasks = ",".join(str(tmp_path / name / tiny_task.name) for name in ("one", "two"))
+    arguments = ("--model", tiny_checkpoint, "--limit", "3", "--permutations", "5", "--output-path", tmp_path / "out", "--format", "json")
+    done = inside("evaluate", "--tasks", tasks, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert [result["task"]["name"] for result in json.loads(done.stdout)] == ["one", "two"]
+
+    first = next((tmp_path / "out").rglob("one*/result.json"))
+    content = json.loads(first.read_text())
+    first.write_text(json.dumps({**content, "settings": {**content["settings"], "seed": 9}}))
+    done = inside("evaluate", "--tasks", tasks, *arguments)
+    assert done.returncode == 1 and "another seed" in done.stderr and "reused, recorded at" in done.stderr
+    assert [result["task"]["name"] for result in json.loads(done.stdout)] == ["two"]
+    missing = inside("evaluate", "--tasks", f"{tasks},no-such-task", *arguments)
+    assert missing.returncode == 2 and not missing.stdout and "no-such-task" in missing.stderr
+
+
+def test_the_page_is_made_again_where_it_is_missing_or_cut_short(results: Path, tiny_checkpoint: Path, tiny_task: Path) -> None:
+    arguments = ("--model", tiny_checkpoint, "--tasks", tiny_task, "--output-path", results, "--permutations", "50")
+    page = next(results.rglob("report.html"))
+    whole = page.read_bytes()
+    for content in (None, whole[:1000], b""):
+        page.unlink() if content is None else page.write_bytes(content)
+        done = inside("evaluate", *arguments)
+        assert done.returncode == 0 and "reused, recorded at" in done.stderr
+        assert page.read_bytes() == whole
+
+
+@pytest.mark.slow
+def test_a_reader_that_goes_away_leaves_no_traceback(results: Path, tiny_checkpoint: Path, tiny_task: Path) -> None:
+    arguments = ("evaluate", "--model", tiny_checkpoint, "--tasks", tiny_task, "--output-path", results, "--permutations", "50")
+    for form in ("json", "table"):
+        line = [*DBES, *map(str, arguments), "--format", form]
+        with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as gone:
+            assert gone.stdout is not None and gone.stderr is not None
+            gone.stdout.close()
+            told = gone.stderr.read()
+        assert "Traceback" not in told and "Broken pipe" not in told
+
+
+@pytest.mark.parametrize(
+    ("problem", "told", "code"),
+    [
+        pytest.param(OSError(28, "No space left on device", "/disk/file"), "dbes: /disk/file: No space left on device", 1, id="disk full"),
+        pytest.param(PermissionError(13, "Permission denied", "a", None, "b"), "dbes: a: b: Permission denied", 1, id="two files"),
+        pytest.param(MemoryError(), "dbes: out of memory", 1, id="memory"),
+        pytest.param(RuntimeError("std::bad_alloc"), "dbes: out of memory: std::bad_alloc", 1, id="memory in torch"),
+        pytest.param(ValueError("I/O error: File too large (os error 27)"), "dbes: File too large", 1, id="a library in Rust"),
+        pytest.param(FileError("x\x1b[31m: cannot be written"), "dbes: x\\x1b[31m: cannot be written", 1, id="escapes"),
+        pytest.param(SettingError("dtype 'x'"), "dbes: dtype 'x'", 2, id="setting"),
+        pytest.param(KeyboardInterrupt(), "", 130, id="Ctrl-C"),
+    ],
+)
+def test_whatever_the_system_refuses_is_one_line(
+    problem: BaseException, told: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise problem
+
+    monkeypatch.setattr(dbes.trace.Trace, "load", refuse)
+    done = CliRunner().invoke(app, ["score", str(tmp_path)])
+    assert (done.exit_code, done.stderr.strip()) == (code, told)
+
+
+def test_a_defect_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def defect(*_: object, **__: object) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(dbes.trace.Trace, "load", defect)
+    assert isinstance(CliRunner().invoke(app, ["score", str(tmp_path)]).exception, RuntimeError)
+
+
+def test_score_refuses_the_folder_of_an_evaluation_and_one_that_is_written_to(results: Path, tmp_path: Path) -> None:
+    trace = next(results.rglob("trace"))
+    done = inside("score", trace, "--output-path", trace.parent)
+    assert done.returncode == 1 and "choose another --output-path" in done.stderr
+    with locked(tmp_path / "held"):
+        done = inside("score", trace, "--output-path", tmp_path / "held")
+    assert done.returncode == 1 and f"another run is writing here (process {os.getpid()}" in done.stderr
 
 
 def test_score_of_a_baseline(results: Path, tmp_path: Path) -> None:
@@ -75,6 +175,9 @@ def test_failed_evaluation_exits_1_and_is_written(tiny_task: Path, tmp_path: Pat
         pytest.param(["evaluate", "--batch-size", "many"], id="batch size"),
         pytest.param(["evaluate", "--tasks", "no-such-task"], id="unknown task"),
         pytest.param(["evaluate", "--limit", "0"], id="limit"),
+        pytest.param(["evaluate", "--dtype", "nonsense"], id="dtype"),
+        pytest.param(["evaluate", "--seed", "-1"], id="seed"),
+        pytest.param(["evaluate", "--tasks", ","], id="no task"),
         pytest.param(["no-such-command"], id="unknown command"),
     ],
 )

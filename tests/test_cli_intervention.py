@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from dbes.cli import app
+from dbes.files import locked
+from dbes.intervention import grid
 from dbes.intervention.grid import EXPERIMENT, MASKS, OUTCOME, RUNS
 
 SMALL: dict[str, Any] = {
@@ -39,7 +42,9 @@ def files(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for name in (RUNS, MASKS) for path in (folder / "out" / name).glob("*.json")}
 
 
-def test_an_experiment_its_page_and_the_same_command_again(tiny_checkpoint: Path, tiny_task: Path, tmp_path: Path) -> None:
+def test_an_experiment_its_page_and_the_same_command_again(
+    tiny_checkpoint: Path, tiny_task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = ("--budget", "0.2", "--seeds", "2")
     done = intervene(tmp_path, tiny_checkpoint, tiny_task, *options)
     assert done.exit_code == 0, done.output
@@ -63,6 +68,16 @@ def test_an_experiment_its_page_and_the_same_command_again(tiny_checkpoint: Path
     told = [line for line in again.stderr.splitlines() if "runs are finished" in line]
     assert len(told) == 2 and all(line.endswith("; 0 to do") for line in told)
     assert before and files(tmp_path) == before
+
+    with locked(tmp_path / "out"):
+        held = intervene(tmp_path, tiny_checkpoint, tiny_task, *options)
+    assert held.exit_code == 1 and f"another run is writing here (process {os.getpid()}" in held.stderr
+
+    monkeypatch.setattr(grid.os, "access", lambda path, _: Path(path) != tmp_path / "out")  # as on a read-only disk
+    shown = intervene(tmp_path, tiny_checkpoint, tiny_task, *options)
+    assert shown.exit_code == 0 and shown.stdout == done.stdout
+    other = intervene(tmp_path, tiny_checkpoint, tiny_task, *options[:-1], "3")
+    assert other.exit_code == 1 and "cannot be written, and holds an experiment with other settings" in other.stderr
 
 
 def assert_one_line(done: Result, told: str) -> None:

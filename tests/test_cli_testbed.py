@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from dbes.cli import app
+from dbes.files import locked
 from dbes.testbed import grid as grid_module
 from dbes.testbed.cells import Cell
 from dbes.testbed.presets import Preset
@@ -164,6 +165,35 @@ def test_a_grid_of_two_processes_and_its_report(mix, tmp_path, monkeypatch):
     assert "2 of 2 cells are finished; 0 to train" in again.stderr
     assert run("report", tmp_path / "grid").stdout == done.stdout
     assert run("run", "--out", tmp_path / "grid", "--only", "nothing", "--mix", mix, "--cache", tmp_path / "cache").exit_code == 2
+
+
+def test_a_finished_checkpoint_is_kept_a_harmed_one_made_again_and_another_refused(mix, tmp_path):
+    config = written(tmp_path / "config.yaml")
+    out = tmp_path / "model"
+    arguments = ("train", "--config", config, "--out", out, "--mix", mix, "--cache", tmp_path / "cache")
+    assert run(*arguments).exit_code == 0
+    assert not (out / "state").exists() and not list(out.rglob("*.part")) and not list(out.glob(".dbes*"))
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    again = run(*arguments)
+    assert again.exit_code == 0 and again.stdout.strip() == str(out) and '"step"' not in again.stderr
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    whole = (out / "model.safetensors").read_bytes()
+    (out / "model.safetensors").write_bytes(whole[:100])
+    (out / ".training.json.ab12.part").write_text("half")
+    assert run(*arguments).exit_code == 0
+    assert (out / "model.safetensors").read_bytes() == whole and not list(out.rglob("*.part"))
+    written(config, optimizer={"steps": 3})
+    other = run(*arguments)
+    assert other.exit_code == 1 and "holds a checkpoint of other settings" in other.stderr
+
+
+def test_two_runs_do_not_write_one_folder(mix, tmp_path):
+    config = written(tmp_path / "config.yaml")
+    common = ("--out", tmp_path / "out", "--mix", mix, "--cache", tmp_path / "cache")
+    with locked(tmp_path / "out"):
+        done = run("train", "--config", config, *common)
+    assert done.exit_code == 1 and f"another run is writing here (process {os.getpid()}" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_without_a_grid(tmp_path):

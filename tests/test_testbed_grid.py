@@ -29,7 +29,7 @@ from dbes.testbed.presets import SCALE_STEPS, Preset, preset
 from dbes.testbed.report import interval_chart, write_report
 from dbes.testbed.settings import MixSettings, ModelSettings, OptimizerSettings, RoutingSettings, TrainSettings
 from dbes.testbed.tables import TRUTH, explained_by, frozen_baseline, kendall_tau, metric_table
-from dbes.testbed.training import STATE, TrainingError
+from dbes.testbed.training import STATE, StateError, TrainingError
 from dbes.testbed.upcycling import merge_experts, train_upcycled
 
 WORDS = {
@@ -86,6 +86,23 @@ def test_a_finished_cell_is_read_back_and_its_state_removed(prepared, tmp_path, 
     assert not list(tmp_path.glob(f"**/{STATE}"))
     monkeypatch.setattr(cells_module, "train", lambda *_, **__: pytest.fail("trained again"))
     assert run_cell(cell, prepared.folder, tmp_path) == record
+
+
+def test_what_a_killed_cell_left_is_removed(tmp_path):
+    for folder in (tmp_path, tmp_path / "seedling"):
+        folder.mkdir(exist_ok=True)
+        (folder / STATE).write_text("state")
+        (folder / f".{STATE}.ab12.part").write_text("half")
+    cells_module.remove_state(tmp_path)
+    assert [path.name for path in tmp_path.rglob("*")] == ["seedling"]
+
+
+def test_a_state_that_cannot_be_resumed_is_no_diverged_cell(prepared, tmp_path):
+    cell = Cell(arm="any", settings=settings(), documents=4, permutations=20)
+    (tmp_path / STATE).write_bytes(b"damaged")
+    with pytest.raises(StateError, match="damaged or cut short; delete it"):
+        run_cell(cell, prepared.folder, tmp_path)
+    assert not (tmp_path / CELL_FILE).exists()
 
 
 def test_a_diverged_cell_is_recorded_as_failed(prepared, tmp_path, monkeypatch):

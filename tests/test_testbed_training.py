@@ -20,7 +20,7 @@ from dbes.testbed import training
 from dbes.testbed.heldout import measure
 from dbes.testbed.models import build_model
 from dbes.testbed.settings import MixSettings, ModelSettings, OptimizerSettings, RoutingSettings, TrainSettings
-from dbes.testbed.training import LOG, STATE, TrainingError, learning_rate, next_token_loss, train
+from dbes.testbed.training import LOG, STATE, StateError, TrainingError, learning_rate, next_token_loss, train
 
 HERE = Path(__file__).parent
 
@@ -153,6 +153,28 @@ def test_heldout_trace_and_losses_agree_with_a_plain_forward():
     assert routes.token_ids[:32].tolist() == mix.heldout[0].document(0)[:32].tolist()
     other = measure(trained.model, mix, routing=settings().routing, length=32, documents=5, batch_tokens=10_000)
     assert np.array_equal(np.sort(routes.ids, -1), np.sort(other.trace.loaded[0].ids, -1)), "batching changes no route"
+
+
+@pytest.mark.parametrize("harm", ["cut short", "altered", "another step", "not sealed", "empty"])
+def test_a_damaged_state_is_refused(tmp_path, harm):
+    train(settings(2), tiny_mix(), folder=tmp_path)
+    path = tmp_path / STATE
+    content = path.read_bytes()
+    changed = {
+        "cut short": content[:-8],
+        "altered": content[:-1] + bytes([content[-1] ^ 1]),
+        "another step": content.replace(b'"step":"2"', b'"step":"1"'),
+        "not sealed": content.replace(b'"sha256"', b'"sha-no"'),
+        "empty": b"",
+    }[harm]
+    assert changed != content
+    path.write_bytes(changed)
+    with pytest.raises(StateError, match="damaged or cut short; delete it to train from the beginning"):
+        train(settings(2), tiny_mix(), folder=tmp_path)
+    assert path.read_bytes() == changed
+    path.write_bytes(content)
+    with pytest.raises(StateError, match="the state of another run"):
+        train(settings(3), tiny_mix(), folder=tmp_path)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import save as encode_safetensors
 
 import dbes.files
-from dbes.errors import TraceError
+from dbes.errors import DbesError, TraceError
 from dbes.scoring import score
 from dbes.trace import CONTROL, MANIFEST, VOCABULARY, ShardEntry, Trace, TraceWriter, validate_routes
 from dbes.types import TokenRoutes, storage_dtype
@@ -317,7 +317,7 @@ def test_a_full_disk_leaves_no_half_written_shard(recording: naive.Recording, tm
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(dbes.files.os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(DbesError, match="No space"):
         writer.write(routes.take(routes.document >= 2))
     monkeypatch.undo()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

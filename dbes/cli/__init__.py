@@ -8,8 +8,10 @@ from __future__ import annotations
 import typer
 
 from dbes.cli import evaluation, finetuning, intervention, paths, reports, tasks, testbed
+from dbes.cli.common import Guarded
 
 app = typer.Typer(
+    cls=Guarded,
     help="Do the experts of a Mixture-of-Experts language model specialize, in what, and is that more than chance?",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from dbes.errors import DbesError, MixError, TaskError
+from dbes.errors import DbesError, MixError, SettingError, TaskError, refusal
 from dbes.text import printable
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ class Format(StrEnum):
     json = "json"
 
 
-SeedOption = Annotated[int, typer.Option(help="Seed of permutations, reference router and random-router control.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Seed of permutations, reference router and random-router control.")]
 PermutationsOption = Annotated[int, typer.Option(min=0, help="Shuffles of the documents' domain labels that make the chance level.")]
 FormatOption = Annotated[Format, typer.Option(help="table to read, json for a pipe.")]
 RemoteOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")]
@@ -43,30 +45,48 @@ def stdout() -> Any:
     return console if console.is_terminal else Console(width=150)
 
 
-@contextmanager
-def errors() -> Iterator[None]:
+def errors() -> AbstractContextManager[None]:
     """Turns dbes's own errors, and what the system refuses, into one line on stderr and the exit code.
 
-    Anything else is a defect and keeps its traceback.
+    Anything else is a defect and keeps its traceback. A reader that closed the pipe (``| head``) is no error to tell.
     """
-    try:
-        yield
-    except (TaskError, MixError) as problem:
-        _told(str(problem))
-        raise typer.Exit(USAGE) from None
-    except DbesError as problem:
-        _told(str(problem))
-        raise typer.Exit(FAILED) from None
-    except OSError as problem:
-        names = [str(name) for name in (problem.filename, problem.filename2) if name is not None]
-        _told(f"{' -> '.join(names) or 'the system'}: {problem.strerror or problem}")
-        raise typer.Exit(FAILED) from None
-    except MemoryError as problem:
-        _told(f"out of memory{f' ({problem})' if str(problem) else ''}")
-        raise typer.Exit(FAILED) from None
+    return _Told()
 
 
-def _told(message: str) -> None:
+class _Told(AbstractContextManager[None]):
+    def __exit__(self, _: object, problem: BaseException | None, __: object) -> None:
+        if problem is None or isinstance(problem, BrokenPipeError):
+            return
+        if isinstance(problem, DbesError):
+            tell(str(problem))
+            raise typer.Exit(USAGE if isinstance(problem, TaskError | MixError | SettingError) else FAILED) from None
+        if (reason := refusal(problem)) is not None:
+            files = [problem.filename, problem.filename2] if isinstance(problem, OSError) else []
+            tell(": ".join([*(str(name) for name in files if name is not None), reason]))
+            raise typer.Exit(FAILED) from None
+
+
+class Guarded(TyperGroup):
+    """The program: whatever a command raises is told in one line, and so is what dbes notes by the way."""
+
+    def invoke(self, ctx: Any) -> Any:
+        notes = logging.getLogger("dbes")
+        handler = _Notes()
+        notes.addHandler(handler)
+        try:
+            with errors():
+                return super().invoke(ctx)
+        finally:
+            notes.removeHandler(handler)
+
+
+class _Notes(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        tell(record.getMessage())
+
+
+def tell(message: str) -> None:
+    """One message to stderr, with characters that a terminal would obey made visible."""
     typer.echo(f"dbes: {printable(message, lines=True)}", err=True)
 
 

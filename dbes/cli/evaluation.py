@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dbes.cli.common import FAILED, Format, FormatOption, PermutationsOption, RemoteOption, SeedOption, errors, progress_bar, stdout
+from dbes.cli.common import (
+    FAILED,
+    USAGE,
+    Format,
+    FormatOption,
+    PermutationsOption,
+    RemoteOption,
+    SeedOption,
+    errors,
+    names,
+    progress_bar,
+    stdout,
+    tell,
+)
+from dbes.errors import FileError, ResultError
+from dbes.files import locked
 
 if TYPE_CHECKING:
     from dbes.results import Result
@@ -34,9 +52,11 @@ def evaluate(
     tasks: Annotated[str, typer.Option(help="Task name or YAML file; several separated by commas.")] = "embedded",
     limit: Annotated[int | None, typer.Option(min=1, help="Documents per domain at most.")] = None,
     output_path: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("results"),
-    dtype: Annotated[str, typer.Option(help="auto: float32 on a CPU, the checkpoint's own on an accelerator.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto (float32 on a CPU, the checkpoint's own on an accelerator), float32, bfloat16, float16, float64.")
+    ] = "auto",
     device_map: Annotated[str | None, typer.Option(help="As in transformers, for example auto or cpu.")] = None,
-    batch_size: Annotated[str, typer.Option(help="Windows per batch, or auto. Changes no count.")] = "auto",
+    batch_size: Annotated[str, typer.Option(help="Windows per batch, or auto.")] = "auto",
     seed: SeedOption = 0,
     permutations: PermutationsOption = 1000,
     trust_remote_code: RemoteOption = False,
@@ -47,34 +67,70 @@ def evaluate(
     ] = False,
     format: FormatOption = Format.table,
 ) -> None:
-    """Record a model's routing over a task and score it against chance and the ideal router."""
+    """Record a model's routing over a task and score it against chance and the ideal router.
+
+    With several tasks one that fails does not keep the others from being run.
+    """
     from dbes.pipeline import evaluate as run
-    from dbes.pipeline import existing_folder
-    from dbes.reporting.page import write_page
+    from dbes.pipeline import existing_folder, read_benchmark
+    from dbes.reporting.page import page_stands, write_page
+    from dbes.results import PAGE_FILE
 
     size = _batch_size(batch_size)
-    for task in tasks.split(","):
-        with errors(), progress_bar() as progress:
-            result = run(
-                model,
-                tasks=task,
-                output_path=output_path,
-                revision=revision,
-                limit=limit,
-                dtype=dtype,
-                device_map=device_map,
-                batch_size=size,
-                seed=seed,
-                permutations=permutations,
-                trust_remote_code=trust_remote_code,
-                overwrite=overwrite,
-                save_trace=save_trace,
-                embedded_fallback=embedded_fallback,
-                progress=progress,
-            )
-            folder = existing_folder(output_path, result, limit=limit)
-            write_page(folder)
-        _show(result, format, folder)
+    wanted = names(tasks)
+    if not wanted:
+        raise typer.BadParameter("expected the name of a task, or several separated by commas", param_hint="--tasks")
+    if len(wanted) > 1:
+        with errors():
+            for task in wanted:
+                read_benchmark(task, limit=limit, embedded_fallback=embedded_fallback)
+    done: list[Result] = []
+    code = 0
+    for task in wanted:
+        try:
+            with errors(), progress_bar() as progress:
+                result = run(
+                    model,
+                    tasks=task,
+                    output_path=output_path,
+                    revision=revision,
+                    limit=limit,
+                    dtype=dtype,
+                    device_map=device_map,
+                    batch_size=size,
+                    seed=seed,
+                    permutations=permutations,
+                    trust_remote_code=trust_remote_code,
+                    overwrite=overwrite,
+                    save_trace=save_trace,
+                    embedded_fallback=embedded_fallback,
+                    progress=progress,
+                )
+                folder = existing_folder(output_path, result, limit=limit)
+                if not page_stands(folder / PAGE_FILE):
+                    _write_page(folder, write_page)
+        except typer.Exit as failed:
+            if failed.exit_code == USAGE or len(wanted) == 1:
+                raise
+            code = failed.exit_code
+            continue
+        done.append(result)
+        if format is Format.table:
+            _show(result, folder)
+    if format is Format.json:
+        _print_json(done, several=len(wanted) > 1)
+    if code:
+        raise typer.Exit(code)
+
+
+def _write_page(folder: Path, write_page: Callable[[Path], Path]) -> None:
+    """The page of a result; where it cannot be written (a read-only disk) the result is shown all the same."""
+    try:
+        write_page(folder)
+    except FileError as problem:
+        if os.access(folder, os.W_OK):
+            raise
+        tell(str(problem))
 
 
 def score(
@@ -87,21 +143,30 @@ def score(
     format: FormatOption = Format.table,
 ) -> None:
     """Score a recorded trace again; needs no model."""
+    with errors(), nullcontext() if output_path is None else locked(output_path):
+        result = _scored(trace, router, phase, seed=seed, permutations=permutations, output_path=output_path)
+    if format is Format.json:
+        _print_json([result], several=False)
+    else:
+        _show(result, output_path)
+
+
+def _scored(trace: Path, router: RouterName, phase: Phase, *, seed: int, permutations: int, output_path: Path | None) -> Result:
+    from dbes.pipeline import TRACE_FOLDER
     from dbes.reference import imitate
     from dbes.scoring import PHASES, score_tables
-    from dbes.tables import write_tables
+    from dbes.tables import save_scores
     from dbes.trace import Trace
 
-    with errors():
-        routes = Trace.load(trace)
-        if router is not RouterName.recorded:
-            routes = imitate(routes, router.value, seed=seed)
-        number = {name: code for code, name in PHASES.items()}[phase.value]
-        scores = score_tables(routes, permutations=permutations, seed=seed, phase=number)
-        if output_path is not None:
-            write_tables(scores, output_path)
-            scores.result.save(output_path)
-    _show(scores.result, format, output_path)
+    routes = Trace.load(trace)
+    if output_path is not None and (output_path / TRACE_FOLDER).is_dir():
+        raise ResultError(f"{output_path}: holds an evaluation with its recorded routes; choose another --output-path")
+    if router is not RouterName.recorded:
+        routes = imitate(routes, router.value, seed=seed)
+    number = {name: code for code, name in PHASES.items()}[phase.value]
+    scores = score_tables(routes, permutations=permutations, seed=seed, phase=number)
+    result = scores.result.model_copy(update={"settings": {**scores.result.settings, "trace": str(trace)}})
+    return result if output_path is None else save_scores(scores, output_path, result)
 
 
 def doctor(
@@ -134,13 +199,16 @@ def _batch_size(text: str) -> Any:
     raise typer.BadParameter(f"expected auto or a positive number, got {text!r}", param_hint="--batch-size")
 
 
-def _show(result: Result, format: Format, folder: Path | None) -> None:
-    if format is Format.json:
-        typer.echo(result.model_dump_json(indent=1))
-        return
+def _print_json(results: Sequence[Result], *, several: bool) -> None:
+    """One document: a result, or a list of them."""
+    documents = [result.model_dump_json(indent=1) for result in results]
+    typer.echo("[" + ",\n".join(documents) + "]" if several else documents[0])
+
+
+def _show(result: Result, folder: Path | None) -> None:
     from dbes.reporting.terminal import render, render_paths
 
     console = stdout()
     console.print(render(result))
     if folder is not None:
-        render_paths(folder, console)
+        render_paths(folder, console, domains=tuple(result.task.domains))

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
-import shutil
-import sys
 from collections.abc import Iterable
-from pathlib import Path
+
+from dbes.reporting.commands import program, shell
 
 
 def command(words: Iterable[object]) -> str:
     """How these words are given to dbes from here, quoted."""
-    return " ".join([_program(), *(shlex.quote(str(word)) for word in words)])
+    return f"{program()} {shell(words)}"
 
 
 def option(name: str, value: object, *, default: object = None) -> list[str]:
@@ -19,12 +17,3 @@ def option(name: str, value: object, *, default: object = None) -> list[str]:
     if value is None or value is False or value == default:
         return []
     return [f"--{name}"] if value is True else [f"--{name}", str(value)]
-
-
-def _program() -> str:
-    started = Path(sys.argv[0]) if sys.argv and sys.argv[0] else Path()
-    if started.stem == "dbes" and started.is_file():
-        found = shutil.which("dbes")
-        same = found is not None and Path(found).parent.resolve() == started.absolute().parent.resolve()
-        return "dbes" if same else shlex.quote(str(started))
-    return f"{shlex.quote(sys.executable)} -m dbes.cli"

@@ -11,6 +11,7 @@ import typer
 
 from dbes.cli.common import errors
 from dbes.cli.hints import command, option
+from dbes.files import check_writable
 from dbes.text import printable
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def paths(
     with errors():
         if rule not in RULES or match not in RULES:
             raise PathError(f"rule {rule if rule not in RULES else match!r}: expected one of {', '.join(RULES)}")
+        check_writable(out)
         evidence = read_evidence(result)
         if model is not None:
             from dbes.paths.model_evidence import with_model

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from dbes.cli.common import FAILED, errors, stdout
+from dbes.files import check_writable
 
 
 class ReportFormat(StrEnum):
@@ -102,6 +103,8 @@ def compare(
             for line in problems or ["every result may be published"]:
                 typer.echo(line)
             raise typer.Exit(FAILED if problems else 0)
+        if output is not None:
+            check_writable(output)
         found = run(results, metric=by, accuracy=accuracy or ())
         paired = paired_of(found)
         if format is CompareFormat.table and output is None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from dbes.cli.common import errors, names
+from dbes.cli.common import errors, names, tell
+from dbes.errors import FileError
 
 app = typer.Typer(
     help="Train small MoEs under many routers and balancing methods; what the metrics should see is known.",
@@ -36,12 +38,19 @@ def run(
 ) -> None:
     """Train and measure a grid of routers; the same command goes on with an interrupted one."""
     from dbes.testbed.grid import run_grid
-    from dbes.testbed.report import write_report
+    from dbes.testbed.report import PAGE, write_report
 
     wanted = names(only)
     with errors():
         run_grid(preset.value, out, mix=mix, cache=cache, processes=processes, only=wanted, progress=_say)
-        typer.echo(write_report(out))
+        try:
+            page = write_report(out)
+        except FileError as problem:
+            page = out / PAGE
+            if os.access(out, os.W_OK) or not page.is_file():
+                raise
+            tell(f"{problem}; the page is that of an earlier run")
+        typer.echo(page)
 
 
 @app.command()

@@ -58,6 +58,7 @@ def analyse(about: Mapping[str, Any], records: Records, masks: Sequence[Mapping[
         "model": about["model"],
         "texts": about["texts"],
         "domains": about["data"]["domains"],
+        "given": about.get("given", []),
         "settings": about["settings"],
         "versions": about["versions"],
         "units": "bits per byte",

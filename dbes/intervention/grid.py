@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
+import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from importlib.metadata import version
 from pathlib import Path
@@ -17,10 +17,10 @@ import numpy as np
 import torch
 import transformers
 
-from dbes.errors import InterventionError
-from dbes.files import write_json
+from dbes.errors import FileError, InterventionError
+from dbes.files import locked, write_json
 from dbes.finetuning.output import refuse_untrainable
-from dbes.intervention.analysis import analyse
+from dbes.intervention.analysis import OUTCOME_SCHEMA, analyse
 from dbes.intervention.arms import SEARCH_SEED, Plan, evidence_of, plan_arms
 from dbes.intervention.data import ExperimentData, load_data, read_sources, save_data, tokenize
 from dbes.intervention.masking import MaskJob, execute_masks, plan_masks
@@ -30,7 +30,7 @@ from dbes.intervention.settings import Arm, Run, Settings, run_key, run_of
 from dbes.models import load_model, load_weights
 from dbes.paths.files import write_path
 from dbes.pipeline import EMBEDDED_MODEL, EMBEDDED_NAME
-from dbes.testbed.grid import end_with_parent
+from dbes.testbed.grid import end_with_parent, worker_pool
 from dbes.windows import embedding_rows
 
 EXPERIMENT_SCHEMA = 1
@@ -58,8 +58,39 @@ def intervene(
 
     Raises:
         InterventionError: the texts or settings cannot be used; the folder holds another experiment.
+        FileError: the folder cannot be written to, or another run is writing there.
         DbesError: the model or the texts cannot be read.
     """
+    if (out / OUTCOME).is_file() and not os.access(out, os.W_OK):
+        return _outcome_on_read_only_disk(model, out, settings, texts=texts, targets=targets)
+    with locked(out):
+        return _intervene(model, out, settings, texts=texts, targets=targets, cache=cache, processes=processes, progress=progress)
+
+
+def _outcome_on_read_only_disk(model: str, out: Path, settings: Settings, *, texts: str, targets: Sequence[str] | None) -> dict[str, Any]:
+    """The finished outcome of an experiment that was asked for in the same words; nothing can be added to it.
+
+    Raises:
+        FileError: it was asked for otherwise.
+    """
+    about, outcome = read_about(out), _read(out / OUTCOME, OUTCOME_SCHEMA)
+    asked = [model, texts, list(targets or settings.domains), settings.model_dump(mode="json")]
+    if [about["model"].get("where"), about.get("texts"), about.get("given"), outcome.get("settings")] != asked:
+        raise FileError(f"{out}: cannot be written, and holds an experiment with other settings; choose another --out")
+    return outcome
+
+
+def _intervene(
+    model: str,
+    out: Path,
+    settings: Settings,
+    *,
+    texts: str,
+    targets: Sequence[str] | None,
+    cache: Path,
+    processes: int,
+    progress: Progress | None,
+) -> dict[str, Any]:
     say = progress or (lambda _: None)
     torch.set_num_threads(1)
     where = str(EMBEDDED_MODEL) if model == "embedded" else model
@@ -102,8 +133,9 @@ def intervene(
     about = {
         "schema_version": EXPERIMENT_SCHEMA,
         "key": key,
-        "model": {"name": loaded.name, "revision": loaded.revision, "parameters": loaded.parameters, "where": published_place(model)},
-        "texts": published_place(texts),
+        "model": {"name": loaded.name, "revision": loaded.revision, "parameters": loaded.parameters, "where": model},
+        "texts": texts,
+        "given": list(targets or settings.domains),
         "data": {"digest": data.digest, "domains": list(data.domains), "boundary": data.boundary},
         "bytes": {domain: data.parts[domain, "heldout"].bytes.tolist() for domain in data.domains},
         "tokens": {domain: np.diff(data.parts[domain, "heldout"].starts).tolist() for domain in data.domains},
@@ -135,11 +167,6 @@ def intervene(
     outcome = analyse(*read_experiment(out))
     write_json(out / OUTCOME, outcome)
     return outcome
-
-
-def published_place(given: str) -> str:
-    """A model or texts as the user named them; of an absolute folder only its last part: results are shared, machines are not."""
-    return Path(given).name if Path(given).is_absolute() else given
 
 
 def search_rates(
@@ -174,7 +201,7 @@ def _run_all(out: Path, runs: Iterable[Run], masks: Iterable[MaskJob], key: str,
     pending: list[tuple[str, Run | MaskJob]] = [
         (name, run) for name, run in distinct.items() if not (out / RUNS / f"{name}.json").is_file()
     ]
-    # dear runs first, so that no process is left alone with a long one at the end
+    # expensive runs first, so that no process is left alone with a long one at the end
     pending.sort(key=lambda job: job[1].kind != "full" if isinstance(job[1], Run) else 0)
     jobs = {job.identity(key): job for job in masks}
     pending += [(name, job) for name, job in jobs.items() if not (out / MASKS / f"{name}.json").is_file()]
@@ -193,15 +220,13 @@ def _run_all(out: Path, runs: Iterable[Run], masks: Iterable[MaskJob], key: str,
             tell(done, _do(name, job.model_dump(mode="json"), isinstance(job, Run)))
         _STATE.clear()
         return
-    context = multiprocessing.get_context("spawn")
-    arguments = (where, str(out))
-    with ProcessPoolExecutor(max_workers=processes, mp_context=context, initializer=_begin, initargs=arguments) as pool:
+    with worker_pool(processes, _begin, where, str(out)) as pool:
         running = [pool.submit(_do, name, job.model_dump(mode="json"), isinstance(job, Run)) for name, job in pending]
         for done, finished in enumerate(as_completed(running), 1):
             try:
                 tell(done, finished.result())
             except BrokenProcessPool:
-                raise InterventionError("a process was killed (out of memory?); run the same command again to go on") from None
+                raise InterventionError("a process was killed (out of memory?); the same command resumes") from None
 
 
 _STATE: dict[str, Any] = {}

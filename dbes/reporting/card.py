@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dbes.reporting.charts import HEADLINE, METRICS
+from dbes.reporting.commands import command, program
 from dbes.reporting.compare import model_score
 from dbes.reporting.export import markdown_cell
-from dbes.reporting.page import command
 from dbes.resolution import DOUBTFUL, cannot_tell, why_not
 from dbes.results import Result
 from dbes.verdict import current_verdict
@@ -46,7 +46,7 @@ def card_section(result: Result) -> str:
         f"dbes {markdown_cell(result.environment.get('dbes'))}; {result.created[:10]}.",
         "",
         "```",
-        command(result).replace("```", "'''"),
+        command(result, start=program(shared=True)).replace("```", "'''"),
         "```",
     ]
     return "\n".join(lines) + "\n"

@@ -128,12 +128,9 @@ def write(text: str, path: Path) -> None:
     """Write an export, whole or not at all.
 
     Raises:
-        ResultError: it cannot be written.
+        FileError: it cannot be written.
     """
-    try:
-        write_text(path, text)
-    except OSError as problem:
-        raise ResultError(f"{path}: cannot be written ({problem.strerror or problem})") from problem
+    write_text(path, text)
 
 
 def as_json(comparison: Comparison, paired: Sequence[Difference] = ()) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -11,8 +10,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dbes.errors import ResultError
+from dbes.reporting.commands import shell
 from dbes.reporting.text_view import legible
 from dbes.results import RESULT_FILE
+from dbes.text import printable
 from dbes.wording import counted, share, whole
 
 OUTCOME_SCHEMA = 1
@@ -244,6 +245,8 @@ class Outcome(Part):
     kind: Literal["intervention"]
     model: ModelFacts
     texts: str
+    given: tuple[str, ...] = ()
+    """The targets as they were given; empty in outcomes of earlier versions, which know their names only."""
     domains: tuple[str, ...]
     settings: dict[str, Any]
     versions: dict[str, str]
@@ -325,37 +328,36 @@ def facts(outcome: Outcome) -> list[tuple[str, str]]:
     found: list[tuple[str, Any]] = [
         ("Model", model.name), ("Revision", model.revision),
         ("Parameters", None if model.parameters is None else whole(model.parameters)),
-        ("Texts", _place(outcome.texts)), ("Domains of the texts", ", ".join(outcome.domains)), ("Units", outcome.units),
+        ("Texts", outcome.texts), ("Domains of the texts", ", ".join(outcome.domains)), ("Units", outcome.units),
     ]  # fmt: skip
     found += [(name.replace("_", " ").capitalize(), _value(value)) for name, value in outcome.settings.items()]
     found += list(outcome.versions.items())
     return [(legible(name, WIDTH), legible(str(value), 400)) for name, value in found if value not in (None, "")]
 
 
-def command(outcome: Outcome) -> str:
-    """The command that runs the experiment again, given the file of ``configuration``."""
+def command(outcome: Outcome, *, start: str = "dbes") -> str:
+    """Shell lines that run the experiment again: settings.yaml, then `dbes intervene`.
+
+    Args:
+        start: how dbes is started, see `commands.program`.
+    """
     settings = outcome.settings
-    where = _place(outcome.model.where or outcome.model.name)
-    words = ["dbes", "intervene", "--out", "OUT", "--config", "settings.yaml", "--model", where, "--texts", _place(outcome.texts)]
-    for name in outcome.targets:
+    where = outcome.model.where or outcome.model.name
+    words = ["intervene", "--out", "OUT", "--config", "settings.yaml", "--model", where, "--texts", outcome.texts]
+    for name in outcome.given or outcome.targets:
         words += ["--domain", name]
     options = {"--new": "new", "--budget": "budgets", "--rules": "rules", "--ideas": "ideas", "--protected": "protected"}
     for option, name in options.items():
         if settings.get(name):
-            words += [option, _value(settings[name]).replace(", ", ",")]
+            words += [option, ",".join(map(str, settings[name]))]
     words += ["--seeds", str(settings["seeds"])] if "seeds" in settings else []
-    return " ".join(shlex.quote(legible(word, 400)) for word in words)
+    return f"cat > settings.yaml <<'END'\n{configuration(outcome)}\nEND\n{start} {shell(words)}"
 
 
 def configuration(outcome: Outcome) -> str:
     """The settings without an option of their own, as YAML (each value written as JSON, which YAML reads)."""
     rest = {name: value for name, value in outcome.settings.items() if name not in COMMAND_SETTINGS}
-    return "\n".join(f"{legible(name, WIDTH)}: {legible(json.dumps(value), 2000)}" for name, value in rest.items())
-
-
-def _place(where: str) -> str:
-    """A folder of one machine by its last part."""
-    return Path(where).name if Path(where).is_absolute() else where
+    return "\n".join(f"{printable(name)}: {json.dumps(value)}" for name, value in rest.items())
 
 
 def _value(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dbes.reporting.commands import program
 from dbes.reporting.export import markdown_cell, markdown_table
 from dbes.reporting.outcome import (
     SAME_CELLS,
@@ -50,7 +51,7 @@ def outcome_card(outcome: Outcome) -> str:
     if left:
         lines += ["", "### Left out", "", *(f"* {markdown_cell(reason, 400)}" for reason in left)]
     lines += ["", "### Limits", "", *(f"* {markdown_cell(limit, 1000)}" for limit in limits(outcome))]
-    lines += ["", "```", command(outcome).replace("```", "'''"), "```"]
+    lines += ["", "```", command(outcome, start=program(shared=True)).replace("```", "'''"), "```"]
     return "\n".join(lines) + "\n"
 
 

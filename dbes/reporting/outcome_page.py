@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dbes.errors import ResultError
-from dbes.files import write_text
+from dbes.files import check_writable, write_text
 from dbes.reporting import charts
+from dbes.reporting.commands import program
 from dbes.reporting.outcome import (
     CONTROL,
     FULL,
@@ -28,14 +28,14 @@ from dbes.reporting.outcome import (
     Target,
     accuracy_facts,
     command,
-    configuration,
     facts,
     limits,
     load_outcome,
     named,
 )
-from dbes.reporting.page import PAGE_FILE, render, slug
+from dbes.reporting.page import render, slug
 from dbes.reporting.text_view import legible
+from dbes.results import PAGE_FILE
 
 MASK_SERIES = ("chosen cells, inside", "chosen cells, outside", "random cells, inside", "random cells, outside")
 Row = dict[str, Any]
@@ -45,15 +45,13 @@ def write_outcome_page(path: str | Path, *, output: str | Path | None = None) ->
     """Write ``report.html`` beside an outcome and return its path.
 
     Raises:
-        ResultError: the outcome cannot be read, or the page not written.
+        ResultError: the outcome cannot be read.
+        FileError: the page cannot be written.
     """
     path = Path(path)
-    page = render_outcome(load_outcome(path))
     written = Path(output) if output is not None else (path if path.is_dir() else path.parent) / PAGE_FILE
-    try:
-        write_text(written, page)
-    except OSError as problem:
-        raise ResultError(f"{written}: cannot be written ({problem.strerror or problem})") from problem
+    check_writable(written)
+    write_text(written, render_outcome(load_outcome(path)))
     return written
 
 
@@ -75,8 +73,7 @@ def render_outcome(outcome: Outcome) -> str:
         accuracy_facts=accuracy_facts,
         left_out=[[legible(part, 400) for part in row] for row in (*skipped, *failed)],
         facts=facts(outcome),
-        command=command(outcome),
-        configuration=configuration(outcome),
+        command=command(outcome, start=program(shared=True)),
         limits=limits(outcome),
     )
 

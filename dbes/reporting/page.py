@@ -9,7 +9,6 @@ import json
 import math
 import os
 import re
-import shlex
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -22,17 +21,17 @@ from markupsafe import Markup
 from safetensors.numpy import load as parse_safetensors
 
 from dbes.errors import ResultError
-from dbes.files import write_text
+from dbes.files import check_writable, write_text
 from dbes.reporting import charts
+from dbes.reporting.commands import command, program
 from dbes.reporting.text_view import Sample, contexts, documents, legible, read_sample, token_text, trajectories
 from dbes.resolution import DOUBTFUL, cannot_tell, why_not
-from dbes.results import CalibratedRecord, Result, load_result
+from dbes.results import PAGE_FILE, CalibratedRecord, Result, load_result
 from dbes.tables import MATRICES, USAGE
 from dbes.trace import MANIFEST, Trace
 from dbes.verdict import current_verdict
 from dbes.wording import counted, p_words, share, shares
 
-PAGE_FILE = "report.html"
 NAME_WIDTH = 120
 SPECIALIST_ROWS = 2000
 """Specialists listed on the page at most; the CSV beside the result has all."""
@@ -58,19 +57,28 @@ def write_page(folder: str | Path, *, trace: str | Path | None = None, output: s
         trace: folder of the recorded routes; by default the one beside the result, and what needs it is left out without.
 
     Raises:
-        ResultError: the result cannot be read, or the page not written.
+        ResultError: the result cannot be read.
+        FileError: the page cannot be written.
     """
     folder = Path(folder)
     folder = folder.parent if folder.is_file() else folder
     result = load_result(folder)
     path = Path(output) if output is not None else folder / PAGE_FILE
+    check_writable(path)
     routes = _trace_of(folder, None if trace is None else Path(trace))
-    page = render_page(result, usage=read_usage(folder, result), arrays=read_arrays(folder), trace=routes)
-    try:
-        write_text(path, page)
-    except OSError as problem:
-        raise ResultError(f"{path}: cannot be written ({problem.strerror or problem})") from problem
+    page = render_page(result, usage=read_usage(folder, result), arrays=read_arrays(folder), trace=routes, start=program(shared=True))
+    write_text(path, page)
     return path
+
+
+def page_stands(path: Path) -> bool:
+    """Whether there is a whole page."""
+    try:
+        with path.open("rb") as page:
+            page.seek(-64, os.SEEK_END)
+            return page.read().rstrip().endswith(b"</html>")
+    except OSError:
+        return False
 
 
 def _trace_of(folder: Path, given: Path | None) -> Trace | None:
@@ -110,11 +118,20 @@ def read_arrays(folder: Path) -> dict[str, np.ndarray]:
 
 
 def render_page(
-    result: Result, *, usage: pd.DataFrame | None = None, arrays: dict[str, np.ndarray] | None = None, trace: Trace | None = None
+    result: Result,
+    *,
+    usage: pd.DataFrame | None = None,
+    arrays: dict[str, np.ndarray] | None = None,
+    trace: Trace | None = None,
+    start: str = "dbes",
 ) -> str:
-    """The HTML of a result's page."""
+    """The HTML of a result's page; it holds no time of day and no speed, so that the same evaluation gives the same page.
+
+    Args:
+        start: how dbes is started in the command that makes the result again.
+    """
     if result.status == "error":
-        return render("error.html", title=legible(result.model.name, NAME_WIDTH), result=result, command=command(result))
+        return render("error.html", title=legible(result.model.name, NAME_WIDTH), result=result, command=command(result, start=start))
     sample = read_sample(trace) if trace is not None else None
     payload = model_payload(result, usage=usage, arrays=arrays or {}, sample=sample)
     return render(
@@ -128,7 +145,7 @@ def render_page(
         facts=provenance(result),
         published=published_rows(result),
         doubtful=DOUBTFUL if cannot_tell(result) else "",
-        command=command(result),
+        command=command(result, start=start),
         citation=CITATION % version("dbes"),
         has=payload["has"],
         metrics=charts.METRICS,
@@ -276,11 +293,9 @@ def provenance(result: Result) -> list[tuple[str, str]]:
     ]  # fmt: skip
     if recording is not None:
         facts += [("Documents", f"{recording.documents:,}"), ("Tokens", f"{recording.tokens:,}")]
-        if not math.isnan(recording.seconds):
-            facts.append(("Recorded in", f"{recording.seconds:,.1f} s ({recording.tokens_per_second:,.0f} tokens/s)"))
-    facts += [(name.replace("_", " ").capitalize(), value) for name, value in result.settings.items() if value is not None]
+    asked = {name: value for name, value in result.settings.items() if name not in ("model", "tasks", "revision", "dtype")}
+    facts += [(name.replace("_", " ").capitalize(), value) for name, value in asked.items() if value is not None]
     facts += [(name.replace("_", " "), value) for name, value in result.environment.items()]
-    facts.append(("Created", result.created))
     return [(name, legible(str(value), NAME_WIDTH)) for name, value in facts if value is not None and value != ""]
 
 
@@ -291,26 +306,6 @@ def published_rows(result: Result) -> list[tuple[str, str, str]]:
         sizes = found.items() if isinstance(found, dict) else [("", found)]
         rows += [(key, str(size), "–" if math.isnan(each.model) else f"{each.model:.4f}") for size, each in sizes]
     return rows
-
-
-def command(result: Result) -> str:
-    """The command that makes the result again."""
-    settings, words = result.settings, ["dbes"]
-    if "batch_size" not in settings and result.status == "ok":
-        words += ["score", "TRACE"]
-        words += ["--router", result.model.name.removesuffix(" router")] if result.model.name.endswith(" router") else []
-        words += ["--phase", str(settings["phase"])] if settings.get("phase", "all") != "all" else []
-    else:
-        name = "embedded" if result.model.name == "dbes-embedded" else result.model.name
-        words += ["evaluate", "--model", name]
-        if result.model.revision and not result.model.revision.startswith("sha256:"):
-            words += ["--revision", result.model.revision]
-        words += ["--tasks", result.task.name]
-        words += ["--dtype", result.model.dtype] if result.model.dtype else []
-        words += ["--limit", str(settings["limit"])] if settings.get("limit") is not None else []
-    for name in ("seed", "permutations"):
-        words += [f"--{name}", str(settings[name])] if name in settings else []
-    return " ".join(shlex.quote(legible(word, NAME_WIDTH)) for word in words)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

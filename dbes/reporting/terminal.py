@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
@@ -12,8 +12,10 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from dbes.reporting.commands import program, shell
 from dbes.resolution import DOUBTFUL, SIGNIFICANCE, cannot_tell, why_not
 from dbes.results import CalibratedRecord, Result, Specialist
+from dbes.text import printable
 from dbes.verdict import current_verdict
 from dbes.wording import counted, p_cell, plus_minus, share
 
@@ -42,18 +44,25 @@ def render(result: Result) -> RenderableType:
     return Group(*parts)
 
 
-def render_paths(folder: Path, console: Console) -> None:
-    """Names what was written and the next commands to type."""
+def render_paths(folder: Path, console: Console, *, domains: Sequence[str] = ()) -> None:
+    """Names what was written and the next commands to type.
+
+    Args:
+        domains: of the result; those that the router serves most by themselves first.
+    """
     console.print(Text("Written:", style="bold"))
     for path in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
-        console.print(Text(f"  {path}{'/' if path.is_dir() else ''}"), soft_wrap=True)
+        console.print(Text(printable(f"  {path}{'/' if path.is_dir() else ''}")), soft_wrap=True)
     if (folder / "trace").is_dir():
+        start, trace = program(), shell([folder / "trace"])
         console.print(Text("Next: score the same recording again, or as an ideal or a random router would have routed it:", style="bold"))
-        console.print(Text(f"  dbes score {folder / 'trace'} --seed 1\n  dbes score {folder / 'trace'} --router uniform"), soft_wrap=True)
-        console.print(Text("The experts that serve a domain, to train only these:", style="bold"))
-        console.print(Text(f"  dbes paths {folder} --domain DOMAIN --out paths.json"), soft_wrap=True)
-        console.print(Text("Your own model (folder or hub id):", style="bold"))
-        console.print(Text("  dbes doctor MODEL && dbes evaluate --model MODEL"))
+        console.print(Text(f"  {start} score {trace} --seed 1\n  {start} score {trace} --router uniform"), soft_wrap=True)
+        if domains:
+            path = shell(["--domain", domains[0], "--out", "paths.json"])
+            console.print(Text(f"The experts that serve a domain (here {printable(domains[0])}), to train only these:", style="bold"))
+            console.print(Text(f"  {start} paths {shell([folder])} {path}"), soft_wrap=True)
+        console.print(Text("Your own model, a folder or a hub id in place of MODEL:", style="bold"))
+        console.print(Text(f"  {start} doctor MODEL && {start} evaluate --model MODEL"), soft_wrap=True)
 
 
 def visible(token: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from dbes.errors import MixError
-from dbes.files import write_json
+from dbes.files import discard, remove_abandoned, write_json
 from dbes.results import Result
 from dbes.scoring import score
 from dbes.testbed.analysis import domain_probe, forking_tokens, token_classes, topic_and_syntax
@@ -18,7 +18,7 @@ from dbes.testbed.heldout import measure, training_routes
 from dbes.testbed.mix import Mix
 from dbes.testbed.mixes import Prepared, read_prepared
 from dbes.testbed.settings import Strict, TrainSettings
-from dbes.testbed.training import LOG, STATE, Trained, TrainingError, train
+from dbes.testbed.training import LOG, STATE, StateError, Trained, TrainingError, train
 from dbes.testbed.upcycling import train_upcycled
 
 CELL_SCHEMA = 1
@@ -76,14 +76,22 @@ def run_cell(cell: Cell, mix_folder: Path, folder: Path) -> dict[str, Any]:
     }
     try:
         trained = (train_upcycled if cell.method == "upcycle" else train)(cell.settings, prepared.mix, folder=folder)
+    except StateError:
+        raise
     except TrainingError as problem:
         record |= {"status": "failed", "error": str(problem)}
     else:
         record |= _measured(cell, trained, prepared)
     write_json(path, _plain(record))
-    for leftover in folder.glob(f"**/{STATE}"):
-        leftover.unlink()
+    remove_state(folder)
     return read_cell(path)
+
+
+def remove_state(folder: Path) -> None:
+    """Remove what only an unfinished cell needs: the training state, and temporary files of a killed run."""
+    for path in (folder, *(inner for inner in folder.iterdir() if inner.is_dir())):
+        discard(path / STATE)
+        remove_abandoned(path)
 
 
 def read_cell(path: Path) -> dict[str, Any]:

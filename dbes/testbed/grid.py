@@ -6,11 +6,13 @@ import json
 import multiprocessing
 import os
 import platform
+import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,12 @@ import torch
 import transformers
 
 from dbes.errors import MixError
-from dbes.files import write_json
-from dbes.testbed.cells import CELL_FILE, Cell, read_cell, run_cell
+from dbes.files import check_writable, locked, write_json
+from dbes.testbed.cells import CELL_FILE, Cell, read_cell, remove_state, run_cell
 from dbes.testbed.mixes import prepare_mix
 from dbes.testbed.presets import PresetName, preset
 from dbes.testbed.routers import domain_experts
+from dbes.testbed.training import TrainingError
 
 GRID_SCHEMA = 1
 GRID_FILE = "grid.json"
@@ -52,6 +55,8 @@ def run_grid(
     Raises:
         MixError: the mix cannot be built, has an empty domain or too few experts for a reference router (checked before any
             training); the folder holds another grid.
+        FileError: the folder cannot be written to, or another run is writing there.
+        TrainingError: a training process was killed.
     """
     say = progress or (lambda _: None)
     grid = preset(name)
@@ -59,6 +64,8 @@ def run_grid(
     if unknown:
         raise MixError(f"experiments {unknown}: preset {name} has {sorted(grid.experiments)}")
     wanted = {arm for experiment, arms in grid.experiments.items() if not only or experiment in only for arm in arms}
+    if not (out / GRID_FILE).is_file():
+        check_writable(out / GRID_FILE)
     prepared = prepare_mix(mix or grid.mix, vocabulary=grid.vocabulary, max_positions=512, cache=cache)
     cells = [(arm, seed, cell) for arm, seed, cell in grid.cells() if arm in wanted]
     for _, _, cell in cells:
@@ -75,30 +82,58 @@ def run_grid(
         "cells": [{"arm": arm, "seed": seed, "identity": cell.identity(prepared.mix.digest)} for arm, seed, cell in grid.cells()],
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()},
     }
-    _claim(out, about)
-    pending = [(arm, seed, cell, out / CELLS / cell.identity(prepared.mix.digest)) for arm, seed, cell in cells]
-    pending = [job for job in pending if not (job[3] / CELL_FILE).is_file()]
-    say(f"{len(cells) - len(pending)} of {len(cells)} cells are finished; {len(pending)} to train")
-    # Dear cells first, so that no process is left alone with a long one at the end.
-    pending.sort(key=lambda job: -_cost(job[2]))
-    began, done = time.monotonic(), 0
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=processes, mp_context=context, initializer=end_with_parent) as pool:
-        running = {pool.submit(run_cell, cell, prepared.folder, folder): (arm, seed) for arm, seed, cell, folder in pending}
-        for finished in as_completed(running):
-            arm, seed = running[finished]
-            done += 1
-            try:
-                record = finished.result()
-            except BrokenProcessPool:
-                raise MixError("a training process was killed (out of memory?); run the same command again to go on") from None
-            told = record["error"] or f"loss {record['training_loss']:.3f}"
-            say(f"{done}/{len(pending)} {arm}, seed {seed}: {told} ({time.monotonic() - began:.0f} s)")
+    folders = [(arm, seed, cell, out / CELLS / cell.identity(prepared.mix.digest)) for arm, seed, cell in cells]
+    done = sum((folder / CELL_FILE).is_file() for *_, folder in folders)
+    _check_claim(out, about)
+    if done == len(cells) and not os.access(out, os.W_OK):  # a finished grid on a read-only disk can still be read
+        say(f"{done} of {len(cells)} cells are finished; 0 to train")
+        return about
+    with locked(out):
+        write_json(out / GRID_FILE, about)
+        for *_, folder in folders:
+            if (folder / CELL_FILE).is_file():
+                remove_state(folder)  # of a run that was killed between the two
+        pending = [job for job in folders if not (job[3] / CELL_FILE).is_file()]
+        say(f"{len(cells) - len(pending)} of {len(cells)} cells are finished; {len(pending)} to train")
+        # expensive cells first, so that no process is left alone with a long one at the end
+        pending.sort(key=lambda job: -_cost(job[2]))
+        _train_cells(pending, prepared.folder, processes=processes, say=say)
     return about
 
 
+def _train_cells(pending: Sequence[tuple[str, int, Cell, Path]], mix: Path, *, processes: int, say: Progress) -> None:
+    began = time.monotonic()
+    with worker_pool(processes, end_with_parent) as pool:
+        running = {pool.submit(run_cell, cell, mix, folder): (arm, seed) for arm, seed, cell, folder in pending}
+        for done, finished in enumerate(as_completed(running), 1):
+            arm, seed = running[finished]
+            try:
+                record = finished.result()
+            except BrokenProcessPool:
+                raise TrainingError("a training process was killed (out of memory?); the same command resumes") from None
+            told = record["error"] or f"loss {record['training_loss']:.3f}"
+            say(f"{done}/{len(pending)} {arm}, seed {seed}: {told} ({time.monotonic() - began:.0f} s)")
+
+
+@contextmanager
+def worker_pool(processes: int, initializer: Callable[..., None], *arguments: Any) -> Iterator[ProcessPoolExecutor]:
+    """Processes for the block; where it ends by an error or by Ctrl-C, what they are doing is broken off."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=processes, mp_context=context, initializer=initializer, initargs=arguments) as pool:
+        try:
+            yield pool
+        except BaseException:
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise
+
+
 def end_with_parent() -> None:
-    """End this worker when the process that started it is killed: it would go on writing beside the run that takes over."""
+    """End this worker when the process that started it is killed: it would go on writing beside the run that takes over.
+
+    Ctrl-C is the parent's affair.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -132,14 +167,13 @@ def read_grid(out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return about, records
 
 
-def _claim(out: Path, about: dict[str, Any]) -> None:
-    """Write grid.json, unless the folder holds another grid. Cells of an earlier version of the preset stay, unused."""
+def _check_claim(out: Path, about: dict[str, Any]) -> None:
+    """Refuse a folder that holds another grid. Cells of an earlier version of the preset stay, unused."""
     path = out / GRID_FILE
     if path.is_file():
         earlier = json.loads(path.read_text("utf-8"))
         if (earlier.get("preset"), earlier.get("mix_digest")) != (about["preset"], about["mix_digest"]):
             raise MixError(f"{out}: holds a run of preset {earlier.get('preset')!r} on another mix or preset; choose another folder")
-    write_json(path, about)
 
 
 def _cost(cell: Cell) -> float:

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dbes.benchmark import ROOT
 from dbes.errors import MixError
-from dbes.files import sha256_of, write_bytes, write_json, write_text
+from dbes.files import locked, refused_by_system, sha256_of, write_bytes, write_json, write_text
 from dbes.testbed import sources
 from dbes.testbed.mix import DomainTokens, Mix, is_heldout, read_texts, tokenize_mix
 from dbes.testbed.vocabulary import train_tokenizer
@@ -31,6 +31,8 @@ EMBEDDED = ROOT / "benchmark_data" / "mix"
 BYTES_PER_DOMAIN = 380_000
 HELDOUT_SHARE = 0.15
 FORMAT = 1
+PATIENCE = 3600.0
+"""Seconds that a run waits while another one builds the same mix in the same cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,21 +57,30 @@ def prepare_mix(name: str, *, vocabulary: int, max_positions: int, cache: Path) 
     key = hashlib.sha256(json.dumps([FORMAT, vocabulary, max_positions, {k: sha256_of(v) for k, v in files.items()}]).encode()).hexdigest()
     folder = cache / f"tokens-{key[:16]}"
     if not (folder / "mix.json").is_file():
+        with locked(folder, patience=PATIENCE):
+            _prepare(name, files, folder, vocabulary=vocabulary, max_positions=max_positions)
+    return read_prepared(folder)
+
+
+def _prepare(name: str, files: Mapping[str, Path], folder: Path, *, vocabulary: int, max_positions: int) -> None:
+    """Build the mix of these files in its folder of the cache, unless another run has just done it."""
+    if not (folder / "mix.json").is_file():
         texts = {domain: read_texts(path) for domain, path in files.items()}
         kept = {domain: [text for text in of if not is_heldout(text.source, share=HELDOUT_SHARE)] for domain, of in texts.items()}
         tokenizer = train_tokenizer(kept, vocabulary=vocabulary, max_positions=max_positions)
         if len(tokenizer) != vocabulary:
             raise MixError(f"mix {name}: its text gives a vocabulary of {len(tokenizer)} tokens only, {vocabulary} were asked for")
         mix = tokenize_mix(texts, tokenizer, heldout_share=HELDOUT_SHARE)
-        tokenizer.save_pretrained(folder)
+        with refused_by_system(folder):
+            tokenizer.save_pretrained(folder)
         _save(mix, folder)
-    return read_prepared(folder)
 
 
 def mix_files(name: str, cache: Path) -> dict[str, Path]:
     """The JSONL file of every domain of a mix."""
     if name == "packages":
-        return sources.build_texts(cache)
+        with locked(cache, patience=PATIENCE):
+            return sources.build_texts(cache)
     folder = EMBEDDED if name == "embedded" else Path(name)
     found = {path.name.split(".")[0]: path for path in sorted((*folder.glob("*.jsonl"), *folder.glob("*.jsonl.gz")))}
     if len(found) < 2:

@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from dbes.errors import MixError
-from dbes.files import replacing, write_json, write_text
+from dbes.files import check_writable, replacing, write_json, write_text
 from dbes.testbed.experiments import Findings, Verdict, analyse
 from dbes.testbed.grid import read_grid
 
@@ -64,15 +64,20 @@ OUTCOMES = {
 """Outcomes of a verdict, with the sign and the words of the page."""
 
 
+PAGE = "report/index.html"
+
+
 def write_report(folder: Path) -> Path:
     """Write ``report/`` below a grid's folder and return its page.
 
     Raises:
         MixError: no grid there, or no finished cell.
+        FileError: it cannot be written.
     """
     about, records = read_grid(folder)
     if not records:
         raise MixError(f"{folder}: no cell is finished yet")
+    check_writable(folder / PAGE)
     findings = analyse(about, records)
     out = folder / "report"
     for name, table in findings.tables.items():
@@ -85,8 +90,8 @@ def write_report(folder: Path) -> Path:
         [{"experiment": v.experiment, "claim": v.claim, "outcome": v.outcome, "sentence": v.sentence} for v in findings.verdicts],
     )
     write_text(out / "FINDINGS.md", findings_markdown(about, records, findings))
-    write_text(out / "index.html", page(about, records, findings, failed))
-    return out / "index.html"
+    write_text(folder / PAGE, page(about, records, findings, failed))
+    return folder / PAGE
 
 
 def findings_markdown(about: Mapping[str, Any], records: Sequence[Mapping[str, Any]], findings: Findings) -> str:

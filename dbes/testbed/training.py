@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dbes.errors import DbesError
-from dbes.files import keep_log_before, write_bytes
+from dbes.files import is_sealed, keep_log_before, read_bytes, refused_by_system, sealed, write_bytes
 from dbes.testbed.balancing import Processes, expert_shares
 from dbes.testbed.mix import Batch, Batches, Mix
 from dbes.testbed.models import build_model
@@ -30,7 +30,11 @@ STATE, LOG = "state.safetensors", "log.jsonl"
 
 
 class TrainingError(DbesError):
-    """Training cannot go on: the loss is no number, or the folder holds another run."""
+    """Training cannot go on: the loss is not a number, or a process was killed."""
+
+
+class StateError(TrainingError):
+    """The state in the folder is of another run, or damaged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +114,9 @@ def train(
 
     Raises:
         MixError: the mix has not the domains, or not enough tokens; the reference router has too few experts.
-        TrainingError: the loss is NaN or infinite (the log is kept), or the folder holds another run.
+        TrainingError: the loss is NaN or infinite (the log is kept).
+        StateError: the folder holds another run, or a damaged state.
+        FileError: log or state cannot be written.
     """
     torch.set_num_threads(settings.threads)
     keep_freed_memory()
@@ -144,7 +150,7 @@ def train(
                 record["tokens_per_second"] = round(settings.mix.tokens_per_step / elapsed)
                 log.append(_finite(record))
                 if folder and (accelerator is None or accelerator.is_main_process):
-                    with (folder / LOG).open("a", encoding="utf-8") as written:
+                    with refused_by_system(folder / LOG), (folder / LOG).open("a", encoding="utf-8") as written:
                         written.write(json.dumps(log[-1], allow_nan=False) + "\n")
                 if progress:
                     progress(log[-1])
@@ -290,19 +296,22 @@ def _save_state(
             state[f"optimizer.{key}.{name}"] = torch.as_tensor(value).detach()
     metadata = {"identity": identity, "step": str(step), "cpu_seconds": str(round(cpu_seconds, 1))}
     content = save({name: value.contiguous().cpu() for name, value in state.items()}, metadata)
-    write_bytes(folder / STATE, content)
+    write_bytes(folder / STATE, sealed(content))
 
 
 def _restore(folder: Path, identity: str, model: PreTrainedModel, optimizer: torch.optim.Optimizer, routing: Routing) -> tuple[int, float]:
     """Load the state of this very run, if there is one, and return the step to go on with and the CPU time spent so far."""
-    folder.mkdir(parents=True, exist_ok=True)
+    with refused_by_system(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     path = folder / STATE
     if not path.is_file():
         return 0, 0.0
+    if not is_sealed(read_bytes(path)):
+        raise StateError(f"{path}: damaged or cut short; delete it to train from the beginning, or choose another folder")
     with safe_open(path, "pt") as state:
         metadata = state.metadata() or {}
         if metadata.get("identity") != identity:
-            raise TrainingError(f"{folder}: holds the state of another run (settings or data differ); choose another folder")
+            raise StateError(f"{folder}: holds the state of another run (settings or data differ); choose another folder")
         with torch.no_grad():
             routing.bias.copy_(state.get_tensor("routing.bias"))
             for name, value in (*model.named_parameters(), *_kept_buffers(model)):
