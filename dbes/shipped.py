@@ -1,0 +1,30 @@
+"""Where the embedded model, the tasks, the benchmark and the training mix lie: beside the package in a clone, inside it in a wheel.
+
+In both, ``tasks`` and ``benchmark_data`` stand in one folder, so that the relative paths of a task hold.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dbes.errors import DbesError
+
+PACKAGE = Path(__file__).resolve().parent
+ROOT = PACKAGE / "_shipped" if (PACKAGE / "_shipped").is_dir() else PACKAGE.parent
+"""The folder that holds ``tasks`` and ``benchmark_data``."""
+
+TASKS = ROOT / "tasks"
+EMBEDDED_MODEL = ROOT / "benchmark_data" / "model"
+EMBEDDED_NAME = "dbes-embedded"
+EMBEDDED_MIX = ROOT / "benchmark_data" / "mix"
+
+
+def embedded_model() -> Path:
+    """The folder of the checkpoint that comes with dbes.
+
+    Raises:
+        DbesError: the installation is not whole.
+    """
+    if not (EMBEDDED_MODEL / "config.json").is_file():
+        raise DbesError(f"{EMBEDDED_MODEL}: the embedded checkpoint is not there; install dbes again, or give --model a folder")
+    return EMBEDDED_MODEL
