@@ -23,10 +23,8 @@ from dbes.documents import MOST, DatasetSource, Document, FileSource, Located, S
 from dbes.errors import TaskError
 from dbes.schema import read_yaml
 from dbes.separability import word_separability
+from dbes.shipped import TASKS
 from dbes.text import clipped
-
-ROOT = Path(__file__).resolve().parent.parent
-"""Where tasks/ and benchmark_data/ are, whatever the current folder is."""
 
 FALLBACK = "embedded"
 
@@ -74,9 +72,9 @@ def load_task(name_or_path: str | Path) -> Task:
     """
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
-        path = ROOT / "tasks" / f"{name_or_path}.yaml"
+        path = TASKS / f"{name_or_path}.yaml"
         if not path.is_file():
-            known = ", ".join(sorted(found.stem for found in (ROOT / "tasks").glob("*.yaml")))
+            known = ", ".join(sorted(found.stem for found in TASKS.glob("*.yaml")))
             raise TaskError(f"no task is called {str(name_or_path)!r}; there are {known}, or give the path of a .yaml file")
     content = read_yaml(path, error=TaskError, missing=f"{path}: no such task file")
     if not isinstance(content, dict):
@@ -94,7 +92,7 @@ def load_task(name_or_path: str | Path) -> Task:
 
 def list_tasks() -> list[Task]:
     """The tasks that come with dbes, by name."""
-    return [load_task(path) for path in sorted((ROOT / "tasks").glob("*.yaml"))]
+    return [load_task(path) for path in sorted(TASKS.glob("*.yaml"))]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from dbes.errors import DbesError, ModelError, ResultError, TraceError, refusal
 from dbes.files import discard, locked
 from dbes.request import (
-    EMBEDDED_MODEL,
-    EMBEDDED_NAME,
     UNRESOLVED,
     Benchmark,
     Job,
@@ -27,6 +25,7 @@ from dbes.request import (
 from dbes.results import PAGE_FILE, RESULT_FILE, ModelFacts, RecordingFacts, Result, TaskFacts, load_result
 from dbes.reuse import TRACE_FOLDER, finished_result, missing_files, notes, other_recording, same_result, tidy, whole_trace
 from dbes.scoring import score_tables
+from dbes.shipped import EMBEDDED_MODEL
 from dbes.tables import COMPANIONS, save_scores
 from dbes.trace import MANIFEST, Trace, read_manifest
 
@@ -34,8 +33,6 @@ if TYPE_CHECKING:
     from dbes.models import LoadedModel
 
 __all__ = [
-    "EMBEDDED_MODEL",
-    "EMBEDDED_NAME",
     "TRACE_FOLDER",
     "UNRESOLVED",
     "Benchmark",
@@ -178,7 +175,7 @@ def _loaded(subject: Subject, request: Request) -> LoadedModel:
 
     assert request.model is not None
     if request.model == "embedded" and not EMBEDDED_MODEL.is_dir():
-        raise ModelError(f"{EMBEDDED_MODEL}: no embedded checkpoint; run dbes from a clone of its repository, or give --model a folder")
+        raise ModelError(f"{EMBEDDED_MODEL}: no embedded checkpoint; install dbes again, or give --model a folder")
     return load_model(
         subject.where or request.model,
         name=subject.name,

@@ -15,12 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from dbes.benchmark import Document, Task, load_task, read_task, task_facts
 from dbes.errors import ModelError, SettingError
 from dbes.files import sha256_of
+from dbes.shipped import EMBEDDED_MODEL, EMBEDDED_NAME
 
 if TYPE_CHECKING:
     from dbes.models import LoadedModel
-
-EMBEDDED_MODEL = Path(__file__).resolve().parent.parent / "benchmark_data" / "model"
-EMBEDDED_NAME = "dbes-embedded"
 
 UNRESOLVED = "unresolved"
 """Stands for the revision in the path of a result whose model could not be loaded."""

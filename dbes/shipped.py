@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dbes.errors import DbesError
-
 PACKAGE = Path(__file__).resolve().parent
 ROOT = PACKAGE / "_shipped" if (PACKAGE / "_shipped").is_dir() else PACKAGE.parent
 """The folder that holds ``tasks`` and ``benchmark_data``."""
@@ -18,13 +16,3 @@ EMBEDDED_MODEL = ROOT / "benchmark_data" / "model"
 EMBEDDED_NAME = "dbes-embedded"
 EMBEDDED_MIX = ROOT / "benchmark_data" / "mix"
 
-
-def embedded_model() -> Path:
-    """The folder of the checkpoint that comes with dbes.
-
-    Raises:
-        DbesError: the installation is not whole.
-    """
-    if not (EMBEDDED_MODEL / "config.json").is_file():
-        raise DbesError(f"{EMBEDDED_MODEL}: the embedded checkpoint is not there; install dbes again, or give --model a folder")
-    return EMBEDDED_MODEL

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dbes.benchmark import ROOT, load_task, read_documents, separability, task_fingerprint
+from dbes.benchmark import load_task, read_documents, separability, task_fingerprint
 from dbes.files import sha256_of
+from dbes.shipped import ROOT
 
 DATA = ROOT / "benchmark_data"
 DOMAINS = ("math", "science", "medicine", "law", "finance", "code", "software_engineering", "general")

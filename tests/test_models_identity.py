@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from dbes.errors import ModelError
 from dbes.models import folder_fingerprint, identity, model_fingerprint, tokenizer_fingerprint
-from dbes.pipeline import EMBEDDED_MODEL
+from dbes.shipped import EMBEDDED_MODEL
 
 EMBEDDED_REVISION = "sha256:08a6d0c502582e1073753e683c157b69bc0ccde781bed162ee03f4b2184c53bf"
 """Published with the results of the embedded checkpoint: it does not change."""

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoeForCausalLM
 
-from dbes.benchmark import ROOT
 from dbes.files import sha256_of
 from dbes.scoring import score
+from dbes.shipped import ROOT
 from dbes.testbed.card import model_card
 from dbes.testbed.embedded import DOMAINS, RECIPE
 from dbes.testbed.heldout import measure

@@ -177,8 +177,8 @@ def doctor(
 ) -> None:
     """Check in seconds that a model's routing can be recorded: hooks, counts, and an ablation of experts."""
     from dbes.doctor import examine
-    from dbes.pipeline import EMBEDDED_MODEL
     from dbes.reporting.doctor import as_json, render
+    from dbes.shipped import EMBEDDED_MODEL
 
     with errors():
         where = EMBEDDED_MODEL if model == "embedded" else model

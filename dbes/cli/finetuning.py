@@ -90,7 +90,7 @@ def merge(
 ) -> None:
     """Put the trained slices of a delta into their base, and write a plain checkpoint."""
     from dbes.finetuning.output import merge_delta
-    from dbes.pipeline import EMBEDDED_MODEL
+    from dbes.shipped import EMBEDDED_MODEL
 
     with errors():
         where = str(EMBEDDED_MODEL) if base == "embedded" else base

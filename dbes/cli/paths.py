@@ -77,7 +77,7 @@ def paths(
 
 def next_step(found: Result, written: Path, *, domain: str, model: str | None, tasks: str) -> str:
     """The command that trains the path, as far as the result says which model and task it is of."""
-    from dbes.pipeline import EMBEDDED_NAME
+    from dbes.shipped import EMBEDDED_NAME
 
     revision = found.model.revision
     local = revision is None or revision.startswith("sha256:")

@@ -30,8 +30,8 @@ from dbes.finetuning.validation import split_validation
 from dbes.models import LoadedModel, load_model
 from dbes.paths.files import read_esft, read_path
 from dbes.paths.types import ExpertPath
-from dbes.pipeline import EMBEDDED_MODEL, EMBEDDED_NAME
 from dbes.schema import read_json
+from dbes.shipped import EMBEDDED_MODEL, EMBEDDED_NAME
 from dbes.sites import find_sites
 from dbes.windows import embedding_rows, padding_id
 

@@ -29,7 +29,7 @@ from dbes.intervention.runs import RUN_SCHEMA, execute, measure, measure_items
 from dbes.intervention.settings import Arm, Run, Settings, run_key, run_of
 from dbes.models import load_model, load_weights
 from dbes.paths.files import write_path
-from dbes.pipeline import EMBEDDED_MODEL, EMBEDDED_NAME
+from dbes.shipped import EMBEDDED_MODEL, EMBEDDED_NAME
 from dbes.testbed.grid import end_with_parent, worker_pool
 from dbes.windows import embedding_rows
 

@@ -13,7 +13,8 @@ from dbes.errors import PathError
 from dbes.models import LoadedModel, load_model
 from dbes.paths.evidence import Evidence
 from dbes.paths.gradients import expert_parameters, gradient_norms, masking_effects
-from dbes.pipeline import EMBEDDED_MODEL, EMBEDDED_NAME, read_benchmark
+from dbes.pipeline import read_benchmark
+from dbes.shipped import EMBEDDED_MODEL, EMBEDDED_NAME
 from dbes.sites import find_sites, max_positions
 from dbes.windows import embedding_rows, refuse_unknown, special_tokens, token_ids
 

@@ -20,14 +20,13 @@ import numpy as np
 from safetensors.numpy import load_file, save
 from transformers import PreTrainedTokenizerFast
 
-from dbes.benchmark import ROOT
 from dbes.errors import MixError
 from dbes.files import locked, refused_by_system, sha256_of, write_bytes, write_json, write_text
+from dbes.shipped import EMBEDDED_MIX
 from dbes.testbed import sources
 from dbes.testbed.mix import DomainTokens, Mix, is_heldout, read_texts, tokenize_mix
 from dbes.testbed.vocabulary import train_tokenizer
 
-EMBEDDED = ROOT / "benchmark_data" / "mix"
 BYTES_PER_DOMAIN = 380_000
 HELDOUT_SHARE = 0.15
 FORMAT = 1
@@ -81,7 +80,7 @@ def mix_files(name: str, cache: Path) -> dict[str, Path]:
     if name == "packages":
         with locked(cache, patience=PATIENCE):
             return sources.build_texts(cache)
-    folder = EMBEDDED if name == "embedded" else Path(name)
+    folder = EMBEDDED_MIX if name == "embedded" else Path(name)
     found = {path.name.split(".")[0]: path for path in sorted((*folder.glob("*.jsonl"), *folder.glob("*.jsonl.gz")))}
     if len(found) < 2:
         raise MixError(f"mix {name}: expected a folder with at least two <domain>.jsonl files (or `embedded` or `packages`), got {folder}")
@@ -161,7 +160,7 @@ Written by `python -m dbes.testbed.mixes --train-data build/train`.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--train-data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=EMBEDDED)
+    parser.add_argument("--out", type=Path, default=EMBEDDED_MIX)
     given = parser.parse_args()
     print(json.dumps(write_embedded_mix(given.train_data, given.out)))
 
