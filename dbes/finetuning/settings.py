@@ -32,8 +32,10 @@ def _rate(value: Any) -> Any:
     raise ValueError("expected auto or a number above 0")
 
 
-def _sequence(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _names(value: Any) -> Any:
+    if isinstance(value, list | tuple) and all(isinstance(name, str) for name in value):
+        return tuple(value)
+    raise ValueError("expected a list of names")
 
 
 class FinetuneSettings(BaseModel):
@@ -76,7 +78,7 @@ class FinetuneSettings(BaseModel):
     lora_rank: Positive | None = None
     train_router: bool = False
     protect: Annotated[float, Field(gt=0)] | None = None
-    protect_domains: Annotated[tuple[str, ...], BeforeValidator(_sequence)] = ()
+    protect_domains: Annotated[tuple[str, ...], BeforeValidator(_names)] = ()
     protect_tokens: Positive = 16_384
     method: Literal["auto", "split_bank", "view_leaves"] = "auto"
     eval_every: Annotated[int, Field(ge=0)] = 0
@@ -139,7 +141,10 @@ def read_settings(path: Path | None, **options: Any) -> FinetuneSettings:
     try:
         return make_settings(**{name: _number(value) for name, value in content.items()} | given)
     except FinetuneError as problem:
-        raise FinetuneError(f"{path}: {problem}" if path is not None else str(problem)) from None
+        message = str(problem)
+        if path is None or any(message.startswith(f"--{name}:") for name in given):
+            raise
+        raise FinetuneError(f"{path}: {message.removeprefix('--')}") from None
 
 
 def _number(value: Any) -> Any:

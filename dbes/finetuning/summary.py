@@ -47,7 +47,8 @@ def advice(report: FinetuneReport) -> list[str]:
     found = []
     can = report.method == "split_bank" and settings.lora_rank is None and not settings.train_router
     if forgotten(report) and settings.protect is not None:
-        found.append(f"a smaller --protect than {settings.protect:g} keeps other domains better")
+        rate = f", or a smaller --lr than {choice.lr:g}," if choice is not None else ""
+        found.append(f"a smaller --protect than {settings.protect:g}{rate} keeps other domains better, at some cost of the gain")
     elif forgotten(report) and not can:
         found.append("other domains can be protected (--protect) where whole experts are trained in the split bank, routers frozen")
     if choice is not None and choice.source == "given" and _within_noise(report):

@@ -128,7 +128,10 @@ def test_a_conversation_file_of_one_epoch_and_its_delta(call, tmp_path, tiny_che
         (("--lr", "fast"), "task:code", {}, "--lr: expected auto or a number above 0"),
         (("--steps", 1, "--protect", 0.03), "task:code", {"protect_domains": ["code"]}, "other domains of the task are law, math"),
         (("--steps", 1, "--protect", 0.03), "task:code", {"lora_rank": 2}, "it goes with no lora_rank"),
-        ((), "task:code", {"rank": 2}, "rank: no such setting"),
+        ((), "task:code", {"rank": 2}, "config.yaml: rank: no such setting"),
+        ((), "task:code", {"steps": float("nan")}, "config.yaml: steps: Input should be a valid integer (given: nan)"),
+        (("--lr", 0), "task:code", {"lr": 1}, "dbes: --lr: expected auto"),
+        (("--protect", 0.03), "task:code", {"protect_domains": "law"}, "protect_domains: expected a list of names (given: 'law')"),
         ((), "task:code", {"batch_size": "many"}, "batch_size: Input should be a valid integer (given: 'many')"),
     ],
 )
