@@ -22,9 +22,9 @@ from torch import Tensor
 
 from dbes.errors import FinetuneError, ModelError
 from dbes.files import PART, refused_by_system
+from dbes.models.folder import ADAPTER_CONFIG, CONFIG, INDEX, WEIGHTS, weight_files
 from dbes.schema import parse_json, read_json
 
-CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 OTHER_COPIES = (
     "pytorch_model*.bin*", "tf_model*.h5", "flax_model*.msgpack", "model*.ckpt*", "consolidated*", "*.gguf", "*.onnx", "*.onnx_data",
     "original/*", "metal/*", "onnx/*", "checkpoint-*/*", "optimizer.*", "scheduler.pt", "rng_state*.pth", "trainer_state.json",
@@ -127,7 +127,8 @@ def read_checkpoint(folder: Path, *, besides: Path | None = None) -> Checkpoint:
         besides: a folder that may lie in it and does not belong to it.
 
     Raises:
-        FinetuneError: there are no weights, a file is missing, damaged or no regular file; the weights are quantized.
+        FinetuneError: a file is missing, damaged or no regular file; the weights are quantized.
+        ModelError: there are no weights, or their index is none.
     """
     config = read_json(folder / CONFIG, error=FinetuneError, missing=f"{folder}: no config.json here, so this is not a checkpoint folder")
     refuse_quantized(folder)
@@ -152,7 +153,7 @@ def refuse_quantized(folder: Path) -> None:
 
     A folder that is no checkpoint is left to those who load it.
     """
-    if (folder / "adapter_config.json").is_file() and not any((folder / name).is_file() for name in (SINGLE, INDEX)):
+    if (folder / ADAPTER_CONFIG).is_file() and not any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
         raise FinetuneError(f"{folder}: an adapter without the model's weights; merge it into its model, save that, and give that folder")
     if not (folder / CONFIG).is_file():
         return
@@ -163,7 +164,7 @@ def refuse_quantized(folder: Path) -> None:
             raise FinetuneError(_quantized(str(folder), f"{name} is beside them"))
     try:
         headers = [_header(folder, name) for name in _weight_files(folder, config)]
-    except FinetuneError:
+    except (FinetuneError, ModelError):
         return  # damaged files are named by those who load them
     for why in filter(None, map(_quantized_tensor, headers)):
         raise FinetuneError(_quantized(str(folder), why))
@@ -279,24 +280,10 @@ def _quantized_tensor(tensors: Mapping[str, Stored]) -> str | None:
 
 
 def _weight_files(folder: Path, config: Any) -> tuple[str, ...]:
-    """The safetensors files that transformers loads, by its own order of precedence."""
-    named = config.get("transformers_weights") if isinstance(config, dict) else None
-    first = named if isinstance(named, str) else SINGLE if (folder / SINGLE).is_file() else INDEX
-    if not _inside(first):
-        raise FinetuneError(f"{folder / CONFIG}: transformers_weights names a file outside the folder ({first})")
-    if not first.endswith(".index.json"):
-        return (first,)
-    lost = f"{folder}: neither {SINGLE} nor {INDEX} is here, so the folder has no weights that can be trained"
-    index = read_json(folder / first, error=FinetuneError, missing=lost)
-    shards = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) and _inside(name) for name in shards.values()):
-        raise FinetuneError(f"{folder / first}: expected a weight_map that names files of this folder")
-    return tuple(dict.fromkeys(shards.values()))
-
-
-def _inside(name: str) -> bool:
-    path = PurePosixPath(name)
-    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\\" not in name
+    """Names of the safetensors files that are loaded."""
+    if isinstance(config, dict) and config.get("transformers_weights"):
+        raise FinetuneError(f"{folder / CONFIG}: transformers_weights names other files than {WEIGHTS}, which dbes does not write to")
+    return tuple(path.name for path in weight_files(folder))
 
 
 def _header(folder: Path, name: str) -> dict[str, Stored]:

@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dbes.errors import FileError, FinetuneError
 from dbes.files import locked, refused_by_system, sha256_of, write_json
 from dbes.finetuning.cells import TrainableCells, checked_cells
 from dbes.finetuning.checkpoint import (
-    CONFIG,
     Checkpoint,
     compare_files,
     copied,
@@ -32,7 +31,8 @@ from dbes.finetuning.conversion import Layout
 from dbes.finetuning.delta import DELTA_FILES, DeltaFacts, read_delta, save_delta
 from dbes.finetuning.report import read_report
 from dbes.finetuning.state import STATE
-from dbes.models import load_config, load_weights
+from dbes.models import build, load_config, load_weights
+from dbes.models.folder import CONFIG
 from dbes.paths.types import Cell
 from dbes.schema import Strict, read_versioned
 from dbes.sites import RoutingSite, expert_slices, find_sites
@@ -363,7 +363,7 @@ def _structure(where: str, *, revision: str | None, trust_remote_code: bool) -> 
     config = load_config(where, revision=revision, trust_remote_code=trust_remote_code)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            return build(config, trust_remote_code=trust_remote_code)
     except (RuntimeError, NotImplementedError, ValueError, TypeError):
         return load_weights(where, revision=revision, dtype="float32", trust_remote_code=trust_remote_code)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import discovered, tiny_model
+from families import NOT_CAUSAL, composites, discovered, tiny_composite, tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_run import CELLS, command, path_of, same_weights, settings
@@ -30,6 +30,7 @@ from dbes.finetuning.output import MERGING, Rows, merge_delta
 from dbes.finetuning.report import REPORT, read_report
 from dbes.finetuning.run import finetune
 from dbes.finetuning.state import LOG, STATE
+from dbes.models import load_weights
 from dbes.paths.types import Cell
 from dbes.sites import expert_slices, find_sites
 
@@ -79,20 +80,19 @@ EXPERT_KEYS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", discovered())
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-def test_rows_of_every_family_are_written_where_transformers_reads_them(family, dtype, tmp_path):
-    tiny_model(family).to(dtype).save_pretrained(tmp_path / "base", max_shard_size="40KB")
-    base = read_checkpoint(tmp_path / "base")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+def written_and_read(model, folder, read):
+    """Write random rows of some cells and a router over a checkpoint; plain loading must give them, and nothing else may move."""
+    model.save_pretrained(folder / "base", max_shard_size="40KB")
+    base, model = read_checkpoint(folder / "base"), read(folder / "base")
     sites = find_sites(model)
-    cells = [Cell(site.layer, expert) for site in (sites[0], sites[-1]) for expert in (1, site.num_experts - 2)]
+    cells = [Cell(site.layer, expert) for site in dict.fromkeys((sites[0], sites[-1])) for expert in (1, site.num_experts - 2)]
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     router = sites[0].router
     routers = [names[id(parameter)] for parameter in router.parameters() if parameter.is_floating_point()] if router is not None else []
     rows, values, generator = Rows(model, base, cells, routers), {}, torch.Generator().manual_seed(0)
-    rows.digest(loaded=True)
+    digest = rows.digest(loaded=True)
+    structure = output._structure(str(folder / "base"), revision=None, trust_remote_code=False)
+    assert Rows(structure, base, cells).digest() == digest, "merge finds them without the weights"
     by_layer, parameters = {site.layer: site for site in sites}, dict(model.named_parameters())
     views = {
         f"{names[id(parameter)]}[{cell.expert}]": cut(parameter.data)
@@ -103,12 +103,34 @@ def test_rows_of_every_family_are_written_where_transformers_reads_them(family, 
     for label, view in views.items():
         view.copy_(torch.randn(view.shape, generator=generator).to(rows.dtype(label)))
         values[label] = view.to(rows.dtype(label)).clone()
-    (tmp_path / "out").mkdir()
-    rows.write(values, tmp_path / "out")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).state_dict()
+    (folder / "out").mkdir()
+    rows.write(values, folder / "out")
+    again = read(folder / "out").state_dict()
     for name, value in model.state_dict().items():
         assert torch.equal(again[name], value), name
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in (tmp_path / "base").iterdir()}
+    assert {path.name for path in (folder / "out").iterdir()} == {path.name for path in (folder / "base").iterdir()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", discovered())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_rows_of_every_family_are_written_where_transformers_reads_them(family, dtype, tmp_path):
+    def read(folder):
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    written_and_read(tiny_model(family).to(dtype), tmp_path, read)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [name for name in composites() if name not in NOT_CAUSAL])
+def test_rows_of_every_composite_model_are_written_where_transformers_reads_them(family, tmp_path):
+    def read(folder):
+        return load_weights(str(folder), dtype="float32")
+
+    model = tiny_composite(family)
+    written_and_read(model, tmp_path, read)
+    ours, theirs = (read_checkpoint(tmp_path / name).tensors for name in ("out", "base"))
+    assert ours == theirs
 
 
 def wrapper(folder, tokenizer):
