@@ -94,9 +94,7 @@ class _LastRouterReached(Exception):
     """Leaves a forward that has nothing more to tell."""
 
 
-def _attach(
-    index: int, site: RoutingSite, keeper: Scorekeeper, observe: Observe, scores: bool, last: bool
-) -> Iterator[RemovableHandle]:
+def _attach(index: int, site: RoutingSite, keeper: Scorekeeper, observe: Observe, scores: bool, last: bool) -> Iterator[RemovableHandle]:
     def enter(_: nn.Module, args: tuple, kwargs: dict) -> None:
         if not _recomputed():
             keeper.reset(site)

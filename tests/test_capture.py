@@ -198,7 +198,7 @@ class TestExpertsThatAreModules:
     def test_changing_one_expert_changes_exactly_the_recorded_rows(self, block: str) -> None:
         model = remote(block)
         for site in find_sites(model):
-            assert all(ablation_agrees(model, site, text(), expert=expert) for expert in range(EXPERTS))
+            assert all(ablation_agrees(model, site, text(), expert=expert) for expert in (0, EXPERTS - 1))
 
     @pytest.mark.parametrize("block", [block for block in READ if issubclass(READ[block], Mixtral)])
     @pytest.mark.parametrize("scores", [True, False])
