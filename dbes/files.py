@@ -6,7 +6,9 @@ What the system refuses (a full disk, no permission, a target that is a folder) 
 from __future__ import annotations
 
 import errno
+import gzip
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -14,6 +16,7 @@ import socket
 import stat
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
@@ -28,6 +31,9 @@ except ImportError:  # not on Windows, where runs are not kept apart
 
 LOCK = ".dbes.lock"
 PART = ".part"
+
+GZIP_BYTES, GZIP_FREE, GZIP_RATIO = 2**31, 2**24, 200
+"""What a gzip file may unpack to: bytes at most, and beyond the second, times its own size."""
 
 
 @contextmanager
@@ -157,43 +163,83 @@ class _Refused(AbstractContextManager[None]):
             raise self.error(f"{self.path}: cannot be {self.doing} ({reason})") from problem
 
 
-def read_bytes(path: Path, *, error: type[DbesError] = FileError, missing: str | None = None, most: int | None = None) -> bytes:
-    """The content of a regular file (a pipe or a device could be endless, or wait for ever).
+def regular(path: Path, *, error: type[DbesError] = FileError, missing: str | None = None, most: int | None = None) -> os.stat_result:
+    """Facts of a regular file, to be asked before a library opens it by name (a pipe or a device could be endless, or wait for ever).
 
     Args:
         missing: the whole message where there is no such file.
         most: bytes it may have.
 
     Raises:
-        error: there is none, it is no regular file, too large, or cannot be read.
+        error: there is none, it is no regular file, or too large.
     """
     try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
-            raise error(f"{path}: expected a file, this is {kind}")
-        if most is not None and status.st_size > most:
-            raise error(f"{path}: {status.st_size:,} bytes, expected at most {most:,}")
-        return path.read_bytes()
     except FileNotFoundError:
         raise error(missing or f"{path}: no such file") from None
+    except (OSError, ValueError) as problem:  # ValueError: a name with a zero byte
+        raise error(f"{path}: cannot be read ({_reason(problem)})") from None
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
+        raise error(f"{path}: expected a file, this is {kind}")
+    if most is not None and status.st_size > most:
+        raise error(f"{path}: {status.st_size:,} bytes, expected at most {most:,}")
+    return status
+
+
+def read_bytes(path: Path, *, error: type[DbesError] = FileError, missing: str | None = None, most: int | None = None) -> bytes:
+    """The content of a regular file, see `regular`.
+
+    Raises:
+        error: as `regular`, or it cannot be read.
+    """
+    regular(path, error=error, missing=missing, most=most)
+    try:
+        with path.open("rb") as content:
+            found = content.read() if most is None else content.read(most + 1)
     except OSError as problem:
-        raise error(f"{path}: cannot be read ({problem.strerror or problem})") from None
+        raise error(f"{path}: cannot be read ({_reason(problem)})") from None
+    if most is not None and len(found) > most:  # it grew, or is one of those that say they hold nothing (/proc)
+        raise error(f"{path}: more than {most:,} bytes")
+    return found
+
+
+def read_gzip(path: Path, *, error: type[DbesError] = FileError, missing: str | None = None, most: int = GZIP_BYTES) -> bytes:
+    """What a gzip file unpacks to.
+
+    Args:
+        most: bytes it may unpack to.
+
+    Raises:
+        error: as `read_bytes`; damaged or truncated; it unpacks to more than ``most``, or to so many times its size that it cannot
+            be text (beyond 16 MiB, more than 200 times).
+    """
+    packed = read_bytes(path, error=error, missing=missing, most=most)
+    bound = min(most, max(GZIP_FREE, GZIP_RATIO * len(packed)))
+    parts, size = [], 0
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(packed)) as content:
+            while part := content.read(2**20):
+                parts.append(part)
+                if (size := size + len(part)) > bound:
+                    raise error(f"{path}: {len(packed):,} bytes of gzip unpack to more than {bound:,}; unpack the file if that is meant")
+    except (OSError, EOFError, zlib.error) as problem:
+        raise error(f"{path}: damaged gzip file ({problem})") from None
+    return b"".join(parts)
+
+
+def _reason(problem: Exception) -> str:
+    return (problem.strerror if isinstance(problem, OSError) else None) or str(problem)
 
 
 @contextmanager
 def opened(path: Path, *, error: type[DbesError] = FileError, missing: str | None = None) -> Iterator[BinaryIO]:
     """A regular file, open to be read piece by piece; arguments and errors as of `read_bytes`."""
+    regular(path, error=error, missing=missing)
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
-            raise error(f"{path}: expected a file, this is {kind}")
         handle = path.open("rb")
-    except FileNotFoundError:
-        raise error(missing or f"{path}: no such file") from None
     except OSError as problem:
-        raise error(f"{path}: cannot be read ({problem.strerror or problem})") from None
+        raise error(f"{path}: cannot be read ({_reason(problem)})") from None
     with handle:
         yield handle
 
