@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, field_validator, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, field_validator, model_validator
 
 from dbes.errors import TraceError
-from dbes.schema import Strict, read_versioned
+from dbes.schema import Open, Strict, Whole, read_versioned
 from dbes.text import clipped
 from dbes.types import RoutingShape
 
@@ -34,10 +34,9 @@ class ShardEntry(Strict):
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
-class TaskIdentity(BaseModel):
-    """The part of a trace's provenance that says which task was read; whatever else stands there is kept."""
+class TaskIdentity(Open):
+    """The part of a trace's provenance that says which task was read."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
     name: str | None = None
     version: Index | None = None
     fingerprint: str | None = None
@@ -45,19 +44,18 @@ class TaskIdentity(BaseModel):
     note: str | None = None
 
 
-class Provenance(BaseModel):
-    """The part of a trace's provenance that scores and reports read; whatever else stands there is kept."""
+class Provenance(Open):
+    """The part of a trace's provenance that scores and reports read."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
     model: str | None = None
     revision: str | None = None
     family: str | None = None
     dtype: str | None = None
-    parameters: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    parameters: Whole | None = None
     seed: int | None = None
-    versions: dict[str, str | int | float | None] = {}
+    versions: dict[str, str | int | float | None] = Field(default_factory=dict)
     task: TaskIdentity | None = None
-    slots_without_expert: dict[str, float] = {}
+    slots_without_expert: dict[str, float] = Field(default_factory=dict)
 
 
 class Manifest(Strict):

@@ -8,7 +8,6 @@ delete-one-document jackknife, as everywhere in dbes (a percentile bootstrap ove
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,17 +15,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from scipy.stats import t as student
 
 from dbes.errors import DbesError, ResultError
 from dbes.facts import DATA
 from dbes.reporting.accuracy import Accuracies, read_accuracies
-from dbes.results import RESULT_FILE, Result, load_result
+from dbes.results import RESULT_FILE, Result, load_result, result_files
+from dbes.schema import parse_json
 from dbes.scoring import REPLICATED, score_tables
-from dbes.tables import REPLICATES
+from dbes.tables import REPLICATES, read_safetensors
+from dbes.text import clipped, labels
 from dbes.trace import MANIFEST, Trace
 from dbes.uncertainty import jackknife
+
+NAME_WIDTH = 80
 
 LEVEL = 0.05
 """Two models are told apart when the paired test, corrected over all pairs of the table (Holm), stays below this."""
@@ -133,6 +135,8 @@ def compare(paths: Sequence[str | Path], *, metric: str = "specialization", accu
         raise ResultError(f"models are ranked by {', '.join(REPLICATED)}; not by {metric!r}")
     known = read_accuracies(accuracy)
     entries, apart = read_entries(paths)
+    if not entries:
+        raise ResultError("; ".join(each.reason if each.reason.startswith(each.path) else f"{each.path}: {each.reason}" for each in apart))
     entries, others = comparable(entries)
     entries = with_accuracies(labelled(entries), known, elsewhere={each.name for each in (*apart, *others)})
     pairs = _holm([found for a, b in _pairs(entries) if (found := difference(a, b, metric, *DEPTHS[0])) is not None])
@@ -156,15 +160,8 @@ def read_entries(paths: Sequence[str | Path]) -> tuple[list[Entry], list[Apart]]
     Raises:
         ResultError: there is no result at all.
     """
-    files: list[Path] = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise ResultError(f"{path}: no such file or folder")
-        files += [path] if path.is_file() else sorted(path.rglob(RESULT_FILE))
-    if not files:
-        raise ResultError(f"{', '.join(map(str, paths))}: no {RESULT_FILE} below; run `dbes evaluate` first")
     entries, apart = [], []
-    for file in dict.fromkeys(files):
+    for file in result_files([Path(path) for path in paths]):
         try:
             result = load_result(file)
         except ResultError as problem:
@@ -190,15 +187,8 @@ def read_replicates(folder: Path, result: Result) -> Replicates | None:
         DbesError: they cannot be read, or belong to another result.
     """
     path = folder / REPLICATES
-    if path.is_file():
-        try:
-            with safe_open(path, framework="numpy") as content:
-                about = content.metadata() or {}
-                arrays = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
-            documents, domain = tuple(json.loads(about["documents"])), arrays.pop("document_domain")
-        except (OSError, SafetensorError, KeyError, ValueError) as problem:
-            raise ResultError(f"{path}: cannot be read ({problem}); write it again with `dbes score`") from None
-        found = Replicates(documents=documents, document_domain=domain, by_metric=arrays)
+    if path.exists():
+        found = _stored(path)
     elif (folder / "trace" / MANIFEST).is_file():
         settings = result.settings
         permutations = settings.get("permutations", 1000)
@@ -211,6 +201,20 @@ def read_replicates(folder: Path, result: Result) -> Replicates | None:
     if len(found.document_domain) != expected[0] or any(array.shape != expected for array in found.by_metric.values()):
         raise ResultError(f"{path}: arrays do not have the shape {expected} of this result; write it again with `dbes score`")
     return found
+
+
+def _stored(path: Path) -> Replicates:
+    hint = "write it again with `dbes score`"
+    about, arrays = read_safetensors(path, error=ResultError, hint=hint)
+    documents = parse_json(about.get("documents", "null"), where=f"{path}: documents", error=ResultError)
+    domain = arrays.pop("document_domain", None)
+    if not isinstance(documents, list) or not all(isinstance(each, str) for each in documents) or len(set(documents)) != len(documents):
+        raise ResultError(f"{path}: documents: expected distinct ids; {hint}")
+    if domain is None or domain.shape != (len(documents),) or domain.dtype.kind not in "iu":
+        raise ResultError(f"{path}: document_domain: expected one whole number for each of {len(documents)} documents; {hint}")
+    if wrong := [name for name, array in arrays.items() if array.dtype.kind != "f"]:
+        raise ResultError(f"{path}: {clipped(wrong[0])}: expected floats; {hint}")
+    return Replicates(documents=tuple(documents), document_domain=domain, by_metric=arrays)
 
 
 def comparable(entries: list[Entry]) -> tuple[list[Entry], list[Apart]]:
@@ -321,11 +325,12 @@ def labelled(entries: list[Entry]) -> list[Entry]:
         [entry.result.model.dtype or "" for entry in entries],
         [str(number) for number in range(1, len(entries) + 1)],
     ]
-    labels = [entry.label for entry in entries]
+    names = [entry.label for entry in entries]
     for more in facts:
-        alike = {label: {fact for other, fact in zip(labels, more, strict=True) if other == label} for label in labels}
-        labels = [f"{label} @{fact}" if len(alike[label]) > 1 and fact else label for label, fact in zip(labels, more, strict=True)]
-    return [replace(entry, label=label) for entry, label in zip(entries, labels, strict=True)]
+        alike = {name: {fact for other, fact in zip(names, more, strict=True) if other == name} for name in names}
+        names = [f"{name} @{fact}" if len(alike[name]) > 1 and fact else name for name, fact in zip(names, more, strict=True)]
+    shown = labels(names, NAME_WIDTH)
+    return [replace(entry, label=shown[name]) for entry, name in zip(entries, names, strict=True)]
 
 
 def model_score(result: Result, metric: str) -> float | None:
