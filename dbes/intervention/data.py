@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file, save
+from safetensors.numpy import save
 from torch import Tensor
 
 from dbes.errors import FinetuneError, InterventionError, MixError
@@ -24,8 +24,10 @@ from dbes.finetuning.encoding import Sample, cut_rows
 from dbes.finetuning.evaluation import encode_choices
 from dbes.intervention.settings import Settings
 from dbes.pipeline import read_benchmark
+from dbes.tables import read_safetensors
 from dbes.testbed.mix import is_heldout, read_texts
 from dbes.testbed.mixes import HELDOUT_SHARE, mix_files
+from dbes.text import clipped
 from dbes.token_text import text_bytes
 from dbes.windows import refuse_unknown, token_ids
 
@@ -389,15 +391,24 @@ def save_data(data: ExperimentData, path: Path) -> None:
 
 
 def load_data(path: Path, *, domains: Sequence[str], boundary: int, digest: str) -> ExperimentData:
-    """What ``save_data`` wrote."""
-    arrays = load_file(path)
+    """What ``save_data`` wrote.
+
+    Raises:
+        InterventionError: the file is damaged, or of other domains.
+    """
+    again = "remove it and run the same command again"
+    arrays = read_safetensors(path, error=InterventionError, hint=again)[1]
     parts, items = {}, {}
-    for key in arrays:
-        index, name, column = key.split(".")
-        if name == "items":
-            columns = {column: arrays[f"{index}.items.{column}"] for column in ITEM_COLUMNS}
-            items[domains[int(index)]] = Items(**columns)
-        elif column == "tokens":
-            prefix = f"{index}.{name}"
-            parts[domains[int(index)], name] = Part(tokens=arrays[key], starts=arrays[f"{prefix}.starts"], bytes=arrays[f"{prefix}.bytes"])
+    try:
+        for key in arrays:
+            index, name, column = key.split(".")
+            domain = domains[int(index)]
+            if name == "items":
+                items[domain] = Items(**{column: arrays[f"{index}.items.{column}"] for column in ITEM_COLUMNS})
+            elif column == "tokens":
+                parts[domain, name] = Part(**{column: arrays[f"{index}.{name}.{column}"] for column in ("tokens", "starts", "bytes")})
+    except (KeyError, IndexError, ValueError) as problem:
+        raise InterventionError(f"{path}: not the data of this experiment ({clipped(str(problem))}); {again}") from None
+    if _digest(parts, items) != digest:
+        raise InterventionError(f"{path}: other documents than experiment.json says; {again}")
     return ExperimentData(domains=tuple(domains), parts=parts, boundary=boundary, digest=digest, items=items)

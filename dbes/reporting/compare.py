@@ -135,8 +135,6 @@ def compare(paths: Sequence[str | Path], *, metric: str = "specialization", accu
         raise ResultError(f"models are ranked by {', '.join(REPLICATED)}; not by {metric!r}")
     known = read_accuracies(accuracy)
     entries, apart = read_entries(paths)
-    if not entries:
-        raise ResultError("; ".join(each.reason if each.reason.startswith(each.path) else f"{each.path}: {each.reason}" for each in apart))
     entries, others = comparable(entries)
     entries = with_accuracies(labelled(entries), known, elsewhere={each.name for each in (*apart, *others)})
     pairs = _holm([found for a, b in _pairs(entries) if (found := difference(a, b, metric, *DEPTHS[0])) is not None])
@@ -158,15 +156,16 @@ def read_entries(paths: Sequence[str | Path]) -> tuple[list[Entry], list[Apart]]
     """The results that can be read, and the files that cannot.
 
     Raises:
-        ResultError: there is no result at all.
+        ResultError: there is no result at all, or none can be read.
     """
-    entries, apart = [], []
+    entries, apart, readable = [], [], False
     for file in result_files([Path(path) for path in paths]):
         try:
             result = load_result(file)
         except ResultError as problem:
             apart.append(Apart(path=str(file), name=file.parent.name, reason=str(problem)))
             continue
+        readable = True
         if result.status != "ok":
             apart.append(Apart(path=str(file), name=result.model.name, reason=f"the evaluation failed: {result.error}"))
             continue
@@ -177,7 +176,14 @@ def read_entries(paths: Sequence[str | Path]) -> tuple[list[Entry], list[Apart]]
         if entry.replicates is None and entry.problem is None:
             entry = replace(entry, problem="neither replicates nor a trace beside the result: no test can be made")
         entries.append(entry)
+    if not readable:
+        raise ResultError(told_apart(apart))
     return entries, apart
+
+
+def told_apart(apart: Sequence[Apart]) -> str:
+    """Why nothing is left to compare, in one line."""
+    return "; ".join(each.reason if each.reason.startswith(each.path) else f"{each.path}: {each.reason}" for each in apart)
 
 
 def read_replicates(folder: Path, result: Result) -> Replicates | None:

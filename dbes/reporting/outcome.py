@@ -297,6 +297,9 @@ def load_outcome(path: str | Path) -> Outcome:
     path = Path(path)
     path = path / OUTCOME_FILE if path.is_dir() else path
     missing = f"{path}: there is no outcome here; run `dbes intervene --out {path.parent}` to its end first"
+    content = read_json(path, error=ResultError, missing=missing)
+    if not isinstance(content, Mapping) or content.get("kind") != KIND:
+        raise ResultError(f"{path}: not the outcome of `dbes intervene` (no kind: {KIND})")
     hint = "`dbes intervene` in the same folder writes it again from the finished runs"
     return read_versioned(path, Outcome, error=ResultError, versions=(OUTCOME_SCHEMA,), missing=missing, hint=hint)
 

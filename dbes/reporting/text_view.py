@@ -114,7 +114,7 @@ def read_sample(trace: Trace) -> Sample | None:
     return Sample(shape=shape, routes=routes, domain=domain, primary=primary, vocabulary=trace.vocabulary)
 
 
-def documents(sample: Sample, named: Mapping[str, str]) -> list[dict[str, Any]]:
+def documents(sample: Sample, named: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
     """Documents to read, one or two of each domain: token texts, and k experts with weights per token and layer.
 
     ``experts`` and ``weights`` are flat in the order tokens, layers, slots, the heaviest slot first; weights are whole percent
@@ -123,11 +123,12 @@ def documents(sample: Sample, named: Mapping[str, str]) -> list[dict[str, Any]]:
     place.
 
     Args:
-        named: how the page calls each domain.
+        named: how the page calls each domain, if not as `labels` of the trace's own.
     """
     routes, shape = sample.routes, sample.shape
     if routes.token_ids is None or not sample.vocabulary:
         return []
+    named = labels(shape.domains) if named is None else named
     missing = np.iinfo(routes.ids.dtype).max
     cells = len(shape.layers) * shape.slots
     chosen, tokens = [], 0

@@ -40,11 +40,6 @@ class GridFile(Open):
         return self
 
 
-class Calibrated(Open):
-    corrected: Real | None
-    score: Real | None
-
-
 class Companions(Open):
     utilization: Real | None
     max_violation: Real | None
@@ -108,7 +103,7 @@ class Measured(CellState):
     dropped: Real
     bits_per_byte: Annotated[dict[str, Real], Field(min_length=1)]
     nats_per_token: Annotated[dict[str, Real], Field(min_length=1)]
-    calibrated: dict[str, Calibrated | dict[str, Real | None]]
+    calibrated: dict[str, dict[str, Real | None]]
     published: dict[str, Real | None]
     as_trained: AsTrained | None = None
     companions: Companions
@@ -118,11 +113,11 @@ class Measured(CellState):
 
     @model_validator(mode="after")
     def _has_what_is_told(self) -> Self:
+        if "corrected" not in self.calibrated.get("specialization_normalized", {}):
+            raise ValueError("calibrated.specialization_normalized.corrected: missing")
         for name, found in self.calibrated.items():
-            if (name == "by_layer") == isinstance(found, Calibrated):
-                raise ValueError(f"calibrated.{name}: expected {'numbers by layer' if name == 'by_layer' else 'a calibrated record'}")
-        if "specialization_normalized" not in self.calibrated:
-            raise ValueError("calibrated.specialization_normalized: missing")
+            if name not in ("by_layer", "specialization") and "score" not in found:
+                raise ValueError(f"calibrated.{name}.score: missing")
         return self
 
 

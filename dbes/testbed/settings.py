@@ -161,4 +161,6 @@ def read_settings(path: Path) -> TrainSettings:
 
 def parse_settings(content: object, *, where: str) -> TrainSettings:
     """Settings from plain values; raises MixError naming the first field that is wrong."""
+    if not isinstance(content, dict):
+        raise MixError(f"{where}: settings: expected them by name, found {type(content).__name__}")
     return validated(TrainSettings, content, where=where, error=MixError)
