@@ -214,7 +214,11 @@ def read_gzip(path: Path, *, error: type[DbesError] = FileError, missing: str | 
         error: as `read_bytes`; damaged or truncated; it unpacks to more than ``most``, or to so many times its size that it cannot
             be text (beyond 16 MiB, more than 200 times).
     """
-    packed = read_bytes(path, error=error, missing=missing, most=most)
+    return gunzip(read_bytes(path, error=error, missing=missing, most=most), where=path, error=error, most=most)
+
+
+def gunzip(packed: bytes, *, where: object, error: type[DbesError] = FileError, most: int = GZIP_BYTES) -> bytes:
+    """What gzip content unpacks to, see `read_gzip`; ``where`` names it in the message."""
     bound = min(most, max(GZIP_FREE, GZIP_RATIO * len(packed)))
     parts, size = [], 0
     try:
@@ -222,9 +226,9 @@ def read_gzip(path: Path, *, error: type[DbesError] = FileError, missing: str | 
             while part := content.read(2**20):
                 parts.append(part)
                 if (size := size + len(part)) > bound:
-                    raise error(f"{path}: {len(packed):,} bytes of gzip unpack to more than {bound:,}; unpack the file if that is meant")
+                    raise error(f"{where}: {len(packed):,} bytes of gzip unpack to more than {bound:,}; unpack the file if that is meant")
     except (OSError, EOFError, zlib.error) as problem:
-        raise error(f"{path}: damaged gzip file ({problem})") from None
+        raise error(f"{where}: damaged gzip file ({problem})") from None
     return b"".join(parts)
 
 

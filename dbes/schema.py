@@ -43,8 +43,8 @@ class Open(BaseModel):
 Whole = Annotated[int, Field(ge=0, lt=2**63)]
 """A count that an array can hold."""
 
-Real = Annotated[float, Field(gt=-1e100, lt=1e100)]
-"""A number whose square a float can hold."""
+Real = Annotated[float, Field(gt=-(2**62), lt=2**62)]
+"""A measured number: finite, and also where it is written as a whole number one that an array can hold."""
 
 
 Model = TypeVar("Model", bound=BaseModel)

@@ -30,6 +30,8 @@ from dbes.intervention.settings import Arm, Run, Settings, run_key, run_of
 from dbes.models import load_model, load_weights
 from dbes.paths.files import write_path
 from dbes.pipeline import EMBEDDED_MODEL, EMBEDDED_NAME
+from dbes.reporting.outcome import Outcome
+from dbes.schema import read_record
 from dbes.testbed.grid import end_with_parent, worker_pool
 from dbes.windows import embedding_rows
 
@@ -72,7 +74,7 @@ def _outcome_on_read_only_disk(model: str, out: Path, settings: Settings, *, tex
     Raises:
         FileError: it was asked for otherwise.
     """
-    about, outcome = read_about(out), _read(out / OUTCOME, OUTCOME_SCHEMA)
+    about, outcome = read_about(out), read_record(out / OUTCOME, Outcome, error=InterventionError, versions=(OUTCOME_SCHEMA,))
     asked = [model, texts, list(targets or settings.domains), settings.model_dump(mode="json")]
     if [about["model"].get("where"), about.get("texts"), about.get("given"), outcome.get("settings")] != asked:
         raise FileError(f"{out}: cannot be written, and holds an experiment with other settings; choose another --out")

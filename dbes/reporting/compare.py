@@ -28,7 +28,7 @@ from dbes.text import clipped, labels
 from dbes.trace import MANIFEST, Trace
 from dbes.uncertainty import jackknife
 
-NAME_WIDTH = 80
+NAME_WIDTH = 64
 
 LEVEL = 0.05
 """Two models are told apart when the paired test, corrected over all pairs of the table (Holm), stays below this."""

@@ -26,6 +26,11 @@ from dbes.wording import p_cell, share, shares, task_words
 
 NAME_WIDTH = 80
 
+MARKDOWN = re.compile(r"[\\`*_\[\]<>|#&~$@]|:(?=//)|(?<=www)\.", re.IGNORECASE)
+"""What Markdown, or what GitHub adds to it (bare links, mentions, formulas), could take for markup."""
+
+ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;", "@": "&#64;"}
+
 
 def entry_row(entry: Entry, comparison: Comparison) -> dict[str, Any]:
     """One line of the leaderboard. A score that misses a domain or a layer is None, never a mean of the rest."""
@@ -211,9 +216,7 @@ def markdown_cell(value: Any, width: int = 160) -> str:
     if value is None:
         return "–"
     text = f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else legible(str(value), width)
-    for character in "\\`*_[]<>|#":
-        text = text.replace(character, f"\\{character}")
-    return text.replace("\\<", "&lt;").replace("\\>", "&gt;")
+    return MARKDOWN.sub(lambda found: ENTITIES.get(found[0], f"\\{found[0]}"), text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

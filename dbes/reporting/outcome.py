@@ -14,7 +14,7 @@ from dbes.reporting.commands import shell
 from dbes.reporting.text_view import legible
 from dbes.results import RESULT_FILE
 from dbes.schema import Strict, read_json, read_versioned
-from dbes.text import printable
+from dbes.text import label, printable
 from dbes.wording import counted, share, whole
 
 OUTCOME_SCHEMA = 1
@@ -321,7 +321,7 @@ def facts(outcome: Outcome) -> list[tuple[str, str]]:
     ]  # fmt: skip
     found += [(name.replace("_", " ").capitalize(), _value(value)) for name, value in outcome.settings.items()]
     found += list(outcome.versions.items())
-    return [(legible(name, WIDTH), legible(str(value), 400)) for name, value in found if value not in (None, "")]
+    return [(label(name, WIDTH), legible(str(value), 400)) for name, value in found if value not in (None, "")]
 
 
 def command(outcome: Outcome, *, start: str = "dbes") -> str:

@@ -21,7 +21,7 @@ from markupsafe import Markup
 from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
 from dbes.errors import FileError, ResultError
-from dbes.files import check_writable, write_text
+from dbes.files import check_writable, gunzip, write_text
 from dbes.reporting import charts
 from dbes.reporting.commands import command, program
 from dbes.reporting.text_view import Sample, contexts, documents, legible, read_sample, token_text, trajectories
@@ -34,7 +34,7 @@ from dbes.verdict import current_verdict
 from dbes.wording import counted, p_words, share, shares
 
 NAME_WIDTH = 120
-DOMAIN_WIDTH = 36
+DOMAIN_WIDTH = 26
 """Characters of a domain's name in figures: as many as their axes have room for."""
 
 USAGE_KEYS = ("domain", "layer", "expert")
@@ -324,7 +324,7 @@ def provenance(result: Result) -> list[tuple[str, str]]:
     asked = {name: value for name, value in result.settings.items() if name not in ("model", "tasks", "revision", "dtype")}
     facts += [(name.replace("_", " ").capitalize(), value) for name, value in asked.items() if value is not None]
     facts += [(name.replace("_", " "), value) for name, value in result.environment.items()]
-    return [(name, legible(str(value), NAME_WIDTH)) for name, value in facts if value is not None and value != ""]
+    return [(label(name), legible(str(value), NAME_WIDTH)) for name, value in facts if value is not None and value != ""]
 
 
 def published_rows(result: Result) -> list[tuple[str, str, str]]:
@@ -332,7 +332,7 @@ def published_rows(result: Result) -> list[tuple[str, str, str]]:
     rows = []
     for key, found in result.published.items():
         sizes = found.items() if isinstance(found, dict) else [("", found)]
-        rows += [(key, str(size), "–" if math.isnan(each.model) else f"{each.model:.4f}") for size, each in sizes]
+        rows += [(label(key), str(size), "–" if math.isnan(each.model) else f"{each.model:.4f}") for size, each in sizes]
     return rows
 
 
@@ -376,7 +376,7 @@ def unpacked(page: str) -> dict[str, Any]:
     found = re.search(r'<script type="text/plain" id="data">([^<]*)</script>', page)
     if found is None:
         raise ResultError("this page holds no data")
-    return json.loads(gzip.decompress(base64.b64decode(found.group(1))))
+    return json.loads(gunzip(base64.b64decode(found.group(1)), where="page", error=ResultError))
 
 
 def vega_bundle() -> str:

@@ -29,6 +29,7 @@ from dbes.testbed import sources
 from dbes.testbed.mix import DomainTokens, Mix, is_heldout, read_texts, tokenize_mix
 from dbes.testbed.records import MixFile
 from dbes.testbed.vocabulary import train_tokenizer
+from dbes.text import clipped
 
 EMBEDDED = ROOT / "benchmark_data" / "mix"
 BYTES_PER_DOMAIN = 380_000
@@ -126,7 +127,12 @@ def read_prepared(folder: Path) -> Prepared:
         token_bytes=arrays["token_bytes"],
         digest=about.digest,
     )
-    return Prepared(mix=mix, tokenizer=PreTrainedTokenizerFast.from_pretrained(folder), folder=folder)
+    read_json(folder / "tokenizer.json", error=MixError)
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise MixError(f"{folder}: its tokenizer cannot be read ({clipped(str(problem))}); {again}") from None
+    return Prepared(mix=mix, tokenizer=tokenizer, folder=folder)
 
 
 def _cuts(starts: np.ndarray, tokens: int) -> bool:
