@@ -6,9 +6,7 @@ What the system refuses (a full disk, no permission, a target that is a folder) 
 from __future__ import annotations
 
 import errno
-import gzip
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -16,7 +14,6 @@ import socket
 import stat
 import tempfile
 import time
-import zlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
@@ -31,9 +28,6 @@ except ImportError:  # not on Windows, where runs are not kept apart
 
 LOCK = ".dbes.lock"
 PART = ".part"
-
-GZIP_BYTES, GZIP_FREE, GZIP_RATIO = 2**31, 2**24, 200
-"""What a gzip file may unpack to: bytes at most, and beyond the second, times its own size."""
 
 
 @contextmanager
@@ -202,34 +196,6 @@ def read_bytes(path: Path, *, error: type[DbesError] = FileError, missing: str |
     if most is not None and len(found) > most:  # it grew, or is one of those that say they hold nothing (/proc)
         raise error(f"{path}: more than {most:,} bytes")
     return found
-
-
-def read_gzip(path: Path, *, error: type[DbesError] = FileError, missing: str | None = None, most: int = GZIP_BYTES) -> bytes:
-    """What a gzip file unpacks to.
-
-    Args:
-        most: bytes it may unpack to.
-
-    Raises:
-        error: as `read_bytes`; damaged or truncated; it unpacks to more than ``most``, or to so many times its size that it cannot
-            be text (beyond 16 MiB, more than 200 times).
-    """
-    return gunzip(read_bytes(path, error=error, missing=missing, most=most), where=path, error=error, most=most)
-
-
-def gunzip(packed: bytes, *, where: object, error: type[DbesError] = FileError, most: int = GZIP_BYTES) -> bytes:
-    """What gzip content unpacks to, see `read_gzip`; ``where`` names it in the message."""
-    bound = min(most, max(GZIP_FREE, GZIP_RATIO * len(packed)))
-    parts, size = [], 0
-    try:
-        with gzip.GzipFile(fileobj=io.BytesIO(packed)) as content:
-            while part := content.read(2**20):
-                parts.append(part)
-                if (size := size + len(part)) > bound:
-                    raise error(f"{where}: {len(packed):,} bytes of gzip unpack to more than {bound:,}; unpack the file if that is meant")
-    except (OSError, EOFError, zlib.error) as problem:
-        raise error(f"{where}: damaged gzip file ({problem})") from None
-    return b"".join(parts)
 
 
 def _reason(problem: Exception) -> str:

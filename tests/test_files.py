@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import errno
-import gzip
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +23,6 @@ from dbes.files import (
     keep_log_before,
     locked,
     read_bytes,
-    read_gzip,
     regular,
     replacing,
     sealed,
@@ -197,29 +194,6 @@ def test_what_the_system_refused(problem: BaseException, reason: str | None) -> 
     assert found is None if reason is None else found is not None and found.startswith(reason)
 
 
-def packed(path: Path, content: bytes) -> Path:
-    path.write_bytes(gzip.compress(content, mtime=0))
-    return path
-
-
-def test_gzip_is_unpacked_in_bounds(tmp_path: Path) -> None:
-    text = b"a line of text\n" * 1000
-    assert read_gzip(packed(tmp_path / "a.gz", text)) == text
-    (tmp_path / "two.gz").write_bytes(gzip.compress(text) + gzip.compress(b"and more"))
-    assert read_gzip(tmp_path / "two.gz") == text + b"and more"
-    with pytest.raises(FileError, match=r"a\.gz: .* unpack to more than 10,000"):
-        read_gzip(tmp_path / "a.gz", most=10_000)
-    with pytest.raises(FileError, match=r"bomb\.gz: [\d,]+ bytes of gzip unpack to more than 16,777,216"):
-        read_gzip(packed(tmp_path / "bomb.gz", b"\n" * 2**25))
-
-
-@pytest.mark.parametrize("damage", [lambda c: c[:-9], lambda c: c[:40] + b"\xff\xff" + c[42:], lambda c: c + b"rest", lambda _: b"no gzip"])
-def test_damaged_gzip_is_one_line(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
-    (tmp_path / "a.gz").write_bytes(damage(gzip.compress(bytes(range(256)) * 20, mtime=0)))
-    with pytest.raises(FileError, match=r"a\.gz: damaged gzip file"):
-        read_gzip(tmp_path / "a.gz")
-
-
 def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
@@ -229,6 +203,6 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path) -> None:
         tmp_path: "a folder", tmp_path / "loop": "cannot be read", tmp_path / "none": "no such file", tmp_path / "a\0b": "cannot be read",
     }  # fmt: skip
     for path, told in expected.items():
-        for read in (read_bytes, read_gzip, regular):
+        for read in (read_bytes, regular):
             with pytest.raises(FileError, match=told):
                 read(path)

@@ -97,7 +97,8 @@ def compare(
     from dbes.reporting import export, leaderboard
     from dbes.reporting.check import check_all
     from dbes.reporting.compare import compare as run
-    from dbes.reporting.compare import paired_of, told_apart
+    from dbes.reporting.compare import paired_of
+    from dbes.reporting.entries import told_apart
 
     with errors():
         if check:

@@ -21,12 +21,13 @@ from dbes.files import locked, write_json
 from dbes.finetuning.output import refuse_untrainable
 from dbes.intervention.analysis import OUTCOME_SCHEMA, analyse
 from dbes.intervention.arms import SEARCH_SEED, Plan, evidence_of, plan_arms
-from dbes.intervention.data import ExperimentData, load_data, read_sources, save_data, tokenize
+from dbes.intervention.data import ExperimentData, read_sources, tokenize
 from dbes.intervention.masking import MaskJob, execute_masks, plan_masks
 from dbes.intervention.records import EXPERIMENT_SCHEMA, check_curve, check_documents, read_about, read_mask_record, read_run_record
 from dbes.intervention.routing import prescription_facts, prescription_from, prescription_of, routable, routed
 from dbes.intervention.runs import execute, measure, measure_items
 from dbes.intervention.settings import Arm, Run, Settings, run_key, run_of
+from dbes.intervention.storage import load_data, save_data
 from dbes.models import load_model, load_weights
 from dbes.paths.files import write_path
 from dbes.pipeline import EMBEDDED_MODEL, EMBEDDED_NAME

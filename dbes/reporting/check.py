@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from dbes.errors import DbesError
-from dbes.reporting.compare import read_replicates
+from dbes.reporting.entries import read_replicates
 from dbes.reporting.page import read_arrays, read_usage
 from dbes.results import CalibratedRecord, Result, load_result, result_files
 from dbes.scoring import REPLICATED

@@ -16,7 +16,8 @@ import yaml
 from dbes.errors import ResultError
 from dbes.files import write_text
 from dbes.reporting.charts import METRICS
-from dbes.reporting.compare import Comparison, Difference, Entry, PhaseDifference, model_score, phase_differences
+from dbes.reporting.compare import Comparison, Difference, PhaseDifference, model_score, phase_differences
+from dbes.reporting.entries import Entry
 from dbes.reporting.text_view import legible
 from dbes.resolution import cannot_tell, why_not
 from dbes.results import Result

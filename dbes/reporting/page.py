@@ -20,8 +20,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
+from dbes.compressed import gunzip
 from dbes.errors import FileError, ResultError
-from dbes.files import check_writable, gunzip, write_text
+from dbes.files import check_writable, write_text
 from dbes.reporting import charts
 from dbes.reporting.commands import command, program
 from dbes.reporting.text_view import Sample, contexts, documents, legible, read_sample, token_text, trajectories

@@ -19,8 +19,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from dbes.compressed import gunzip
 from dbes.errors import MixError
-from dbes.files import PART, gunzip, refused_by_system, remove_abandoned, sha256_of, write_text
+from dbes.files import PART, refused_by_system, remove_abandoned, sha256_of, write_text
 from dbes.testbed.mix import Text
 
 SHORTEST, LONGEST = 600, 1500
