@@ -83,9 +83,8 @@ def load_task(name_or_path: str | Path) -> Task:
         task = Task.model_validate(content)
     except ValidationError as error:
         found = error.errors(include_url=False)
-        lines = [f"{path}: {_told(problem)}" for problem in found[:PROBLEMS]]
-        more = [f"{path}: and {len(found) - PROBLEMS} more"] if len(found) > PROBLEMS else []
-        raise TaskError("\n".join([*lines, *more])) from None
+        more = [f"and {len(found) - PROBLEMS} more"] if len(found) > PROBLEMS else []
+        raise TaskError(f"{path}: {'; '.join([*map(_told, found[:PROBLEMS]), *more])}") from None
     task._path = path.resolve()
     return task
 

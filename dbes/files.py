@@ -157,43 +157,59 @@ class _Refused(AbstractContextManager[None]):
             raise self.error(f"{self.path}: cannot be {self.doing} ({reason})") from problem
 
 
-def read_bytes(path: Path, *, error: type[DbesError] = FileError, missing: str | None = None, most: int | None = None) -> bytes:
-    """The content of a regular file (a pipe or a device could be endless, or wait for ever).
+def regular(path: Path, *, error: type[DbesError] = FileError, missing: str | None = None, most: int | None = None) -> os.stat_result:
+    """Facts of a regular file, to be asked before a library opens it by name (a pipe or a device could be endless, or wait for ever).
 
     Args:
         missing: the whole message where there is no such file.
         most: bytes it may have.
 
     Raises:
-        error: there is none, it is no regular file, too large, or cannot be read.
+        error: there is none, it is no regular file, or too large.
     """
     try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
-            raise error(f"{path}: expected a file, this is {kind}")
-        if most is not None and status.st_size > most:
-            raise error(f"{path}: {status.st_size:,} bytes, expected at most {most:,}")
-        return path.read_bytes()
     except FileNotFoundError:
         raise error(missing or f"{path}: no such file") from None
+    except (OSError, ValueError) as problem:  # ValueError: a name with a zero byte
+        raise error(f"{path}: cannot be read ({_reason(problem)})") from None
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
+        raise error(f"{path}: expected a file, this is {kind}")
+    if most is not None and status.st_size > most:
+        raise error(f"{path}: {status.st_size:,} bytes, expected at most {most:,}")
+    return status
+
+
+def read_bytes(path: Path, *, error: type[DbesError] = FileError, missing: str | None = None, most: int | None = None) -> bytes:
+    """The content of a regular file, see `regular`.
+
+    Raises:
+        error: as `regular`, or it cannot be read.
+    """
+    regular(path, error=error, missing=missing, most=most)
+    try:
+        with path.open("rb") as content:
+            found = content.read() if most is None else content.read(most + 1)
     except OSError as problem:
-        raise error(f"{path}: cannot be read ({problem.strerror or problem})") from None
+        raise error(f"{path}: cannot be read ({_reason(problem)})") from None
+    if most is not None and len(found) > most:  # it grew, or is one of those that say they hold nothing (/proc)
+        raise error(f"{path}: more than {most:,} bytes")
+    return found
+
+
+def _reason(problem: Exception) -> str:
+    return (problem.strerror if isinstance(problem, OSError) else None) or str(problem)
 
 
 @contextmanager
 def opened(path: Path, *, error: type[DbesError] = FileError, missing: str | None = None) -> Iterator[BinaryIO]:
     """A regular file, open to be read piece by piece; arguments and errors as of `read_bytes`."""
+    regular(path, error=error, missing=missing)
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
-            raise error(f"{path}: expected a file, this is {kind}")
         handle = path.open("rb")
-    except FileNotFoundError:
-        raise error(missing or f"{path}: no such file") from None
     except OSError as problem:
-        raise error(f"{path}: cannot be read ({problem.strerror or problem})") from None
+        raise error(f"{path}: cannot be read ({_reason(problem)})") from None
     with handle:
         yield handle
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from dbes.errors import FileError, ResultError
 from dbes.files import write_text
+from dbes.schema import Open, Strict, Whole, read_versioned
+from dbes.text import clipped
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,12 +36,37 @@ def _nan_when_null(number: Any) -> Any:
     return math.nan if number is None else number
 
 
-Number = Annotated[float, BeforeValidator(_nan_when_null)]
+Number = Annotated[float, Field(allow_inf_nan=True), BeforeValidator(_nan_when_null)]
 """A float whose NaN is written as null: strict JSON has no NaN."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="null")
+class _Strict(Strict):
+    model_config = ConfigDict(ser_json_inf_nan="null")
+
+
+class _Settings(Open):
+    permutations: Whole | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    limit: Whole | None = None
+    phase: Literal["all", "prompt", "generated"] = "all"
+
+
+class _Similarity(Open):
+    domains: tuple[str, ...] = ()
+    mean_over_layers: tuple[tuple[Number, ...], ...] | None = None
+
+
+class _Passed(Open):
+    tests: Whole = 0
+    specialists: Whole = 0
+    by_domain: dict[str, Whole] = Field(default_factory=dict)
+
+
+class _Companions(Open):
+    by_layer: dict[str, dict[int, Number]] = Field(default_factory=dict)
+    model: dict[str, Number] = Field(default_factory=dict)
+    similarity: _Similarity = _Similarity()
+    specialists: _Passed = _Passed()
 
 
 class PublishedMetric(_Strict):
@@ -90,7 +116,7 @@ class Specialist(_Strict):
     layer: int
     expert: int
     domain: str
-    hits: int
+    hits: Whole
     share: Number
     lift: Number
     lift_low: Number
@@ -105,24 +131,24 @@ class ModelFacts(_Strict):
     name: str
     revision: str | None = None
     family: str | None = None
-    layers: tuple[int, ...] = ()
-    experts: tuple[int, ...] = ()
-    top_k: tuple[int, ...] = ()
-    parameters: int | None = None
+    layers: tuple[Whole, ...] = ()
+    experts: tuple[Whole, ...] = ()
+    top_k: tuple[Whole, ...] = ()
+    parameters: Whole | None = None
     dtype: str | None = None
 
 
 class DomainFacts(_Strict):
     """Size of a domain; ``sources``: source texts its documents were cut from, the units of all statistics."""
 
-    documents: int
-    sources: int
-    tokens: int
+    documents: Whole
+    sources: Whole
+    tokens: Whole
 
 
 class TaskFacts(_Strict):
     name: str
-    version: int | None = None
+    version: Whole | None = None
     fingerprint: str | None = None
     domains: dict[str, DomainFacts] = Field(default_factory=dict)
     separability: Number = math.nan
@@ -130,8 +156,8 @@ class TaskFacts(_Strict):
 
 
 class RecordingFacts(_Strict):
-    documents: int
-    tokens: int
+    documents: Whole
+    tokens: Whole
     seconds: Number = math.nan
     tokens_per_second: Number = math.nan
 
@@ -157,6 +183,41 @@ class Result(_Strict):
     companions: dict[str, Any] = Field(default_factory=dict)
     files: dict[str, str] = Field(default_factory=dict)
     """Name and sha256 of the tables and matrices that were written beside it; empty in results of earlier versions."""
+
+    @field_validator("settings", "companions")
+    @classmethod
+    def _what_is_read_has_its_type(cls, content: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        (_Settings if info.field_name == "settings" else _Companions).model_validate(content)
+        return content
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Self:
+        for problem in self._contradictions():
+            raise ValueError(problem)
+        return self
+
+    def _contradictions(self) -> Iterator[str]:
+        model, domains = self.model, self.task.domains
+        if not len(model.layers) == len(model.experts) == len(model.top_k):
+            yield f"model: {len(model.layers)} layers, {len(model.experts)} experts, {len(model.top_k)} top_k; expected as many of each"
+        if list(model.layers) != sorted(set(model.layers)):
+            yield f"model.layers: expected them ascending and distinct, found {clipped(list(model.layers))}"
+        seen = set[tuple[str, int | None, str | None]]()
+        for number, record in enumerate(self.calibrated):
+            place = (record.metric, record.layer, record.domain)
+            if place in seen or (record.layer is not None and record.layer not in model.layers):
+                yield f"calibrated.{number}: layer {record.layer} of {clipped(record.metric)} twice, or not a layer of the model"
+            if record.domain is not None and record.domain not in domains:
+                yield f"calibrated.{number}: domain {clipped(record.domain)}, expected one of the task's domains"
+            seen.add(place)
+        for number, each in enumerate(self.specialists):
+            if each.domain not in domains or each.layer not in model.layers:
+                yield f"specialists.{number}: layer {each.layer}, domain {clipped(each.domain)}: the result has no such layer or domain"
+        if unknown := {*self.companions.get("specialists", {}).get("by_domain", {})} - {*domains}:
+            yield f"companions.specialists.by_domain: {clipped(min(unknown))} is not one of the task's domains"
+        similarity = self.companions.get("similarity", {}).get("mean_over_layers")
+        if similarity is not None and [len(row) for row in similarity] != [len(domains)] * len(domains):
+            yield f"companions.similarity.mean_over_layers: expected {len(domains)} x {len(domains)} numbers, one for each pair of domains"
 
     def record(self, metric: str, *, layer: int | None = None, domain: str | None = None) -> CalibratedRecord:
         """The calibrated record of a metric; the model's by default.
@@ -197,20 +258,8 @@ def load_result(path: str | Path) -> Result:
     """
     path = Path(path)
     path = path / RESULT_FILE if path.is_dir() else path
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise ResultError(f"{path}: there is no result here; run `dbes evaluate` first") from None
-    except (OSError, ValueError) as problem:
-        raise ResultError(f"{path}: cannot be read as JSON ({problem})") from None
-    version = content.get("schema_version") if isinstance(content, Mapping) else None
-    if version != RESULT_SCHEMA:
-        raise ResultError(f"{path}: result schema {version!r}; this dbes reads {RESULT_SCHEMA}")
-    try:
-        return Result.model_validate(content)
-    except ValidationError as problem:
-        first = problem.errors()[0]
-        raise ResultError(f"{path}: field {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    missing = f"{path}: there is no result here; run `dbes evaluate` first"
+    return read_versioned(path, Result, error=ResultError, versions=(RESULT_SCHEMA,), missing=missing)
 
 
 def load_results(path: str | Path) -> list[Result]:
@@ -219,8 +268,25 @@ def load_results(path: str | Path) -> list[Result]:
     Raises:
         ResultError: nothing found, or one of them cannot be read.
     """
-    path = Path(path)
-    found = [path] if path.is_file() else sorted(path.rglob(RESULT_FILE))
+    return [load_result(each) for each in result_files([Path(path)])]
+
+
+def result_files(paths: Sequence[Path]) -> list[Path]:
+    """The result files that the paths are, or that lie below them, in order; each once, by however many paths it is reached.
+
+    Raises:
+        ResultError: a path is not there, or there is no result at all.
+    """
+    found: dict[Path, Path] = {}
+    for path in paths:
+        try:
+            inside = [path] if not path.is_dir() else sorted(each for each in path.rglob(RESULT_FILE) if each.exists())
+            if not path.exists():
+                raise ResultError(f"{path}: no such file or folder")
+            for file in inside:
+                found.setdefault(file.resolve(), file)
+        except (OSError, RuntimeError) as problem:  # RuntimeError: a loop of symbolic links
+            raise ResultError(f"{path}: cannot be read ({getattr(problem, 'strerror', None) or problem})") from None
     if not found:
-        raise ResultError(f"{path}: no {RESULT_FILE} below this folder")
-    return [load_result(each) for each in found]
+        raise ResultError(f"{', '.join(map(str, paths))}: no {RESULT_FILE} below; run `dbes evaluate` first")
+    return list(found.values())

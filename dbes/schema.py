@@ -10,10 +10,10 @@ import json
 import math
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dbes.errors import DbesError
 from dbes.files import read_bytes
@@ -32,6 +32,19 @@ class Strict(BaseModel):
     """Frozen values that refuse fields they do not know."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Open(BaseModel):
+    """The fields of a record that are read, frozen and with finite numbers; whatever else stands there is kept as it is."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+
+
+Whole = Annotated[int, Field(ge=0, lt=2**63)]
+"""A count that an array can hold."""
+
+Real = Annotated[float, Field(gt=-(2**62), lt=2**62)]
+"""A measured number: finite, and also where it is written as a whole number one that an array can hold."""
 
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -90,21 +103,51 @@ def read_versioned(
     error: type[DbesError],
     versions: Collection[int] = (1,),
     missing: str | None = None,
+    hint: str = "",
     most: int = JSON_BYTES,
 ) -> Model:
     """The value of one of dbes's own JSON files, whose ``schema_version`` is one of ``versions``.
 
+    Args:
+        hint: what to do about a file that cannot be used, for the end of the message.
+
     Raises:
         error: as `read_json`; not an object; another version; a field is missing, unknown or wrong.
     """
-    content = read_json(path, error=error, missing=missing, most=most)
-    if not isinstance(content, dict):
-        raise error(f"{path}: expected a JSON object, found {type(content).__name__}")
-    version = content.get("schema_version")
-    if isinstance(version, bool) or not isinstance(version, int) or version not in versions:
-        known = ", ".join(map(str, sorted(versions)))
-        raise error(f"{path}: schema_version {clipped(version)}; this dbes reads {known}")
-    return validated(model, content, where=path, error=error)
+    return _versioned(path, model, error=error, versions=versions, missing=missing, hint=hint, most=most)[1]
+
+
+def read_record(
+    path: Path,
+    model: type[BaseModel],
+    *,
+    error: type[DbesError],
+    versions: Collection[int] = (1,),
+    missing: str | None = None,
+    hint: str = "",
+    most: int = JSON_BYTES,
+) -> dict[str, Any]:
+    """As `read_versioned`, but the JSON values themselves once the model has found nothing wrong with them."""
+    return _versioned(path, model, error=error, versions=versions, missing=missing, hint=hint, most=most)[0]
+
+
+def _versioned(
+    path: Path, model: type[Model], *, error: type[DbesError], versions: Collection[int], missing: str | None, hint: str, most: int
+) -> tuple[dict[str, Any], Model]:
+    end = f"; {hint}" if hint else ""
+    try:
+        content = read_json(path, error=error, missing=missing, most=most)
+        if not isinstance(content, dict):
+            raise error(f"{path}: expected a JSON object, found {type(content).__name__}")
+        version = content.get("schema_version")
+        if isinstance(version, bool) or not isinstance(version, int) or version not in versions:
+            known = ", ".join(map(str, sorted(versions)))
+            raise error(f"{path}: schema_version {clipped(version)}; this dbes reads {known}")
+        return content, validated(model, content, where=path, error=error)
+    except error as problem:
+        if not end or str(problem) == missing:
+            raise
+        raise error(f"{problem}{end}") from None
 
 
 def validated(model: type[Model], content: Any, *, where: object, error: type[DbesError]) -> Model:

@@ -7,12 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from safetensors import SafetensorError
+from safetensors.numpy import load as parse_safetensors
 from safetensors.numpy import save as encode_safetensors
 
-from dbes.files import discard, replacing, sha256_of, sorted_metadata, write_bytes
+from dbes.errors import DbesError
+from dbes.files import discard, read_bytes, regular, replacing, sha256_of, sorted_metadata, write_bytes
 from dbes.metrics import usage_of
 from dbes.results import PAGE_FILE, RESULT_FILE, Result
 from dbes.scoring import Scores
+from dbes.text import clipped, printable
 
 SCORES, USAGE, MATRICES = "scores", "expert_usage", "matrices.safetensors"
 
@@ -95,10 +99,47 @@ def write_tables(scores: Scores, folder: Path) -> list[Path]:
     return [*written, folder / MATRICES, folder / REPLICATES]
 
 
+def read_safetensors(path: Path, *, error: type[DbesError], hint: str) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    """Metadata and arrays of a safetensors file.
+
+    Args:
+        hint: what to do about a damaged one, for the message.
+
+    Raises:
+        error: missing, not a regular file, damaged, or of a dtype that numpy does not have.
+    """
+    content = read_bytes(path, error=error)
+    try:
+        arrays = parse_safetensors(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    except (SafetensorError, KeyError, ValueError, TypeError) as problem:
+        raise error(f"{path}: cannot be read as safetensors ({clipped(str(problem))}); {hint}") from None
+    return header.get("__metadata__") or {}, arrays
+
+
+def read_parquet(path: Path, *, error: type[DbesError], hint: str) -> pd.DataFrame:
+    """The table in a parquet file.
+
+    Raises:
+        error: missing, not a regular file, or damaged.
+    """
+    from pyarrow import ArrowException
+
+    regular(path, error=error)
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ValueError, TypeError, KeyError, ArrowException) as problem:
+        raise error(f"{path}: cannot be read as parquet ({clipped(str(problem))}); {hint}") from None
+
+
 def spreadsheet_safe(table: pd.DataFrame) -> pd.DataFrame:
-    """The same table with an apostrophe before text that a spreadsheet would run as a formula."""
+    """The same table with an apostrophe before text that a spreadsheet would run as a formula, and control characters written out."""
     safe = table.copy()
     for name in safe.columns:
         if safe[name].dtype == object or isinstance(safe[name].dtype, pd.StringDtype):
-            safe[name] = [f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA_STARTS) else cell for cell in safe[name]]
+            safe[name] = [_cell(cell) if isinstance(cell, str) else cell for cell in safe[name]]
     return safe
+
+
+def _cell(text: str) -> str:
+    return printable(f"'{text}" if text.startswith(FORMULA_STARTS) else text)

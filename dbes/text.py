@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 import unicodedata
+from collections import Counter
+from collections.abc import Iterable
 
 HIDDEN = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 """Unicode categories that move the cursor, change colours or direction, or show nothing."""
@@ -33,3 +38,43 @@ def lone_surrogate(text: str) -> int | None:
     if text.isascii():
         return None
     return next((place for place, character in enumerate(text) if "\ud800" <= character <= "\udfff"), None)
+
+
+UNSEEN = re.compile("[\u00ad\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
+"""Characters that show nothing although they are letters or marks."""
+
+
+def label(name: object, most: int = 60) -> str:
+    """A name from outside as it may stand in a table, a figure or a line: one line, nothing hidden, clipped in the middle."""
+    text = printable(name) or "(no name)"
+    if len(text) <= most:
+        return text
+    tail = (most - 1) // 2
+    return f"{text[: most - 1 - tail]}…{text[-tail:]}"
+
+
+def labels(names: Iterable[str], most: int = 60) -> dict[str, str]:
+    """A label for each name, no two alike to the eye: where names agree in what can be seen of them, a short hash tells them apart."""
+    given = list(dict.fromkeys(names))
+    made = {name: label(name, most) for name in given}
+    digits = 4
+    while True:
+        alike = Counter(map(_seen, made.values()))
+        double = [name for name in given if alike[_seen(made[name])] > 1]
+        if not double:
+            return made
+        for name in double:
+            mark = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:digits]
+            made[name] = f"{label(name, most - digits - 2)} ~{mark}"
+        digits += 4
+
+
+def _seen(text: str) -> str:
+    """What a reader sees of a text: without characters that show nothing, look-alike forms of one character made one."""
+    return " ".join(UNSEEN.sub("", unicodedata.normalize("NFKC", text)).split())
+
+
+def json_text(text: str) -> str:
+    r"""The same JSON, with characters that a terminal would obey written as ``\u009b``: they occur inside its strings only."""
+    kept = (each if each == "\n" or unicodedata.category(each) not in HIDDEN else json.dumps(each)[1:-1] for each in text)
+    return "".join(kept)

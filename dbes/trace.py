@@ -16,69 +16,18 @@ from typing import Any
 
 import numpy as np
 import safetensors
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
-from safetensors.numpy import load as parse_safetensors
+from pydantic import ValidationError
 from safetensors.numpy import save as encode_safetensors
 
 from dbes.errors import TraceError
 from dbes.files import discard, write_bytes, write_json, write_text
-from dbes.schema import read_json
+from dbes.manifest import MANIFEST, TRACE_SCHEMA, Manifest, Provenance, ShardEntry, read_manifest, sealed, shape_problems
+from dbes.schema import first_problem, read_json
+from dbes.shards import REQUIRED, check_header, read_shard, validate_routes
 from dbes.token_text import TokenText, as_json, from_json
 from dbes.types import NOISE_SCALES, RoutingShape, TokenRoutes, storage_dtype
 
-TRACE_SCHEMA = 1
-REQUIRED = ("ids", "document", "positions")
-MANIFEST, VOCABULARY, CONTROL = "manifest.json", "vocabulary.json", "control"
-
-
-class ShardEntry(BaseModel):
-    """One shard of a trace: rows are the tokens of documents [first_document, last_document]."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    name: str
-    tokens: int
-    first_document: int
-    last_document: int
-    sha256: str
-
-
-class Manifest(BaseModel):
-    """What a trace folder says of itself. ``complete`` is false while a recording is under way or was interrupted."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    schema_version: int
-    complete: bool
-    layers: tuple[int, ...]
-    experts: tuple[int, ...]
-    top_k: tuple[int, ...]
-    domains: tuple[str, ...]
-    document_domain: tuple[int, ...]
-    document_ids: tuple[str, ...]
-    document_source: tuple[str, ...] | None = None
-    provenance: dict[str, Any]
-    shards: tuple[ShardEntry, ...]
-
-    @model_validator(mode="after")
-    def _agrees_with_itself(self) -> Manifest:
-        if not len(self.layers) == len(self.experts) == len(self.top_k):
-            raise ValueError(f"layers, experts and top_k have {len(self.layers)}, {len(self.experts)} and {len(self.top_k)} entries")
-        if len(self.document_ids) != len(self.document_domain):
-            raise ValueError(f"document_ids has {len(self.document_ids)} entries, document_domain {len(self.document_domain)}")
-        if any(not 0 <= domain < len(self.domains) for domain in self.document_domain):
-            raise ValueError(f"document_domain: expected indices below {len(self.domains)}, the number of domains")
-        return self
-
-    @property
-    def shape(self) -> RoutingShape:
-        return RoutingShape(
-            layers=self.layers,
-            experts=self.experts,
-            top_k=self.top_k,
-            domains=self.domains,
-            document_domain=np.asarray(self.document_domain, np.int32),
-            document_ids=self.document_ids,
-            document_source=self.document_source,
-        )
+VOCABULARY, CONTROL = "vocabulary.json", "control"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +66,7 @@ class Trace:
             path = self.path / entry.name
             stamp = _stamp(path)
             if stamp is None or self._checked.get(entry.name) != stamp:
-                routes = _read_shard(path, entry)
-                validate_routes(routes, self.shape, where=str(path))
+                routes = read_shard(path, entry, self.shape)
                 if stamp is not None:
                     self._checked[entry.name] = stamp
                 yield routes
@@ -184,8 +132,6 @@ class Trace:
         names = tuple(document_ids) if document_ids is not None else tuple(str(i) for i in range(len(domain)))
         if not (len(layers) == len(counts) == ids.shape[1]):
             raise TraceError(f"ids have {ids.shape[1]} layers, but {len(layers)} layer numbers and {len(counts)} expert counts were given")
-        if list(layers) != sorted(set(layers)):
-            raise TraceError(f"layers must be ascending and distinct, got {list(layers)}")
         for name, indices in (("domain", domain), ("document", document)):
             if indices.size and not np.issubdtype(indices.dtype, np.integer):
                 raise TraceError(f"{name}: expected integer indices, got {indices.dtype}")
@@ -211,6 +157,13 @@ class Trace:
             document_domain=domain.astype(np.int32),
             document_ids=names,
         )
+
+        for problem in shape_problems(shape):
+            raise TraceError(problem)
+        try:
+            Provenance.model_validate(dict(provenance or {}))
+        except ValidationError as problem:
+            raise TraceError(f"provenance: {first_problem(problem)}") from None
 
         def column(name: str, array: np.ndarray | None, expected: tuple[int, ...], dtype: type) -> np.ndarray | None:
             if array is None:
@@ -241,26 +194,32 @@ class Trace:
         """The trace in a folder; shards are read, and their sha256 checked, only when they are iterated over.
 
         Raises:
-            TraceError: no manifest, another schema version, an unfinished recording, a shard that is missing.
+            TraceError: no manifest, another schema version, an unfinished recording, one that contradicts itself, a shard that is
+                missing or no shard, a control of other documents.
         """
-        folder = Path(path)
+        trace = cls._loaded(Path(path))
+        if not (Path(path) / CONTROL / MANIFEST).is_file():
+            return trace
+        control = cls._loaded(Path(path) / CONTROL)
+        for name in ("layers", "experts", "domains", "document_domain"):
+            if not np.array_equal(getattr(trace.shape, name), getattr(control.shape, name)):
+                raise TraceError(f"{control.path}: {name} are not those of the trace it lies in; record again with --overwrite")
+        return replace(trace, control=control)
+
+    @classmethod
+    def _loaded(cls, folder: Path) -> Trace:
         manifest = read_manifest(folder)
         if not manifest.complete:
             raise TraceError(
                 f"{folder}: the recording was not finished ({len(manifest.shards)} shards so far); "
-                "run the same evaluate command again to go on"
+                "run the same evaluate command again to resume it"
             )
         for entry in manifest.shards:
-            if not (folder / entry.name).is_file():
-                raise TraceError(f"{folder / entry.name}: this shard of the trace is missing; record again with --overwrite")
-        vocabulary: dict[int, TokenText] = {}
-        if (folder / VOCABULARY).is_file():
-            vocabulary = from_json(read_json(folder / VOCABULARY, error=TraceError), where=folder / VOCABULARY, error=TraceError)
+            check_header(folder / entry.name, entry)
         return cls(
             shape=manifest.shape,
             provenance=manifest.provenance,
-            control=cls.load(folder / CONTROL) if (folder / CONTROL / MANIFEST).is_file() else None,
-            vocabulary=vocabulary,
+            vocabulary=_read_vocabulary(folder / VOCABULARY),
             path=folder,
             entries=manifest.shards,
         )
@@ -269,8 +228,13 @@ class Trace:
         """Write the trace (and its control) as a folder and return the trace that reads it."""
         folder = Path(path)
         writer = TraceWriter(folder, self.shape, self.provenance)
-        for routes in self:
-            writer.write(routes)
+        # the last shard also answers for documents without tokens, so each shard is written when the next one is at hand
+        parts = iter(self)
+        routes = next(parts, None)
+        while routes is not None:
+            following = next(parts, None)
+            writer.write(routes, last_document=len(self.shape.document_ids) - 1 if following is None else None)
+            routes = following
         if self.control is not None:
             self.control.save(folder / CONTROL)
         writer.finish(vocabulary=self.vocabulary)
@@ -364,7 +328,7 @@ class TraceWriter:
         self._save()
 
     def _save(self) -> None:
-        write_json(self.folder / MANIFEST, self._manifest.model_dump(mode="json"))
+        write_json(self.folder / MANIFEST, sealed(self._manifest))
 
 
 def _other_facts(one: Manifest, other: Manifest) -> list[str]:
@@ -403,67 +367,9 @@ def join_traces(traces: Sequence[Trace], *, provenance: Mapping[str, Any]) -> Tr
     )
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a trace folder.
-
-    Raises:
-        TraceError: missing, not JSON, another schema version, fields missing or unknown.
-    """
-    path = folder / MANIFEST
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise TraceError(f"{folder}: no {MANIFEST} here, so this is not a trace folder") from None
-    except (OSError, ValueError) as problem:
-        raise TraceError(f"{path}: cannot be read as JSON ({problem})") from None
-    version = content.get("schema_version") if isinstance(content, dict) else None
-    if version != TRACE_SCHEMA:
-        raise TraceError(f"{path}: schema version {version!r}, this dbes reads {TRACE_SCHEMA}; record again or use the dbes that wrote it")
-    try:
-        return Manifest.model_validate(content)
-    except ValidationError as problem:
-        first = problem.errors()[0]
-        field_name = ".".join(map(str, first["loc"]))
-        raise TraceError(f"{path}: {f'{field_name}: ' if field_name else ''}{first['msg']}") from None
-
-
-def validate_routes(routes: TokenRoutes, shape: RoutingShape, *, where: str) -> None:
-    """Refuse routes that no top-k router can have produced.
-
-    Raises:
-        TraceError: wrong shapes, an id at or above the layer's number of experts, an expert twice in one row, a document
-            out of range or out of order.
-    """
-    tokens = len(routes.document)
-    expected = (tokens, len(shape.layers))
-    if routes.ids.ndim != 3 or routes.ids.shape[:2] != expected:
-        raise TraceError(f"{where}: ids have shape {routes.ids.shape}, expected {(*expected, shape.slots)}")
-    for name, array in routes.arrays().items():
-        if array.shape[0] != tokens:
-            raise TraceError(f"{where}: {name} has {array.shape[0]} rows, ids have {tokens}")
-    if routes.weights is not None and routes.weights.shape != routes.ids.shape:
-        raise TraceError(f"{where}: weights have shape {routes.weights.shape}, ids {routes.ids.shape}")
-    if not tokens:
-        return
-    if routes.document.min() < 0 or routes.document.max() >= len(shape.document_domain) or np.any(np.diff(routes.document) < 0):
-        raise TraceError(f"{where}: document indices must ascend within 0..{len(shape.document_domain) - 1}")
-    missing = np.iinfo(routes.ids.dtype).max
-    slots = np.ascontiguousarray(np.moveaxis(routes.ids, 2, 0))
-    for column, experts in enumerate(shape.experts):
-        if experts < missing:
-            wrong = (slots[:, :, column] >= experts) & (slots[:, :, column] != missing)
-            if wrong.any():
-                found = int(slots[:, :, column][wrong][0])
-                raise TraceError(f"{where}: ids out of range at layer {shape.layers[column]}: {found}, but the layer has {experts} experts")
-    for slot in range(1, len(slots)):
-        for other in range(slot):
-            twice = (slots[slot] == slots[other]) & (slots[slot] != missing)
-            if twice.any():
-                token, column = np.argwhere(twice)[0]
-                raise TraceError(
-                    f"{where}: expert {int(slots[slot, token, column])} stands twice in row {token} at layer {shape.layers[column]}: "
-                    "duplicate ids in a row mean that the source did not record routing (for example all zero)"
-                )
+def _read_vocabulary(path: Path) -> dict[int, TokenText]:
+    """Text of token ids; nothing where there is no such file."""
+    return from_json(read_json(path, error=TraceError), where=path, error=TraceError) if path.exists() else {}
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
@@ -473,22 +379,6 @@ def _stamp(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_size, status.st_mtime_ns
-
-
-def _read_shard(path: Path, entry: ShardEntry) -> TokenRoutes:
-    try:
-        content = path.read_bytes()
-    except OSError as problem:
-        raise TraceError(f"{path}: this shard of the trace cannot be read ({problem.strerror})") from None
-    if hashlib.sha256(content).hexdigest() != entry.sha256:
-        raise TraceError(f"{path}: sha256 differs from the manifest: the shard is truncated or was altered; record again with --overwrite")
-    try:
-        routes = TokenRoutes(**parse_safetensors(content))
-    except (safetensors.SafetensorError, TypeError) as problem:
-        raise TraceError(f"{path}: not a shard of a dbes trace ({problem})") from None
-    if len(routes) != entry.tokens:
-        raise TraceError(f"{path}: {len(routes)} tokens, the manifest says {entry.tokens}")
-    return routes
 
 
 def _order_within(document: np.ndarray) -> np.ndarray:

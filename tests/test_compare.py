@@ -261,11 +261,11 @@ def terminal(found: Comparison) -> str:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("{", "cannot be read as JSON"),
-        ("[]", "result schema None"),
-        ('{"schema_version": 99}', "result schema 99; this dbes reads 1"),
-        ('{"schema_version": 1, "status": "ok"}', "field created: Field required"),
-        ("\x00\xff", "cannot be read as JSON"),
+        ("{", "not JSON"),
+        ("[]", "expected a JSON object"),
+        ('{"schema_version": 99}', "schema_version 99; this dbes reads 1"),
+        ('{"schema_version": 1, "status": "ok"}', "created: Field required"),
+        ("\x00\xff", "not UTF-8"),
     ],
     ids=["truncated", "not an object", "newer schema", "missing fields", "binary"],
 )

@@ -15,7 +15,20 @@ import pytest
 from safetensors.numpy import load, save
 
 from dbes.errors import FileError, refusal
-from dbes.files import LOCK, check_writable, discard, is_sealed, keep_log_before, locked, replacing, sealed, sorted_metadata, write_text
+from dbes.files import (
+    LOCK,
+    check_writable,
+    discard,
+    is_sealed,
+    keep_log_before,
+    locked,
+    read_bytes,
+    regular,
+    replacing,
+    sealed,
+    sorted_metadata,
+    write_text,
+)
 
 
 def test_a_full_disk_names_the_file_and_leaves_nothing(tmp_path: Path) -> None:
@@ -179,3 +192,17 @@ def test_a_log_is_kept_up_to_the_first_line_that_is_none(line: str, tmp_path: Pa
 def test_what_the_system_refused(problem: BaseException, reason: str | None) -> None:
     found = refusal(problem)
     assert found is None if reason is None else found is not None and found.startswith(reason)
+
+
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "to").symlink_to(tmp_path / "pipe")
+    expected = {
+        tmp_path / "pipe": "pipe, socket or device", tmp_path / "to": "pipe, socket or device", Path("/dev/zero"): "pipe, socket or device",
+        tmp_path: "a folder", tmp_path / "loop": "cannot be read", tmp_path / "none": "no such file", tmp_path / "a\0b": "cannot be read",
+    }  # fmt: skip
+    for path, told in expected.items():
+        for read in (read_bytes, regular):
+            with pytest.raises(FileError, match=told):
+                read(path)

@@ -63,7 +63,7 @@ def test_the_published_form_of_an_esft_config_is_read(tmp_path: Path) -> None:
         pytest.param({"cells": [[2, 0]]}, r"MoE layers \[1, 4\]", id="a dense layer"),
         pytest.param({"cells": [[1, 3], [1, 0]]}, "ordered", id="out of order"),
         pytest.param({"cells": [[1, 3], [1, 3]]}, "distinct", id="twice"),
-        pytest.param({"schema_version": 2}, "path schema 2", id="a later version"),
+        pytest.param({"schema_version": 2}, "schema_version 2", id="a later version"),
         pytest.param({"extra": 1}, "extra", id="unknown field"),
         pytest.param({"experts": [4]}, "2 layers", id="layers without experts"),
     ],
@@ -85,7 +85,7 @@ def test_paths_that_are_refused(change: dict[str, Any], message: str, tmp_path: 
         pytest.param('{"experts": {"1": [0]}, "shared_experts": true}', "shared experts too", id="more than routed experts"),
         pytest.param('{"expert": {}}', "not an ESFT", id="something else"),
         pytest.param("[]", "expected a JSON object", id="a list"),
-        pytest.param("{", "cannot be read as JSON", id="no JSON"),
+        pytest.param("{", "not JSON", id="no JSON"),
     ],
 )
 def test_esft_configs_that_are_refused(content: str, message: str, tmp_path: Path) -> None:

@@ -277,14 +277,14 @@ def test_hostile_names_are_escaped(content: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"schema_version": 0}, "outcome schema 0; this dbes reads 1"),
-        ({"schema_version": None}, "outcome schema None"),
+        ({"schema_version": 0}, "schema_version 0; this dbes reads 1"),
+        ({"schema_version": None}, "schema_version None"),
         ({"kind": "result"}, "not the outcome of `dbes intervene`"),
-        ({"targets": {}}, "field targets:"),
-        ({"targets": {"a": {"arms": []}}}, "field targets.a"),
-        ({"masks": [{"target": "a"}]}, "field masks.0"),
-        ({"surprise": 1}, "field surprise: Extra inputs"),
-        ({"settings": [1]}, "field settings:"),
+        ({"targets": {}}, "targets: "),
+        ({"targets": {"a": {"arms": []}}}, "targets.a"),
+        ({"masks": [{"target": "a"}]}, "masks.0"),
+        ({"surprise": 1}, "surprise: Extra inputs"),
+        ({"settings": [1]}, "settings: "),
     ],
 )
 def test_bad_outcomes_are_named(tmp_path: Path, content: dict[str, Any], change: dict[str, Any], told: str) -> None:

@@ -222,7 +222,7 @@ def test_error_results_have_a_page(tmp_path: Path, result: Result) -> None:
         (lambda f: (f / "expert_usage.parquet").write_bytes(b"PAR1 nonsense"), "expert_usage.parquet: cannot be read"),
         (lambda f: pd.DataFrame({"domain": ["a"]}).to_parquet(f / "expert_usage.parquet"), "not the table of this result"),
         (lambda f: (f / "matrices.safetensors").write_bytes(b"nonsense"), "matrices.safetensors: cannot be read"),
-        (lambda f: (f / "result.json").write_text("{", "utf-8"), "cannot be read as JSON"),
+        (lambda f: (f / "result.json").write_text("{", "utf-8"), "not JSON"),
         (lambda f: (f / "result.json").unlink(), "there is no result here"),
     ],
     ids=["damaged table", "another table", "damaged matrices", "truncated", "missing"],

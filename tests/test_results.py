@@ -124,14 +124,14 @@ def edited(tmp_path: Path, change: Any) -> Path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        pytest.param(lambda content: content.update(surprise=1), "field surprise", id="unknown key"),
-        pytest.param(lambda content: content["model"].update(surprise=1), r"field model\.surprise", id="unknown key inside"),
+        pytest.param(lambda content: content.update(surprise=1), "surprise: Extra inputs", id="unknown key"),
+        pytest.param(lambda content: content["model"].update(surprise=1), r"model\.surprise: Extra inputs", id="unknown key inside"),
         pytest.param(lambda content: content["calibrated"][0].update(surprise=1), r"calibrated\.0\.surprise", id="unknown key of a record"),
-        pytest.param(lambda content: content.pop("created"), "field created", id="missing key"),
-        pytest.param(lambda content: content.update(status="fine"), "field status", id="unknown status"),
+        pytest.param(lambda content: content.pop("created"), "created: Field required", id="missing key"),
+        pytest.param(lambda content: content.update(status="fine"), "status: Input should be", id="unknown status"),
         pytest.param(lambda content: content["calibrated"][0].update(value="high"), "value", id="text for a number"),
-        pytest.param(lambda content: content.update(schema_version=2), "result schema 2; this dbes reads 1", id="newer version"),
-        pytest.param(lambda content: content.pop("schema_version"), "result schema None", id="no version"),
+        pytest.param(lambda content: content.update(schema_version=2), "schema_version 2; this dbes reads 1", id="newer version"),
+        pytest.param(lambda content: content.pop("schema_version"), "schema_version None", id="no version"),
     ],
 )
 def test_a_result_that_is_not_one_is_refused_with_the_field(tmp_path: Path, change: Any, message: str) -> None:
@@ -142,9 +142,9 @@ def test_a_result_that_is_not_one_is_refused_with_the_field(tmp_path: Path, chan
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        pytest.param(b"{", "cannot be read as JSON", id="not JSON"),
-        pytest.param(b"\xff", "cannot be read as JSON", id="not text"),
-        pytest.param(b"[]", "result schema None", id="a list"),
+        pytest.param(b"{", "not JSON", id="not JSON"),
+        pytest.param(b"\xff", "not UTF-8", id="not text"),
+        pytest.param(b"[]", "expected a JSON object", id="a list"),
     ],
 )
 def test_a_file_that_is_no_result_is_refused(tmp_path: Path, content: bytes, message: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,15 @@ from typing import Any
 import naive
 import numpy as np
 import pytest
+from safetensors.numpy import load as parse_safetensors
 from safetensors.numpy import save as encode_safetensors
 
 import dbes.files
 from dbes.errors import DbesError, TraceError
+from dbes.manifest import MANIFEST, SEAL, ShardEntry, digest
 from dbes.scoring import score
-from dbes.trace import CONTROL, MANIFEST, VOCABULARY, ShardEntry, Trace, TraceWriter, validate_routes
+from dbes.shards import validate_routes
+from dbes.trace import CONTROL, VOCABULARY, Trace, TraceWriter
 from dbes.types import TokenRoutes, storage_dtype
 
 
@@ -84,7 +89,7 @@ def changed_ids(*place: int, value: int) -> np.ndarray:
         pytest.param({"document": np.array([0, 0, 1, -1])}, "indices below 2", id="document negative"),
         pytest.param({"document": np.array([0.0, 0.0, 0.5, 1.0])}, "document", id="document that is not an integer"),
         pytest.param({"document_ids": ("a",)}, "1 document ids for 2 documents", id="too few document ids"),
-        pytest.param({"weights": np.ones((4, 2))}, "weights: expected shape", id="weights of another shape"),
+        pytest.param({"weights": np.ones((4, 2))}, "weights: expected shape", id="weights that do not fit"),
         pytest.param({"margins": np.ones((4, 2, 2))}, "margins: expected shape", id="margins of another shape"),
         pytest.param({"token_ids": np.ones(3)}, "token_ids: expected shape", id="token ids of another shape"),
         pytest.param({"phase": np.ones((4, 1))}, "phase: expected shape", id="phase of another shape"),
@@ -144,8 +149,8 @@ def test_slots_of_a_layer_are_never_more_than_its_experts() -> None:
     ("change", "message"),
     [
         pytest.param(lambda routes: {"ids": routes.ids[:, :1]}, "ids have shape", id="a layer too few"),
-        pytest.param(lambda routes: {"positions": routes.positions[:2]}, "positions has 2 rows", id="rows that do not fit"),
-        pytest.param(lambda _: {"weights": np.ones((4, 2, 1), np.float16)}, "weights have shape", id="weights of another shape"),
+        pytest.param(lambda routes: {"positions": routes.positions[:2]}, r"positions has shape \(2,\)", id="rows that do not fit"),
+        pytest.param(lambda _: {"weights": np.ones((4, 2, 1), np.float16)}, r"weights has shape \(4, 2, 1\)", id="weights that do not fit"),
         pytest.param(lambda routes: {"document": routes.document[::-1].copy()}, "must ascend", id="documents out of order"),
     ],
 )
@@ -206,8 +211,10 @@ def flip_a_byte(folder: Path) -> None:
 
 
 def edit_manifest(folder: Path, **changes: Any) -> None:
+    """Change the manifest and seal it again."""
     path = folder / MANIFEST
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    content = {name: value for name, value in json.loads(path.read_text()).items() if name != SEAL} | changes
+    path.write_text(json.dumps(content | {SEAL: digest(content)}))
 
 
 def claim(folder: Path, content: bytes, **changes: Any) -> None:
@@ -234,13 +241,13 @@ def claim(folder: Path, content: bytes, **changes: Any) -> None:
             lambda folder: claim(folder, first_shard(folder).read_bytes(), tokens=7), "the manifest says 7", id="another number of tokens"
         ),
         pytest.param(lambda folder: first_shard(folder).unlink(), "missing", id="missing"),
-        pytest.param(lambda folder: edit_manifest(folder, schema_version=2), "schema version 2, this dbes reads 1", id="another version"),
+        pytest.param(lambda folder: edit_manifest(folder, schema_version=2), "schema_version 2; this dbes reads 1", id="another version"),
         pytest.param(lambda folder: edit_manifest(folder, complete=False), "not finished \\(3 shards so far\\)", id="unfinished"),
         pytest.param(lambda folder: edit_manifest(folder, extra=1), "extra", id="unknown field"),
         pytest.param(lambda folder: edit_manifest(folder, experts="many"), "experts", id="field of another type"),
-        pytest.param(lambda folder: (folder / MANIFEST).write_text("{"), "cannot be read as JSON", id="manifest that is not JSON"),
-        pytest.param(lambda folder: (folder / MANIFEST).write_text("[1]"), "schema version None", id="manifest that is a list"),
-        pytest.param(lambda folder: (folder / MANIFEST).write_bytes(b"\xff\xfe"), "cannot be read as JSON", id="manifest that is not text"),
+        pytest.param(lambda folder: (folder / MANIFEST).write_text("{"), "not JSON", id="manifest that is not JSON"),
+        pytest.param(lambda folder: (folder / MANIFEST).write_text("[1]"), "expected a JSON object", id="manifest that is a list"),
+        pytest.param(lambda folder: (folder / MANIFEST).write_bytes(b"\xff\xfe"), "not UTF-8", id="manifest that is not text"),
         pytest.param(lambda folder: (folder / MANIFEST).unlink(), "not a trace folder", id="no manifest"),
         pytest.param(lambda folder: edit_manifest(folder, experts=[3, 3, 3]), "out of range", id="ids above the number of experts"),
         pytest.param(lambda folder: (folder / VOCABULARY).write_text("{"), "vocabulary.json: not JSON", id="vocabulary that is not JSON"),
@@ -254,6 +261,109 @@ def test_a_damaged_folder_is_refused(recording: naive.Recording, tmp_path: Path,
     damage(tmp_path)
     with pytest.raises(TraceError, match=message):
         list(Trace.load(tmp_path))
+
+
+def entries(folder: Path, change: Callable[[list[dict[str, Any]]], object]) -> None:
+    shards = json.loads((folder / MANIFEST).read_text())["shards"]
+    change(shards)
+    edit_manifest(folder, shards=shards)
+
+
+def rewritten(folder: Path, **changes: Callable[[np.ndarray], np.ndarray] | np.ndarray | None) -> None:
+    """Change, add or leave out arrays of the first shard, with a manifest that agrees."""
+    arrays = parse_safetensors(first_shard(folder).read_bytes())
+    for name, change in changes.items():
+        if change is None:
+            del arrays[name]
+        else:
+            arrays[name] = np.ascontiguousarray(change(arrays[name]) if callable(change) else change)
+    claim(folder, encode_safetensors(arrays), tokens=len(arrays.get("document", ())))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: edit_manifest(f, shards=[]), "complete, but documents 0 to 5 are in no shard"),
+        (lambda f: entries(f, lambda s: s.append(s[0])), "shards: a file is named twice"),
+        (lambda f: entries(f, lambda s: s.insert(0, s[0])), "shards: a file is named twice"),
+        (lambda f: entries(f, lambda s: s.reverse()), r"shards\.0: documents 4 to 5, expected them to go on from 0"),
+        (lambda f: entries(f, lambda s: s.pop()), "documents 4 to 5 are in no shard"),
+        (lambda f: entries(f, lambda s: s.pop(1)), r"shards\.1: documents 4 to 5, expected them to go on from 2"),
+        (lambda f: entries(f, lambda s: s[0].update(last_document=2)), "go on from 3"),
+        (lambda f: entries(f, lambda s: s[2].update(last_document=9)), "they hold 10 documents, document_ids names 6"),
+        (lambda f: entries(f, lambda s: s[1].update(name="../shard-00000.safetensors")), r"shards\.1\.name"),
+        (lambda f: entries(f, lambda s: s[1].update(name="/etc/passwd")), r"shards\.1\.name"),
+        (lambda f: entries(f, lambda s: s[1].update(name="shard-00001.safetensors\n")), r"shards\.1\.name"),
+        (lambda f: entries(f, lambda s: s[1].update(tokens=-1)), r"shards\.1\.tokens"),
+        (lambda f: entries(f, lambda s: s[1].update(tokens=1)), "the manifest says 1 tokens"),
+        (lambda f: entries(f, lambda s: s[1].update(sha256="00")), r"shards\.1\.sha256"),
+        (lambda f: (entries(f, lambda s: (s[0].update(last_document=2), s[1].update(first_document=3)))), "the manifest says 3 to 3"),
+        (lambda f: edit_manifest(f, layers=[4, 4, 5]), "ascending and distinct"),
+        (lambda f: edit_manifest(f, domains=["a", "a"]), "domains: 'a' is given twice"),
+        (lambda f: edit_manifest(f, document_ids=["a"] * 6), "document_ids: 'a' is given twice"),
+        (lambda f: edit_manifest(f, document_source=["a"] * 5), "document_source has 5 entries"),
+        (lambda f: edit_manifest(f, top_k=[0, 0, 0]), "top_k"),
+        (lambda f: edit_manifest(f, top_k=[99, 2, 2]), "top_k 99 of"),
+        (lambda f: edit_manifest(f, top_k=[1, 1, 1]), "has more than top_k = 1 experts"),
+        (lambda f: edit_manifest(f, experts=[0, 0, 0]), "experts"),
+        (lambda f: edit_manifest(f, experts=[10**30, 8, 8]), "experts"),
+        (lambda f: edit_manifest(f, provenance={"versions": [1]}), "versions"),
+        (lambda f: edit_manifest(f, provenance={"task": "law"}), "task"),
+        (lambda f: edit_manifest(f, provenance={"revision": 7}), "revision"),
+        (lambda f: (f / VOCABULARY).write_text('{"x": "y"}'), "expected token ids with their texts"),
+        (lambda f: (f / VOCABULARY).write_text('{"1": 5}'), "expected token ids with their texts"),
+        (lambda f: (f / VOCABULARY).write_text("[]"), "expected token ids with their texts"),
+        (lambda f: os.mkfifo(f / VOCABULARY), "a pipe, socket or device"),
+        (lambda f: (first_shard(f).unlink(), os.mkfifo(f / "shard-00000.safetensors")), "a pipe, socket or device"),
+        (lambda f: ((f / MANIFEST).unlink(), os.mkfifo(f / MANIFEST)), "a pipe, socket or device"),
+        (lambda f: rewritten(f, positions=None), "positions missing"),
+        (lambda f: rewritten(f, extra=np.zeros(3)), "unknown extra"),
+        (lambda f: rewritten(f, positions=lambda a: a.astype(np.float32)), "positions has dtype float32, expected integers"),
+        (lambda f: rewritten(f, positions=lambda a: a[::-1]), "positions must ascend"),
+        (lambda f: rewritten(f, positions=lambda a: a - 1), "positions must ascend"),
+        (lambda f: rewritten(f, document=lambda a: a + 1), "rows of documents 1 to 2, the manifest says 0 to 1"),
+        (lambda f: rewritten(f, ids=lambda a: a.astype(np.int64)), "ids has dtype int64"),
+        (lambda f: rewritten(f, ids=lambda a: a[..., :1]), "ids have shape"),
+        (lambda f: rewritten(f, weights=lambda a: a * np.float32("nan")), "weights hold NaN"),
+        (lambda f: rewritten(f, token_ids=lambda a: a - 10**6), "token_ids below 0"),
+        (lambda f: rewritten(f, phase=np.full(2, 2, np.uint8)), "phase has shape"),
+        (lambda f: rewritten(f, logit_stable=np.full((2, 3), 9, np.uint8)), "logit_stable has shape"),
+    ],
+)  # fmt: skip
+def test_a_manifest_or_shard_that_cannot_be_true_is_refused(
+    recording: naive.Recording, tmp_path: Path, damage: Callable[[Path], object], message: str
+) -> None:
+    shards_of(recording.trace(), tmp_path)
+    damage(tmp_path)
+    with pytest.raises(TraceError, match=message) as told:
+        list(Trace.load(tmp_path))
+    assert "\n" not in str(told.value) and len(str(told.value)) < 400
+
+
+def test_labels_that_somebody_changed_are_noticed_and_old_manifests_stay_readable(recording: naive.Recording, tmp_path: Path) -> None:
+    shards_of(recording.trace(), tmp_path)
+    path = tmp_path / MANIFEST
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(dict(reversed(content.items())), indent=7))  # another form of the same values
+    assert Trace.load(tmp_path).tokens == recording.trace().tokens
+    path.write_text(json.dumps(content | {"document_domain": content["document_domain"][::-1]}))
+    with pytest.raises(TraceError, match="was changed after it was written"):
+        Trace.load(tmp_path)
+    path.write_text(json.dumps({name: value for name, value in content.items() if name != SEAL}))
+    assert Trace.load(tmp_path).tokens == recording.trace().tokens
+
+
+def test_a_control_of_other_documents_is_refused(recording: naive.Recording, tmp_path: Path) -> None:
+    shards_of(recording.trace(), tmp_path)
+    shards_of(recording.trace(), tmp_path / CONTROL)
+    edit_manifest(tmp_path / CONTROL, document_domain=[0, 1, 0, 1, 0, 1])
+    with pytest.raises(TraceError, match="control: document_domain are not those of the trace"):
+        Trace.load(tmp_path)
+
+
+def test_documents_without_tokens_at_the_end_are_kept(tmp_path: Path) -> None:
+    trace = build(domain=np.array([0, 1, 1]))
+    assert len(trace.save(tmp_path).shape.document_ids) == 3
 
 
 def test_a_shard_that_cannot_be_read_is_named(recording: naive.Recording, tmp_path: Path) -> None:

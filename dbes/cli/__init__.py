@@ -5,10 +5,13 @@ Heavy modules are imported inside the commands, so that ``dbes --help`` answers 
 
 from __future__ import annotations
 
+import warnings
+
 import typer
 
 from dbes.cli import evaluation, finetuning, intervention, paths, reports, tasks, testbed
 from dbes.cli.common import Guarded
+from dbes.text import printable
 
 app = typer.Typer(
     cls=Guarded,
@@ -27,4 +30,10 @@ app.add_typer(testbed.app, name="testbed")
 
 
 def main() -> None:
+    warnings.formatwarning = _warning
     app()
+
+
+def _warning(message: Warning | str, *_: object) -> str:
+    """A warning in one line: where in the code it arose is not the reader's business, and what it quotes may hold anything."""
+    return f"dbes: warning: {printable(message)}\n"

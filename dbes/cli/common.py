@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from enum import StrEnum
@@ -13,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from dbes.errors import DbesError, MixError, SettingError, TaskError, refusal
-from dbes.text import printable
+from dbes.text import json_text, printable
 
 if TYPE_CHECKING:
     from dbes.pipeline import Progress
@@ -37,12 +36,21 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def stdout() -> Any:
-    from rich.console import Console
+def say(text: object, *, err: bool = False, nl: bool = True) -> None:
+    """Prints text, with whatever a terminal would obey in it written out."""
+    typer.echo(printable(text, lines=True), err=err, nl=nl)
 
-    console = Console()
-    # In a pipe or a log there is no terminal to measure: tables are given room instead of being folded at 80 columns.
-    return console if console.is_terminal else Console(width=150)
+
+def say_json(text: str) -> None:
+    """Prints JSON that means the same, with whatever a terminal would obey in it written out."""
+    typer.echo(json_text(text))
+
+
+def stdout() -> Any:
+    """The terminal for tables: no markup is read from names, and nothing in them reaches the terminal's own commands."""
+    from dbes.reporting.terminal import harmless
+
+    return harmless()
 
 
 def errors() -> AbstractContextManager[None]:
@@ -86,8 +94,8 @@ class _Notes(logging.Handler):
 
 
 def tell(message: str) -> None:
-    """One message to stderr, with characters that a terminal would obey made visible."""
-    typer.echo(f"dbes: {printable(message, lines=True)}", err=True)
+    """One message to stderr, in one line, with characters that a terminal would obey made visible."""
+    typer.echo(f"dbes: {printable(message)}", err=True)
 
 
 @contextmanager
@@ -97,7 +105,7 @@ def progress_bar() -> Iterator[Progress]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         bar = bars.add_task("loading", total=None, rate="")
         seen: set[str] = set()
@@ -106,7 +114,7 @@ def progress_bar() -> Iterator[Progress]:
             if stage not in seen:
                 seen.add(stage)
                 if not console.is_terminal:
-                    print(f"{stage} {total:,} tokens" if total else stage, file=sys.stderr)
+                    say(f"{stage} {total:,} tokens" if total else stage, err=True)
             speed = bars.tasks[0].speed
             bars.update(bar, description=stage, completed=done, total=total or None, rate=f"{speed:,.0f} tokens/s" if speed else "")
 

@@ -22,6 +22,7 @@ from dbes.cli.common import (
     errors,
     names,
     progress_bar,
+    say_json,
     stdout,
     tell,
 )
@@ -184,7 +185,7 @@ def doctor(
         where = EMBEDDED_MODEL if model == "embedded" else model
         diagnosis = examine(where, revision=revision, trust_remote_code=trust_remote_code)
     if format is Format.json:
-        typer.echo(as_json(diagnosis))
+        say_json(as_json(diagnosis))
     else:
         stdout().print(render(diagnosis))
     if not diagnosis.ok:
@@ -202,7 +203,7 @@ def _batch_size(text: str) -> Any:
 def _print_json(results: Sequence[Result], *, several: bool) -> None:
     """One document: a result, or a list of them."""
     documents = [result.model_dump_json(indent=1) for result in results]
-    typer.echo("[" + ",\n".join(documents) + "]" if several else documents[0])
+    say_json("[" + ",\n".join(documents) + "]" if several else documents[0])
 
 
 def _show(result: Result, folder: Path | None) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dbes.cli.common import Format, FormatOption, RemoteOption, errors, stdout
+from dbes.cli.common import Format, FormatOption, RemoteOption, errors, say, say_json, stdout
 from dbes.cli.hints import command, option
 from dbes.text import printable
 
@@ -69,10 +69,10 @@ def finetune(
             trust_remote_code=trust_remote_code, say=_say, progress=progress,
         )  # fmt: skip
     if format is Format.json:
-        typer.echo(report.model_dump_json(indent=1))
+        say_json(report.model_dump_json(indent=1))
         return
     stdout().print(_table(report))
-    typer.echo(out)
+    say(out)
     if protects_next(report):
         words = ["finetune", *option("model", model), *option("revision", revision), *option("paths", paths), *option("data", data)]
         words += [*option("out", f"{out}-protected"), *option("steps", steps), *option("lr", lr), *option("protect", PROTECT)]
@@ -94,7 +94,7 @@ def merge(
 
     with errors():
         where = str(EMBEDDED_MODEL) if base == "embedded" else base
-        typer.echo(merge_delta(where, delta, out, revision=revision, trust_remote_code=trust_remote_code))
+        say(merge_delta(where, delta, out, revision=revision, trust_remote_code=trust_remote_code))
 
 
 def _table(report: FinetuneReport) -> Any:
@@ -135,4 +135,4 @@ def _say(message: str) -> None:
     import os
 
     if os.environ.get("RANK", "0") == "0":
-        typer.echo(printable(message, lines=True), err=True)
+        say(message, err=True)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dbes.cli.common import errors, names
+from dbes.cli.common import errors, names, say
 
 
 class RoutingOption(StrEnum):
@@ -60,9 +60,9 @@ def intervene(
             targets=domain,
             cache=cache,
             processes=processes,
-            progress=lambda message: typer.echo(message, err=True),
+            progress=lambda message: say(message, err=True),
         )
     for found in outcome["targets"].values():
-        typer.echo(found["verdict"]["text"])
-    typer.echo(outcome["verdict"])
-    typer.echo(out / OUTCOME, err=True)
+        say(found["verdict"]["text"])
+    say(outcome["verdict"])
+    say(out / OUTCOME, err=True)

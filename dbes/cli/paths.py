@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dbes.cli.common import errors
+from dbes.cli.common import errors, say
 from dbes.cli.hints import command, option
 from dbes.files import check_writable
-from dbes.text import printable
 
 if TYPE_CHECKING:
     from dbes.results import Result, TaskFacts
@@ -66,13 +65,13 @@ def paths(
         path = find_path(evidence, domain=domain, rule=rule, budget=size, match=match, seed=seed)
         written = (write_esft if format is PathFormat.esft else write_path)(path, out)
     stability = "" if path.stability is None else f", {path.stability:.0%} chosen again on half of the texts"
-    typer.echo(
+    say(
         f"{len(path.cells)} of {sum(path.experts)} cells ({path.share:.1%} of the expert parameters) take {path.coverage:.1%} of the "
         f"slots of {domain}{stability}",
         err=True,
     )
-    typer.echo(written)
-    typer.echo(printable(next_step(load_result(result), written, domain=domain, model=model, tasks=tasks), lines=True), err=True)
+    say(written)
+    say(next_step(load_result(result), written, domain=domain, model=model, tasks=tasks), err=True)
 
 
 def next_step(found: Result, written: Path, *, domain: str, model: str | None, tasks: str) -> str:

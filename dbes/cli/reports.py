@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from dbes.cli.common import FAILED, errors, stdout
+from dbes.cli.common import FAILED, errors, say, say_json, stdout
 from dbes.files import check_writable
+from dbes.text import json_text
 
 
 class ReportFormat(StrEnum):
@@ -52,16 +53,16 @@ def report(
 
     with errors():
         if format is ReportFormat.html:
-            typer.echo(write_page(result, trace=trace, output=output))
+            say(write_page(result, trace=trace, output=output))
         elif format is ReportFormat.card:
-            typer.echo(card_section(load_result(result)))
+            say(card_section(load_result(result)))
         elif format is ReportFormat.hub:
             if dataset is None:
                 message = "with --format hub the id of the benchmark's dataset on the hub is needed: --dataset OWNER/NAME"
                 raise typer.BadParameter(message, param_hint="--dataset")
-            typer.echo(hub_entries(load_result(result), dataset=dataset))
+            say(hub_entries(load_result(result), dataset=dataset))
         else:
-            typer.echo(open_record(load_result(result)))
+            say_json(open_record(load_result(result)))
 
 
 def _report_outcome(path: Path, format: ReportFormat, *, trace: Path | None, output: Path | None) -> None:
@@ -75,9 +76,9 @@ def _report_outcome(path: Path, format: ReportFormat, *, trace: Path | None, out
         raise typer.BadParameter("an experiment has no recorded routes", param_hint="--trace")
     with errors():
         if format is ReportFormat.html:
-            typer.echo(write_outcome_page(path, output=output))
+            say(write_outcome_page(path, output=output))
         else:
-            typer.echo(outcome_card(load_outcome(path)), nl=False)
+            say(outcome_card(load_outcome(path)), nl=False)
 
 
 def compare(
@@ -92,20 +93,24 @@ def compare(
     check: Annotated[bool, typer.Option("--check", help="Only check that the results may be published.")] = False,
 ) -> None:
     """Put results side by side; of two, the paired difference for every metric and layer depth."""
+    from dbes.errors import ResultError
     from dbes.reporting import export, leaderboard
     from dbes.reporting.check import check_all
     from dbes.reporting.compare import compare as run
     from dbes.reporting.compare import paired_of
+    from dbes.reporting.entries import told_apart
 
     with errors():
         if check:
             problems = check_all(results)
             for line in problems or ["every result may be published"]:
-                typer.echo(line)
+                say(line)
             raise typer.Exit(FAILED if problems else 0)
         if output is not None:
             check_writable(output)
         found = run(results, metric=by, accuracy=accuracy or ())
+        if not found.entries:
+            raise ResultError(told_apart(found.apart))
         paired = paired_of(found)
         if format is CompareFormat.table and output is None:
             stdout().print(leaderboard.render_terminal(found, paired, published=published))
@@ -113,13 +118,15 @@ def compare(
         if format is CompareFormat.csv:
             text = export.as_csv(found, published=published)
         elif format is CompareFormat.json:
-            text = export.as_json(found, paired)
+            text = json_text(export.as_json(found, paired)) + "\n"
         elif format is CompareFormat.html:
             text = leaderboard.render_leaderboard(found)
         else:
             text = export.as_markdown(found, paired, published=published)
-        if output is None:
-            typer.echo(text, nl=False)
+        if output is None and format is CompareFormat.html:
+            typer.echo(text, nl=False)  # as it is: its scripts run by their hash, and its text is harmless already
+        elif output is None:
+            say(text, nl=False)
         else:
             export.write(text, output)
-            typer.echo(output)
+            say(output)

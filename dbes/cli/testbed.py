@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dbes.cli.common import errors, names, tell
+from dbes.cli.common import errors, names, say, tell
 from dbes.errors import FileError
 
 app = typer.Typer(
@@ -50,7 +50,7 @@ def run(
             if os.access(out, os.W_OK) or not page.is_file():
                 raise
             tell(f"{problem}; the page is that of an earlier run")
-        typer.echo(page)
+        say(page)
 
 
 @app.command()
@@ -59,7 +59,7 @@ def report(folder: Annotated[Path, typer.Argument(help="Folder of a grid.")]) ->
     from dbes.testbed.report import write_report
 
     with errors():
-        typer.echo(write_report(folder))
+        say(write_report(folder))
 
 
 @app.command()
@@ -84,7 +84,7 @@ def train(
         _say(json.dumps({name: record[name] for name in ("step", "loss", "balancing_loss", "tokens_per_second") if name in record}))
 
     with errors():
-        typer.echo(train_checkpoint(config, out, mix=mix, cache=cache, prescribed=prescribed, progress=log))
+        say(train_checkpoint(config, out, mix=mix, cache=cache, prescribed=prescribed, progress=log))
 
 
 @app.command("mix")
@@ -99,9 +99,9 @@ def build_mix(
     with errors():
         prepared = prepare_mix(mix, vocabulary=vocabulary, max_positions=512, cache=cache)
     for index, domain in enumerate(prepared.mix.domains):
-        typer.echo(f"{domain}: {len(prepared.mix.training[index].tokens):,} tokens, {len(prepared.mix.heldout[index])} held-out documents")
-    typer.echo(prepared.folder)
+        say(f"{domain}: {len(prepared.mix.training[index].tokens):,} tokens, {len(prepared.mix.heldout[index])} held-out documents")
+    say(prepared.folder)
 
 
 def _say(message: str) -> None:
-    typer.echo(message, err=True)
+    say(message, err=True)

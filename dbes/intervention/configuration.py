@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import ValidationError
-
 from dbes.errors import InterventionError
 from dbes.intervention.settings import Settings
 from dbes.paths.selection import check_budget
+from dbes.schema import read_yaml, validated
+from dbes.text import clipped
 
 
 def read_configuration(file: Path | None, given: Mapping[str, Any]) -> Settings:
@@ -23,18 +22,13 @@ def read_configuration(file: Path | None, given: Mapping[str, Any]) -> Settings:
     """
     content: dict[str, Any] = {}
     if file is not None:
-        try:
-            content = yaml.safe_load(file.read_text("utf-8")) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
-            raise InterventionError(f"{file}: cannot be read as YAML ({problem})") from None
+        content = read_yaml(file, error=InterventionError)
+        content = {} if content is None else content
         if not isinstance(content, dict):
             raise InterventionError(f"{file}: expected settings by name, got {type(content).__name__}")
-    try:
-        settings = Settings.model_validate({**content, **given})
-    except ValidationError as problem:
-        first = problem.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise InterventionError(f"{file or 'settings'}: {f'{place}: ' if place else ''}{first['msg']}") from None
+    if unnamed := [key for key in content if not isinstance(key, str)]:
+        raise InterventionError(f"{file}: {clipped(unnamed[0])}: expected the name of a setting")
+    settings = validated(Settings, {**content, **given}, where=file or "settings", error=InterventionError)
     for budget in settings.budgets:
         check_budget(budget)
     return settings

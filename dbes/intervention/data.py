@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file, save
 from torch import Tensor
 
 from dbes.errors import FinetuneError, InterventionError, MixError
-from dbes.files import write_bytes
 from dbes.finetuning.data import Entry, Item, hold_out, multiple_choice, read_entries
 from dbes.finetuning.encoding import Sample, cut_rows
 from dbes.finetuning.evaluation import encode_choices
@@ -129,7 +127,7 @@ class ExperimentData:
 
     def without_items(self) -> ExperimentData:
         """The same documents, with the digest they have by themselves."""
-        return replace(self, items={}, digest=_digest(self.parts, {}))
+        return replace(self, items={}, digest=digest_of(self.parts, {}))
 
 
 def read_sources(texts: str, domains: Sequence[str], *, cache: Path) -> tuple[Texts, tuple[str, ...]]:
@@ -270,12 +268,12 @@ def tokenize(texts: Texts, tokenizer: Any, *, targets: Sequence[str], settings: 
         domains=texts.domains,
         parts=parts,
         boundary=int(boundary if boundary is not None else 0),
-        digest=_digest(parts, items),
+        digest=digest_of(parts, items),
         items=items,
     )
 
 
-def _digest(parts: Mapping[tuple[str, str], Part], items: Mapping[str, Items]) -> str:
+def digest_of(parts: Mapping[tuple[str, str], Part], items: Mapping[str, Items]) -> str:
     """sha256 over the documents; over the items too where there are any, so that texts without items keep their digest."""
     digest = hashlib.sha256()
     for (domain, name), part in sorted(parts.items()):
@@ -376,28 +374,3 @@ def training_batches(part: Part, settings: Settings, *, boundary: int, seed: int
 def joined_rows(part: Part, *, length: int, boundary: int) -> list[Tensor]:
     """A part's documents one after the other, as batches of full rows, int64 [8 or fewer, length] each."""
     return cut_rows(np.concatenate([piece for index in range(len(part)) for piece in (part.document(index), [boundary])]), length=length)
-
-
-def save_data(data: ExperimentData, path: Path) -> None:
-    arrays = {}
-    for (domain, name), part in data.parts.items():
-        index = data.domains.index(domain)
-        arrays |= {f"{index}.{name}.tokens": part.tokens, f"{index}.{name}.starts": part.starts, f"{index}.{name}.bytes": part.bytes}
-    for domain, items in data.items.items():
-        arrays |= {f"{data.domains.index(domain)}.items.{column}": getattr(items, column) for column in ITEM_COLUMNS}
-    write_bytes(path, save(arrays))
-
-
-def load_data(path: Path, *, domains: Sequence[str], boundary: int, digest: str) -> ExperimentData:
-    """What ``save_data`` wrote."""
-    arrays = load_file(path)
-    parts, items = {}, {}
-    for key in arrays:
-        index, name, column = key.split(".")
-        if name == "items":
-            columns = {column: arrays[f"{index}.items.{column}"] for column in ITEM_COLUMNS}
-            items[domains[int(index)]] = Items(**columns)
-        elif column == "tokens":
-            prefix = f"{index}.{name}"
-            parts[domains[int(index)], name] = Part(tokens=arrays[key], starts=arrays[f"{prefix}.starts"], bytes=arrays[f"{prefix}.bytes"])
-    return ExperimentData(domains=tuple(domains), parts=parts, boundary=boundary, digest=digest, items=items)

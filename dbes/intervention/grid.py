@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import time
@@ -22,18 +21,21 @@ from dbes.files import locked, write_json
 from dbes.finetuning.output import refuse_untrainable
 from dbes.intervention.analysis import OUTCOME_SCHEMA, analyse
 from dbes.intervention.arms import SEARCH_SEED, Plan, evidence_of, plan_arms
-from dbes.intervention.data import ExperimentData, load_data, read_sources, save_data, tokenize
+from dbes.intervention.data import ExperimentData, read_sources, tokenize
 from dbes.intervention.masking import MaskJob, execute_masks, plan_masks
+from dbes.intervention.records import EXPERIMENT_SCHEMA, check_curve, check_documents, read_about, read_mask_record, read_run_record
 from dbes.intervention.routing import prescription_facts, prescription_from, prescription_of, routable, routed
-from dbes.intervention.runs import RUN_SCHEMA, execute, measure, measure_items
+from dbes.intervention.runs import execute, measure, measure_items
 from dbes.intervention.settings import Arm, Run, Settings, run_key, run_of
+from dbes.intervention.storage import load_data, save_data
 from dbes.models import load_model, load_weights
 from dbes.paths.files import write_path
+from dbes.reporting.outcome import Outcome
+from dbes.schema import read_record
 from dbes.shipped import EMBEDDED_MODEL, EMBEDDED_NAME
 from dbes.testbed.grid import end_with_parent, worker_pool
 from dbes.windows import embedding_rows
 
-EXPERIMENT_SCHEMA = 1
 EXPERIMENT, RUNS, MASKS, DATA, OUTCOME = "experiment.json", "runs", "masks", "data.safetensors", "intervention.json"
 
 Progress = Callable[[str], None]
@@ -73,7 +75,7 @@ def _outcome_on_read_only_disk(model: str, out: Path, settings: Settings, *, tex
     Raises:
         FileError: it was asked for otherwise.
     """
-    about, outcome = read_about(out), _read(out / OUTCOME, OUTCOME_SCHEMA)
+    about, outcome = read_about(out), read_record(out / OUTCOME, Outcome, error=InterventionError, versions=(OUTCOME_SCHEMA,))
     asked = [model, texts, list(targets or settings.domains), settings.model_dump(mode="json")]
     if [about["model"].get("where"), about.get("texts"), about.get("given"), outcome.get("settings")] != asked:
         raise FileError(f"{out}: cannot be written, and holds an experiment with other settings; choose another --out")
@@ -269,11 +271,7 @@ def read_run(out: Path, run: Run, key: str) -> dict[str, Any]:
     Raises:
         InterventionError: missing, or not a record of this version.
     """
-    return _read(out / RUNS / f"{run.identity(key)}.json", RUN_SCHEMA)
-
-
-def read_about(out: Path) -> dict[str, Any]:
-    return _read(out / EXPERIMENT, EXPERIMENT_SCHEMA)
+    return read_run_record(out / RUNS / f"{run.identity(key)}.json", run.model_dump(mode="json", exclude_none=True))
 
 
 def read_experiment(out: Path) -> tuple[dict[str, Any], list[tuple[Arm, dict[str, Any]]], list[dict[str, Any]]]:
@@ -289,30 +287,29 @@ def read_experiment(out: Path) -> tuple[dict[str, Any], list[tuple[Arm, dict[str
     for arm in arms:
         if arm.seed == SEARCH_SEED and arm.rate_of is None:
             tried = [run_of(arm, rate=rate, tuning=True) for rate in settings.rates]
-            if all((out / RUNS / f"{run.identity(key)}.json").is_file() for run in tried):
+            if all((out / RUNS / f"{run.identity(key)}.json").exists() for run in tried):
                 rates[arm.target, arm.name, arm.budget] = best_rate([read_run(out, run, key) for run in tried])
     records = []
     for arm in arms:
         if arm.seed == SEARCH_SEED or (arm.target, arm.rate_of or arm.name, arm.budget) not in rates:
             continue
         run = run_of(arm, rate=_rate(arm, rates))
-        if (out / RUNS / f"{run.identity(key)}.json").is_file():
-            records.append((arm, read_run(out, run, key)))
-    masks = [MaskJob.model_validate(job) for job in about["masks"]]
-    files = [out / MASKS / f"{job.identity(key)}.json" for job in masks]
-    return about, records, [_read(file, RUN_SCHEMA) for file in files if file.is_file()]
-
-
-def _read(path: Path, schema: int) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise InterventionError(f"{path}: not there; run `dbes intervene --out {path.parent}`") from None
-    except (OSError, ValueError) as problem:
-        raise InterventionError(f"{path}: cannot be read as JSON ({problem}); remove it and run the same command again") from None
-    if not isinstance(content, dict) or content.get("schema_version") != schema:
-        raise InterventionError(f"{path}: not a file of schema {schema} of this dbes")
-    return content
+        file = out / RUNS / f"{run.identity(key)}.json"
+        if file.exists():
+            record = read_run(out, run, key)
+            if record["status"] == "ok":
+                told = [name for name in about["data"]["domains"] if name == arm.target or name not in settings.new]
+                check_curve(file, record, about, domains=told, steps=settings.full_points if run.kind == "full" else settings.points)
+            records.append((arm, record))
+    masks = []
+    for job in map(MaskJob.model_validate, about["masks"]):
+        file = out / MASKS / f"{job.identity(key)}.json"
+        if file.exists():
+            mask = read_mask_record(file, job.model_dump(mode="json"))
+            for nats in (mask["nats"], *mask["controls"]):
+                check_documents(file, nats, about["bytes"], about["data"]["domains"])
+            masks.append(mask)
+    return about, records, masks
 
 
 def _check_folder(out: Path, key: str) -> None:

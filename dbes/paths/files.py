@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
-from dbes.errors import PathError
+from dbes.errors import FileError, PathError
 from dbes.files import write_json
 from dbes.paths.types import PATH_SCHEMA, Cell, ExpertPath, Provenance
+from dbes.schema import Strict, first_problem, read_json, read_versioned, validated
 
 
-class EsftConfig(BaseModel):
+class EsftConfig(Strict):
     """ESFT's expert config: experts to train by layer number, and whether shared experts and all other modules train too."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     experts: dict[int, tuple[int, ...]]
     shared_experts: bool = False
     non_expert_modules: bool = False
@@ -38,16 +37,11 @@ def read_path(file: str | Path) -> ExpertPath:
     Raises:
         PathError: missing, not JSON, another schema version, unknown fields, cells that the model does not have.
     """
-    content = _read(Path(file))
-    found = content.get("schema_version")
-    if found is None and "experts" in content and "non_expert_modules" in content:
+    file = Path(file)
+    content = _read(file)
+    if "schema_version" not in content and "experts" in content and "non_expert_modules" in content:
         raise PathError(f"{file}: this is an ESFT expert config; read it with read_esft, which needs the model's layers and experts")
-    if found != PATH_SCHEMA:
-        raise PathError(f"{file}: path schema {found!r}; this dbes reads {PATH_SCHEMA}")
-    try:
-        return ExpertPath.model_validate(content)
-    except ValidationError as problem:
-        raise PathError(f"{file}: {_first(problem)}") from None
+    return read_versioned(file, ExpertPath, error=PathError, versions=(PATH_SCHEMA,))
 
 
 def write_esft(path: ExpertPath, file: str | Path) -> Path:
@@ -73,10 +67,7 @@ def read_esft(
     Raises:
         PathError: not an ESFT config; it trains shared experts or other modules, which a path does not; no or unknown cells.
     """
-    try:
-        config = EsftConfig.model_validate(_read(Path(file)))
-    except ValidationError as problem:
-        raise PathError(f"{file}: not an ESFT expert config: {_first(problem)}") from None
+    config = validated(EsftConfig, _read(Path(file)), where=f"{file}: not an ESFT expert config", error=PathError)
     if config.shared_experts or config.non_expert_modules:
         raise PathError(
             f"{file}: trains {'shared experts' if config.shared_experts else 'non-expert modules'} too; "
@@ -94,30 +85,19 @@ def read_esft(
             provenance=Provenance(model=model, revision=revision, dbes=version("dbes")),
         )
     except ValidationError as problem:
-        raise PathError(f"{file}: {_first(problem)}") from None
+        raise PathError(f"{file}: {first_problem(problem)}") from None
 
 
 def _write(content: dict[str, Any], file: Path) -> Path:
     try:
         write_json(file, content)
-    except OSError as problem:
-        raise PathError(f"{file}: cannot be written ({problem.strerror or problem})") from problem
+    except FileError as problem:
+        raise PathError(str(problem)) from problem
     return file
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except FileNotFoundError:
-        raise PathError(f"{file}: there is no such file; run `dbes paths` first") from None
-    except (OSError, ValueError) as problem:
-        raise PathError(f"{file}: cannot be read as JSON ({problem})") from None
+    content = read_json(file, error=PathError, missing=f"{file}: there is no such file; run `dbes paths` first")
     if not isinstance(content, dict):
         raise PathError(f"{file}: expected a JSON object, got {type(content).__name__}")
     return content
-
-
-def _first(problem: ValidationError) -> str:
-    first = problem.errors()[0]
-    place = ".".join(map(str, first["loc"]))
-    return f"field {place}: {first['msg']}" if place else first["msg"]

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,9 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from dbes.errors import ResultError
+from dbes.files import read_bytes
 from dbes.reporting.text_view import legible
+from dbes.schema import parse_json
+from dbes.text import clipped
 
 HEADER = ["model", "accuracy"]
+ACCURACY_BYTES = 2**28
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +46,11 @@ def read_accuracies(paths: Sequence[str | Path]) -> Accuracies:
     found_in: dict[str, Path] = {}
     sources: dict[str, Path] = {}
     for path in map(Path, paths):
+        expected = "expected a CSV `model,accuracy` or a results file of lm-eval"
         try:
-            text = path.read_text("utf-8-sig")
-        except (OSError, UnicodeDecodeError) as problem:
-            reason = problem.strerror if isinstance(problem, OSError) else "it is not UTF-8 text"
-            raise ResultError(f"{path}: cannot be read ({reason}); expected a CSV `model,accuracy` or a results file of lm-eval") from None
+            text = read_bytes(path, error=ResultError, most=ACCURACY_BYTES).decode("utf-8-sig")
+        except UnicodeDecodeError:
+            raise ResultError(f"{path}: cannot be read (it is not UTF-8 text); {expected}") from None
         found = _harness(text, path) if text.lstrip().startswith("{") else _table(text, path)
         for model, accuracy in found.by_model.items():
             if model in by_model:
@@ -61,7 +64,10 @@ def read_accuracies(paths: Sequence[str | Path]) -> Accuracies:
 
 
 def _table(text: str, path: Path) -> Accuracies:
-    rows = list(csv.reader(io.StringIO(text)))
+    try:
+        rows = list(csv.reader(io.StringIO(text), strict=True))
+    except csv.Error as problem:
+        raise ResultError(f"{path}: cannot be read as CSV ({problem}); expected the columns model,accuracy") from None
     if not rows or [cell.strip() for cell in rows[0]] != HEADER:
         given = ",".join(rows[0]) if rows else "nothing"
         raise ResultError(f"{path}: the first line is {_shown(given)}, expected model,accuracy (or a results file of lm-eval in JSON)")
@@ -81,15 +87,13 @@ def _table(text: str, path: Path) -> Accuracies:
 
 
 def _harness(text: str, path: Path) -> Accuracies:
-    try:
-        content = json.loads(text)
-    except ValueError as problem:
-        raise ResultError(f"{path}: cannot be read as JSON ({problem})") from None
+    content = parse_json(text, where=path, error=ResultError)
     results = content.get("results")
     if not isinstance(results, dict) or not all(isinstance(scores, dict) for scores in results.values()):
         raise ResultError(f"{path}: no `results` by task; expected a results file of lm-eval")
     groups = content.get("group_subtasks")
-    inside = {task for tasks in groups.values() if isinstance(tasks, list) for task in tasks} if isinstance(groups, dict) else set()
+    lists = [tasks for tasks in groups.values() if isinstance(tasks, list)] if isinstance(groups, dict) else []
+    inside = {task for tasks in lists for task in tasks if isinstance(task, str)}
     accuracies = {task: _acc(scores, f"{path}, task {_shown(task)}") for task, scores in results.items() if task not in inside}
     known = {task: accuracy for task, accuracy in accuracies.items() if accuracy is not None}
     if not known:
@@ -130,8 +134,8 @@ def _share(value: Any, where: str) -> float:
         if isinstance(value, bool):
             raise TypeError
         number = float(value)
-    except (TypeError, ValueError):
-        raise ResultError(f"{where}: accuracy {_shown(str(value))} is not a number") from None
+    except (TypeError, ValueError, OverflowError):
+        raise ResultError(f"{where}: accuracy {_shown(clipped(value))} is not a number") from None
     if not 0 <= number <= 1:  # also refuses NaN
         raise ResultError(f"{where}: accuracy {number:g} is not between 0 and 1 (55 % is 0.55)")
     return number

@@ -43,7 +43,7 @@ def card_section(result: Result) -> str:
     task = result.task
     lines += [
         f"Task {markdown_cell(task_words(task.name, task.version, task.fingerprint), 400)}; dtype {markdown_cell(result.model.dtype)}; "
-        f"dbes {markdown_cell(result.environment.get('dbes'))}; {result.created[:10]}.",
+        f"dbes {markdown_cell(result.environment.get('dbes'))}; {markdown_cell(result.created[:10])}.",
         "",
         "```",
         command(result, start=program(shared=True)).replace("```", "'''"),

@@ -45,7 +45,7 @@ CURVE_FIELDS = (
 
 ROWS = alt.NamedData("rows")
 
-MODELS = alt.Legend(orient="bottom", columns=2, title=None, labelLimit=260, symbolOpacity=1)
+MODELS = alt.Legend(orient="bottom", columns=2, title=None, labelLimit=420, symbolOpacity=1)
 
 TIMES = alt.Legend(orient="top", gradientLength=160, labelExpr="format(pow(2, datum.value), '.2~f') + 'x'")
 """Legend of a colour that shows the logarithm of a ratio, labelled with the ratio."""
@@ -363,7 +363,7 @@ def plane_spec(groups: Sequence[str]) -> Spec:
     placed = arms.transform_filter("isValid(datum.name_x)")
     names = placed.encode(x=alt.X("name_x:Q", scale=x_scale), y=alt.Y("name_y:Q", scale=y_scale))
     leaders = placed.encode(x=alt.X("edge_x:Q", scale=x_scale), y=alt.Y("edge_y:Q", scale=y_scale))
-    legend = alt.Legend(orient="bottom", columns=3, title=None, labelLimit=260, symbolOpacity=1)
+    legend = alt.Legend(orient="bottom", columns=3, title=None, labelLimit=420, symbolOpacity=1)
     tooltip = [
         alt.Tooltip("arm:N"), alt.Tooltip("gain:N"), alt.Tooltip("forgetting:N"), alt.Tooltip("ratio:N", title="times full, matched"),
     ]  # fmt: skip

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dbes.errors import DbesError, ResultError
-from dbes.reporting.compare import read_replicates
+from dbes.errors import DbesError
+from dbes.reporting.entries import read_replicates
 from dbes.reporting.page import read_arrays, read_usage
-from dbes.results import RESULT_FILE, CalibratedRecord, Result, load_result
+from dbes.results import CalibratedRecord, Result, load_result, result_files
 from dbes.scoring import REPLICATED
 
 CLOSE = 1e-6
@@ -36,7 +36,7 @@ def check_folder(folder: str | Path) -> list[str]:
     problems = [*_identity(result), *_counts(result), *_records(result), *_specialists(result)]
     try:
         usage = read_usage(folder, result)
-        read_arrays(folder)
+        read_arrays(folder, result)
         replicates = read_replicates(folder, result)
     except DbesError as problem:
         return [*problems, str(problem)]
@@ -72,10 +72,8 @@ def check_all(paths: Sequence[Path]) -> list[str]:
     Raises:
         ResultError: there is no result at all.
     """
-    files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob(RESULT_FILE)))]
-    if not files:
-        raise ResultError(f"{', '.join(map(str, paths))}: no {RESULT_FILE} below")
-    return [f"{file}: {problem}" for file in files for problem in check_folder(file)]
+    files = result_files(paths)
+    return [problem if problem.startswith(str(file)) else f"{file}: {problem}" for file in files for problem in check_folder(file)]
 
 
 def _replicates(result: Result, by_metric: dict[str, np.ndarray]) -> Iterator[str]:

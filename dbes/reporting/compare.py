@@ -8,25 +8,25 @@ delete-one-document jackknife, as everywhere in dbes (a percentile bootstrap ove
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from scipy.stats import t as student
 
-from dbes.errors import DbesError, ResultError
+from dbes.errors import ResultError
 from dbes.facts import DATA
 from dbes.reporting.accuracy import Accuracies, read_accuracies
-from dbes.results import RESULT_FILE, Result, load_result
-from dbes.scoring import REPLICATED, score_tables
-from dbes.tables import REPLICATES
-from dbes.trace import MANIFEST, Trace
+from dbes.reporting.entries import Apart, Entry, Replicates, read_entries
+from dbes.results import RESULT_FILE, Result
+from dbes.scoring import REPLICATED
+from dbes.text import labels
 from dbes.uncertainty import jackknife
+
+NAME_WIDTH = 64
 
 LEVEL = 0.05
 """Two models are told apart when the paired test, corrected over all pairs of the table (Holm), stays below this."""
@@ -36,45 +36,6 @@ UNKNOWN_DATA = "unknown:"
 
 DEPTHS = (("all layers", 0.0, 1.0), ("first third", 0.0, 1 / 3), ("middle third", 1 / 3, 2 / 3), ("last third", 2 / 3, 1.0))
 """Relative depth of the MoE layers, 0 the first and 1 the last: models of different depth are compared by it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Replicates:
-    """Scores with each document left out: by metric [documents, layers + 1], the mean over layers last."""
-
-    documents: tuple[str, ...]
-    document_domain: np.ndarray
-    by_metric: dict[str, np.ndarray]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """One result of a comparison. ``label`` is unique in its table; ``problem`` says why it cannot be ranked.
-
-    ``phases`` holds the entries "prompt" and "generated" of the same model where both were scored, and is empty otherwise.
-    """
-
-    result: Result
-    folder: Path
-    label: str
-    replicates: Replicates | None = None
-    problem: str | None = None
-    phases: Mapping[str, Entry] = field(default_factory=dict)
-    accuracy: float | None = None
-
-    @property
-    def baseline(self) -> bool:
-        """A router without a model (reference, uniform, collapsed, hash)."""
-        return self.result.model.name.endswith(" router")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Apart:
-    """A result that is not in the table, and why."""
-
-    path: str
-    name: str
-    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,69 +109,6 @@ def paired_of(comparison: Comparison) -> list[Difference]:
     models = [entry for entry in comparison.entries if not entry.baseline]
     two = list(comparison.entries) if len(comparison.entries) == 2 else models
     return differences(two[0], two[1]) if len(two) == 2 else []
-
-
-def read_entries(paths: Sequence[str | Path]) -> tuple[list[Entry], list[Apart]]:
-    """The results that can be read, and the files that cannot.
-
-    Raises:
-        ResultError: there is no result at all.
-    """
-    files: list[Path] = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise ResultError(f"{path}: no such file or folder")
-        files += [path] if path.is_file() else sorted(path.rglob(RESULT_FILE))
-    if not files:
-        raise ResultError(f"{', '.join(map(str, paths))}: no {RESULT_FILE} below; run `dbes evaluate` first")
-    entries, apart = [], []
-    for file in dict.fromkeys(files):
-        try:
-            result = load_result(file)
-        except ResultError as problem:
-            apart.append(Apart(path=str(file), name=file.parent.name, reason=str(problem)))
-            continue
-        if result.status != "ok":
-            apart.append(Apart(path=str(file), name=result.model.name, reason=f"the evaluation failed: {result.error}"))
-            continue
-        try:
-            entry = Entry(result=result, folder=file.parent, label=result.model.name, replicates=read_replicates(file.parent, result))
-        except DbesError as problem:
-            entry = Entry(result=result, folder=file.parent, label=result.model.name, problem=str(problem))
-        if entry.replicates is None and entry.problem is None:
-            entry = replace(entry, problem="neither replicates nor a trace beside the result: no test can be made")
-        entries.append(entry)
-    return entries, apart
-
-
-def read_replicates(folder: Path, result: Result) -> Replicates | None:
-    """Delete-one-document scores of a result: those beside it, or from its trace; None where there is neither.
-
-    Raises:
-        DbesError: they cannot be read, or belong to another result.
-    """
-    path = folder / REPLICATES
-    if path.is_file():
-        try:
-            with safe_open(path, framework="numpy") as content:
-                about = content.metadata() or {}
-                arrays = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
-            documents, domain = tuple(json.loads(about["documents"])), arrays.pop("document_domain")
-        except (OSError, SafetensorError, KeyError, ValueError) as problem:
-            raise ResultError(f"{path}: cannot be read ({problem}); write it again with `dbes score`") from None
-        found = Replicates(documents=documents, document_domain=domain, by_metric=arrays)
-    elif (folder / "trace" / MANIFEST).is_file():
-        settings = result.settings
-        permutations = settings.get("permutations", 1000)
-        scores = score_tables(Trace.load(folder / "trace"), permutations=int(permutations), seed=int(settings.get("seed", 0)))
-        shape = scores.statistics.shape
-        found = Replicates(documents=shape.document_ids, document_domain=shape.document_domain, by_metric=scores.replicates)
-    else:
-        return None
-    expected = (len(found.documents), len(result.model.layers) + 1)
-    if len(found.document_domain) != expected[0] or any(array.shape != expected for array in found.by_metric.values()):
-        raise ResultError(f"{path}: arrays do not have the shape {expected} of this result; write it again with `dbes score`")
-    return found
 
 
 def comparable(entries: list[Entry]) -> tuple[list[Entry], list[Apart]]:
@@ -321,11 +219,12 @@ def labelled(entries: list[Entry]) -> list[Entry]:
         [entry.result.model.dtype or "" for entry in entries],
         [str(number) for number in range(1, len(entries) + 1)],
     ]
-    labels = [entry.label for entry in entries]
+    names = [entry.label for entry in entries]
     for more in facts:
-        alike = {label: {fact for other, fact in zip(labels, more, strict=True) if other == label} for label in labels}
-        labels = [f"{label} @{fact}" if len(alike[label]) > 1 and fact else label for label, fact in zip(labels, more, strict=True)]
-    return [replace(entry, label=label) for entry, label in zip(entries, labels, strict=True)]
+        alike = {name: {fact for other, fact in zip(names, more, strict=True) if other == name} for name in names}
+        names = [f"{name} @{fact}" if len(alike[name]) > 1 and fact else name for name, fact in zip(names, more, strict=True)]
+    shown = labels(names, NAME_WIDTH)
+    return [replace(entry, label=shown[name]) for entry, name in zip(entries, names, strict=True)]
 
 
 def model_score(result: Result, metric: str) -> float | None:

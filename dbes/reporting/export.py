@@ -16,7 +16,8 @@ import yaml
 from dbes.errors import ResultError
 from dbes.files import write_text
 from dbes.reporting.charts import METRICS
-from dbes.reporting.compare import Comparison, Difference, Entry, PhaseDifference, model_score, phase_differences
+from dbes.reporting.compare import Comparison, Difference, PhaseDifference, model_score, phase_differences
+from dbes.reporting.entries import Entry
 from dbes.reporting.text_view import legible
 from dbes.resolution import cannot_tell, why_not
 from dbes.results import Result
@@ -25,6 +26,11 @@ from dbes.tables import spreadsheet_safe
 from dbes.wording import p_cell, share, shares, task_words
 
 NAME_WIDTH = 80
+
+MARKDOWN = re.compile(r"[\\`*_\[\]<>|#&~$@]|:(?=//)|(?<=www)\.", re.IGNORECASE)
+"""What Markdown, or what GitHub adds to it (bare links, mentions, formulas), could take for markup."""
+
+ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;", "@": "&#64;"}
 
 
 def entry_row(entry: Entry, comparison: Comparison) -> dict[str, Any]:
@@ -211,9 +217,7 @@ def markdown_cell(value: Any, width: int = 160) -> str:
     if value is None:
         return "–"
     text = f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else legible(str(value), width)
-    for character in "\\`*_[]<>|#":
-        text = text.replace(character, f"\\{character}")
-    return text.replace("\\<", "&lt;").replace("\\>", "&gt;")
+    return MARKDOWN.sub(lambda found: ENTITIES.get(found[0], f"\\{found[0]}"), text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from dbes.reporting import charts
-from dbes.reporting.compare import DEPTHS, LEVEL, Comparison, Difference, Entry, depth_of, differences, model_score
+from dbes.reporting.compare import DEPTHS, LEVEL, Comparison, Difference, depth_of, differences, model_score
+from dbes.reporting.entries import Entry
 from dbes.reporting.export import entry_note, entry_row, phase_rows, published_row
 from dbes.reporting.page import columns, render
 from dbes.reporting.text_view import legible

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 
 from dbes.errors import ResultError
 from dbes.reporting.commands import shell
 from dbes.reporting.text_view import legible
 from dbes.results import RESULT_FILE
-from dbes.text import printable
+from dbes.schema import Strict, read_json, read_versioned
+from dbes.text import label, printable
 from dbes.wording import counted, share, whole
 
 OUTCOME_SCHEMA = 1
@@ -37,8 +38,8 @@ WIDTH = 80
 TEXT_WIDTH = 4000
 
 
-class Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+class Part(Strict):
+    model_config = ConfigDict(allow_inf_nan=False)
 
 
 class Figure(Part):
@@ -192,7 +193,7 @@ class Target(Part):
     protection: tuple[Contrast, ...] = ()
     replay: tuple[Contrast, ...] = ()
     failed: tuple[Failed, ...]
-    accuracy: dict[str, DomainAccuracy] = {}
+    accuracy: dict[str, DomainAccuracy] = Field(default_factory=dict)
     verdict: TargetVerdict
 
     @property
@@ -270,7 +271,7 @@ def accuracy_facts(target: Target) -> list[tuple[str, str]]:
 
 
 def named(arm: str, budget: float | None) -> str:
-    return arm if budget is None else f"{arm} at {budget:.0%}"
+    return arm if budget is None else f"{arm} at {100 * budget:.4g}%"
 
 
 def is_outcome(path: str | Path) -> bool:
@@ -281,8 +282,8 @@ def is_outcome(path: str | Path) -> bool:
     if path.name == OUTCOME_FILE:
         return True
     try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+        content = read_json(path, error=ResultError)
+    except ResultError:
         return False
     return isinstance(content, Mapping) and content.get("kind") == KIND
 
@@ -295,24 +296,12 @@ def load_outcome(path: str | Path) -> Outcome:
     """
     path = Path(path)
     path = path / OUTCOME_FILE if path.is_dir() else path
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise ResultError(f"{path}: there is no outcome here; run `dbes intervene --out {path.parent}` to its end first") from None
-    except (OSError, ValueError, RecursionError) as problem:
-        raise ResultError(f"{path}: cannot be read as JSON ({problem})") from None
+    missing = f"{path}: there is no outcome here; run `dbes intervene --out {path.parent}` to its end first"
+    content = read_json(path, error=ResultError, missing=missing)
     if not isinstance(content, Mapping) or content.get("kind") != KIND:
         raise ResultError(f"{path}: not the outcome of `dbes intervene` (no kind: {KIND})")
-    version = content.get("schema_version")
-    if version != OUTCOME_SCHEMA:
-        message = f"{path}: outcome schema {version!r}; this dbes reads {OUTCOME_SCHEMA}"
-        raise ResultError(f"{message}; `dbes intervene` in the same folder writes it again from the finished runs")
-    try:
-        return Outcome.model_validate(content)
-    except ValidationError as problem:
-        first = problem.errors()[0]
-        place = ".".join(legible(str(part), WIDTH) for part in first["loc"])
-        raise ResultError(f"{path}: field {place}: {first['msg']}") from None
+    hint = "`dbes intervene` in the same folder writes it again from the finished runs"
+    return read_versioned(path, Outcome, error=ResultError, versions=(OUTCOME_SCHEMA,), missing=missing, hint=hint)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -332,7 +321,7 @@ def facts(outcome: Outcome) -> list[tuple[str, str]]:
     ]  # fmt: skip
     found += [(name.replace("_", " ").capitalize(), _value(value)) for name, value in outcome.settings.items()]
     found += list(outcome.versions.items())
-    return [(legible(name, WIDTH), legible(str(value), 400)) for name, value in found if value not in (None, "")]
+    return [(label(name, WIDTH), legible(str(value), 400)) for name, value in found if value not in (None, "")]
 
 
 def command(outcome: Outcome, *, start: str = "dbes") -> str:

@@ -36,6 +36,7 @@ from dbes.reporting.outcome import (
 from dbes.reporting.page import render, slug
 from dbes.reporting.text_view import legible
 from dbes.results import PAGE_FILE
+from dbes.text import labels
 
 MASK_SERIES = ("chosen cells, inside", "chosen cells, outside", "random cells, inside", "random cells, outside")
 Row = dict[str, Any]
@@ -87,11 +88,12 @@ def outcome_payload(outcome: Outcome) -> dict[str, Any]:
             "contrasts": charts.interval_spec("gain at matched forgetting, arm minus control, bits per byte", series),
             "masks": charts.interval_spec("loss added by masking, bits per byte", MASK_SERIES),
         }
+    named = labels([*outcome.targets, *(mask.target for mask in outcome.masks)], WIDTH)
     return {
         "name": slug(f"intervention-{outcome.model.name}"),
-        "targets": [_target(name, target) for name, target in outcome.targets.items()],
-        "masks": [_mask_row(mask) for mask in outcome.masks],
-        "mask_series": [row for mask in outcome.masks for row in _mask_series(mask)],
+        "targets": [_target(named[name], target) for name, target in outcome.targets.items()],
+        "masks": [_mask_row(mask) | {"target": named[mask.target]} for mask in outcome.masks],
+        "mask_series": [row | {"target": named[mask.target]} for mask in outcome.masks for row in _mask_series(mask)],
         "specs": specs,
     }
 
@@ -100,7 +102,7 @@ def _target(name: str, target: Target) -> Row:
     short = len({arm.budget for arm in target.arms if arm.budget is not None}) <= 1
     front = sorted((arm for arm in target.arms if arm.pareto), key=lambda arm: (arm.forgetting.value or 0.0, arm.gain.value or 0.0))
     return {
-        "target": legible(name, WIDTH),
+        "target": name,
         "has_items": bool(target.accuracy),
         "arms": [arm_row(arm) | {"label": legible(arm.arm if short else _short(arm), 40)} for arm in target.arms],
         "front": [legible(arm.name, WIDTH) for arm in front],
@@ -124,7 +126,7 @@ def _series(row: Contrast) -> str:
 
 
 def _short(arm: ArmFigures | Contrast) -> str:
-    return arm.arm if arm.budget is None else f"{arm.arm} {arm.budget:.0%}"
+    return arm.arm if arm.budget is None else f"{arm.arm} {100 * arm.budget:.4g}%"
 
 
 def spread(name: str, figure: Figure | None) -> Row:
@@ -192,7 +194,6 @@ def _contrast_row(row: Contrast, target: Target, *, short: bool) -> Row:
 def _mask_row(mask: Mask) -> Row:
     parts = ("inside", "outside", "control_inside", "control_outside", "selectivity", "control_selectivity", "difference")
     return {
-        "target": legible(mask.target, WIDTH),
         "rule": legible(named(mask.rule, mask.budget), WIDTH),
         "cells": mask.cells,
         "control_cells": mask.control_cells,
@@ -202,7 +203,7 @@ def _mask_row(mask: Mask) -> Row:
 
 def _mask_series(mask: Mask) -> list[Row]:
     figures = (mask.inside, mask.outside, mask.control_inside, mask.control_outside)
-    where = {"target": legible(mask.target, WIDTH), "label": legible(named(mask.rule, mask.budget), WIDTH)}
+    where = {"label": legible(named(mask.rule, mask.budget), WIDTH)}
     return [
         {**where, "series": series, "value": figure.value, "low": figure.low, "high": figure.high}
         for series, figure in zip(MASK_SERIES, figures, strict=True)

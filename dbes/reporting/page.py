@@ -18,21 +18,32 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from safetensors.numpy import load as parse_safetensors
+from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
-from dbes.errors import ResultError
+from dbes.compressed import gunzip
+from dbes.errors import FileError, ResultError
 from dbes.files import check_writable, write_text
 from dbes.reporting import charts
 from dbes.reporting.commands import command, program
 from dbes.reporting.text_view import Sample, contexts, documents, legible, read_sample, token_text, trajectories
 from dbes.resolution import DOUBTFUL, cannot_tell, why_not
 from dbes.results import PAGE_FILE, CalibratedRecord, Result, load_result
-from dbes.tables import MATRICES, USAGE
+from dbes.tables import MATRICES, USAGE, read_parquet, read_safetensors
+from dbes.text import label, labels
 from dbes.trace import MANIFEST, Trace
 from dbes.verdict import current_verdict
 from dbes.wording import counted, p_words, share, shares
 
 NAME_WIDTH = 120
+DOMAIN_WIDTH = 26
+"""Characters of a domain's name in figures: as many as their axes have room for."""
+
+USAGE_KEYS = ("domain", "layer", "expert")
+USAGE_NUMBERS = ("hits", "share", "lift", "lift_high", "q")
+USAGE_FACTS = ("specialist", "unknown")
+"""Columns of the expert usage that the page reads: of each row, its numbers, and what is true of it."""
+
+AGAIN = "write it again with `dbes score`"
 SPECIALIST_ROWS = 2000
 """Specialists listed on the page at most; the CSV beside the result has all."""
 
@@ -60,13 +71,14 @@ def write_page(folder: str | Path, *, trace: str | Path | None = None, output: s
         ResultError: the result cannot be read.
         FileError: the page cannot be written.
     """
-    folder = Path(folder)
-    folder = folder.parent if folder.is_file() else folder
     result = load_result(folder)
+    folder = Path(folder)
+    folder = folder if folder.is_dir() else folder.parent
     path = Path(output) if output is not None else folder / PAGE_FILE
     check_writable(path)
     routes = _trace_of(folder, None if trace is None else Path(trace))
-    page = render_page(result, usage=read_usage(folder, result), arrays=read_arrays(folder), trace=routes, start=program(shared=True))
+    usage, arrays = read_usage(folder, result), read_arrays(folder, result)
+    page = render_page(result, usage=usage, arrays=arrays, trace=routes, start=program(shared=True))
     write_text(path, page)
     return path
 
@@ -94,27 +106,45 @@ def read_usage(folder: Path, result: Result) -> pd.DataFrame | None:
         ResultError: the table is there but cannot be read, or belongs to another result.
     """
     path = folder / f"{USAGE}.parquet"
-    if not path.is_file():
+    if not path.exists():
         return None
-    try:
-        table = pd.read_parquet(path)
-    except (OSError, ValueError) as problem:
-        raise ResultError(f"{path}: cannot be read ({problem}); write it again with `dbes score`") from None
-    rows = len(result.task.domains) * sum(result.model.experts)
-    if len(table) != rows or not {"domain", "layer", "expert", "hits", "share", "lift", "lift_high", "q"} <= set(table.columns):
-        raise ResultError(f"{path}: {len(table)} rows, expected {rows} (domains x experts of all layers): not the table of this result")
+    table = read_parquet(path, error=ResultError, hint=AGAIN)
+    rows = [(name, layer, expert) for name in result.task.domains for layer, experts in _sizes(result) for expert in range(experts)]
+    if len(table) != len(rows):
+        told = f"{len(table)} rows, expected {len(rows)} (domains x experts of all layers)"
+        raise ResultError(f"{path}: {told}: not the table of this result; {AGAIN}")
+    if missing := {*USAGE_KEYS, *USAGE_NUMBERS, *USAGE_FACTS} - set(table.columns):
+        raise ResultError(f"{path}: no column {', '.join(sorted(missing))}: not the table of this result; {AGAIN}")
+    for names, right in ((("layer", "expert", *USAGE_NUMBERS), is_numeric_dtype), (USAGE_FACTS, is_bool_dtype)):
+        if wrong := [name for name in names if not right(table[name])]:
+            raise ResultError(f"{path}: {wrong[0]} holds {table[wrong[0]].dtype}, not the table of this result; {AGAIN}")
+    hits = table["hits"].to_numpy(float)
+    if not (np.isfinite(hits) & (hits >= 0) & (hits < 2**53)).all():
+        raise ResultError(f"{path}: hits: expected counts; {AGAIN}")
+    if set(zip(*(table[name].tolist() for name in USAGE_KEYS), strict=True)) != set(rows):
+        raise ResultError(f"{path}: its domains, layers and experts are not those of this result; {AGAIN}")
     return table
 
 
-def read_arrays(folder: Path) -> dict[str, np.ndarray]:
-    """The matrices beside a result; empty where there are none."""
+def _sizes(result: Result) -> list[tuple[int, int]]:
+    return list(zip(result.model.layers, result.model.experts, strict=True))
+
+
+def read_arrays(folder: Path, result: Result) -> dict[str, np.ndarray]:
+    """The matrices beside a result; empty where there are none.
+
+    Raises:
+        ResultError: they cannot be read, or belong to another result.
+    """
     path = folder / MATRICES
-    if not path.is_file():
+    if not path.exists():
         return {}
-    try:
-        return parse_safetensors(path.read_bytes())
-    except Exception as problem:
-        raise ResultError(f"{path}: cannot be read ({problem}); write it again with `dbes score`") from None
+    arrays = read_safetensors(path, error=ResultError, hint=AGAIN)[1]
+    expected = (len(result.model.layers), len(result.task.domains), len(result.task.domains))
+    similarity = arrays.get("similarity")
+    if similarity is not None and (similarity.shape != expected or similarity.dtype.kind != "f"):
+        raise ResultError(f"{path}: similarity is {similarity.dtype} {similarity.shape}, expected floats {expected}; {AGAIN}")
+    return arrays
 
 
 def render_page(
@@ -131,14 +161,15 @@ def render_page(
         start: how dbes is started in the command that makes the result again.
     """
     if result.status == "error":
-        return render("error.html", title=legible(result.model.name, NAME_WIDTH), result=result, command=command(result, start=start))
+        return render("error.html", title=label(result.model.name, NAME_WIDTH), result=result, command=command(result, start=start))
     sample = read_sample(trace) if trace is not None else None
     payload = model_payload(result, usage=usage, arrays=arrays or {}, sample=sample)
+    named = labels(result.task.domains, DOMAIN_WIDTH)
     return render(
         "model.html",
         scripts=("page.js", "model.js"),
         payload=payload,
-        title=legible(result.model.name, NAME_WIDTH),
+        title=label(result.model.name, NAME_WIDTH),
         result=result,
         verdict=current_verdict(result),
         headline=[_tile(result, metric) for metric in charts.HEADLINE],
@@ -149,20 +180,20 @@ def render_page(
         citation=CITATION % version("dbes"),
         has=payload["has"],
         metrics=charts.METRICS,
-        domains=[(legible(name, 60), facts) for name, facts in result.task.domains.items()],
+        domains=[(named[name], facts) for name, facts in result.task.domains.items()],
     )
 
 
 def model_payload(result: Result, *, usage: pd.DataFrame | None, arrays: dict[str, np.ndarray], sample: Sample | None) -> dict[str, Any]:
     """Everything the page's script draws from: specifications and the numbers of the result."""
-    domains = [legible(name, 60) for name in result.task.domains]
-    named = dict(zip(result.task.domains, domains, strict=True))
+    named = labels(result.task.domains, DOMAIN_WIDTH)
+    domains = list(named.values())
     similarity = _similarity(result, arrays)
     tree, order = charts.dendrogram_rows(similarity[-1], domains)
     rows = [{**row, "domain": named.get(row["domain"])} for row in charts.curve_rows(result)]
     specialists = result.specialists[:SPECIALIST_ROWS]
     places = contexts(sample, specialists)
-    text = documents(sample) if sample is not None else []
+    text = documents(sample, named) if sample is not None else []
     moves = trajectories(sample) if sample is not None else None
     by_layer = result.companions.get("by_layer", {})
     payload: dict[str, Any] = {
@@ -253,8 +284,6 @@ def _similarity(result: Result, arrays: dict[str, np.ndarray]) -> np.ndarray:
     mean = result.companions.get("similarity", {}).get("mean_over_layers")
     last = np.full((size, size), np.nan) if mean is None else np.asarray(mean, float)
     layers = arrays.get("similarity", np.full((len(result.model.layers), size, size), np.nan))
-    if layers.shape != (len(result.model.layers), size, size):
-        raise ResultError(f"{MATRICES}: similarity has shape {layers.shape}, expected {(len(result.model.layers), size, size)}")
     return np.concatenate([layers, last[None]])
 
 
@@ -296,7 +325,7 @@ def provenance(result: Result) -> list[tuple[str, str]]:
     asked = {name: value for name, value in result.settings.items() if name not in ("model", "tasks", "revision", "dtype")}
     facts += [(name.replace("_", " ").capitalize(), value) for name, value in asked.items() if value is not None]
     facts += [(name.replace("_", " "), value) for name, value in result.environment.items()]
-    return [(name, legible(str(value), NAME_WIDTH)) for name, value in facts if value is not None and value != ""]
+    return [(label(name), legible(str(value), NAME_WIDTH)) for name, value in facts if value is not None and value != ""]
 
 
 def published_rows(result: Result) -> list[tuple[str, str, str]]:
@@ -304,7 +333,7 @@ def published_rows(result: Result) -> list[tuple[str, str, str]]:
     rows = []
     for key, found in result.published.items():
         sizes = found.items() if isinstance(found, dict) else [("", found)]
-        rows += [(key, str(size), "–" if math.isnan(each.model) else f"{each.model:.4f}") for size, each in sizes]
+        rows += [(label(key), str(size), "–" if math.isnan(each.model) else f"{each.model:.4f}") for size, each in sizes]
     return rows
 
 
@@ -348,7 +377,7 @@ def unpacked(page: str) -> dict[str, Any]:
     found = re.search(r'<script type="text/plain" id="data">([^<]*)</script>', page)
     if found is None:
         raise ResultError("this page holds no data")
-    return json.loads(gzip.decompress(base64.b64decode(found.group(1))))
+    return json.loads(gunzip(base64.b64decode(found.group(1)), where="page", error=ResultError))
 
 
 def vega_bundle() -> str:
@@ -357,9 +386,10 @@ def vega_bundle() -> str:
 
     name = f"vega-bundle-{version('vl-convert-python')}.js"
     path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dbes" / name
-    if path.is_file():
-        return path.read_text("utf-8")
+    with suppress(OSError, UnicodeDecodeError):
+        if path.is_file():
+            return path.read_text("utf-8")
     bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
-    with suppress(OSError):  # a home that cannot be written to costs ten seconds each time, nothing else
+    with suppress(FileError):  # a home that cannot be written to costs ten seconds each time, nothing else
         write_text(path, bundle)
     return bundle

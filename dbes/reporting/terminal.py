@@ -7,15 +7,16 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, Group, RenderableType, RenderHook, RenderResult
 from rich.panel import Panel
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from dbes.reporting.commands import program, shell
 from dbes.resolution import DOUBTFUL, SIGNIFICANCE, cannot_tell, why_not
 from dbes.results import CalibratedRecord, Result, Specialist
-from dbes.text import printable
+from dbes.text import label, labels, printable
 from dbes.verdict import current_verdict
 from dbes.wording import counted, p_cell, plus_minus, share
 
@@ -30,6 +31,31 @@ COLUMNS = (
 
 SPECIALISTS_PER_DOMAIN = 2
 TOKEN_WIDTH = 14
+
+
+class Harmless:
+    """A renderable whose text holds nothing that a terminal would obey; what rich itself tells the terminal passes."""
+
+    def __init__(self, inner: RenderableType) -> None:
+        self.inner = inner
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for segment in console.render(self.inner, options):
+            yield segment if segment.control else Segment(printable(segment.text, lines=True), segment.style)
+
+
+class _Shield(RenderHook):
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [Harmless(each) for each in renderables]
+
+
+def harmless() -> Console:
+    """A console on stdout that reads no markup, links or emoji codes from text, and sends none of its control characters on."""
+    console = Console(markup=False, emoji=False)
+    if not console.is_terminal:  # a pipe or a log cannot be measured: tables are given room instead of being folded at 80 columns
+        console = Console(markup=False, emoji=False, width=150)
+    console.push_render_hook(_Shield())
+    return console
 
 
 def render(result: Result) -> RenderableType:
@@ -83,10 +109,10 @@ def _heading(result: Result) -> Text:
     model, task, recording = result.model, result.task, result.recording
     sizes = sorted(set(zip(model.experts, model.top_k, strict=True)))
     shape = ", ".join(f"{experts} experts, top-{k}" for experts, k in sizes)
-    line = Text.assemble((model.name, "bold"), f"  {counted(len(model.layers), 'MoE layer')} ({shape})")
+    line = Text.assemble((label(model.name, 120), "bold"), f"  {counted(len(model.layers), 'MoE layer')} ({shape})")
     if model.dtype:
-        line.append(f", {model.dtype}")
-    line.append(f"\n{task.name} task: {counted(len(task.domains), 'domain')}")
+        line.append(f", {label(model.dtype, 20)}")
+    line.append(f"\n{label(task.name)} task: {counted(len(task.domains), 'domain')}")
     if recording is not None:
         line.append(f", {counted(recording.documents, 'document')}, {counted(recording.tokens, 'token')}")
         if not math.isnan(recording.tokens_per_second):
@@ -108,13 +134,13 @@ def _layer_table(result: Result) -> Table:
     for layer in (*result.model.layers, None):
         if layer is None:
             table.add_section()
-        specialization = found[("specialization", layer)]
+        specialization = found.get(("specialization", layer))
         used = utilization.get(str(layer)) if layer is not None else result.companions.get("model", {}).get("utilization")
         table.add_row(
             "mean" if layer is None else str(layer),
-            *(_score(result, found[(metric, layer)]) for metric, _ in COLUMNS),
-            p_cell(specialization.p),
-            share(specialization.control),
+            *(_score(result, found.get((metric, layer))) for metric, _ in COLUMNS),
+            p_cell(math.nan if specialization is None else specialization.p),
+            share(None if specialization is None else specialization.control),
             share(used),
         )
     return table
@@ -127,18 +153,19 @@ def _domain_table(result: Result) -> Table:
     for heading in ("Documents", "Sources", "Tokens", "Specialization", "Isolation", "N-gram (n=2)", "p", "Random router", "Specialists"):
         table.add_column(heading, justify="right")
     counts = result.companions.get("specialists", {}).get("by_domain", {})
+    shown = labels(result.task.domains)
     for domain, facts in result.task.domains.items():
-        specialization = found[("specialization", domain)]
+        specialization = found.get(("specialization", domain))
         table.add_row(
-            Text(domain),
+            Text(shown[domain]),
             f"{facts.documents:,}",
             f"{facts.sources:,}",
             f"{facts.tokens:,}",
             _score(result, specialization),
-            _score(result, found[("domain_isolation", domain)]),
-            _score(result, found[("ngram_expertise_2", domain)]),
-            p_cell(specialization.p),
-            share(specialization.control),
+            _score(result, found.get(("domain_isolation", domain))),
+            _score(result, found.get(("ngram_expertise_2", domain))),
+            p_cell(math.nan if specialization is None else specialization.p),
+            share(None if specialization is None else specialization.control),
             f"{counts[domain]:,}" if domain in counts else "",
         )
     return table
@@ -156,9 +183,10 @@ def _specialist_table(result: Result) -> Table:
     for heading in ("Domain", "Layer", "Expert", "Lift", "95 % interval", "Share", "q"):
         table.add_column(heading, justify="left" if heading == "Domain" else "right")
     table.add_column("Typical tokens", overflow="fold")
+    shown = labels(result.task.domains)
     for specialist in _strongest(result.specialists, result.task.domains):
         table.add_row(
-            Text(specialist.domain),
+            Text(shown[specialist.domain]),
             str(specialist.layer),
             str(specialist.expert),
             f"{specialist.lift:.2f}",
@@ -204,8 +232,8 @@ def _marks(result: Result) -> str:
     return above
 
 
-def _score(result: Result, record: CalibratedRecord) -> Text:
-    if math.isnan(record.score):
+def _score(result: Result, record: CalibratedRecord | None) -> Text:
+    if record is None or math.isnan(record.score):
         return Text("–", style="dim")
     # digits beyond the first decimal say nothing where the score may as well be chance
     score = round(record.score, 3) if record.p > SIGNIFICANCE else record.score

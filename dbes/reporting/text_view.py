@@ -14,6 +14,7 @@ import numpy as np
 
 from dbes.results import Specialist
 from dbes.statistics import primary_experts
+from dbes.text import label, labels
 from dbes.token_text import TokenText, joined, shown
 from dbes.trace import Trace
 from dbes.types import RoutingShape, TokenRoutes
@@ -113,17 +114,21 @@ def read_sample(trace: Trace) -> Sample | None:
     return Sample(shape=shape, routes=routes, domain=domain, primary=primary, vocabulary=trace.vocabulary)
 
 
-def documents(sample: Sample) -> list[dict[str, Any]]:
+def documents(sample: Sample, named: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
     """Documents to read, one or two of each domain: token texts, and k experts with weights per token and layer.
 
     ``experts`` and ``weights`` are flat in the order tokens, layers, slots, the heaviest slot first; weights are whole percent
     of the token's gate weight, -1 stands for a slot that did not run. ``weights`` is empty where the trace has none.
     A character that several tokens share stands at the first and leaves nothing to the others; ``bytes`` are those of such tokens, by
     place.
+
+    Args:
+        named: how the page calls each domain, if not as `labels` of the trace's own.
     """
     routes, shape = sample.routes, sample.shape
     if routes.token_ids is None or not sample.vocabulary:
         return []
+    named = labels(shape.domains) if named is None else named
     missing = np.iinfo(routes.ids.dtype).max
     cells = len(shape.layers) * shape.slots
     chosen, tokens = [], 0
@@ -133,6 +138,7 @@ def documents(sample: Sample) -> list[dict[str, Any]]:
         if tokens >= DOCUMENT_TOKENS[0]:
             break
     tokens = int(np.clip(tokens, *DOCUMENT_TOKENS))
+    ids_shown = labels((shape.document_ids[document] for document in chosen), 80)
     found = []
     for document in chosen:
         rows = np.flatnonzero(routes.document == document)[:tokens]
@@ -143,8 +149,8 @@ def documents(sample: Sample) -> list[dict[str, Any]]:
             ids, weights = (np.take_along_axis(each, order, axis=-1) for each in (ids, weights))
         found.append(
             {
-                "id": legible(shape.document_ids[document], 80),
-                "domain": legible(shape.domains[sample.domain[rows[0]]], 60),
+                "id": ids_shown[shape.document_ids[document]],
+                "domain": named.get(domain := shape.domains[sample.domain[rows[0]]], label(domain)),
                 "tokens": [token_text(text) for text in sample.texts(rows.tolist())],
                 "bytes": {str(place): shown(token) for place, token in enumerate(map(sample.token, rows)) if isinstance(token, bytes)},
                 "experts": ids.reshape(-1).tolist(),

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from dbes.errors import MixError
 from dbes.files import discard, remove_abandoned, write_json
 from dbes.results import Result
+from dbes.schema import Strict
 from dbes.scoring import score
 from dbes.testbed.analysis import domain_probe, forking_tokens, token_classes, topic_and_syntax
 from dbes.testbed.heldout import measure, training_routes
 from dbes.testbed.mix import Mix
 from dbes.testbed.mixes import Prepared, read_prepared
-from dbes.testbed.settings import Strict, TrainSettings
+from dbes.testbed.records import CELL_SCHEMA, read_cell
+from dbes.testbed.settings import TrainSettings
 from dbes.testbed.training import LOG, STATE, StateError, Trained, TrainingError, train
 from dbes.testbed.upcycling import train_upcycled
 
-CELL_SCHEMA = 1
 CELL_FILE = "cell.json"
 
 METRICS = (
@@ -64,7 +63,7 @@ class Cell(Strict):
 def run_cell(cell: Cell, mix_folder: Path, folder: Path) -> dict[str, Any]:
     """The record of a cell; a finished one is read back, an interrupted one goes on, a diverged one is recorded as failed."""
     path = folder / CELL_FILE
-    if path.is_file():
+    if path.exists():
         return read_cell(path)
     prepared = read_prepared(mix_folder)
     record: dict[str, Any] = {
@@ -92,21 +91,6 @@ def remove_state(folder: Path) -> None:
     for path in (folder, *(inner for inner in folder.iterdir() if inner.is_dir())):
         discard(path / STATE)
         remove_abandoned(path)
-
-
-def read_cell(path: Path) -> dict[str, Any]:
-    """The record of a finished cell.
-
-    Raises:
-        MixError: not a cell record of this version.
-    """
-    try:
-        record = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as problem:
-        raise MixError(f"{path}: cannot be read as JSON ({problem})") from None
-    if not isinstance(record, dict) or record.get("schema_version") != CELL_SCHEMA:
-        raise MixError(f"{path}: not a testbed cell of schema {CELL_SCHEMA}; remove it to train it again")
-    return record
 
 
 def _measured(cell: Cell, trained: Trained, prepared: Prepared) -> dict[str, Any]:

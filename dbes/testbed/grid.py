@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import platform
@@ -22,13 +21,13 @@ import transformers
 
 from dbes.errors import MixError
 from dbes.files import check_writable, locked, write_json
-from dbes.testbed.cells import CELL_FILE, Cell, read_cell, remove_state, run_cell
+from dbes.testbed.cells import CELL_FILE, Cell, remove_state, run_cell
 from dbes.testbed.mixes import prepare_mix
 from dbes.testbed.presets import PresetName, preset
+from dbes.testbed.records import GRID_SCHEMA, read_cell, read_grid_file, same_fields
 from dbes.testbed.routers import domain_experts
 from dbes.testbed.training import TrainingError
 
-GRID_SCHEMA = 1
 GRID_FILE = "grid.json"
 CELLS = "cells"
 
@@ -150,28 +149,23 @@ def read_grid(out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     Raises:
         MixError: no grid there, of another version, or a cell that cannot be read.
     """
-    path = out / GRID_FILE
-    try:
-        about = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise MixError(f"{out}: no testbed run here; start one with `dbes testbed run --out {out}`") from None
-    except (OSError, ValueError) as problem:
-        raise MixError(f"{path}: cannot be read as JSON ({problem})") from None
-    if about.get("schema_version") != GRID_SCHEMA:
-        raise MixError(f"{path}: grid schema {about.get('schema_version')!r}, this dbes reads {GRID_SCHEMA}")
-    records = []
+    about = read_grid_file(out / GRID_FILE)
+    records, files = [], []
     for entry in about["cells"]:
         cell = out / CELLS / entry["identity"] / CELL_FILE
-        if cell.is_file():
-            records.append({**read_cell(cell), "arm": entry["arm"], "seed": entry["seed"]})
+        if cell.exists():
+            records.append({**read_cell(cell, identity=entry["identity"]), "arm": entry["arm"], "seed": entry["seed"]})
+            files.append(cell)
+    done = {str(file): record for file, record in zip(files, records, strict=True) if record["status"] == "ok"}
+    same_fields(done, "published", "calibrated")
     return about, records
 
 
 def _check_claim(out: Path, about: dict[str, Any]) -> None:
     """Refuse a folder that holds another grid. Cells of an earlier version of the preset stay, unused."""
     path = out / GRID_FILE
-    if path.is_file():
-        earlier = json.loads(path.read_text("utf-8"))
+    if path.exists():
+        earlier = read_grid_file(path)
         if (earlier.get("preset"), earlier.get("mix_digest")) != (about["preset"], about["mix_digest"]):
             raise MixError(f"{out}: holds a run of preset {earlier.get('preset')!r} on another mix or preset; choose another folder")
 

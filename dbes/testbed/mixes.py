@@ -17,21 +17,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file, save
+from safetensors.numpy import save
 from transformers import PreTrainedTokenizerFast
 
 from dbes.errors import MixError
-from dbes.files import locked, refused_by_system, sha256_of, write_bytes, write_json, write_text
+from dbes.files import locked, refused_by_system, regular, sha256_of, write_bytes, write_json, write_text
+from dbes.schema import read_json, validated
 from dbes.shipped import EMBEDDED_MIX
+from dbes.tables import read_safetensors
 from dbes.testbed import sources
 from dbes.testbed.mix import DomainTokens, Mix, is_heldout, read_texts, tokenize_mix
+from dbes.testbed.records import MixFile
 from dbes.testbed.vocabulary import train_tokenizer
+from dbes.text import clipped
 
 BYTES_PER_DOMAIN = 380_000
 HELDOUT_SHARE = 0.15
 FORMAT = 1
 PATIENCE = 3600.0
 """Seconds that a run waits while another one builds the same mix in the same cache."""
+SIDES = ("training", "heldout")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,28 +89,54 @@ def mix_files(name: str, cache: Path) -> dict[str, Path]:
     found = {path.name.split(".")[0]: path for path in sorted((*folder.glob("*.jsonl"), *folder.glob("*.jsonl.gz")))}
     if len(found) < 2:
         raise MixError(f"mix {name}: expected a folder with at least two <domain>.jsonl files (or `embedded` or `packages`), got {folder}")
+    for path in found.values():
+        regular(path, error=MixError)
     return found
 
 
 def read_prepared(folder: Path) -> Prepared:
-    """A mix as ``prepare_mix`` left it."""
-    about = json.loads((folder / "mix.json").read_text("utf-8"))
-    arrays = load_file(folder / "mix.safetensors")
+    """A mix as ``prepare_mix`` left it.
+
+    Raises:
+        MixError: its files are damaged or contradict each other.
+    """
+    again = f"remove {folder}: the mix is tokenized again"
+    about = validated(MixFile, read_json(folder / "mix.json", error=MixError), where=folder / "mix.json", error=MixError)
+    path = folder / "mix.safetensors"
+    arrays = read_safetensors(path, error=MixError, hint=again)[1]
+    for name in ["token_bytes", *(f"{s}.{i}.{part}" for s in SIDES for i in range(len(about.domains)) for part in ("tokens", "starts"))]:
+        if name not in arrays or arrays[name].ndim != 1 or arrays[name].dtype.kind not in "iu":
+            raise MixError(f"{path}: {name}: expected a row of whole numbers; {again}")
+        tokens = arrays.get(name.removesuffix("starts") + "tokens") if name.endswith("starts") else None
+        if tokens is not None and not _cuts(arrays[name], len(tokens)):
+            raise MixError(f"{path}: {name}: expected ascending places from 0 to {len(tokens)}; {again}")
+        if name.endswith("tokens") and len(arrays[name]) and not 0 <= arrays[name].min() <= arrays[name].max() < len(arrays["token_bytes"]):
+            raise MixError(f"{path}: {name}: token ids outside the vocabulary of {len(arrays['token_bytes'])}; {again}")
     sides = {
         side: tuple(
             DomainTokens(name=name, tokens=arrays[f"{side}.{index}.tokens"], starts=arrays[f"{side}.{index}.starts"])
-            for index, name in enumerate(about["domains"])
+            for index, name in enumerate(about.domains)
         )
-        for side in ("training", "heldout")
+        for side in SIDES
     }
     mix = Mix(
         training=sides["training"],
         heldout=sides["heldout"],
-        boundary=about["boundary"],
+        boundary=about.boundary,
         token_bytes=arrays["token_bytes"],
-        digest=about["digest"],
+        digest=about.digest,
     )
-    return Prepared(mix=mix, tokenizer=PreTrainedTokenizerFast.from_pretrained(folder), folder=folder)
+    read_json(folder / "tokenizer.json", error=MixError)
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise MixError(f"{folder}: its tokenizer cannot be read ({clipped(str(problem))}); {again}") from None
+    return Prepared(mix=mix, tokenizer=tokenizer, folder=folder)
+
+
+def _cuts(starts: np.ndarray, tokens: int) -> bool:
+    """Whether these are the places where documents begin, and the end."""
+    return bool(len(starts)) and starts[0] == 0 and starts[-1] == tokens and bool((starts[1:] >= starts[:-1]).all())
 
 
 def _save(mix: Mix, folder: Path) -> None:

@@ -7,21 +7,22 @@ with Prescribed(model, prescription.routing, prescription.domains) as prescribed
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from dbes.errors import MixError
+from dbes.schema import read_json
 from dbes.sites import base_of
 from dbes.testbed.checkpoint import PRESCRIBED_ROUTERS, TRAINING
 from dbes.testbed.routers import Routing
 from dbes.testbed.settings import RoutingSettings, parse_settings
+from dbes.text import clipped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,19 +46,22 @@ def read_prescription(folder: Path) -> Prescription:
     path = folder / TRAINING
     hint = "expected a checkpoint folder of `dbes testbed train --prescribed`"
     try:
-        content = json.loads(path.read_text("utf-8"))
-    except OSError:
-        raise MixError(f"{path}: not there; {hint}") from None
-    except ValueError as problem:
-        raise MixError(f"{path}: cannot be read as JSON ({problem}); {hint}") from None
+        content = read_json(path, error=MixError, missing=f"{path}: not there")
+    except MixError as problem:
+        raise MixError(f"{problem}; {hint}") from None
     prescribed = content.get("prescribed") if isinstance(content, dict) else None
     if not isinstance(prescribed, dict):
         raise MixError(f"{path}: this checkpoint routes by its own router, nothing is prescribed; {hint}")
     settings = parse_settings(content.get("settings"), where=f"{path}: settings")
     domains = prescribed.get("domains")
-    if settings.routing.router not in PRESCRIBED_ROUTERS or not isinstance(domains, list) or not domains:
-        raise MixError(f"{path}: router {settings.routing.router}, domains {domains}; {hint}")
-    return Prescription(routing=settings.routing, domains=tuple(map(str, domains)))
+    if settings.routing.router not in PRESCRIBED_ROUTERS or not _names(domains):
+        raise MixError(f"{path}: router {settings.routing.router}, domains {clipped(domains)}; {hint}")
+    return Prescription(routing=settings.routing, domains=tuple(domains))
+
+
+def _names(found: Any) -> TypeGuard[list[str]]:
+    """Whether this is a list of distinct names."""
+    return isinstance(found, list) and bool(found) and all(isinstance(name, str) for name in found) and len(set(found)) == len(found)
 
 
 class Prescribed:

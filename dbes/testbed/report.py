@@ -17,6 +17,7 @@ from dbes.errors import MixError
 from dbes.files import check_writable, replacing, write_json, write_text
 from dbes.testbed.experiments import Findings, Verdict, analyse
 from dbes.testbed.grid import read_grid
+from dbes.text import printable
 
 TITLES = {
     "scope": "Scope: methods by scopes",
@@ -89,8 +90,8 @@ def write_report(folder: Path) -> Path:
         out / "verdicts.json",
         [{"experiment": v.experiment, "claim": v.claim, "outcome": v.outcome, "sentence": v.sentence} for v in findings.verdicts],
     )
-    write_text(out / "FINDINGS.md", findings_markdown(about, records, findings))
-    write_text(folder / PAGE, page(about, records, findings, failed))
+    write_text(out / "FINDINGS.md", printable(findings_markdown(about, records, findings), lines=True))
+    write_text(folder / PAGE, printable(page(about, records, findings, failed), lines=True))
     return folder / PAGE
 
 

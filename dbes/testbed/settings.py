@@ -7,18 +7,14 @@ import json
 from pathlib import Path
 from typing import Literal, Self
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from dbes.errors import MixError
+from dbes.schema import Strict, read_yaml, validated
 
 Scope = Literal["sequence", "micro_batch", "global_batch"]
 RouterKind = Literal["learned", "frozen", "rerandomised", "hash", "reference", "sequence"]
 BalancingKind = Literal["none", "aux_loss", "loss_free", "sinkhorn", "assignment"]
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class MixSettings(Strict):
@@ -159,20 +155,12 @@ def read_settings(path: Path) -> TrainSettings:
     Raises:
         MixError: no such file, not YAML, unknown or impossible settings; the message names file and field.
     """
-    try:
-        content = yaml.safe_load(path.read_text("utf-8"))
-    except OSError as problem:
-        raise MixError(f"{path}: cannot be read ({problem.strerror})") from None
-    except yaml.YAMLError as problem:
-        raise MixError(f"{path}: not YAML ({problem})") from None
-    return parse_settings(content or {}, where=str(path))
+    content = read_yaml(path, error=MixError)
+    return parse_settings({} if content is None else content, where=str(path))
 
 
 def parse_settings(content: object, *, where: str) -> TrainSettings:
     """Settings from plain values; raises MixError naming the first field that is wrong."""
-    try:
-        return TrainSettings.model_validate(content)
-    except ValidationError as problem:
-        first = problem.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "settings"
-        raise MixError(f"{where}: {field}: {first['msg']}") from None
+    if not isinstance(content, dict):
+        raise MixError(f"{where}: settings: expected them by name, found {type(content).__name__}")
+    return validated(TrainSettings, content, where=where, error=MixError)

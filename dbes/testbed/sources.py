@@ -5,7 +5,6 @@ Python, English speeches, gene definitions, formal mathematics, and manual pages
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import io
 import json
@@ -20,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from dbes.compressed import gunzip
 from dbes.errors import MixError
 from dbes.files import PART, refused_by_system, remove_abandoned, sha256_of, write_text
 from dbes.testbed.mix import Text
@@ -226,7 +226,7 @@ def _manual(path: Path) -> Iterator[tuple[str, list[str]]]:
     for name, content in _deb_members(path, lambda name: "/man/" in name and name.endswith(".gz")):
         paragraphs: list[str] = []
         lines: list[str] = []
-        for line in (*gzip.decompress(content).decode("utf-8", "replace").splitlines(), "."):
+        for line in (*gunzip(content, where=path, error=MixError).decode("utf-8", "replace").splitlines(), "."):
             if line.startswith((".", "'")):
                 paragraph = " ".join(lines)
                 if len(paragraph.encode()) > 80 and " the " not in paragraph and " of " not in paragraph:

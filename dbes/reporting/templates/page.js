@@ -53,7 +53,7 @@ function theme() {
   const accent = dark() ? "#7fb8ff" : "#0b5cad", second = dark() ? "#ffb066" : "#9a4a00";
   return {
     background: dark() ? "#171b21" : "#ffffff", font: "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif", view: { stroke: null },
-    axis: { labelColor: soft, titleColor: soft, titleFontWeight: 500, gridColor: line, domainColor: line, tickColor: line, labelFontSize: 11, titleFontSize: 12, labelLimit: 150 },
+    axis: { labelColor: soft, titleColor: soft, titleFontWeight: 500, gridColor: line, domainColor: line, tickColor: line, labelFontSize: 11, titleFontSize: 12, labelLimit: 300 },
     legend: { labelColor: soft, titleColor: soft, titleFontWeight: 500, labelFontSize: 11, titleFontSize: 11, titleLimit: 300 },
     title: { color: ink }, mark: { color: accent }, text: { color: ink }, rule: { color: soft },
     range: { category: CATEGORY[dark() ? "dark" : "light"], diverging: dark() ? ["#4aa3f0", "#232932", "#f2a154"] : ["#1b66ad", "#f3f4f5", "#c25e00"], ramp: dark() ? ["#4aa3f0", "#6d7783", "#f2a154"] : ["#1b66ad", "#aab2bd", "#c25e00"], heatmap: dark() ? ["#1b2430", "#2a6fae", "#a9d5ff"] : ["#eef4fb", "#5fa0d8", "#083f7d"] },
