@@ -26,8 +26,7 @@ from dbes.finetuning.data import Entry, Item
 from dbes.finetuning.encoding import Sample, collate
 from dbes.finetuning.evaluation import measure as bits_per_byte
 from dbes.finetuning.evaluation import token_losses
-from dbes.finetuning.settings import FinetuneSettings
-from dbes.finetuning.training import _check_reach
+from dbes.finetuning.reach import check_reach
 from dbes.intervention.data import ExperimentData, Part
 from dbes.intervention.runs import document_nats, execute
 from dbes.intervention.settings import Run, Settings
@@ -101,7 +100,7 @@ def finetuning_measured(model: Any) -> Any:
 def reached(model: Any) -> Any:
     samples = [Sample(ids=row, counted=np.ones(len(row), bool), octets=len(row)) for row in windows()]
     with TrainableCells(model, CELLS) as cells:
-        _check_reach(model, cells, samples, FinetuneSettings(steps=1, batch_size=2, seq_len=LENGTH), 0)
+        check_reach(model, cells, samples, padding=0, size=2)
         token_losses(model, collate(samples, padding=0)).sum().backward()
         return [leaf.grad for leaf in cells.parameters()]
 
