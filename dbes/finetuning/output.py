@@ -352,10 +352,15 @@ def _is_merged(rows: Rows, tensors: Mapping[str, Tensor], out: Path) -> bool:
 
 
 def _refuse_other_merge(out: Path, mark: _Merging, base: Checkpoint) -> None:
+    """Files may be there of the same merge, killed; of another one only its mark."""
     if not (out / MERGING).exists():
         refuse_occupied(out, base)
     elif read_versioned(out / MERGING, _Merging, error=FinetuneError) != mark:
-        raise FinetuneError(f"{out}: holds an unfinished merge of another delta or base; delete it, or choose another --out folder")
+        try:
+            refuse_occupied(out, base)
+        except FinetuneError:
+            problem = f"{out}: holds an unfinished merge of another delta or base; delete it, or choose another --out folder"
+            raise FinetuneError(problem) from None
 
 
 def _structure(where: str, *, revision: str | None, trust_remote_code: bool) -> PreTrainedModel:

@@ -576,11 +576,22 @@ def test_a_merge_stopped_at_any_write_is_finished_by_the_same_command(delta, tin
             patch.setattr(Path, name, stopped)
             with pytest.raises(KeyboardInterrupt):
                 merge_delta(str(tiny_checkpoint), delta, out)
-        if number:
+        if number > 1:
             with pytest.raises(FinetuneError, match="unfinished merge of another delta or base"):
                 merge_delta(str(tiny_checkpoint), other, out)
         assert merge_delta(str(tiny_checkpoint), delta, out) == out
         assert listing(out) == listing(whole), number
+
+
+def test_the_mark_of_a_merge_that_wrote_nothing_stops_no_other(delta, tiny_checkpoint, tmp_path, monkeypatch):
+    other = altered(delta, tmp_path / "other", lambda tensors: tensors | {FIRST: tensors[FIRST] + 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "copyfile", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(FileError, match=r"cannot be written \(No space left on device\)"):
+            merge_delta(str(tiny_checkpoint), other, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [MERGING]
+    merge_delta(str(tiny_checkpoint), delta, tmp_path / "out")
+    assert not (tmp_path / "out" / MERGING).exists()
 
 
 @pytest.mark.slow
