@@ -36,6 +36,8 @@ def finetune(
     revision: RevisionOption = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Updates at most; four passes over the data by default.")] = None,
     lr: Annotated[str | None, typer.Option(help="Peak learning rate; auto, the default: found by short runs on text set apart.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Sequences per update; 8 by default.")] = None,
+    seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens per sequence; 512 by default.")] = None,
     protect: Annotated[
         float | None, typer.Option(help=f"Train updates that other domains hardly feel: {PROTECT}; smaller protects more.")
     ] = None,
@@ -44,7 +46,7 @@ def finetune(
     save: Annotated[Save, typer.Option(help="A whole checkpoint, or only the trained slices.")] = Save.model,
     config: Annotated[
         Path | None,
-        typer.Option(help="YAML file of further settings, such as batch_size, seq_len, lora_rank, early_stopping (all: see README)."),
+        typer.Option(help="YAML file of further settings, such as lora_rank, epochs, seed, early_stopping (all: see README)."),
     ] = None,
     trust_remote_code: RemoteOption = False,
     format: FormatOption = Format.table,
@@ -63,7 +65,7 @@ def finetune(
         _say(f"step {record['step'] + 1}: loss {record['loss']:.4f}{checked}, {record['tokens_per_second']:,.0f} tokens/s")
 
     with errors():
-        settings = read_settings(config, steps=steps, lr=_rate(lr), protect=protect)
+        settings = read_settings(config, steps=steps, lr=_rate(lr), protect=protect, batch_size=batch_size, seq_len=seq_len)
         report = run(
             model, paths, data, out, settings, tasks=tasks, limit=limit, save=save.value, revision=revision,
             trust_remote_code=trust_remote_code, say=_say, progress=progress,
@@ -76,6 +78,7 @@ def finetune(
     if protects_next(report):
         words = ["finetune", *option("model", model), *option("revision", revision), *option("paths", paths), *option("data", data)]
         words += [*option("out", f"{out}-protected"), *option("steps", steps), *option("lr", lr), *option("protect", PROTECT)]
+        words += [*option("batch-size", batch_size), *option("seq-len", seq_len)]
         words += [*option("tasks", tasks, default="embedded"), *option("limit", limit, default=LIMIT), *option("config", config)]
         words += [*option("save", save.value, default="model"), *option("trust-remote-code", trust_remote_code)]
         _say(f"Less may be forgotten with protection:\n  {command(words)}")
