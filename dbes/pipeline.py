@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from dbes.errors import DbesError, ModelError, ResultError, TraceError, refusal
 from dbes.files import discard, locked
@@ -218,7 +218,8 @@ def _scored(job: Job, trace: Trace, facts: RecordingFacts) -> Result:
     request = job.request
     scores = score_tables(trace, permutations=request.permutations, seed=request.seed)
     about = {"accelerator": accelerator_here()}
-    about |= {name: trace.provenance[name] for name in ("tokenizer_sha256", "code_sha256") if trace.provenance.get(name)}
+    if tokenizer := trace.provenance.get("tokenizer_sha256"):
+        about["tokenizer_sha256"] = str(tokenizer)
     result = scores.result.model_copy(
         update={
             "recording": facts,
@@ -238,11 +239,10 @@ def _recorded(job: Job, loaded: LoadedModel, folder: Path | None, *, progress: P
     if folder is not None and (folder / MANIFEST).is_file() and read_manifest(folder).complete:
         # interrupted while scoring: the recording itself is whole
         trace = Trace.load(folder)
-        other = other_recording(trace.provenance, expected_of(loaded, task=benchmark.facts, code=job.code), request)
+        other = other_recording(trace.provenance, expected_of(loaded, task=benchmark.facts), request)
         if other:
             raise TraceError(f"{folder}: holds another recording (another {' and '.join(other)}); use --overwrite or another --output-path")
         return trace, _facts(job, trace)
-    extra: Mapping[str, Any] = {} if job.code is None else {"code_sha256": job.code}
     done = record_documents(
         loaded,
         benchmark.documents,
@@ -252,7 +252,7 @@ def _recorded(job: Job, loaded: LoadedModel, folder: Path | None, *, progress: P
         batch_size=request.batch_size,
         seed=request.seed,
         # how windows share a batch can change close choices, so it is part of what a recording is
-        provenance={"task": benchmark.facts, "batch_size": request.batch_size, **extra},
+        provenance={"task": benchmark.facts, "batch_size": request.batch_size},
         progress=None if progress is None else lambda now, total: progress("recording", now, total),
     )
     facts = _facts(job, done.trace)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -14,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dbes.benchmark import Document, Task, load_task, read_task, task_facts
 from dbes.errors import ModelError, SettingError
-from dbes.files import sha256_of
 from dbes.shipped import EMBEDDED_MODEL, EMBEDDED_NAME
 
 if TYPE_CHECKING:
@@ -120,7 +117,6 @@ class Expected:
     Attributes:
         task: name, version, fingerprint, ... of the task.
         accelerator: kind of the accelerator of this machine, or "cpu".
-        code: sha256 of the Python files beside the weights, where they may be run.
     """
 
     task: Mapping[str, Any]
@@ -131,12 +127,11 @@ class Expected:
     attention: str | None = None
     experts_implementation: str | None = None
     tokenizer_sha256: str | None = None
-    code_sha256: str | None = None
 
     @property
     def about(self) -> dict[str, Any]:
         """The facts that are known, under the names of a trace's provenance."""
-        names = ("revision", "dtype", "device", "attention", "experts_implementation", "tokenizer_sha256", "code_sha256")
+        names = ("revision", "dtype", "device", "attention", "experts_implementation", "tokenizer_sha256")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
@@ -144,7 +139,7 @@ def expected_before_loading(model: str, *, where: Path | None, commit: str | Non
     """What is known of a recording before the weights are read.
 
     Args:
-        where: the model's folder, None on the hub (whose commit stands for the tokenizer and the code too).
+        where: the model's folder, None on the hub (whose commit stands for the tokenizer too).
 
     Raises:
         SettingError: there is no such device.
@@ -171,11 +166,10 @@ def expected_before_loading(model: str, *, where: Path | None, commit: str | Non
         dtype=dtype,
         device=device_named(request.device_map, accelerator),
         tokenizer_sha256=tokenizer,
-        code_sha256=code_fingerprint(where) if request.trust_remote_code else None,
     )
 
 
-def expected_of(loaded: LoadedModel, *, task: Mapping[str, Any], code: str | None = None) -> Expected:
+def expected_of(loaded: LoadedModel, *, task: Mapping[str, Any]) -> Expected:
     """The same of a model that is loaded: all is known."""
     return Expected(
         task=task,
@@ -186,7 +180,6 @@ def expected_of(loaded: LoadedModel, *, task: Mapping[str, Any], code: str | Non
         attention=loaded.attention,
         experts_implementation=loaded.experts_implementation,
         tokenizer_sha256=loaded.tokenizer_sha256,
-        code_sha256=code,
     )
 
 
@@ -215,14 +208,6 @@ def device_named(device_map: Any, accelerator: str) -> str | None:
         raise SettingError(f"device_map {device_map!r}: expected auto, cpu, or a device of torch such as cuda or cuda:0") from None
 
 
-def code_fingerprint(folder: Path | None) -> str | None:
-    """sha256 over the Python files of a checkpoint folder, None without any."""
-    files = {} if folder is None else {path.name: sha256_of(path) for path in sorted(folder.glob("*.py")) if path.is_file()}
-    if not files:
-        return None
-    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
-
-
 @dataclass(frozen=True, kw_only=True)
 class Subject:
     """The model to evaluate. ``where``: its folder; ``commit``: its revision; each None where it is not known before loading."""
@@ -249,14 +234,10 @@ class Job:
         return result_folder(self.output_path, name, commit, self.benchmark.task.name, limit=self.request.limit)
 
     @cached_property
-    def code(self) -> str | None:
-        return code_fingerprint(self.subject.where) if self.request.trust_remote_code else None
-
-    @cached_property
     def expected(self) -> Expected:
         subject, facts = self.subject, self.benchmark.facts
         if subject.loaded is not None:
-            return expected_of(subject.loaded, task=facts, code=self.code)
+            return expected_of(subject.loaded, task=facts)
         assert self.request.model is not None
         return expected_before_loading(self.request.model, where=subject.where, commit=subject.commit, request=self.request, task=facts)
 
@@ -273,7 +254,7 @@ def subject_of(model: str | Path | LoadedModel, request: Request) -> Subject:
     """
     if not isinstance(model, str | Path):
         return Subject(name=model.name, commit=model.revision, loaded=model)
-    from dbes.models import folder_fingerprint, load_config
+    from dbes.models import find_commit, folder_fingerprint
 
     device_named(request.device_map, "cpu")
     folder = EMBEDDED_MODEL if str(model) == "embedded" else Path(model)
@@ -281,8 +262,7 @@ def subject_of(model: str | Path | LoadedModel, request: Request) -> Subject:
         commit = None
         if isinstance(model, str):
             with suppress(ModelError):  # told when it is loaded
-                config = load_config(model, revision=request.revision, trust_remote_code=request.trust_remote_code)
-                commit = getattr(config, "_commit_hash", None)
+                commit = find_commit(model, revision=request.revision)
         return Subject(name=str(model), commit=commit)
     name = EMBEDDED_NAME if str(model) == "embedded" else folder.resolve().name
     commit = None

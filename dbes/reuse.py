@@ -55,7 +55,7 @@ def differences(found: Result, request: Request, expected: Expected) -> tuple[li
         compare("dtype", found.model.dtype, expected.dtype or request.dtype)
         if expected.device is not None:
             compare("device", environment.get("device"), expected.device)
-    for name in ("attention", "experts_implementation", "tokenizer_sha256", "code_sha256"):
+    for name in ("attention", "experts_implementation", "tokenizer_sha256"):
         if (now := getattr(expected, name)) is not None:
             compare(name.removesuffix("_sha256"), environment.get(name), now)
     for name in VERSIONS:

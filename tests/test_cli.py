@@ -82,12 +82,13 @@ def test_json_of_several_tasks_is_one_document_and_a_failure_stops_none(tiny_che
 def test_the_page_is_made_again_where_it_is_missing_or_cut_short(results: Path, tiny_checkpoint: Path, tiny_task: Path) -> None:
     arguments = ("--model", tiny_checkpoint, "--tasks", tiny_task, "--output-path", results, "--permutations", "50")
     page = next(results.rglob("report.html"))
-    whole = page.read_bytes()
-    for content in (None, whole[:1000], b""):
+    made: set[bytes] = set()
+    for content in (None, page.read_bytes()[:1000], b""):
         page.unlink() if content is None else page.write_bytes(content)
         done = inside("evaluate", *arguments)
         assert done.returncode == 0 and "reused, recorded at" in done.stderr
-        assert page.read_bytes() == whole
+        made.add(page.read_bytes())
+    assert len(made) == 1 and b"Do it again" in made.pop()
 
 
 @pytest.mark.slow

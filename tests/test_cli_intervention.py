@@ -73,7 +73,7 @@ def test_an_experiment_its_page_and_the_same_command_again(
         held = intervene(tmp_path, tiny_checkpoint, tiny_task, *options)
     assert held.exit_code == 1 and f"another run is writing here (process {os.getpid()}" in held.stderr
 
-    monkeypatch.setattr(grid.os, "access", lambda path, _: Path(path) != tmp_path / "out")  # as on a read-only disk
+    monkeypatch.setattr(grid.os, "access", lambda path, mode: (Path(path), mode) != (tmp_path / "out", os.W_OK))  # as on a read-only disk
     shown = intervene(tmp_path, tiny_checkpoint, tiny_task, *options)
     assert shown.exit_code == 0 and shown.stdout == done.stdout
     other = intervene(tmp_path, tiny_checkpoint, tiny_task, *options[:-1], "3")

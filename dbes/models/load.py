@@ -130,6 +130,15 @@ def load_config(where: str, *, revision: str | None = None, trust_remote_code: b
     return config
 
 
+def find_commit(where: str, *, revision: str | None = None) -> str:
+    """The commit of a hub repository that a branch, tag or commit names; only its config.json is read.
+
+    Raises:
+        ModelError: there is none, or the hub cannot be reached.
+    """
+    return _commit(where, CONFIG, revision)
+
+
 def transformers_model(model: Any) -> PreTrainedModel:
     """A model built in memory as dbes reads it, see `inner_model`.
 
