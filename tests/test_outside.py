@@ -25,6 +25,7 @@ from dbes.intervention.configuration import read_configuration
 from dbes.paths.files import read_esft, read_path
 from dbes.pipeline import EMBEDDED_MODEL
 from dbes.reporting.compare import compare
+from dbes.reporting.export import markdown_cell
 from dbes.reporting.leaderboard import render_terminal
 from dbes.reporting.page import unpacked, write_page
 from dbes.reporting.terminal import DOMAIN_WIDTH, harmless
@@ -412,9 +413,10 @@ def test_markup_in_names_is_text(evil: Path) -> None:
     console.width = 400
     with console.capture() as captured:
         console.print(render_terminal(compare([evil])))
-    assert "[/] [link=x]b" in captured.get() and "[31m[red]x" in captured.get()
+    assert "[/] [link=x]b" in captured.get() and r"\x1b]8;;http" in captured.get()
     card = CliRunner().invoke(app, ["compare", str(evil), "--format", "markdown"]).stdout
-    assert r"\`&lt;b&gt;https\://evil www\.evil.com &#64;you \$x\$" in card and r"\[/\] \[link=x\]b" in card
+    assert r"\[/\] \[link=x\]b" in card
+    assert markdown_cell("|`<b>https://evil www.evil.com @you $x$ a.b:c") == r"\|\`&lt;b&gt;https\://evil www\.evil.com &#64;you \$x\$ a.b:c"
 
 
 def test_domains_that_look_alike_stay_apart(evil: Path) -> None:
