@@ -10,20 +10,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from mutations import mutations
 from report_results import simulated_trace, write_result
+from safetensors.numpy import load as parse_safetensors
 from safetensors.numpy import save as encode_safetensors
 from test_report_intervention import made, made_with_items
 from typer.testing import CliRunner
 
 from dbes.cli import app
 from dbes.errors import DbesError
+from dbes.intervention.configuration import read_configuration
 from dbes.paths.files import read_esft, read_path
 from dbes.pipeline import EMBEDDED_MODEL
+from dbes.reporting.compare import compare
+from dbes.reporting.export import markdown_cell
+from dbes.reporting.leaderboard import render_terminal
+from dbes.reporting.page import unpacked, write_page
+from dbes.reporting.terminal import DOMAIN_WIDTH, harmless
 from dbes.testbed.mixes import read_prepared
 from dbes.testbed.prescribed import read_prescription
-from dbes.text import HIDDEN, printable
+from dbes.testbed.settings import read_settings
+from dbes.text import HIDDEN, labels, printable
 
 REPORTS = Path(__file__).parents[1] / "reports"
 PART = 60
@@ -237,3 +246,186 @@ def test_damaged_json_is_one_line(kind: str, result: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_damage_to_json_is_one_line(kind: str, result: Path, tmp_path: Path) -> None:
     tried(kind, result, tmp_path, None)
+
+
+# ------------------------------------------------------------------------------------------------------------ tables and arrays
+
+
+def safetensors_changed(file: Path, **changes: Callable[[np.ndarray], np.ndarray] | None) -> None:
+    arrays = parse_safetensors(file.read_bytes())
+    for name, change in changes.items():
+        if change is None:
+            del arrays[name]
+        else:
+            arrays[name] = np.ascontiguousarray(change(arrays[name]))
+    header = json.loads(file.read_bytes()[8 : 8 + int.from_bytes(file.read_bytes()[:8], "little")])
+    file.write_bytes(encode_safetensors(arrays, header.get("__metadata__")))
+
+
+def table_changed(file: Path, change: Callable[[pd.DataFrame], pd.DataFrame]) -> None:
+    change(pd.read_parquet(file)).to_parquet(file)
+
+
+USAGE = "expert_usage.parquet"
+BESIDE: list[tuple[str, Callable[[Path], object]]] = [
+    (USAGE, lambda f: f.write_bytes(b"PAR1" + bytes(90))),
+    (USAGE, lambda f: f.write_bytes(f.read_bytes()[:-20])),
+    (USAGE, lambda f: (f.unlink(), os.mkfifo(f))),
+    (USAGE, lambda f: (f.unlink(), f.mkdir())),
+    *((USAGE, lambda f, name=name: table_changed(f, lambda t: t.drop(columns=name)))
+      for name in ("domain", "layer", "expert", "hits", "share", "lift", "lift_high", "q", "specialist", "unknown")),
+    *((USAGE, lambda f, name=name: table_changed(f, lambda t: t.assign(**{name: "x"})))
+      for name in ("domain", "layer", "hits", "lift", "q", "specialist")),
+    (USAGE, lambda f: table_changed(f, lambda t: t.assign(hits=np.nan))),
+    (USAGE, lambda f: table_changed(f, lambda t: t.assign(expert=0))),
+    (USAGE, lambda f: table_changed(f, lambda t: t.iloc[1:])),
+    ("matrices.safetensors", lambda f: f.write_bytes(bytes(100))),
+    ("matrices.safetensors", lambda f: safetensors_changed(f, similarity=lambda a: a[:1])),
+    ("matrices.safetensors", lambda f: safetensors_changed(f, similarity=lambda a: a.astype(np.int64))),
+    ("matrices.safetensors", lambda f: (f.unlink(), os.mkfifo(f))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "damage"), BESIDE)
+def test_damaged_tables_beside_a_result_are_one_line(name: str, damage: Callable[[Path], object], result: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(result, own)
+    shutil.rmtree(own / "trace")
+    damage(own / name)
+    line = told("report", own)
+    assert line is not None and name in line
+
+
+REPLICATES: list[Callable[[Path], object]] = [
+    lambda f: f.write_bytes(b"\xff" * 100),
+    lambda f: (f.unlink(), os.mkfifo(f)),
+    lambda f: safetensors_changed(f, document_domain=None),
+    lambda f: safetensors_changed(f, document_domain=lambda a: a.astype(np.float32)),
+    lambda f: safetensors_changed(f, specialization=lambda a: a[:, :1]),
+    lambda f: safetensors_changed(f, specialization=lambda a: a.astype(np.int32)),
+    lambda f: f.write_bytes(encode_safetensors(parse_safetensors(f.read_bytes()), {"documents": "[1, 2]"})),
+    lambda f: f.write_bytes(encode_safetensors(parse_safetensors(f.read_bytes()), {"documents": "[" * 9999})),
+    lambda f: f.write_bytes(encode_safetensors(parse_safetensors(f.read_bytes()))),
+]
+
+
+@pytest.mark.parametrize("damage", REPLICATES)
+def test_damaged_replicates_are_told_and_not_ranked(damage: Callable[[Path], object], result: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(result, own)
+    damage(own / "replicates.safetensors")
+    ran = CliRunner().invoke(app, ["compare", str(own / "result.json"), "--format", "json"])
+    assert ran.exit_code == 0
+    assert "replicates.safetensors" in json.loads(ran.stdout)["entries"][0]["note"]
+    checked = CliRunner().invoke(app, ["compare", "--check", str(own / "result.json")])
+    assert checked.exit_code == 1 and "replicates.safetensors" in checked.stdout
+
+
+# ------------------------------------------------------------------------------------------------------------ which files, and how often
+
+
+def test_nothing_to_compare_is_an_error(tmp_path: Path) -> None:
+    for name, content in (("a", "{"), ("b", "[]")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(content)
+    line = told("compare", tmp_path)
+    assert line is not None and "a/result.json: not JSON" in line and "b/result.json: expected a JSON object" in line
+    failed = tmp_path / "failed"
+    shutil.copytree(Path(__file__).parent / "historic_results" / "0.1.0-error", failed)
+    line = told("compare", failed)
+    assert line is not None and "the evaluation failed" in line
+    assert told("compare", tmp_path / "none") == f"dbes: {tmp_path / 'none'}: no such file or folder"
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe" / "result.json")
+    line = told("compare", tmp_path / "pipe")
+    assert line is not None and "a pipe, socket or device" in line
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert told("compare", tmp_path / "loop") is not None
+
+
+def test_a_result_reached_by_several_paths_counts_once(result: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(result)
+    (tmp_path / "file.json").symlink_to(result / "other" / "result.json")
+    other = result / "other"
+    paths = [other, other / "result.json", result / "." / "other", tmp_path / "file.json", tmp_path / "link" / "other"]
+    ran = CliRunner().invoke(app, ["compare", *map(str, paths), "--format", "json"])
+    assert len(json.loads(ran.stdout)["entries"]) == 1
+    both = CliRunner().invoke(app, ["compare", str(result), "--format", "json"])
+    assert len(json.loads(both.stdout)["entries"]) == 2
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "k0: &k0 [x]\n" + "".join(f"k{i}: &k{i} [*k{i - 1}, *k{i - 1}]\n" for i in range(1, 30)),
+        "seed: 1\nseed: 2\n", "{1: 2}", "- 1", "seed: " + "9" * 5000, "seed: [" * 500, "mix: !!python/object/apply:os.system [ls]",
+        "seed: \x1b[31m", "seed: 2020-13-77", "\xff", "? [a]\n: b", "seed: &a [*a]",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("reader", ["train", "intervene"])
+def test_damaged_settings_are_one_line(content: str, reader: str, tmp_path: Path) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_bytes(content.encode("latin-1"))
+    line = refused(lambda: read_settings(file) if reader == "train" else read_configuration(file, {"domains": ("a",)}))
+    assert line is not None and line.startswith(str(file))
+
+
+# ------------------------------------------------------------------------------------------------------------ names and texts
+
+EVIL = "\x1b]8;;http://evil\x07\x1b[31m[red]x[/]\x9b2J\u202e|`<b>https://evil www.evil.com @you $x$"
+ALIKE = ("a" * 70 + "1" + "z" * 70, "a" * 70 + "2" + "z" * 70, "law\x1b[0m", "law\x1b[1m", "law\\x1b[1m")
+
+
+@pytest.fixture(scope="module")
+def evil(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evil")
+    words = {token: f"{EVIL}{token}" for token in range(60)}
+    for number, model in enumerate((EVIL, "[/] [link=x]b")):
+        made = simulated_trace(
+            number, documents=3, layers=2, experts=10, lean=0.95, domains=ALIKE, tokens=(50, 70), model=model, family=EVIL, vocabulary=words
+        )
+        write_result(folder / str(number), made, permutations=60)
+    return folder
+
+
+COMMANDS = [
+    ("score", "0/trace", "--permutations", "20"), ("score", "0/trace", "--permutations", "20", "--format", "json"),
+    *(("compare", ".", "--format", form) for form in ("table", "csv", "json", "markdown")), ("compare", ".", "--published"),
+    ("compare", ".", "--check"), ("report", "0", "--format", "card"), ("report", "0", "--format", "record"),
+    ("report", "0", "--format", "hub", "--dataset", "a/b"), ("paths", "0", "--domain", ALIKE[2], "--out", "p.json", "--rule", "lift"),
+    ("paths", "0", "--domain", EVIL, "--out", "p.json"), ("compare", ".", "--accuracy", EVIL), ("score", EVIL),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", COMMANDS, ids=lambda arguments: " ".join(arguments)[:40].encode("ascii", "ignore").decode())
+def test_nothing_in_names_or_texts_reaches_the_terminal(arguments: tuple[str, ...], evil: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(evil)
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    ran = CliRunner().invoke(app, arguments)
+    assert ran.exception is None or isinstance(ran.exception, SystemExit)
+    assert not list(hidden(ran.stdout)) and not list(hidden(ran.stderr))
+
+
+def test_markup_in_names_is_text(evil: Path) -> None:
+    console = harmless()
+    console.width = 400
+    with console.capture() as captured:
+        console.print(render_terminal(compare([evil])))
+    assert "[/] [link=x]b" in captured.get() and r"\x1b]8;;http" in captured.get()
+    card = CliRunner().invoke(app, ["compare", str(evil), "--format", "markdown"]).stdout
+    assert r"\[/\] \[link=x\]b" in card
+    assert markdown_cell("|`<b>https://evil www.a.com @you $x$ a.b:c") == r"\|\`&lt;b&gt;https\://evil www\.a.com &#64;you \$x\$ a.b:c"
+
+
+def test_domains_that_look_alike_stay_apart(evil: Path) -> None:
+    page = unpacked(write_page(evil / "0").read_text("utf-8"))
+    assert len(set(page["domains"])) == len(ALIKE)
+    assert set(page["curves"]["domain"]) - {None} == set(page["domains"]) == {each["domain"] for each in page["text"]}
+    assert set(page["specialists"]["domain"]) <= set(page["domains"])
+    shown = CliRunner().invoke(app, ["score", str(evil / "0" / "trace"), "--permutations", "20"]).stdout
+    assert all(f"│ {name} " in shown for name in labels(ALIKE, DOMAIN_WIDTH).values())
+    usage = pd.read_csv(evil / "0" / "expert_usage.csv")
+    assert usage["domain"].nunique() == len(ALIKE) - 1  # the file names them whole; only an escape and its own text are one
+    assert not any(any(hidden(name)) for name in usage["domain"])

@@ -31,6 +31,7 @@ COLUMNS = (
 
 SPECIALISTS_PER_DOMAIN = 2
 TOKEN_WIDTH = 14
+DOMAIN_WIDTH = 32
 
 
 class Harmless:
@@ -153,7 +154,7 @@ def _domain_table(result: Result) -> Table:
     for heading in ("Documents", "Sources", "Tokens", "Specialization", "Isolation", "N-gram (n=2)", "p", "Random router", "Specialists"):
         table.add_column(heading, justify="right")
     counts = result.companions.get("specialists", {}).get("by_domain", {})
-    shown = labels(result.task.domains)
+    shown = labels(result.task.domains, DOMAIN_WIDTH)
     for domain, facts in result.task.domains.items():
         specialization = found.get(("specialization", domain))
         table.add_row(
@@ -183,7 +184,7 @@ def _specialist_table(result: Result) -> Table:
     for heading in ("Domain", "Layer", "Expert", "Lift", "95 % interval", "Share", "q"):
         table.add_column(heading, justify="left" if heading == "Domain" else "right")
     table.add_column("Typical tokens", overflow="fold")
-    shown = labels(result.task.domains)
+    shown = labels(result.task.domains, DOMAIN_WIDTH)
     for specialist in _strongest(result.specialists, result.task.domains):
         table.add_row(
             Text(shown[specialist.domain]),
