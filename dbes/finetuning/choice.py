@@ -28,6 +28,12 @@ class Rise(Strict):
         return self.change is not None and self.change <= self.allowed
 
 
+def risen(rise: Rise) -> str:
+    """The rise in words."""
+    change = "without bound" if rise.change is None else f"{rise.change:+.4f}"
+    return f"{rise.domain} {change} bits per byte, " + (f"allowed {rise.allowed:.4f}" if rise.is_kept else f"above {rise.allowed:.4f}")
+
+
 class Trial(Strict):
     """One learning rate that was tried.
 
@@ -99,6 +105,10 @@ class Found(BaseModel):
     def exceeded(self) -> set[int]:
         """Updates after which a protected domain was not kept."""
         return {step for step, rise in self.rises if not rise.is_kept}
+
+    def keeps(self, rate: float) -> bool:
+        """Whether the trial of this rate kept the protected domains."""
+        return all(trial.keeps for trial in self.trials if trial.lr == rate)
 
     def choice(self, most: int, steps: int, *, check_every: int, sequences: int, patience: int, guard_texts: int) -> Choice:
         """The choice of a run that made so many steps of at most so many."""
