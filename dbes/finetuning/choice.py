@@ -12,15 +12,43 @@ from dbes.schema import Strict
 Source = Literal["given", "range test", "fallback"]
 
 
+class Rise(Strict):
+    """What a protected domain lost since before training, in bits per byte (`dbes.finetuning.guard`).
+
+    Attributes:
+        change: after less before, None where it is not finite; allowed: the share of the target's fall, and noise.
+    """
+
+    domain: str
+    change: float | None
+    allowed: float
+
+    @property
+    def is_kept(self) -> bool:
+        return self.change is not None and self.change <= self.allowed
+
+
+def risen(rise: Rise) -> str:
+    """The rise in words."""
+    change = "without bound" if rise.change is None else f"{rise.change:+.4f}"
+    return f"{rise.domain} {change} bits per byte, " + (f"allowed {rise.allowed:.4f}" if rise.is_kept else f"above {rise.allowed:.4f}")
+
+
 class Trial(Strict):
     """One learning rate that was tried.
 
     Attributes:
         loss: on validation text after the trial, nats per token; None where it diverged.
+        rise: of the worst protected domain; None where it diverged or nothing is guarded.
     """
 
     lr: float
     loss: float | None
+    rise: Rise | None = None
+
+    @property
+    def keeps(self) -> bool:
+        return self.rise is None or self.rise.is_kept
 
 
 class Choice(Strict):
@@ -32,8 +60,12 @@ class Choice(Strict):
         validation_sequences: set apart from the training text to choose by.
         check_every: updates between two checks; 0: the run did not stop early.
         losses: (updates, validation loss in nats per token).
-        best_step: updates after which the loss was lowest; these weights were kept. The last step of a run without checks.
-        stopped: because the loss did not fall any more, or because all steps were made.
+        best_step: updates after which the loss was lowest and every protected domain kept; these weights were kept. The last step
+            of a run without checks.
+        stopped: because the loss did not fall any more, because protected domains rose too far, or because all steps were made.
+        guard_texts: of protected domains, by which rates and steps were refused; 0: none were.
+        rises: (updates, worst protected domain) of every check.
+        none_keeps: no rate of the range test kept the protected domains, so the smallest was taken.
     """
 
     lr: float
@@ -45,11 +77,18 @@ class Choice(Strict):
     check_every: int
     losses: tuple[tuple[int, float], ...]
     best_step: int
-    stopped: Literal["stalled", "all steps made"]
+    stopped: Literal["stalled", "forgetting", "all steps made"]
+    guard_texts: int = 0
+    rises: tuple[tuple[int, Rise], ...] = ()
+    none_keeps: bool = False
 
 
 class Found(BaseModel):
-    """What a run has found so far; kept in its state on disk. Fields as in `Choice`."""
+    """What a run has found so far; kept in its state on disk. Fields as in `Choice`.
+
+    Attributes:
+        guarded: nats of the guarding texts before training, by domain.
+    """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     lr: float | None = None
@@ -58,10 +97,24 @@ class Found(BaseModel):
     trial_steps: int = 0
     search_seconds: float = 0.0
     losses: list[tuple[int, float]] = []
+    guarded: dict[str, list[float]] = {}
+    rises: list[tuple[int, Rise]] = []
+    none_keeps: bool = False
 
-    def choice(self, most: int, steps: int, *, check_every: int, sequences: int) -> Choice:
+    @property
+    def exceeded(self) -> set[int]:
+        """Updates after which a protected domain was not kept."""
+        return {step for step, rise in self.rises if not rise.is_kept}
+
+    def keeps(self, rate: float) -> bool:
+        """Whether the trial of this rate kept the protected domains."""
+        return all(trial.keeps for trial in self.trials if trial.lr == rate)
+
+    def choice(self, most: int, steps: int, *, check_every: int, sequences: int, patience: int, guard_texts: int) -> Choice:
         """The choice of a run that made so many steps of at most so many."""
         assert self.lr is not None
+        last = [step for step, _ in self.losses[1:]][-patience:]
+        stopped = "forgetting" if len(last) == patience and self.exceeded.issuperset(last) else "stalled"
         return Choice(
             lr=self.lr,
             source=self.source,
@@ -71,6 +124,9 @@ class Found(BaseModel):
             validation_sequences=sequences,
             check_every=check_every,
             losses=tuple(self.losses),
-            best_step=best_step(self.losses) if check_every else steps,
-            stopped="stalled" if steps < most else "all steps made",
+            best_step=best_step(self.losses, self.exceeded) if check_every else steps,
+            stopped=stopped if steps < most else "all steps made",
+            guard_texts=guard_texts,
+            rises=tuple(self.rises),
+            none_keeps=self.none_keeps,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -17,16 +17,17 @@ from torch import Tensor
 from dbes.errors import FinetuneError, PathError
 from dbes.finetuning.cells import TrainableCells
 from dbes.finetuning.checkpoint import refuse_full_disk
-from dbes.finetuning.data import Data, prepare_data
+from dbes.finetuning.data import Data, Entry, prepare_data
 from dbes.finetuning.encoding import full_rows
 from dbes.finetuning.evaluation import Measured, measure_texts, scores, tracked_scores
+from dbes.finetuning.guard import Guard, split_protected
 from dbes.finetuning.machine import memory_explained, refuse_sharding
 from dbes.finetuning.output import Rows, base_checkpoint, claimed, refuse_untrainable, round_rows, tidy, write_output
 from dbes.finetuning.report import FinetuneReport, changes, peak_memory, read_report, refuse_damaged, versions, write_report
 from dbes.finetuning.settings import FinetuneSettings
 from dbes.finetuning.summary import warnings_after, warnings_before
 from dbes.finetuning.training import train
-from dbes.finetuning.validation import split_validation
+from dbes.finetuning.validation import Split, split_validation
 from dbes.models import LoadedModel, load_model
 from dbes.paths.files import read_esft, read_path
 from dbes.paths.types import ExpertPath
@@ -36,6 +37,9 @@ from dbes.sites import find_sites
 from dbes.windows import embedding_rows, padding_id
 
 Say = Callable[[str], None]
+
+GUARD = "guarded by protected texts"
+"""In the identity of a protected run: one of before rates were guarded made another choice, and is not gone on with."""
 
 
 def finetune(
@@ -112,7 +116,8 @@ def _run(
     with memory_explained():
         loaded = load_model(where, name=name, revision=revision, device_map=place, trust_remote_code=trust_remote_code)
     path = checked_path(paths, loaded)
-    identity = settings.identity(loaded.revision, path.cells, found.digest, tasks, limit, save)
+    facts = (GUARD,) if settings.protect is not None else ()
+    identity = settings.identity(loaded.revision, path.cells, found.digest, tasks, limit, save, *facts)
     finished = read_report(out)
     if finished is not None:
         if finished.identity != identity:
@@ -125,7 +130,8 @@ def _run(
         refuse_full_disk(out, checkpoint.bytes)
     known = embedding_rows(loaded.model)
     split = split_validation(found.training, loaded.tokenizer, settings, known=known)
-    for warning in warnings_before(split, settings):
+    texts, guard = protection(found, loaded, settings, split)
+    for warning in warnings_before(split, settings, guard):
         say(f"warning: {warning}")
 
     def evaluate() -> dict[str, Measured]:
@@ -152,13 +158,14 @@ def _run(
             say("measuring what other domains need")
             with memory_explained():
                 share = broadcast if accelerator.num_processes > 1 else None
-                cells.protect(protected_texts(found, loaded, settings), floor=settings.protect, share=share)
+                cells.protect(texts, floor=settings.protect, share=share)
         trained = train(
             loaded.model,
             cells,
             split.training,
             settings,
             validation=split.validation,
+            guard=guard,
             padding=padding_id(loaded.tokenizer, known),
             accelerator=accelerator,
             folder=out,
@@ -196,7 +203,7 @@ def _run(
         validation_unit=split.unit,
         choice=trained.choice,
         passes=settings.passes(trained.choice.best_step, len(split.training)),
-        warnings=warnings_after(split, settings, trained.steps),
+        warnings=warnings_after(split, settings, trained.steps, guard, trained.choice),
         parameters=trained.parameters,
         chosen_bytes=trained.chosen_bytes,
         optimizer_bytes=trained.optimizer_bytes,
@@ -222,18 +229,24 @@ def _run(
     return report
 
 
-def protected_texts(data: Data, loaded: LoadedModel, settings: FinetuneSettings) -> dict[str, list[Tensor]]:
-    """Token ids of what is to be protected, by domain; never held-out text.
+def protection(data: Data, loaded: LoadedModel, settings: FinetuneSettings, split: Split) -> tuple[dict[str, list[Tensor]], Guard | None]:
+    """Token ids of what is to be protected, by domain, and the guard where something is chosen by texts; never held-out text.
 
     Raises:
         FinetuneError: a domain that the task does not have, or the target.
     """
+    if settings.protect is None:
+        return {}, None
     unknown = [name for name in settings.protect_domains if name not in data.elsewhere]
     if unknown:
         raise FinetuneError(f"protect_domains {', '.join(unknown)}: other domains of the task are {', '.join(data.elsewhere)}")
-    names = settings.protect_domains or tuple(data.elsewhere)
-    options = {"length": settings.seq_len, "tokens": settings.protect_tokens, "known": embedding_rows(loaded.model)}
-    return {name: full_rows(data.elsewhere[name], loaded.tokenizer, **options) for name in names}
+    entries: dict[str, Sequence[Entry]] = {name: data.elsewhere[name] for name in settings.protect_domains or tuple(data.elsewhere)}
+    known, guard = embedding_rows(loaded.model), None
+    if split.validation:
+        matrices, guard = split_protected(entries, loaded.tokenizer, settings, known=known)
+        entries = {**matrices}
+    options = {"length": settings.seq_len, "tokens": settings.protect_tokens, "known": known}
+    return {name: full_rows(part, loaded.tokenizer, **options) for name, part in entries.items()}, guard if guard and guard.texts else None
 
 
 def checked_path(paths: str | Path | ExpertPath, loaded: LoadedModel) -> ExpertPath:

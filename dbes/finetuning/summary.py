@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
-from dbes.finetuning.choice import Choice
+from dbes.finetuning.choice import Choice, Trial, risen
+from dbes.finetuning.guard import FEWEST, Guard
 from dbes.finetuning.report import Change, FinetuneReport
 from dbes.finetuning.settings import PASSES, FinetuneSettings
 from dbes.finetuning.validation import SEQUENCES, Split
 
+ENDS = {
+    "stalled": "the loss no longer fell",
+    "forgetting": "protected domains rose too far",
+    "all steps made": "all steps made",
+}
 
-def warnings_before(split: Split, settings: FinetuneSettings) -> tuple[str, ...]:
+
+def warnings_before(split: Split, settings: FinetuneSettings, guard: Guard | None = None) -> tuple[str, ...]:
     """What should be known before a run begins."""
     steps = settings.total_steps(len(split.training))
-    return _few(split, settings) + _repeated(split, settings, steps, f"{steps} steps are")
+    return _few(split, settings) + _shared(guard) + _repeated(split, settings, steps, f"{steps} steps are")
 
 
-def warnings_after(split: Split, settings: FinetuneSettings, steps: int) -> tuple[str, ...]:
+def warnings_after(
+    split: Split, settings: FinetuneSettings, steps: int, guard: Guard | None = None, choice: Choice | None = None
+) -> tuple[str, ...]:
     """What should be known about a run that made so many steps."""
-    return _few(split, settings) + _repeated(split, settings, steps, f"the {steps} steps made were")
+    found = _few(split, settings) + _shared(guard)
+    if choice is not None and choice.none_keeps:
+        found += (f"no learning rate kept the protected domains; the smallest, {choice.lr:g}, was used",)
+    return found + _repeated(split, settings, steps, f"the {steps} steps made were")
+
+
+def _shared(guard: Guard | None) -> tuple[str, ...]:
+    if guard is None or not guard.shared:
+        return ()
+    few = f"fewer than {FEWEST} training texts: {', '.join(guard.shared)}"
+    return (f"protected domains with {few}; the texts that guard them are those that protection is made of",)
 
 
 def _few(split: Split, settings: FinetuneSettings) -> tuple[str, ...]:
@@ -128,12 +147,16 @@ def _training(report: FinetuneReport) -> list[str]:
     passes = f"{report.passes:.1f} passes over {report.sequences} sequences" if report.passes is not None else ""
     if not choice.check_every:
         return [_rate(report, choice), f"{report.steps} steps, {passes}; no early stopping"]
-    why = "the loss no longer fell" if choice.stopped == "stalled" else "all steps made"
+    why = ENDS[choice.stopped]
     kept = f"kept step {choice.best_step} of {report.steps} ({passes})"
     if choice.best_step == 0:
         kept = f"kept none of {report.steps} steps: none was better than the model before, which is what was saved"
     unit = "of texts set apart" if report.validation_unit == "texts" else "of the training texts, set apart"
-    return [_rate(report, choice), f"{kept}, by the loss on {choice.validation_sequences} sequences {unit}; ended: {why}"]
+    found = [_rate(report, choice), f"{kept}, by the loss on {choice.validation_sequences} sequences {unit}; ended: {why}"]
+    refused = [rise for _, rise in choice.rises if not rise.is_kept]
+    if refused:
+        found.append(f"{len(refused)} of {len(choice.rises)} checks refused for protected domains, the last such: {risen(refused[-1])}")
+    return found
 
 
 def _rate(report: FinetuneReport, choice: Choice) -> str:
@@ -142,10 +165,21 @@ def _rate(report: FinetuneReport, choice: Choice) -> str:
         return rate + "as given"
     if choice.source == "fallback":
         return rate + "the default where there is too little text to find one"
-    tried = ", ".join(f"{trial.lr:g}: {'diverged' if trial.loss is None else f'{trial.loss:.4f}'}" for trial in choice.trials)
+    tried = ", ".join(f"{trial.lr:g}: {_tried(trial)}" for trial in choice.trials)
     share = choice.search_seconds / max(report.seconds, 1e-9)
-    rate += f"the smallest with two thirds of the best fall in {choice.trial_steps} steps "
+    if choice.none_keeps:
+        rate += f"the smallest, because none kept the protected domains in {choice.trial_steps} steps "
+    elif choice.guard_texts:
+        rate += f"of the largest fall in {choice.trial_steps} steps among rates that kept the protected domains "
+    else:
+        rate += f"the smallest with two thirds of the best fall in {choice.trial_steps} steps "
     return rate + f"(validation loss before {choice.losses[0][1]:.4f}; {tried}), {100 * share:.0f} % of the time"
+
+
+def _tried(trial: Trial) -> str:
+    if trial.loss is None:
+        return "diverged"
+    return f"{trial.loss:.4f}" + ("" if trial.rise is None or trial.rise.is_kept else f" refused ({risen(trial.rise)})")
 
 
 def interval_of(report: FinetuneReport, domain: str) -> str:

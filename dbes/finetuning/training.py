@@ -19,15 +19,16 @@ from transformers import PreTrainedModel
 from dbes.errors import FinetuneError
 from dbes.files import keep_log_before
 from dbes.finetuning.cells import TrainableCells
-from dbes.finetuning.choice import Choice, Found, Trial
+from dbes.finetuning.checks import Checks
+from dbes.finetuning.choice import Choice, Found, Rise, Trial, risen
 from dbes.finetuning.encoding import Sample, collate
 from dbes.finetuning.evaluation import DomainScore, token_losses, tracked_scores
+from dbes.finetuning.guard import Guard
 from dbes.finetuning.machine import memory_explained, refuse_sharding
-from dbes.finetuning.rate import FALLBACK, find_rate, trial_steps
+from dbes.finetuning.rate import ENOUGH, FALLBACK, find_rate, trial_steps
 from dbes.finetuning.reach import check_reach
 from dbes.finetuning.settings import FinetuneSettings, learning_rate
 from dbes.finetuning.state import LOG, STATE, append_log, load_state, save_state
-from dbes.finetuning.validation import best_step, check_every, stalled, validation_loss
 from dbes.schema import parse_json, validated
 
 
@@ -56,14 +57,14 @@ class _Run:
     """What is given to a run, and what changes in it: leaves, moments, and what it has found.
 
     Attributes:
-        kept: the leaves of the lowest validation loss so far, on the CPU; none without validation text.
+        kept: the leaves of the best check so far, on the CPU; none without validation text.
         save: writes the state with which a step begins, if it is due or forced.
     """
 
     model: PreTrainedModel
     cells: TrainableCells
     samples: Sequence[Sample]
-    validation: Sequence[Sample]
+    checks: Checks
     settings: FinetuneSettings
     padding: int
     accelerator: Any
@@ -74,27 +75,13 @@ class _Run:
     found: Found
     save: Callable[..., None]
 
-    @property
-    def check_every(self) -> int:
-        """Updates between two checks; 0 where there are none."""
-        if not self.settings.early_stopping or not self.validation:
-            return 0
-        return check_every(self.steps, sequences=len(self.validation), batch_size=self.settings.batch_size)
-
-    @property
-    def stalled(self) -> bool:
-        return bool(self.check_every) and stalled(self.found.losses, self.settings.patience)
-
-    def check(self, step: int) -> float:
-        """Add the validation loss after so many updates to what was found, and keep the leaves if it is the lowest."""
-        loss = validation_loss(self.model, self.validation, padding=self.padding, accelerator=self.accelerator)
-        if not math.isfinite(loss):
-            raise FinetuneError(f"the loss on validation text is {loss} after {step} updates; lower --lr, or look at the weights")
-        self.found.losses.append((step, loss))
-        if best_step(self.found.losses) == step:
+    def check(self, step: int) -> dict[str, Any]:
+        """Check after so many updates, keep the leaves if they are the best, and return what goes into the log."""
+        loss, rise = self.checks.check(step)
+        if self.checks.is_best:
             for name, leaf in self.leaves.items():
                 self.kept[name].copy_(leaf.detach())
-        return loss
+        return {"validation_loss": loss} | ({} if rise is None else {"worst_protected": rise.domain, "worst_rise": rise.change})
 
     @torch.no_grad()
     def put_back(self) -> None:
@@ -112,6 +99,7 @@ def train(
     padding: int,
     accelerator: Any,
     validation: Sequence[Sample] = (),
+    guard: Guard | None = None,
     folder: Path | None = None,
     identity: str = "",
     evaluate: Callable[[], dict[str, DomainScore]] | None = None,
@@ -122,13 +110,14 @@ def train(
     """Train the cells, whose block is open, on the samples. Equal settings give equal weights, interrupted or not.
 
     The loss is the mean over all counted tokens of a global batch, so that neither micro-batches nor processes change it. The
-    router's balancing loss is never added. With early stopping the leaves end as they were at the lowest validation loss.
+    router's balancing loss is never added. With early stopping the leaves end as they were at the best check.
 
     Args:
         accelerator: an ``accelerate.Accelerator``; its processes take consecutive shares of each batch, and its trackers get the
             numbers of every record and every evaluation.
         validation: text by which a learning rate that is not given is found, and the end; without any, the rate is
             ``rate.FALLBACK`` and all steps are made.
+        guard: texts of protected domains, which refuse rates and states that do not keep them; not used without validation text.
         folder: where log and state are kept; None keeps neither.
         evaluate: called every ``eval_every`` steps; nothing is chosen by it.
         progress: called with every record of the log.
@@ -160,8 +149,12 @@ def train(
             save_state(folder, identity, step, seconds, leaves, optimizer, kept, found.model_dump_json())
             saved = time.monotonic()
 
+    checks = Checks(
+        model=model, validation=validation, guard=guard if validation else None, settings=settings, padding=padding,
+        accelerator=accelerator, steps=most, found=found,
+    )  # fmt: skip
     run = _Run(
-        model=model, cells=cells, samples=samples, validation=validation, settings=settings, padding=padding, accelerator=accelerator,
+        model=model, cells=cells, samples=samples, checks=checks, settings=settings, padding=padding, accelerator=accelerator,
         steps=most, leaves=leaves, optimizer=optimizer, kept=kept, found=found, save=save,
     )  # fmt: skip
     with _training_mode(model, settings), memory_explained():
@@ -173,13 +166,13 @@ def train(
         raise FinetuneError(_failure(steps - 1, *failure, folder))
     seconds = before + time.monotonic() - began
     save(steps, forced=True)
-    if run.check_every:
+    if checks.every:
         run.put_back()
     return Trained(
         log=log,
         steps=steps,
         seconds=seconds,
-        choice=found.choice(run.steps, steps, check_every=run.check_every, sequences=len(validation)),
+        choice=checks.choice(steps),
         parameters=sum(leaf.numel() for leaf in leaves.values()),
         chosen_bytes=cells.chosen_bytes,
         optimizer_bytes=cells.optimizer_bytes(optimizer),
@@ -189,41 +182,47 @@ def train(
 def _find_rate(run: _Run, say: Callable[[str], None]) -> None:
     """Set the learning rate that the run will use, and the validation loss before any update."""
     found = run.found
-    if run.validation and not found.losses:
+    if run.checks.validation and not found.losses:
         run.check(0)
     if found.lr is not None:
         return
     if run.settings.lr != "auto":
         found.lr, found.source = run.settings.lr, "given"
-    elif not run.validation:
+    elif not run.checks.validation:
         found.lr, found.source = FALLBACK, "fallback"
     else:
         found.trial_steps = trial_steps(run.steps)
 
         def attempt(rate: float) -> float:
             clock = time.monotonic()
-            loss = _trial(run, rate, found.trial_steps)
-            found.trials.append(Trial(lr=rate, loss=loss if math.isfinite(loss) else None))
+            loss, rise = _trial(run, rate, found.trial_steps)
+            found.trials.append(Trial(lr=rate, loss=loss if math.isfinite(loss) else None, rise=rise))
             found.search_seconds += time.monotonic() - clock
-            say(f"learning rate {rate:g}: validation loss {loss:.4f} after {found.trial_steps} steps, {found.losses[0][1]:.4f} before")
+            told = "" if rise is None else f"; {risen(rise)}"
+            before = found.losses[0][1]
+            say(f"learning rate {rate:g}: validation loss {loss:.4f} after {found.trial_steps} steps, {before:.4f} before{told}")
             run.save(0)
             return loss
 
         known = {trial.lr: math.inf if trial.loss is None else trial.loss for trial in found.trials}
-        found.lr, found.source = find_rate(attempt, before=found.losses[0][1], known=known), "range test"
+        enough = ENOUGH if run.checks.guard is None else 1.0
+        found.lr = find_rate(attempt, before=found.losses[0][1], known=known, keeps=found.keeps, enough=enough)
+        found.source, found.none_keeps = "range test", not found.keeps(found.lr)
+        if found.none_keeps:
+            say(f"warning: no learning rate kept the protected domains; the smallest, {found.lr:g}, is used")
     run.save(0)
 
 
-def _trial(run: _Run, rate: float, steps: int) -> float:
-    """Validation loss after the first batches at one learning rate; inf where it diverged. Leaves and moments are put back."""
+def _trial(run: _Run, rate: float, steps: int) -> tuple[float, Rise | None]:
+    """What `Checks.measure` finds after the first batches at one learning rate; inf where it diverged. Leaves and moments are put back."""
     try:
         for step in range(steps):
             record = _prepare(run, step, rate)
             if not _is_finite(record):
-                return math.inf
+                return math.inf, None
             run.optimizer.step()
             run.optimizer.zero_grad()
-        return validation_loss(run.model, run.validation, padding=run.padding, accelerator=run.accelerator)
+        return run.checks.measure()
     finally:
         run.optimizer.zero_grad()
         run.put_back()
@@ -245,7 +244,7 @@ def _loop(
     """
     step, settings = start, run.settings
     moved = bool(start)
-    while step < run.steps and not run.stalled:
+    while step < run.steps and not run.checks.stalled:
         record = _prepare(run, step, learning_rate(settings, step, run.steps, peak=cast(float, run.found.lr)))
         failed = not _is_finite(record)
         if not failed:
@@ -255,8 +254,8 @@ def _loop(
         run.optimizer.zero_grad()
         step += 1
         scores = None
-        if not failed and run.check_every and (step % run.check_every == 0 or step == run.steps):
-            record["validation_loss"] = run.check(step)
+        if not failed and run.checks.every and (step % run.checks.every == 0 or step == run.steps):
+            record |= run.check(step)
         if not failed and evaluate is not None and settings.eval_every and step % settings.eval_every == 0 and step < run.steps:
             scores = evaluate()
             record["bits_per_byte"] = {name: score.bits_per_byte for name, score in scores.items()}

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 from torch import nn
 
 from dbes.finetuning.data import Entry
@@ -86,14 +87,24 @@ def split_validation(entries: Sequence[Entry], tokenizer: Any, settings: Finetun
 
 def validation_loss(model: nn.Module, samples: Sequence[Sample], *, padding: int, accelerator: Any) -> float:
     """Nats per counted token, the same in all processes to the last bit; not finite where the model's numbers are not."""
+    nats = eval_nats(model, samples, padding=padding, accelerator=accelerator)
+    return float(nats.sum()) / sum(int(sample.counted.sum()) for sample in samples)
+
+
+def eval_nats(model: nn.Module, samples: Sequence[Sample], *, padding: int, accelerator: Any) -> np.ndarray:
+    """Nats of every sample, float64 [samples], measured without dropout; the model is left as it was."""
     was_training = model.training
     model.eval()
     try:
         with accelerator.autocast():
-            nats = sample_nats(model, samples, padding=padding, accelerator=accelerator)
+            return sample_nats(model, samples, padding=padding, accelerator=accelerator)
     finally:
         model.train(was_training)
-    return float(nats.sum()) / sum(int(sample.counted.sum()) for sample in samples)
+
+
+def bytes_per_token(samples: Sequence[Sample]) -> float:
+    """UTF-8 bytes that a counted token stands for, on average."""
+    return max(1, sum(sample.octets for sample in samples)) / sum(int(sample.counted.sum()) for sample in samples)
 
 
 def check_every(steps: int, *, sequences: int, batch_size: int) -> int:
@@ -101,12 +112,12 @@ def check_every(steps: int, *, sequences: int, batch_size: int) -> int:
     return min(steps, max(math.ceil(steps / CHECKS), math.ceil(sequences / (3 * batch_size) / COST)))
 
 
-def best_step(losses: Losses) -> int:
-    """Updates after which the loss was lowest, the first such."""
-    return min(losses, key=lambda pair: pair[1])[0]
+def best_step(losses: Losses, exceeded: Collection[int] = ()) -> int:
+    """Updates after which the loss was lowest, the first such; never one of those after which a protected domain was not kept."""
+    return min((pair for pair in losses if pair[0] not in exceeded), key=lambda pair: pair[1])[0]
 
 
-def stalled(losses: Losses, patience: int) -> bool:
-    """Whether the last so many checks brought no new lowest loss."""
-    lowest = min(range(len(losses)), key=lambda place: losses[place][1])
-    return len(losses) - 1 - lowest >= patience
+def stalled(losses: Losses, patience: int, exceeded: Collection[int] = ()) -> bool:
+    """Whether the last so many checks brought no new state to keep, by `best_step`."""
+    best = best_step(losses, exceeded)
+    return sum(step > best for step, _ in losses) >= patience
