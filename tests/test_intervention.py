@@ -15,11 +15,12 @@ from dbes.errors import InterventionError, PathError
 from dbes.finetuning.cells import TrainableCells
 from dbes.intervention.arms import SEARCH_SEED, equal_rank, evidence_of, plan_arms
 from dbes.intervention.configuration import read_configuration
-from dbes.intervention.data import ExperimentData, joined_rows, load_data, read_sources, save_data, tokenize, training_batches, tuning_split
+from dbes.intervention.data import ExperimentData, joined_rows, read_sources, tokenize, training_batches, tuning_split
 from dbes.intervention.grid import EXPERIMENT, MASKS, OUTCOME, RUNS, best_rate, intervene
 from dbes.intervention.masking import plan_masks
 from dbes.intervention.runs import document_nats, execute
 from dbes.intervention.settings import EXTRA_ARMS, IDEAS, REPLAY, SLOWER, Run, Settings, run_key
+from dbes.intervention.storage import load_data, save_data
 from dbes.intervention.trainables import with_replay
 from dbes.models import LoadedModel, load_model
 from dbes.paths.types import Cell
@@ -81,8 +82,9 @@ def test_no_source_stands_on_two_sides(tiny_task: Path, new_domain: Path, tmp_pa
 
 
 def test_the_split_of_a_testbed_mix_is_the_one_its_models_were_trained_with(tmp_path: Path) -> None:
+    from dbes.shipped import EMBEDDED_MIX as EMBEDDED
     from dbes.testbed.mix import is_heldout, read_texts
-    from dbes.testbed.mixes import EMBEDDED, HELDOUT_SHARE
+    from dbes.testbed.mixes import HELDOUT_SHARE
 
     texts, _ = read_sources("mix:embedded", ("law",), cache=tmp_path)
     every = read_texts(EMBEDDED / "law.jsonl.gz")

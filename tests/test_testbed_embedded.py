@@ -11,12 +11,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoeForCausalLM
 
 from dbes.files import sha256_of
 from dbes.scoring import score
+from dbes.shipped import EMBEDDED_MIX as EMBEDDED
 from dbes.shipped import ROOT
 from dbes.testbed.card import model_card
 from dbes.testbed.embedded import DOMAINS, RECIPE
 from dbes.testbed.heldout import measure
 from dbes.testbed.mix import Mix, Text, tokenize_mix
-from dbes.testbed.mixes import EMBEDDED
 
 MODEL = ROOT / "benchmark_data" / "model"
 MANIFEST = ROOT / "benchmark_data" / "training_manifest.json"
