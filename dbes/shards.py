@@ -96,7 +96,8 @@ def validate_routes(routes: TokenRoutes, shape: RoutingShape, *, where: str) -> 
         raise TraceError(f"{where}: token_ids below 0")
     if routes.phase is not None and routes.phase.max() > GENERATED:
         raise TraceError(f"{where}: phase {routes.phase.max()}, expected 0 (prompt) or 1 (generated)")
-    if routes.weights is not None and not np.isfinite(routes.weights).all():
+    ran = routes.ids != np.iinfo(routes.ids.dtype).max
+    if routes.weights is not None and not np.isfinite(routes.weights[ran]).all():
         raise TraceError(f"{where}: weights hold NaN or infinity; leave weights out where they are unknown")
     for name, array, most in (("logit_stable", routes.logit_stable, 2 ** len(LOGIT_NOISE) - 1), ("kept", routes.kept, shape.slots)):
         if array is not None and ((array > most) & (array != UNKNOWN)).any():

@@ -337,7 +337,7 @@ def test_the_whole_experiment_and_going_on_with_it(tiny_checkpoint: Path, tiny_t
     with pytest.raises(InterventionError, match="holds an experiment with another"):
         intervene(str(tiny_checkpoint), out, settings.model_copy(update={"steps": 5, "points": (5,), "full_points": (5,)}), **arguments)
     (out / EXPERIMENT).write_text("{")
-    with pytest.raises(InterventionError, match="cannot be read as JSON"):
+    with pytest.raises(InterventionError, match="not JSON"):
         intervene(str(tiny_checkpoint), out, settings, **arguments)
 
 

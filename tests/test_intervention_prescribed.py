@@ -195,7 +195,7 @@ def test_a_checkpoint_says_how_it_is_routed(folder: Path, prescription: Prescrip
     ("content", "told"),
     [
         pytest.param(None, "not there", id="missing"),
-        pytest.param("{", "cannot be read as JSON", id="no JSON"),
+        pytest.param("{", "not JSON", id="no JSON"),
         pytest.param(json.dumps({"settings": {}}), "nothing is prescribed", id="a plain checkpoint"),
         pytest.param(json.dumps({"settings": {}, "prescribed": {"domains": ["a"]}}), "router learned", id="another router"),
         pytest.param(json.dumps({"settings": {"x": 1}, "prescribed": {"domains": ["a"]}}), "settings: x", id="wrong settings"),

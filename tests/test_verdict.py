@@ -19,7 +19,11 @@ def record(layer: int | None, domain: str | None, p: float, score: float = 0.31,
 
 
 def result(*records: CalibratedRecord, **more: Any) -> Result:
-    return Result(status="ok", created="now", model=ModelFacts(name="m"), task=TaskFacts(name="t"), calibrated=records, **more)
+    layers = tuple(sorted({each.layer for each in records if each.layer is not None}))
+    named = dict.fromkeys(each.domain for each in records if each.domain is not None)
+    domains = {name: DomainFacts(documents=9, sources=9, tokens=99) for name in named}
+    model = ModelFacts(name="m", layers=layers, experts=(8,) * len(layers), top_k=(2,) * len(layers))
+    return Result(status="ok", created="now", model=model, task=TaskFacts(name="t", domains=domains), calibrated=records, **more)
 
 
 def four_layers(*p: float) -> list[CalibratedRecord]:
