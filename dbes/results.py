@@ -36,7 +36,7 @@ def _nan_when_null(number: Any) -> Any:
     return math.nan if number is None else number
 
 
-Number = Annotated[float, Field(allow_inf_nan=True), BeforeValidator(_nan_when_null)]
+Number = Annotated[float, Field(allow_inf_nan=True, strict=True), BeforeValidator(_nan_when_null)]
 """A float whose NaN is written as null: strict JSON has no NaN."""
 
 
@@ -45,8 +45,8 @@ class _Strict(Strict):
 
 
 class _Settings(Open):
-    permutations: Whole | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    permutations: Whole = 0
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] = 0
     limit: Whole | None = None
     phase: Literal["all", "prompt", "generated"] = "all"
 
@@ -66,6 +66,7 @@ class _Companions(Open):
     by_layer: dict[str, dict[int, Number]] = Field(default_factory=dict)
     model: dict[str, Number] = Field(default_factory=dict)
     similarity: _Similarity = _Similarity()
+    distinct_texts: dict[str, Whole] = Field(default_factory=dict)
     specialists: _Passed = _Passed()
 
 

@@ -40,10 +40,10 @@ class Open(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
 
-Whole = Annotated[int, Field(ge=0, lt=2**63)]
+Whole = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 """A count that an array can hold."""
 
-Real = Annotated[float, Field(gt=-(2**62), lt=2**62)]
+Real = Annotated[float, Field(gt=-(2**62), lt=2**62, strict=True)]
 """A measured number: finite, and also where it is written as a whole number one that an array can hold."""
 
 

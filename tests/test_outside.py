@@ -49,7 +49,9 @@ def told(*arguments: object) -> str | None:
     if ran.exit_code == 0:
         return None
     assert ran.exit_code in (1, 2)
-    lines = ran.stderr.splitlines() or ran.stdout.splitlines()
+    lines = ran.stderr.splitlines()
+    if "--check" in arguments and not lines:  # lists what is wrong, a line each
+        return ran.stdout
     assert len(lines) == 1 and len(lines[0]) < 1500, lines
     return lines[0]
 

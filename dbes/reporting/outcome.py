@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, field_validator
 
 from dbes.errors import ResultError
 from dbes.reporting.commands import shell
 from dbes.reporting.text_view import legible
 from dbes.results import RESULT_FILE
-from dbes.schema import Strict, read_json, read_versioned
+from dbes.schema import Open, Strict, Whole, read_json, read_versioned
 from dbes.text import label, printable
 from dbes.wording import counted, share, whole
 
@@ -241,6 +241,15 @@ class ModelFacts(Part):
     where: str | None = None
 
 
+class Asked(Open):
+    new: tuple[str, ...] = ()
+    budgets: tuple[float, ...] = ()
+    rules: tuple[str, ...] = ()
+    ideas: tuple[str, ...] = ()
+    protected: tuple[str, ...] = ()
+    seeds: Whole = 0
+
+
 class Outcome(Part):
     schema_version: Literal[1]
     kind: Literal["intervention"]
@@ -257,6 +266,12 @@ class Outcome(Part):
     paths: dict[str, PathFacts]
     skipped: tuple[Skipped, ...]
     verdict: str
+
+    @field_validator("settings")
+    @classmethod
+    def _what_is_read_has_its_type(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        Asked.model_validate(settings)
+        return settings
 
 
 def accuracy_facts(target: Target) -> list[tuple[str, str]]:
@@ -303,9 +318,6 @@ def load_outcome(path: str | Path) -> Outcome:
     hint = "`dbes intervene` in the same folder writes it again from the finished runs"
     return read_versioned(path, Outcome, error=ResultError, versions=(OUTCOME_SCHEMA,), missing=missing, hint=hint)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What both the page and the Markdown say
 
 COMMAND_SETTINGS = ("domains", "new", "budgets", "rules", "ideas", "protected", "seeds")
 """Settings with an option of their own; the others come from the file of --config."""
