@@ -380,25 +380,30 @@ def test_killed_at_any_moment_the_same_command_ends_the_same(
     """SIGKILL at random moments of the writing, then the same command: the files of an undisturbed run, and nothing else."""
     whole = tmp_path / "whole"
     first = [flag for flag in flags if flag != "--overwrite"]
-    subprocess.run(command(tiny_checkpoint, tiny_task, whole, *first), check=True, env=environment(0), capture_output=True)
-    expected = contents(next(whole.rglob(RESULT_FILE)).parent)
+
+    def run(root: Path, *flags: str, cut_after: float | None = None) -> float:
+        """Seconds that the run held its folder; it is killed so many seconds after it took it."""
+        line = command(tiny_checkpoint, tiny_task, root, *flags)
+        with subprocess.Popen(line, env=environment(0), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+            while process.poll() is None and not list(root.rglob(".dbes.lock")):
+                time.sleep(0.002)
+            began = time.monotonic()
+            if cut_after is not None:
+                time.sleep(cut_after)
+                process.send_signal(signal.SIGKILL)
+            told = process.communicate()[1]
+            assert process.returncode in ((0,) if cut_after is None else (0, -signal.SIGKILL)), told
+            return time.monotonic() - began
+
+    span = run(whole, *first)
     folder = next(whole.rglob(RESULT_FILE)).parent
+    expected = contents(folder)
     moments = random.Random(str(flags))
     for attempt in range(6):
         root = tmp_path / f"cut{attempt}"
         if "--overwrite" in flags:
             shutil.copytree(whole, root)
-        place = root / folder.relative_to(whole)
-        place.mkdir(parents=True, exist_ok=True)
-        with subprocess.Popen(
-            command(tiny_checkpoint, tiny_task, root, *flags), env=environment(0), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        ) as victim:
-            while victim.poll() is None and not (place / "trace" / MANIFEST).exists() and not (place / ".dbes.lock").exists():
-                time.sleep(0.005)
-            time.sleep(moments.uniform(0, 3))
-            victim.send_signal(signal.SIGKILL)
+        run(root, *flags, cut_after=moments.uniform(0, 1.1) * span)
         # an --overwrite that was killed is ended without it as well
-        line = command(tiny_checkpoint, tiny_task, root, *(flags if attempt % 2 else first))
-        done = subprocess.run(line, env=environment(0), capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert contents(place) == expected, f"attempt {attempt}"
+        run(root, *(flags if attempt % 2 else first))
+        assert contents(root / folder.relative_to(whole)) == expected, f"attempt {attempt}"
