@@ -100,7 +100,7 @@ def test_every_way_of_training_keeps_the_step_of_the_lowest_loss(run, scripted, 
     real = scripted([5, 4.5, 4, 4.2, 4.1, 0, 0])
     report, folder = run(steps=60, lr=1e-2, patience=2, **changes)
     every = report.choice.check_every
-    assert every == 7 or "protect" in changes and every > 7, "checks of protected domains cost too"
+    assert every == 7 or ("protect" in changes and every > 7), "checks of protected domains cost too"
     assert (report.choice.best_step, report.steps, report.choice.stopped) == (2 * every, 4 * every, "stalled")
     saved = saved_loss(folder, tiny_checkpoint, tiny_task)
     assert len(real) == 5 and saved == pytest.approx(real[2], abs=2e-5)
