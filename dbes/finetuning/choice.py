@@ -9,6 +9,9 @@ from pydantic import BaseModel, ConfigDict
 from dbes.finetuning.validation import best_step
 from dbes.schema import Strict
 
+RETREAT = 1 / 3
+"""By this the learning rate falls when a check refuses the state."""
+
 Source = Literal["given", "range test", "fallback"]
 
 
@@ -66,6 +69,8 @@ class Choice(Strict):
         guard_texts: of protected domains, by which rates and steps were refused; 0: none were.
         rises: (updates, worst protected domain) of every check.
         none_keeps: no rate of the range test kept the protected domains, so the smallest was taken.
+        retreats: how often a check refused the state, and training went on from the best one at a third of the rate (a rate that
+            was found only). A trial is short: what it keeps, a whole run at that rate may not.
     """
 
     lr: float
@@ -81,6 +86,12 @@ class Choice(Strict):
     guard_texts: int = 0
     rises: tuple[tuple[int, Rise], ...] = ()
     none_keeps: bool = False
+    retreats: int = 0
+
+    @property
+    def peak(self) -> float:
+        """Learning rate that the schedule went up to in the end."""
+        return self.lr * RETREAT**self.retreats
 
 
 class Found(BaseModel):
@@ -100,6 +111,13 @@ class Found(BaseModel):
     guarded: dict[str, list[float]] = {}
     rises: list[tuple[int, Rise]] = []
     none_keeps: bool = False
+    retreats: int = 0
+
+    @property
+    def peak(self) -> float:
+        """Learning rate that the schedule goes up to from here on."""
+        assert self.lr is not None
+        return self.lr * RETREAT**self.retreats
 
     @property
     def exceeded(self) -> set[int]:
@@ -129,4 +147,5 @@ class Found(BaseModel):
             guard_texts=guard_texts,
             rises=tuple(self.rises),
             none_keeps=self.none_keeps,
+            retreats=self.retreats,
         )

@@ -156,6 +156,8 @@ def _training(report: FinetuneReport) -> list[str]:
     refused = [rise for _, rise in choice.rises if not rise.is_kept]
     if refused:
         found.append(f"{len(refused)} of {len(choice.rises)} checks refused for protected domains, the last such: {risen(refused[-1])}")
+    if choice.retreats:
+        found.append(f"after each of these training went on from the best state at a third of the rate, {choice.peak:.2g} at last")
     return found
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,13 +81,18 @@ class _Run:
         if self.checks.is_best:
             for name, leaf in self.leaves.items():
                 self.kept[name].copy_(leaf.detach())
+        if rise is not None and not rise.is_kept and self.settings.lr == "auto":
+            self.put_back()
+            self.found.retreats += 1
         return {"validation_loss": loss} | ({} if rise is None else {"worst_protected": rise.domain, "worst_rise": rise.change})
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """Set the leaves to the kept ones."""
+        """Set the leaves to the kept ones, and the moments to zero."""
         for name, leaf in self.leaves.items():
             leaf.copy_(self.kept[name])
+            for value in self.optimizer.state[leaf].values():
+                value.zero_()
 
 
 def train(
@@ -226,9 +231,6 @@ def _trial(run: _Run, rate: float, steps: int) -> tuple[float, Rise | None]:
     finally:
         run.optimizer.zero_grad()
         run.put_back()
-        for state in run.optimizer.state.values():
-            for value in state.values():
-                value.zero_()
 
 
 def _loop(
@@ -245,7 +247,7 @@ def _loop(
     step, settings = start, run.settings
     moved = bool(start)
     while step < run.steps and not run.checks.stalled:
-        record = _prepare(run, step, learning_rate(settings, step, run.steps, peak=cast(float, run.found.lr)))
+        record = _prepare(run, step, learning_rate(settings, step, run.steps, peak=run.found.peak))
         failed = not _is_finite(record)
         if not failed:
             run.save(step)  # before the update: these weights have just given a loss and gradients that are numbers

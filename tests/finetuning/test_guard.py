@@ -30,7 +30,7 @@ def sample(octets):
 def test_a_rise_is_held_against_the_fall_and_its_noise_by_hand():
     guard = Guard(samples={"a": [sample(10), sample(10)], "b": [sample(20)]})
     before = {"a": [0.0, 0.0], "b": [0.0]}
-    rise = guard.rise(before, {"a": [1 * BITS, 3 * BITS], "b": [0.0]}, fall=1.0)
+    rise = guard.rise(before, {"a": [1 * BITS, 3 * BITS], "b": [-BITS]}, fall=1.0)
     # a rose by 4 bits in 20 bytes; the residuals are -1 and 1, so that SE = sqrt(2 * 2 / 1) / 20
     assert rise.domain == "a" and rise.change == pytest.approx(0.2) and rise.allowed == pytest.approx(KEPT + NOISE * 0.1)
     assert rise.is_kept
@@ -127,6 +127,35 @@ def test_a_given_rate_is_used_and_steps_are_guarded_all_the_same(run, planted): 
     assert report.choice.lr == 1e-2 and not report.choice.trials and report.choice.best_step == 0
     free, _ = run(steps=6, lr=1e-2, patience=2)
     assert free.choice.guard_texts == 0 and not free.choice.rises
+
+
+def test_a_state_that_does_not_keep_is_gone_back_from_at_a_third_of_the_rate(run, monkeypatch, tmp_path):  # noqa: F811
+    """The second check refuses: the third starts from the first, and a run that is interrupted after it ends alike."""
+    real, prepare, steps, peaks = Guard.rise, training._prepare, [0], {}
+
+    def prepared(training_run, step, rate):
+        steps[:], peaks[step] = [step], training_run.found.lr and training_run.found.peak
+        if step == stop_at:
+            raise KeyboardInterrupt
+        return prepare(training_run, step, rate)
+
+    def rise(self, before, now, *, fall):
+        return real(self, before, now, fall=fall).model_copy(update={"change": 1.0 if 8 < steps[0] < 20 else 0.0, "allowed": 0.1})
+
+    monkeypatch.setattr(training, "_prepare", prepared)
+    monkeypatch.setattr(guard_module.Guard, "rise", rise)
+    stop_at = None
+    report, folder = run(steps=60, protect=0.03)
+    choice = report.choice
+    refused = [step for step, one in choice.rises if not one.is_kept]
+    assert refused and choice.retreats == len(refused) and choice.best_step not in refused
+    assert peaks[refused[0] - 1] == choice.lr and peaks[refused[-1]] == pytest.approx(choice.lr / 3 ** len(refused))
+    stop_at = refused[-1] + 2
+    with pytest.raises(KeyboardInterrupt):
+        run(out=tmp_path, steps=60, protect=0.03, named={"checkpoint_seconds": 0})
+    stop_at = None
+    again, _ = run(out=tmp_path, steps=60, protect=0.03)
+    assert same_weights(tmp_path, folder) and again.choice.rises == choice.rises
 
 
 @pytest.mark.parametrize("at", [2, 7, 25], ids=lambda at: f"forward {at}")
