@@ -5,30 +5,24 @@ from __future__ import annotations
 import gzip
 import io
 import zlib
-from pathlib import Path
 
 from dbes.errors import DbesError, FileError
-from dbes.files import read_bytes
 
 GZIP_BYTES, GZIP_FREE, GZIP_RATIO = 2**31, 2**24, 200
 """What a gzip file may unpack to: bytes at most, and beyond the second, times its own size."""
 
 
-def read_gzip(path: Path, *, error: type[DbesError] = FileError, missing: str | None = None, most: int = GZIP_BYTES) -> bytes:
-    """What a gzip file unpacks to.
+def gunzip(packed: bytes, *, where: object, error: type[DbesError] = FileError, most: int = GZIP_BYTES) -> bytes:
+    """What gzip content unpacks to.
 
     Args:
+        where: what it is, for the message.
         most: bytes it may unpack to.
 
     Raises:
-        error: as `read_bytes`; damaged or truncated; it unpacks to more than ``most``, or to so many times its size that it cannot
-            be text (beyond 16 MiB, more than 200 times).
+        error: damaged or cut short; it unpacks to more than ``most``, or to so many times its size that it cannot be text (beyond
+            16 MiB, more than 200 times).
     """
-    return gunzip(read_bytes(path, error=error, missing=missing, most=most), where=path, error=error, most=most)
-
-
-def gunzip(packed: bytes, *, where: object, error: type[DbesError] = FileError, most: int = GZIP_BYTES) -> bytes:
-    """What gzip content unpacks to, see `read_gzip`; ``where`` names it in the message."""
     bound = min(most, max(GZIP_FREE, GZIP_RATIO * len(packed)))
     parts, size = [], 0
     try:
