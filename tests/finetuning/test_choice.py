@@ -207,20 +207,24 @@ def test_a_run_killed_in_the_range_test_ends_like_one_that_was_not(run, tiny_che
 
 
 @pytest.mark.slow
-def test_two_gloo_processes_make_one_choice(finished, tiny_checkpoint, tiny_task, tmp_path):
+@pytest.mark.parametrize("protect", [None, 0.03], ids=["plain", "protected"])
+def test_two_gloo_processes_make_one_choice(run, tiny_checkpoint, tiny_task, tmp_path, protect):
+    alone, _ = run(steps=12, protect=protect)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     started = [
         subprocess.Popen(
-            command(tiny_checkpoint, tiny_task, tmp_path, tmp_path / "two", 12, rate="auto"),
+            command(tiny_checkpoint, tiny_task, tmp_path, tmp_path / "two", 12, protect=protect, rate="auto"),
             env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(2)
     ]
     assert [process.wait(timeout=120) for process in started] == [0, 0]
-    report, theirs = read_report(tmp_path / "two"), finished[0].choice
+    report, theirs = read_report(tmp_path / "two"), alone.choice
     assert report.processes == 2 and (report.choice.lr, report.choice.best_step) == (theirs.lr, theirs.best_step)
     for (step, one), (other, two) in zip(report.choice.losses, theirs.losses, strict=True):
         assert step == other and one == pytest.approx(two, abs=1e-5)
+    for (step, one), (other, two) in zip(report.choice.rises, theirs.rises, strict=True):
+        assert step == other and one.is_kept == two.is_kept
