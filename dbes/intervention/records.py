@@ -96,6 +96,13 @@ class RunRecord(RunState):
     steps_without_gradient: Whole | None
     curve: Annotated[tuple[Point, ...], Field(min_length=1)]
 
+    @model_validator(mode="after")
+    def _measures_its_target(self) -> RunRecord:
+        for number, point in enumerate(self.curve):
+            if not point.nats.get(self.run.target):
+                raise ValueError(f"curve.{number}.nats: nothing of the target {self.run.target!r}")
+        return self
+
 
 class MaskRecord(Open):
     schema_version: Literal[1]
