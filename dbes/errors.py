@@ -51,7 +51,7 @@ class FinetuneError(DbesError):
 
 
 class InterventionError(DbesError):
-    """An intervention experiment cannot be set up, gone on with or read."""
+    """An intervention experiment cannot be set up, resumed or read."""
 
 
 OUT_OF_MEMORY = (

@@ -69,7 +69,7 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimates:
-    """All estimates of one trace, and the permutation draws that the specialist test goes on with."""
+    """All estimates of one trace, and the permutation draws that the specialist test uses."""
 
     by_metric: dict[str, Estimate]
     null: NullDraws

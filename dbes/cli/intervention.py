@@ -17,7 +17,7 @@ class RoutingOption(StrEnum):
 
 
 def intervene(
-    out: Annotated[Path, typer.Option(help="Folder of the experiment; the same command goes on with an interrupted one.")],
+    out: Annotated[Path, typer.Option(help="Folder of the experiment; the same command resumes an interrupted one.")],
     domain: Annotated[list[str], typer.Option(help="Target: a domain of the texts, NAME=FILE or NAME=TRAINING,HELDOUT; repeatable.")],
     model: Annotated[str, typer.Option(help="Folder, hub id, or embedded.")] = "embedded",
     texts: Annotated[str, typer.Option(help="task:NAME, mix:NAME (of the testbed) or a folder of JSONL files.")] = "task:embedded",

@@ -36,7 +36,7 @@ def run(
     processes: Annotated[int, typer.Option(min=1, help="Cells trained at a time, one thread each.")] = 2,
     cache: CacheOption = Path("build/testbed"),
 ) -> None:
-    """Train and measure a grid of routers; the same command goes on with an interrupted one."""
+    """Train and measure a grid of routers; the same command resumes an interrupted one."""
     from dbes.testbed.grid import run_grid
     from dbes.testbed.report import PAGE, write_report
 
@@ -65,7 +65,7 @@ def report(folder: Annotated[Path, typer.Argument(help="Folder of a grid.")]) ->
 @app.command()
 def train(
     config: Annotated[Path, typer.Option(help="YAML with mix, model, routing and optimizer settings.")],
-    out: Annotated[Path, typer.Option(help="Folder of the checkpoint; a killed run goes on with the same command.")],
+    out: Annotated[Path, typer.Option(help="Folder of the checkpoint; the same command resumes a killed run.")],
     mix: Annotated[str, typer.Option(help="embedded, packages, or a folder of JSONL files.")] = "embedded",
     cache: CacheOption = Path("build/testbed"),
     prescribed: Annotated[
