@@ -23,9 +23,9 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from packages import PACKAGES  # noqa: E402
 
-from dbes.benchmark import load_task, read_documents  # noqa: E402
 from dbes.files import sha256_of, write_text  # noqa: E402
-from dbes.separability import word_separability  # noqa: E402
+from dbes.tasks.separability import word_separability  # noqa: E402
+from dbes.tasks.task import load_task, read_documents  # noqa: E402
 
 CHARACTERS_PER_DOMAIN = 400_000
 

@@ -22,9 +22,9 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
-from dbes.batches import Recorder, Window
 from dbes.models import LoadedModel, find_sites, load_model
-from dbes.recording import automatic_budget, batches, record_documents
+from dbes.recording.forward import Recorder, Window
+from dbes.recording.record import automatic_budget, batches, record_documents
 
 VOCABULARY = 50_304
 

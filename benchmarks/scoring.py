@@ -22,18 +22,18 @@ from typing import Any
 
 import numpy as np
 
-from dbes.trace import TraceWriter
-from dbes.types import RoutingShape, TokenRoutes, storage_dtype
+from dbes.trace.store import TraceWriter
+from dbes.trace.types import RoutingShape, TokenRoutes, storage_dtype
 
 SHARD_TOKENS = 1 << 16
 
 CHILD = """
 import json, resource, sys, time
 start = time.perf_counter()
-import dbes.scoring
-from dbes.trace import Trace
+import dbes.scoring.score
+from dbes.trace.store import Trace
 imported = time.perf_counter()
-result = dbes.scoring.score(Trace.load(sys.argv[1]), permutations=int(sys.argv[2]))
+result = dbes.scoring.score.score(Trace.load(sys.argv[1]), permutations=int(sys.argv[2]))
 end = time.perf_counter()
 usage = resource.getrusage(resource.RUSAGE_SELF)
 record = result.record("specialization")

@@ -12,19 +12,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dbes.pipeline import evaluate, record
+    from dbes.evaluation.pipeline import evaluate, record
     from dbes.results import Result, load_result, load_results
-    from dbes.scoring import score
-    from dbes.trace import Trace
+    from dbes.scoring.score import score
+    from dbes.trace.store import Trace
 
 _HOMES = {
     "Result": "dbes.results",
-    "Trace": "dbes.trace",
-    "evaluate": "dbes.pipeline",
+    "Trace": "dbes.trace.store",
+    "evaluate": "dbes.evaluation.pipeline",
     "load_result": "dbes.results",
     "load_results": "dbes.results",
-    "record": "dbes.pipeline",
-    "score": "dbes.scoring",
+    "record": "dbes.evaluation.pipeline",
+    "score": "dbes.scoring.score",
 }
 
 __all__ = ["Result", "Trace", "evaluate", "load_result", "load_results", "record", "score"]

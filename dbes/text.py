@@ -12,6 +12,9 @@ from collections.abc import Iterable
 HIDDEN = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 """Unicode categories that move the cursor, change colours or direction, or show nothing."""
 
+TOKEN_WIDTH = 32
+JOINERS, EMOJI_TAGS = "\u200c\u200d", (0xE0020, 0xE007F)
+
 
 def printable(text: object, *, lines: bool = False) -> str:
     r"""The text with every character that a terminal would obey, or not show, written as its escape (``\x1b``, ``\u202e``).
@@ -78,3 +81,19 @@ def json_text(text: str) -> str:
     r"""The same JSON, with characters that a terminal would obey written as ``\u009b``: they occur inside its strings only."""
     kept = (each if each == "\n" or unicodedata.category(each) not in HIDDEN else json.dumps(each)[1:-1] for each in text)
     return "".join(kept)
+
+
+def legible(text: str, width: int = TOKEN_WIDTH) -> str:
+    """Text that cannot disturb what stands around it: control and direction characters replaced, shortened.
+
+    Joiners are kept, which emoji and several scripts need, and so are characters that are newer than this Python's Unicode.
+    """
+    shown = "".join(character if _is_harmless(character) else "�" for character in text[: width + 1])
+    return shown if len(text) <= width else shown[:width] + "…"
+
+
+def _is_harmless(character: str) -> bool:
+    category, code = unicodedata.category(character), ord(character)
+    if category == "Cn":
+        return not (0xFDD0 <= code <= 0xFDEF or code & 0xFFFE == 0xFFFE)
+    return category[0] != "C" or character in JOINERS or EMOJI_TAGS[0] <= code <= EMOJI_TAGS[1]

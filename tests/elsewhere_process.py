@@ -20,9 +20,7 @@ from families import character_tokenizer, tiny_model
 from mock_remote_moe import MockMoeConfig, MockMoeForCausalLM
 from testbed_mix import tiny_mix
 
-from dbes.doctor import examine
 from dbes.finetuning.cells import TrainableCells
-from dbes.finetuning.data import Entry, Item
 from dbes.finetuning.encoding import Sample, collate
 from dbes.finetuning.evaluation import measure as bits_per_byte
 from dbes.finetuning.evaluation import token_losses
@@ -31,9 +29,11 @@ from dbes.intervention.data import ExperimentData, Part
 from dbes.intervention.runs import document_nats, execute
 from dbes.intervention.settings import Run, Settings
 from dbes.models import load_model
+from dbes.models.doctor import examine
 from dbes.paths.gradients import gradient_norms, masking_effects
 from dbes.paths.types import Cell
-from dbes.recording import record_documents
+from dbes.recording.record import record_documents
+from dbes.tasks.entries import Entry, Item
 from dbes.testbed.heldout import measure, training_routes
 from dbes.testbed.models import build_model
 from dbes.testbed.settings import MixSettings, ModelSettings, OptimizerSettings, RoutingSettings, TrainSettings

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from dbes.trace import Trace
+from dbes.trace.store import Trace
 
 NAN = float("nan")
 Vector = list[float]

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from dbes.reference import baseline_trace
-from dbes.scoring import score_tables
-from dbes.tables import write_tables
-from dbes.trace import Trace
-from dbes.types import RoutingShape, TokenRoutes
+from dbes.scoring.score import score_tables
+from dbes.scoring.tables import write_tables
+from dbes.trace.baselines import baseline_trace
+from dbes.trace.store import Trace
+from dbes.trace.types import RoutingShape, TokenRoutes
 
 HOSTILE = (
     "<script>window.hacked = 1</script>", '"><img src=x onerror="window.hacked = 1">', "=1+1",

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dbes.trace import Trace
-from dbes.types import TokenRoutes
+from dbes.trace.store import Trace
+from dbes.trace.types import TokenRoutes
 
 FACTOR = 16
 """Sums in another order err by as much in another direction; the largest of some thousand such errors by a few times as much."""

@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 import naive
 import numpy as np
 
-from dbes.estimates import Estimate, estimate_all, reference_scores
-from dbes.statistics import RoutingStatistics, StiffnessSums, count_routes
-from dbes.trace import Trace
-from dbes.types import LOGIT_NOISE, NOISE_SCALES, RoutingShape
-from dbes.uncertainty import DomainScores, permuted_labels
+from dbes.scoring.counts import RoutingStatistics, StiffnessSums, count_routes
+from dbes.scoring.estimates import Estimate, estimate_all, reference_scores
+from dbes.scoring.resampling import DomainScores, permuted_labels
+from dbes.trace.store import Trace
+from dbes.trace.types import LOGIT_NOISE, NOISE_SCALES, RoutingShape
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dbes import file_data, hub_data
-from dbes.benchmark import (
+from dbes.errors import TaskError
+from dbes.files import sha256_of
+from dbes.tasks import hub as hub_tasks
+from dbes.tasks import local
+from dbes.tasks.documents import template_fields
+from dbes.tasks.separability import fold_of, word_counts, word_separability
+from dbes.tasks.task import (
     Document,
     list_tasks,
     load_task,
@@ -23,10 +28,6 @@ from dbes.benchmark import (
     task_facts,
     task_fingerprint,
 )
-from dbes.documents import template_fields
-from dbes.errors import TaskError
-from dbes.files import sha256_of
-from dbes.separability import fold_of, word_counts, word_separability
 
 
 def written(folder: Path, text: str, name: str = "task.yaml") -> Path:
@@ -277,17 +278,17 @@ def test_what_is_no_regular_file_is_refused(folder):
 
 
 def test_files_are_read_within_bounds(folder, monkeypatch):
-    (folder / "n.jsonl.gz").write_bytes(gzip.compress(b"\n" * (file_data.BLANK_LINES + 100)))
+    (folder / "n.jsonl.gz").write_bytes(gzip.compress(b"\n" * (local.BLANK_LINES + 100)))
     assert "lines are empty; this is no file of JSON lines" in problem(folder, TWO.replace("a.jsonl", "n.jsonl.gz"))
-    monkeypatch.setattr(file_data, "ROW_BYTES", 1000)
+    monkeypatch.setattr(local, "ROW_BYTES", 1000)
     (folder / "l.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' + b" " * 5000))
     assert "l.jsonl.gz:2: a line of more than 1,000 bytes" in problem(folder, TWO.replace("a.jsonl", "l.jsonl.gz"))
     (folder / "t.txt.gz").write_bytes(gzip.compress(b"x" * 5000))
     assert "one text of more than 1,000 bytes" in problem(folder, TWO.replace("a.jsonl", "t.txt.gz"))
-    monkeypatch.setattr(file_data, "FILE_BYTES", 30)
+    monkeypatch.setattr(local, "FILE_BYTES", 30)
     assert "more than 30 bytes" in problem(folder, TWO)
-    monkeypatch.setattr(file_data, "FILE_BYTES", 10_000)
-    monkeypatch.setattr(file_data, "ROWS", 1)
+    monkeypatch.setattr(local, "FILE_BYTES", 10_000)
+    monkeypatch.setattr(local, "ROWS", 1)
     assert "more than 1 rows" in problem(folder, TWO)
     limited = load_task(written(folder, TWO))
     assert len(read_documents(limited, limit=1)) == 2, "what is beyond the limit is not read"
@@ -443,9 +444,9 @@ def test_hub_errors(hub):
 
 def test_unreachable_hub_is_an_error_or_the_embedded_sample(monkeypatch):
     def offline(*_):
-        raise hub_data.UnreachableError("data set 'x' cannot be read: offline")
+        raise hub_tasks.UnreachableError("data set 'x' cannot be read: offline")
 
-    monkeypatch.setattr(hub_data, "_load", offline)
+    monkeypatch.setattr(hub_tasks, "_load", offline)
     with pytest.raises(TaskError, match=r"offline.*embedded fallback"):
         read_documents(load_task("full"))
     with pytest.warns(UserWarning, match="EMBEDDED sample in place of task 'full'"):
@@ -456,9 +457,9 @@ def test_unreachable_hub_is_an_error_or_the_embedded_sample(monkeypatch):
 
 def test_fallback_needs_the_same_domains(folder, monkeypatch):
     def offline(*_):
-        raise hub_data.UnreachableError("offline")
+        raise hub_tasks.UnreachableError("offline")
 
-    monkeypatch.setattr(hub_data, "_load", offline)
+    monkeypatch.setattr(hub_tasks, "_load", offline)
     task = load_task(written(folder, TWO.replace("files: [a.jsonl]", "dataset: x/y, split: test, revision: main")))
     with pytest.raises(TaskError, match="cannot stand in: it has no domain 'a'"):
         read_documents(task, embedded_fallback=True)
@@ -466,7 +467,7 @@ def test_fallback_needs_the_same_domains(folder, monkeypatch):
 
 def test_offline_mode_of_the_library_is_told(tmp_path):
     code = (
-        "from dbes.benchmark import load_task, read_documents\nfrom dbes.errors import TaskError\n"
+        "from dbes.tasks.task import load_task, read_documents\nfrom dbes.errors import TaskError\n"
         "try:\n    read_documents(load_task('full'))\nexcept TaskError as e:\n    print(e)\n"
     )
     told = subprocess.run(
@@ -541,7 +542,7 @@ def test_template_fields():
 
 def test_tasks_are_found_from_anywhere_and_import_is_light(tmp_path):
     code = (
-        "import sys, dbes.benchmark as b\n"
+        "import sys, dbes.tasks.task as b\n"
         "print([t.name for t in b.list_tasks()], len(b.read_documents(b.load_task('smoke'))))\n"
         "print([m for m in ('torch', 'datasets', 'pandas', 'transformers', 'sklearn') if m in sys.modules])"
     )

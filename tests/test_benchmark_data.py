@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dbes.benchmark import load_task, read_documents, separability, task_fingerprint
 from dbes.files import sha256_of
 from dbes.shipped import ROOT
+from dbes.tasks.task import load_task, read_documents, separability, task_fingerprint
 
 DATA = ROOT / "benchmark_data"
 DOMAINS = ("math", "science", "medicine", "law", "finance", "code", "software_engineering", "general")

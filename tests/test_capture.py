@@ -13,11 +13,11 @@ from families import COMPOSITE, EXPERTS, HIDDEN, LAYERS, TOP_K, discovered, tiny
 from mock_remote_moe import BLOCKS, READ, Mixtral, MockMoeConfig, MockMoeForCausalLM
 from torch import nn
 
-from dbes.capture import Decision, watching
-from dbes.doctor import ablation_agrees
 from dbes.errors import ModelError, RecordingError
-from dbes.sites import base_of, find_sites
-from dbes.stiffness import Noise, logit_stiffness, noise_rows, selection_stiffness
+from dbes.models.doctor import ablation_agrees
+from dbes.models.hooks import Decision, watching
+from dbes.models.sites import base_of, find_sites
+from dbes.recording.stiffness import Noise, logit_stiffness, noise_rows, selection_stiffness
 
 FAMILIES = discovered()
 LOOKED_UP = {"deepseek_v4": {0, 1, 2}}

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-import dbes.trace
+import dbes.trace.store
 from dbes.cli import app
 from dbes.errors import FileError, SettingError
 from dbes.files import locked
@@ -122,7 +122,7 @@ def test_whatever_the_system_refuses_is_one_line(
     def refuse(*_: object, **__: object) -> None:
         raise problem
 
-    monkeypatch.setattr(dbes.trace.Trace, "load", refuse)
+    monkeypatch.setattr(dbes.trace.store.Trace, "load", refuse)
     done = CliRunner().invoke(app, ["score", str(tmp_path)])
     assert (done.exit_code, done.stderr.strip()) == (code, told)
 
@@ -131,7 +131,7 @@ def test_a_defect_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.Monkey
     def defect(*_: object, **__: object) -> None:
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr(dbes.trace.Trace, "load", defect)
+    monkeypatch.setattr(dbes.trace.store.Trace, "load", defect)
     assert isinstance(CliRunner().invoke(app, ["score", str(tmp_path)]).exception, RuntimeError)
 
 

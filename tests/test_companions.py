@@ -10,12 +10,20 @@ import pytest
 import simulate
 from naive import Recording
 
-from dbes import companions
-from dbes.companions import TokenSample, coactivation, random_halves, sample_routes, split_half_similarity, token_identity, transitions
-from dbes.metrics import unbiased_norms
-from dbes.scoring import score
-from dbes.statistics import count_routes
-from dbes.trace import Trace
+from dbes.scoring import descriptive
+from dbes.scoring.counts import count_routes
+from dbes.scoring.descriptive import (
+    TokenSample,
+    coactivation,
+    random_halves,
+    sample_routes,
+    split_half_similarity,
+    token_identity,
+    transitions,
+)
+from dbes.scoring.metrics import unbiased_norms
+from dbes.scoring.score import score
+from dbes.trace.store import Trace
 
 
 def sample_of(trace: Trace) -> TokenSample:
@@ -135,7 +143,7 @@ def test_token_identity_needs_token_ids_that_occur_often() -> None:
 
 
 def test_the_token_identity_control_of_a_large_sample_takes_every_nth_document(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(companions, "IDENTITY_TOKENS", 1500)
+    monkeypatch.setattr(descriptive, "IDENTITY_TOKENS", 1500)
     result = score(worded(0, by_token=True, by_domain=False).trace(), permutations=2)
     sizes = result.companions["sample_tokens"]
     assert sizes["coactivation_and_transitions"] == 4000 and 900 < sizes["token_identity"] <= 2000

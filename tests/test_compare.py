@@ -24,12 +24,8 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from dbes.cli import app
-from dbes.errors import ResultError
-from dbes.estimates import estimate_all, reference_scores
-from dbes.reporting import export
-from dbes.reporting.card import card_section
-from dbes.reporting.check import check_folder
-from dbes.reporting.compare import (
+from dbes.comparison.check import check_folder
+from dbes.comparison.compare import (
     Comparison,
     Difference,
     Entry,
@@ -43,12 +39,16 @@ from dbes.reporting.compare import (
     phase_differences,
     ranks_of,
 )
-from dbes.reporting.compare import _holm as holm
+from dbes.comparison.compare import _holm as holm
+from dbes.errors import ResultError
+from dbes.reporting import export
+from dbes.reporting.card import card_section
 from dbes.reporting.leaderboard import curve_rows, render_leaderboard, render_terminal
 from dbes.reporting.page import unpacked
 from dbes.results import CalibratedRecord, Result, load_result
-from dbes.scoring import PHASES
-from dbes.uncertainty import jackknife, permuted_labels
+from dbes.scoring.estimates import estimate_all, reference_scores
+from dbes.scoring.resampling import jackknife, permuted_labels
+from dbes.scoring.score import PHASES
 
 
 @pytest.fixture(scope="module")

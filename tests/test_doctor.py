@@ -17,9 +17,9 @@ from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from dbes import doctor
-from dbes.doctor import examine
 from dbes.errors import ModelError
-from dbes.miniature import miniature
+from dbes.models.doctor import examine
+from dbes.models.miniature import miniature
 from dbes.reporting.doctor import render
 
 INCOMPLETE: dict[str, dict[str, Any]] = {

@@ -11,11 +11,11 @@ import pytest
 import simulate
 from scipy import stats
 
-from dbes.estimates import Z95, estimate_all, reference_scores, with_means
-from dbes.metrics import effective_rank_of_gram, usage_of
-from dbes.scoring import score
-from dbes.statistics import count_routes
-from dbes.uncertainty import jackknife, left_out_scores, permuted_labels
+from dbes.scoring.counts import count_routes
+from dbes.scoring.estimates import Z95, estimate_all, reference_scores, with_means
+from dbes.scoring.metrics import effective_rank_of_gram, usage_of
+from dbes.scoring.resampling import jackknife, left_out_scores, permuted_labels
+from dbes.scoring.score import score
 
 DOMAIN_METRICS = ("specialization", "der", "domain_isolation")
 

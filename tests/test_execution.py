@@ -15,10 +15,10 @@ import torch
 from families import tiny_model
 from torch import nn
 
-from dbes.capture import Decision, watching
-from dbes.doctor import examine
-from dbes.execution import forward, input_device, logits_of
-from dbes.sites import find_sites
+from dbes.models.doctor import examine
+from dbes.models.execution import forward, input_device, logits_of
+from dbes.models.hooks import Decision, watching
+from dbes.models.sites import find_sites
 
 PROCESS = Path(__file__).with_name("elsewhere_process.py")
 ON_A_DEVICE = (

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dbes.facts import read_texts
-from dbes.reference import imitate
-from dbes.scoring import score
-from dbes.trace import Trace
+from dbes.scoring.facts import read_texts
+from dbes.scoring.score import score
+from dbes.trace.baselines import imitate
+from dbes.trace.store import Trace
 
 
 def trace(

@@ -12,7 +12,7 @@ from scipy import stats
 
 from dbes.intervention.analysis import analyse
 from dbes.intervention.outcomes import Curves, Measured, Strata, best_within, curves_of, figure, holm, log_ratio, matched, pareto, strata_of
-from dbes.uncertainty import jackknife
+from dbes.scoring.resampling import jackknife
 
 EQUAL = {
     "specialization": (0.2, 0.05),

@@ -16,8 +16,8 @@ from scipy.special import rel_entr
 from sklearn.metrics import mutual_info_score
 from sklearn.metrics.pairwise import cosine_similarity
 
-from dbes import metrics
-from dbes.metrics import NGRAM_SIZES
+from dbes.scoring import metrics
+from dbes.scoring.metrics import NGRAM_SIZES
 
 LN2, LN3 = math.log(2), math.log(3)
 quick = settings(max_examples=30, deadline=None, derandomize=True)

@@ -13,11 +13,11 @@ import transformers
 from families import NOT_CAUSAL, character_tokenizer, composites, discovered, tiny_composite, tiny_model
 from safetensors.torch import load_file, save_file
 
-from dbes.doctor import examine
 from dbes.errors import ModelError
 from dbes.models import find_sites, folder_fingerprint, load_model, max_positions
-from dbes.recording import record_documents
-from dbes.sites import expert_weights, router_std
+from dbes.models.doctor import examine
+from dbes.models.sites import expert_weights, router_std
+from dbes.recording.record import record_documents
 
 MOCK = Path(__file__).with_name("mock_remote_moe.py")
 

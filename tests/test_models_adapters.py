@@ -12,9 +12,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from dbes.doctor import examine
 from dbes.errors import ModelError
 from dbes.models import adapters, load_model
+from dbes.models.doctor import examine
 
 needs_peft = pytest.mark.skipif(not adapters.peft_is_installed(), reason="peft is not installed")
 IDS = torch.arange(3, 23)[None]

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dbes.doctor import examine
 from dbes.errors import ModelError
 from dbes.models import load_model
+from dbes.models.doctor import examine
 from dbes.models.folder import check_folder, find_folder, read_tensors, unread_files, weight_files
 
 INDEX = "model.safetensors.index.json"

@@ -14,10 +14,10 @@ from families import character_tokenizer, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from dbes.doctor import examine
 from dbes.errors import ModelError
+from dbes.evaluation.pipeline import evaluate
 from dbes.models import load_model
-from dbes.pipeline import evaluate
+from dbes.models.doctor import examine
 
 Tensors = dict[str, torch.Tensor]
 

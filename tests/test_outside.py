@@ -20,11 +20,11 @@ from test_report_intervention import made, made_with_items
 from typer.testing import CliRunner
 
 from dbes.cli import app
+from dbes.comparison.compare import compare
 from dbes.errors import DbesError
+from dbes.evaluation.pipeline import EMBEDDED_MODEL
 from dbes.intervention.configuration import read_configuration
 from dbes.paths.files import read_esft, read_path
-from dbes.pipeline import EMBEDDED_MODEL
-from dbes.reporting.compare import compare
 from dbes.reporting.export import markdown_cell
 from dbes.reporting.leaderboard import render_terminal
 from dbes.reporting.page import unpacked, write_page

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from dbes.benchmark import load_task
 from dbes.cli import app
 from dbes.cli.paths import next_step
 from dbes.errors import PathError
+from dbes.evaluation.pipeline import evaluate
 from dbes.paths.evidence import read_evidence
 from dbes.paths.files import read_esft, read_path, write_esft, write_path
 from dbes.paths.types import Cell, ExpertPath, Overlap, Provenance, Trajectory
-from dbes.pipeline import evaluate
 from dbes.results import DomainFacts, ModelFacts, Result, TaskFacts
+from dbes.tasks.task import load_task
 
 PATH = ExpertPath(
     domain="law",

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from dbes.errors import PathError
+from dbes.evaluation.pipeline import record
 from dbes.models import load_model
 from dbes.paths.evidence import gather
 from dbes.paths.gradients import expert_parameters, gradient_norms, masked, masking_effects, mean_loss
 from dbes.paths.model_evidence import with_model
 from dbes.paths.search import find_path
-from dbes.pipeline import record
 
 WINDOWS = [np.random.default_rng(0).integers(1, 250, size) for size in (17, 30, 5, 30, 2, 1)]
 

@@ -11,7 +11,7 @@ import pytest
 
 from dbes.paths.evidence import gather
 from dbes.paths.trajectories import best_chain, best_through, chain_counts, disjoint_chains, log_lifts, measured_lift, strongest
-from dbes.trace import Trace
+from dbes.trace.store import Trace
 
 
 def all_chains(first: np.ndarray, steps: np.ndarray) -> dict[tuple[int, ...], float]:

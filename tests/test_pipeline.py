@@ -20,9 +20,9 @@ from safetensors.numpy import load_file
 
 import dbes
 from dbes.errors import DbesError, ModelError, ResultError, TaskError, TraceError
-from dbes.pipeline import result_folder
+from dbes.evaluation.pipeline import result_folder
 from dbes.results import RESULT_FILE, Result, load_result
-from dbes.trace import Trace
+from dbes.trace.store import Trace
 
 SETTINGS = {"permutations": 50}
 
@@ -147,7 +147,7 @@ def test_batch_size_changes_no_count(
 def test_killed_recording_goes_on_and_ends_the_same(tiny_checkpoint: Path, tiny_task: Path, tmp_path: Path) -> None:
     """SIGKILL in the middle of the recording, with shards made small so that there are several."""
     script = (
-        "import sys, time, dbes, dbes.recording as recording\n"
+        "import sys, time, dbes, dbes.recording.record as recording\n"
         "recording.SHARD_TOKENS = 1500\n"
         "slow = lambda stage, done, total: time.sleep(float(sys.argv[3]))\n"
         f"dbes.evaluate({str(tiny_checkpoint)!r}, tasks={str(tiny_task)!r}, output_path=sys.argv[1], permutations=50,"

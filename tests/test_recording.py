@@ -20,14 +20,14 @@ from mock_remote_moe import MockMoeConfig, MockMoeForCausalLM
 from rounding import assert_same_routes
 
 from dbes import recording
-from dbes.batches import Recorder, Window, record_batch
-from dbes.capture import watching
 from dbes.errors import ModelError, RecordingError, TraceError
 from dbes.models import LoadedModel, load_model
-from dbes.recording import record_documents, special_tokens
-from dbes.sites import base_of, find_sites
-from dbes.trace import Trace
-from dbes.types import TokenRoutes
+from dbes.models.hooks import watching
+from dbes.models.sites import base_of, find_sites
+from dbes.recording.forward import Recorder, Window, record_batch
+from dbes.recording.record import record_documents, special_tokens
+from dbes.trace.store import Trace
+from dbes.trace.types import TokenRoutes
 
 ALONE = {"doge"}
 """Families whose routing mixes the tokens of a batch: recorded one document at a time."""
@@ -250,7 +250,7 @@ def test_a_token_beyond_the_embedding_is_named_before_any_forward(monkeypatch: p
     rows = loaded_model().model.get_input_embeddings().num_embeddings
     tokenizer.add_tokens([f"<extra {index}>" for index in range(rows - len(tokenizer))])
     tokenizer.add_tokens(["<|tool|>"])
-    monkeypatch.setattr("dbes.recording.find_batching", lambda *_: pytest.fail("a forward"))
+    monkeypatch.setattr("dbes.recording.record.find_batching", lambda *_: pytest.fail("a forward"))
     documents = [*written(), Document("long", "b", "ab<|tool|>")]
     told = rf"document 'long' \(domain 'b'\): token '<\|tool\|>' \(id {rows}, at position 2\) is beyond"
     with pytest.raises(RecordingError, match=told):

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dbes.reference import ROUTERS, Router, baseline_trace, blocks_overlap, expert_blocks, ideal_trace, imitate, one_layer_each
 from dbes.results import PublishedMetric, Result
-from dbes.scoring import score
-from dbes.trace import validate_routes
-from dbes.types import RoutingShape
+from dbes.scoring.score import score
+from dbes.trace.baselines import ROUTERS, Router, baseline_trace, blocks_overlap, expert_blocks, ideal_trace, imitate, one_layer_each
+from dbes.trace.store import validate_routes
+from dbes.trace.types import RoutingShape
 
 
 def shape_of(

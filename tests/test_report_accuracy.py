@@ -12,10 +12,10 @@ from report_results import simulated_trace, write_result
 from typer.testing import CliRunner
 
 from dbes.cli import app
+from dbes.comparison.accuracy import read_accuracies
+from dbes.comparison.compare import compare
 from dbes.errors import ResultError
 from dbes.reporting import export
-from dbes.reporting.accuracy import read_accuracies
-from dbes.reporting.compare import compare
 from dbes.reporting.leaderboard import render_leaderboard
 from dbes.reporting.page import unpacked
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from report_results import simulated_trace
 
-from dbes.resolution import cannot_tell, smallest_label_p, smallest_p, why_not
 from dbes.results import DomainFacts, ModelFacts, Result, TaskFacts
-from dbes.uncertainty import DomainScores, domain_scores
+from dbes.scoring.resampling import DomainScores, domain_scores
+from dbes.scoring.resolution import cannot_tell, smallest_label_p, smallest_p, why_not
 
 
 def every_labeling(units: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -99,7 +99,7 @@ def test_signs_are_flipped_by_text() -> None:
 
 @pytest.mark.parametrize("documents", [1, 2])
 def test_no_p_of_a_score_is_below_the_smallest(documents: int) -> None:
-    from dbes.scoring import score
+    from dbes.scoring.score import score
 
     found = score(simulated_trace(documents=documents, domains=("a", "b"), lean=1.0, layers=2), permutations=200)
     for record in found.calibrated:

@@ -18,11 +18,11 @@ import pytest
 
 import dbes
 from dbes.errors import FileError, ResultError, SettingError, TraceError
+from dbes.evaluation.request import Request, device_named
 from dbes.files import locked
-from dbes.request import Request, device_named
 from dbes.results import RESULT_FILE, Result, load_result
-from dbes.tables import COMPANIONS
-from dbes.trace import MANIFEST, Trace
+from dbes.scoring.tables import COMPANIONS
+from dbes.trace.store import MANIFEST, Trace
 
 SETTINGS = {"permutations": 20, "limit": 4}
 
@@ -167,7 +167,7 @@ def test_another_setting_is_refused_by_name(changes: dict[str, Any], told: str, 
 
 
 def test_the_same_in_other_words_is_the_same(finished: tuple[Path, Path], again: Any) -> None:
-    from dbes.request import accelerator_here
+    from dbes.evaluation.request import accelerator_here
 
     if accelerator_here() != "cpu":
         pytest.skip("auto is another dtype on an accelerator")
@@ -308,7 +308,7 @@ def test_a_second_run_is_told_who_writes_here_and_writes_nothing(copied: tuple[P
 def test_a_finished_result_is_shown_beside_another_run_and_on_a_read_only_disk(
     copied: tuple[Path, Path], again: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import dbes.reuse
+    import dbes.evaluation.reuse
 
     root, folder = copied
     with locked(folder):
@@ -317,7 +317,7 @@ def test_a_finished_result_is_shown_beside_another_run_and_on_a_read_only_disk(
     def read_only(_: Path) -> Any:
         raise FileError(f"{folder}: cannot be written (Read-only file system)")
 
-    monkeypatch.setattr(dbes.reuse, "locked", read_only)
+    monkeypatch.setattr(dbes.evaluation.reuse, "locked", read_only)
     assert again(root)[1] == [] and again(root, save_trace=False)[1] == []
 
 
@@ -344,7 +344,7 @@ def test_an_interrupted_overwrite_with_fewer_shards_leaves_none_of_the_old(copie
 
 
 SCRIPT = """
-import sys, dbes, dbes.recording as recording
+import sys, dbes, dbes.recording.record as recording
 recording.SHARD_TOKENS = 400
 model, task, output, *flags = sys.argv[1:]
 dbes.evaluate(model, tasks=task, output_path=output, permutations=20, batch_size=4,

@@ -17,11 +17,11 @@ from sklearn.metrics import mutual_info_score
 from sklearn.metrics.pairwise import cosine_similarity
 
 from dbes.errors import TraceError
-from dbes.reference import ideal_trace, imitate, one_layer_each
 from dbes.results import PublishedMetric, RecordingFacts, Result
-from dbes.scoring import Scores, score, score_tables
-from dbes.trace import Trace
-from dbes.uncertainty import permuted_labels
+from dbes.scoring.resampling import permuted_labels
+from dbes.scoring.score import Scores, score, score_tables
+from dbes.trace.baselines import ideal_trace, imitate, one_layer_each
+from dbes.trace.store import Trace
 
 PERMUTATIONS = 12
 EXACT = 1e-9

@@ -11,10 +11,10 @@ import pytest
 import simulate
 from scipy import stats
 
-from dbes.companions import random_halves
-from dbes.specialists import RARE_HITS, SpecialistTable, find_specialists, lift_interval
-from dbes.statistics import RoutingStatistics, count_routes
-from dbes.uncertainty import permutation_null, permuted_labels
+from dbes.scoring.counts import RoutingStatistics, count_routes
+from dbes.scoring.descriptive import random_halves
+from dbes.scoring.resampling import permutation_null, permuted_labels
+from dbes.scoring.specialists import RARE_HITS, SpecialistTable, find_specialists, lift_interval
 
 
 def examined(statistics: RoutingStatistics, *, permutations: int = 60, seed: int = 0) -> SpecialistTable:

@@ -15,8 +15,7 @@ from hypothesis import given, settings
 from naive import Recording
 
 from dbes import statistics as counting
-from dbes.scoring import score
-from dbes.statistics import (
+from dbes.scoring.counts import (
     NgramSums,
     RoutingStatistics,
     StiffnessSums,
@@ -26,7 +25,8 @@ from dbes.statistics import (
     pieces_of,
     primary_experts,
 )
-from dbes.types import TokenRoutes
+from dbes.scoring.score import score
+from dbes.trace.types import TokenRoutes
 
 CASES = naive.cases()
 few = settings(max_examples=8, deadline=None, derandomize=True)

@@ -13,8 +13,8 @@ from dbes.reporting.card import card_section
 from dbes.reporting.page import render_page
 from dbes.reporting.terminal import render
 from dbes.results import Result
-from dbes.scoring import score
-from dbes.trace import Trace
+from dbes.scoring.score import score
+from dbes.trace.store import Trace
 
 
 def shown(result: Result) -> str:

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoeForCausalLM
 
 from dbes.files import sha256_of
-from dbes.scoring import score
+from dbes.scoring.score import score
 from dbes.shipped import EMBEDDED_MIX as EMBEDDED
 from dbes.shipped import ROOT
 from dbes.testbed.card import model_card

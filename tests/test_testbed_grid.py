@@ -13,8 +13,7 @@ from scipy import stats
 from testbed_mix import tiny_mix
 
 from dbes.errors import MixError
-from dbes.reference import ideal_trace
-from dbes.scoring import score
+from dbes.scoring.score import score
 from dbes.testbed import cells as cells_module
 from dbes.testbed import grid as grid_module
 from dbes.testbed.analysis import TOKEN_CLASSES, conditional_information, domain_probe, forking_tokens, token_classes, topic_and_syntax
@@ -31,6 +30,7 @@ from dbes.testbed.settings import MixSettings, ModelSettings, OptimizerSettings,
 from dbes.testbed.tables import TRUTH, explained_by, frozen_baseline, kendall_tau, metric_table
 from dbes.testbed.training import STATE, StateError, TrainingError
 from dbes.testbed.upcycling import merge_experts, train_upcycled
+from dbes.trace.baselines import ideal_trace
 
 WORDS = {
     "fruit": "apple banana cherry date elder fig grape honey iris juniper",

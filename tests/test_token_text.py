@@ -14,7 +14,8 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from dbes.errors import TraceError
-from dbes.token_text import BYTE_OF, as_json, from_json, joined, shown, text_bytes, token_bytes, token_texts
+from dbes.models.token_text import BYTE_OF, text_bytes, token_bytes, token_texts
+from dbes.trace.vocabulary import as_json, from_json, joined, shown
 
 
 def byte_level() -> PreTrainedTokenizerFast:

@@ -18,11 +18,11 @@ from safetensors.numpy import save as encode_safetensors
 
 import dbes.files
 from dbes.errors import DbesError, TraceError
-from dbes.manifest import MANIFEST, SEAL, ShardEntry, digest
-from dbes.scoring import score
-from dbes.shards import validate_routes
-from dbes.trace import CONTROL, VOCABULARY, Trace, TraceWriter
-from dbes.types import TokenRoutes, storage_dtype
+from dbes.scoring.score import score
+from dbes.trace.manifest import MANIFEST, SEAL, ShardEntry, digest
+from dbes.trace.shards import validate_routes
+from dbes.trace.store import CONTROL, VOCABULARY, Trace, TraceWriter
+from dbes.trace.types import TokenRoutes, storage_dtype
 
 
 def arrays(**changes: Any) -> dict[str, Any]:

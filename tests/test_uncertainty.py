@@ -11,8 +11,8 @@ import pytest
 import simulate
 from scipy import stats
 
-from dbes.metrics import grams
-from dbes.uncertainty import (
+from dbes.scoring.metrics import grams
+from dbes.scoring.resampling import (
     DomainScores,
     domain_ratio,
     domain_scores,
@@ -81,7 +81,7 @@ def test_permutation_p_by_hand(value: float, null: list[float], expected: float)
 
 @pytest.mark.parametrize("cells", [1 << 22, 200])
 def test_permutation_null_is_the_metric_of_every_labelling(monkeypatch: pytest.MonkeyPatch, cells: int) -> None:
-    monkeypatch.setattr("dbes.uncertainty.PERMUTATION_CELLS", cells)
+    monkeypatch.setattr("dbes.scoring.resampling.PERMUTATION_CELLS", cells)
     hits, active, domain = drawn(1)
     labels = permuted_labels(domain, permutations=9, seed=2)
     found = permutation_null(hits, active, labels, domain, 3).scores
@@ -116,7 +116,7 @@ def test_exhaustive_permutation_p_is_a_rank_among_all_labellings() -> None:
 @pytest.mark.parametrize("cells", [1 << 22, 60])
 @pytest.mark.parametrize("seed", [1, 2])
 def test_left_out_scores_are_those_without_the_document(monkeypatch: pytest.MonkeyPatch, seed: int, cells: int) -> None:
-    monkeypatch.setattr("dbes.uncertainty.PERMUTATION_CELLS", cells)
+    monkeypatch.setattr("dbes.scoring.resampling.PERMUTATION_CELLS", cells)
     hits, active, domain = drawn(seed)
     found = left_out_scores(hits, active, domain, 3)
     for document in range(len(domain)):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dbes.results import CalibratedRecord, DomainFacts, ModelFacts, Result, TaskFacts
-from dbes.verdict import verdict
+from dbes.scoring.verdict import verdict
 
 NAN = math.nan
 

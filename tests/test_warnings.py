@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import dbes
-from dbes.reference import baseline_trace
-from dbes.types import RoutingShape
+from dbes.trace.baselines import baseline_trace
+from dbes.trace.types import RoutingShape
 
 
 def warned(tokens: np.ndarray, experts: int = 8) -> str:

@@ -11,7 +11,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from dbes.errors import RecordingError
-from dbes.windows import known_special_tokens, padded, padding_id, refuse_unknown, special_tokens, token_ids
+from dbes.models.windows import known_special_tokens, padded, padding_id, refuse_unknown, special_tokens, token_ids
 
 
 def built(vocabulary: list[str], *, template: str = "<s> $A", **parts) -> PreTrainedTokenizerFast:

@@ -15,7 +15,7 @@ from dbes.errors import DbesError, MixError, SettingError, TaskError, refusal
 from dbes.text import json_text, printable
 
 if TYPE_CHECKING:
-    from dbes.pipeline import Progress
+    from dbes.evaluation.pipeline import Progress
 
 FAILED, USAGE = 1, 2
 

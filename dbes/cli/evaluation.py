@@ -72,8 +72,8 @@ def evaluate(
 
     With several tasks one that fails does not keep the others from being run.
     """
-    from dbes.pipeline import evaluate as run
-    from dbes.pipeline import existing_folder, read_benchmark
+    from dbes.evaluation.pipeline import evaluate as run
+    from dbes.evaluation.pipeline import existing_folder, read_benchmark
     from dbes.reporting.page import page_stands, write_page
     from dbes.results import PAGE_FILE
 
@@ -153,11 +153,11 @@ def score(
 
 
 def _scored(trace: Path, router: RouterName, phase: Phase, *, seed: int, permutations: int, output_path: Path | None) -> Result:
-    from dbes.pipeline import TRACE_FOLDER
-    from dbes.reference import imitate
-    from dbes.scoring import PHASES, score_tables
-    from dbes.tables import save_scores
-    from dbes.trace import Trace
+    from dbes.evaluation.pipeline import TRACE_FOLDER
+    from dbes.scoring.score import PHASES, score_tables
+    from dbes.scoring.tables import save_scores
+    from dbes.trace.baselines import imitate
+    from dbes.trace.store import Trace
 
     routes = Trace.load(trace)
     if output_path is not None and (output_path / TRACE_FOLDER).is_dir():
@@ -177,7 +177,7 @@ def doctor(
     format: FormatOption = Format.table,
 ) -> None:
     """Check in seconds that a model's routing can be recorded: hooks, counts, and an ablation of experts."""
-    from dbes.doctor import examine
+    from dbes.models.doctor import examine
     from dbes.reporting.doctor import as_json, render
     from dbes.shipped import EMBEDDED_MODEL
 

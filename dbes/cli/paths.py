@@ -94,8 +94,8 @@ def next_step(found: Result, written: Path, *, domain: str, model: str | None, t
 
 def _shipped(task: TaskFacts) -> str | None:
     """The name by which dbes finds this task; None where it is one of the user's."""
-    from dbes.benchmark import load_task
     from dbes.errors import TaskError
+    from dbes.tasks.task import load_task
 
     try:
         known = load_task(task.name)

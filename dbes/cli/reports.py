@@ -93,12 +93,12 @@ def compare(
     check: Annotated[bool, typer.Option("--check", help="Only check that the results may be published.")] = False,
 ) -> None:
     """Put results side by side; of two, the paired difference for every metric and layer depth."""
+    from dbes.comparison.check import check_all
+    from dbes.comparison.compare import compare as run
+    from dbes.comparison.compare import paired_of
+    from dbes.comparison.entries import told_apart
     from dbes.errors import ResultError
     from dbes.reporting import export, leaderboard
-    from dbes.reporting.check import check_all
-    from dbes.reporting.compare import compare as run
-    from dbes.reporting.compare import paired_of
-    from dbes.reporting.entries import told_apart
 
     with errors():
         if check:

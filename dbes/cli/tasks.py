@@ -17,8 +17,8 @@ def tasks(context: typer.Context) -> None:
     """List the tasks that ship with dbes."""
     if context.invoked_subcommand is not None:
         return
-    from dbes.benchmark import list_tasks
     from dbes.reporting.tasks import render
+    from dbes.tasks.task import list_tasks
 
     with errors():
         found = list_tasks()
@@ -28,7 +28,7 @@ def tasks(context: typer.Context) -> None:
 @app.command()
 def validate(file: Annotated[Path, typer.Argument(help="Task YAML.")]) -> None:
     """Check a task file and every document it names."""
-    from dbes.pipeline import read_benchmark
+    from dbes.evaluation.pipeline import read_benchmark
     from dbes.reporting.tasks import render_documents
 
     with errors():

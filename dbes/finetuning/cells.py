@@ -16,8 +16,8 @@ from dbes.errors import FinetuneError
 from dbes.finetuning.bank import banks_installed, uses_interface
 from dbes.finetuning.protection import Share, shape_updates
 from dbes.finetuning.slots import Slot, find_slots
+from dbes.models.sites import RoutingSite, find_sites
 from dbes.paths.types import Cell
-from dbes.sites import RoutingSite, find_sites
 
 Method = Literal["auto", "split_bank", "view_leaves"]
 
@@ -35,7 +35,7 @@ class TrainableCells:
     rank are visible in the parameters inside the block, those of ``split_bank`` only to the forward.
 
     Args:
-        model: a causal language model whose routing dbes reads (`dbes.sites.find_sites`).
+        model: a causal language model whose routing dbes reads (`dbes.models.sites.find_sites`).
         cells: (layer, expert), true decoder-layer numbers.
         rank: train updates of this rank (LoRA) in place of the experts' matrices; their biases stay.
         train_router: train the routers of the chosen layers too, whole.

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from dbes.errors import FinetuneError, RecordingError
-from dbes.finetuning.data import Entry
+from dbes.models.token_text import token_bytes
+from dbes.models.windows import asked, known_special_tokens, padded, refuse_unknown
+from dbes.tasks.entries import Entry
 from dbes.text import lone_surrogate
-from dbes.token_text import token_bytes
-from dbes.windows import asked, known_special_tokens, padded, refuse_unknown
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def encode(entry: Entry, tokenizer: Any, *, end: bool, known: int | None = None)
 
     Args:
         end: let the end-of-text token follow a text or completion and count (training); without it, only text counts.
-        known: how many token ids the model knows (`dbes.windows.embedding_rows`); None leaves them unchecked.
+        known: how many token ids the model knows (`dbes.models.windows.embedding_rows`); None leaves them unchecked.
 
     Raises:
         FinetuneError: a conversation, and the tokenizer has no chat template, one that fails on it, or one that rewrites earlier

@@ -13,10 +13,10 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from dbes.errors import FinetuneError
-from dbes.execution import logits_of
-from dbes.finetuning.data import Entry, Item
 from dbes.finetuning.encoding import Batch, Sample, collate, encode, windows
-from dbes.windows import embedding_rows, padding_id
+from dbes.models.execution import logits_of
+from dbes.models.windows import embedding_rows, padding_id
+from dbes.tasks.entries import Entry, Item
 
 BATCH_TOKENS = 4096
 

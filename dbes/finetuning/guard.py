@@ -23,10 +23,10 @@ import numpy as np
 from torch import nn
 
 from dbes.finetuning.choice import Rise
-from dbes.finetuning.data import Entry
 from dbes.finetuning.encoding import Sample, encode, windows
 from dbes.finetuning.settings import FinetuneSettings
 from dbes.finetuning.validation import eval_nats
+from dbes.tasks.entries import Entry
 
 KEPT = 0.1
 """The most that a protected domain may rise, as a share of the target's fall."""

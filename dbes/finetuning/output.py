@@ -33,9 +33,9 @@ from dbes.finetuning.report import read_report
 from dbes.finetuning.state import STATE
 from dbes.models import build, load_config, load_weights
 from dbes.models.folder import CONFIG
+from dbes.models.sites import RoutingSite, expert_slices, find_sites
 from dbes.paths.types import Cell
 from dbes.schema import Strict, read_versioned
-from dbes.sites import RoutingSite, expert_slices, find_sites
 
 MERGING = ".merging.json"
 Cut = Callable[[Tensor], Tensor]

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from dbes.errors import FinetuneError
-from dbes.execution import forward
 from dbes.finetuning.slots import Slot
+from dbes.models.execution import forward
 
 Share = Callable[[Tensor], Tensor]
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from dbes.capture import Decision, watching
 from dbes.errors import FinetuneError
-from dbes.execution import forward
 from dbes.finetuning.cells import TrainableCells
 from dbes.finetuning.encoding import Batch, Sample, collate
-from dbes.sites import find_sites
+from dbes.models.execution import forward
+from dbes.models.hooks import Decision, watching
+from dbes.models.sites import find_sites
 
 
 def check_reach(model: PreTrainedModel, cells: TrainableCells, samples: Sequence[Sample], *, padding: int, size: int) -> None:

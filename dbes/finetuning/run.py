@@ -17,7 +17,6 @@ from torch import Tensor
 from dbes.errors import FinetuneError, PathError
 from dbes.finetuning.cells import TrainableCells
 from dbes.finetuning.checkpoint import refuse_full_disk
-from dbes.finetuning.data import Data, Entry, prepare_data
 from dbes.finetuning.encoding import full_rows
 from dbes.finetuning.evaluation import Measured, measure_texts, scores, tracked_scores
 from dbes.finetuning.guard import Guard, split_protected
@@ -29,12 +28,13 @@ from dbes.finetuning.summary import warnings_after, warnings_before
 from dbes.finetuning.training import train
 from dbes.finetuning.validation import Split, split_validation
 from dbes.models import LoadedModel, load_model
+from dbes.models.sites import find_sites
+from dbes.models.windows import embedding_rows, padding_id
 from dbes.paths.files import read_esft, read_path
 from dbes.paths.types import ExpertPath
 from dbes.schema import read_json
 from dbes.shipped import EMBEDDED_MODEL, EMBEDDED_NAME
-from dbes.sites import find_sites
-from dbes.windows import embedding_rows, padding_id
+from dbes.tasks.entries import Data, Entry, prepare_data
 
 Say = Callable[[str], None]
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dbes.errors import FinetuneError
+from dbes.models.sites import RoutingSite, expert_slices
 from dbes.paths.types import Cell
-from dbes.sites import RoutingSite, expert_slices
 
 
 class Slot:

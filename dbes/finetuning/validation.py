@@ -14,10 +14,10 @@ from typing import Any, Literal
 import numpy as np
 from torch import nn
 
-from dbes.finetuning.data import Entry
 from dbes.finetuning.encoding import Sample, training_samples
 from dbes.finetuning.evaluation import sample_nats
 from dbes.finetuning.settings import FinetuneSettings
+from dbes.tasks.entries import Entry
 
 SHARE = 0.1
 TEXTS = 20

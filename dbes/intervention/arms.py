@@ -32,6 +32,7 @@ from dbes.intervention.settings import (
     Settings,
 )
 from dbes.models import LoadedModel
+from dbes.models.windows import token_ids
 from dbes.paths.evidence import Evidence, gather
 from dbes.paths.gradients import expert_parameters, gradient_norms, masking_effects
 from dbes.paths.model_evidence import MASKING_TOKENS, cut_windows
@@ -39,10 +40,9 @@ from dbes.paths.rules import NEED_MODEL, Rule, score_cells
 from dbes.paths.search import chosen_cells, expert_sizes, find_path
 from dbes.paths.selection import cells_of, choose
 from dbes.paths.types import Cell, ExpertPath
-from dbes.recording import record_documents
+from dbes.recording.record import record_documents
 from dbes.testbed.prescribed import Prescribed
-from dbes.trace import Trace, join_traces
-from dbes.windows import token_ids
+from dbes.trace.store import Trace, join_traces
 
 SEARCH_SEED = 1000
 """Seed of the search for learning rates; no seed of the outcome."""

@@ -17,15 +17,15 @@ import numpy as np
 from torch import Tensor
 
 from dbes.errors import FinetuneError, InterventionError, MixError
-from dbes.finetuning.data import Entry, Item, hold_out, multiple_choice, read_entries
+from dbes.evaluation.pipeline import read_benchmark
 from dbes.finetuning.encoding import Sample, cut_rows
 from dbes.finetuning.evaluation import encode_choices
 from dbes.intervention.settings import Settings
-from dbes.pipeline import read_benchmark
+from dbes.models.token_text import text_bytes
+from dbes.models.windows import refuse_unknown, token_ids
+from dbes.tasks.entries import Entry, Item, hold_out, multiple_choice, read_entries
 from dbes.testbed.mix import is_heldout, read_texts
 from dbes.testbed.mixes import HELDOUT_SHARE, mix_files
-from dbes.token_text import text_bytes
-from dbes.windows import refuse_unknown, token_ids
 
 TASK, MIX = "task:", "mix:"
 TUNING_SHARE = 0.1
@@ -227,7 +227,7 @@ def tokenize(texts: Texts, tokenizer: Any, *, targets: Sequence[str], settings: 
     """The documents an experiment measures and trains on.
 
     Args:
-        known: how many token ids the model knows (`dbes.windows.embedding_rows`); None leaves them unchecked.
+        known: how many token ids the model knows (`dbes.models.windows.embedding_rows`); None leaves them unchecked.
 
     Raises:
         InterventionError: a domain has too little text; a token that the model does not know.

@@ -29,12 +29,12 @@ from dbes.intervention.runs import execute, measure, measure_items
 from dbes.intervention.settings import Arm, Run, Settings, run_key, run_of
 from dbes.intervention.storage import load_data, save_data
 from dbes.models import load_model, load_weights
+from dbes.models.windows import embedding_rows
 from dbes.paths.files import write_path
 from dbes.reporting.outcome import Outcome
 from dbes.schema import read_record
 from dbes.shipped import EMBEDDED_MODEL, EMBEDDED_NAME
 from dbes.testbed.grid import end_with_parent, worker_pool
-from dbes.windows import embedding_rows
 
 EXPERIMENT, RUNS, MASKS, DATA, OUTCOME = "experiment.json", "runs", "masks", "data.safetensors", "intervention.json"
 

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from dbes.execution import logits_of
 from dbes.finetuning.evaluation import choice_likelihoods, right_choices
 from dbes.intervention.data import ExperimentData, Items, Part, training_batches
 from dbes.intervention.routing import under
 from dbes.intervention.settings import Run, Settings
 from dbes.intervention.trainables import protected_texts, trainable, with_replay
+from dbes.models.execution import logits_of
 from dbes.testbed.prescribed import Prescribed
 
 RUN_SCHEMA = 1

@@ -10,7 +10,7 @@ from safetensors.numpy import save
 from dbes.errors import InterventionError
 from dbes.files import write_bytes
 from dbes.intervention.data import ITEM_COLUMNS, ExperimentData, Items, Part, digest_of
-from dbes.tables import read_safetensors
+from dbes.scoring.tables import read_safetensors
 from dbes.text import clipped
 
 

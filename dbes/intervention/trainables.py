@@ -14,8 +14,8 @@ from dbes.errors import InterventionError
 from dbes.finetuning.cells import TrainableCells
 from dbes.intervention.data import ExperimentData, joined_rows
 from dbes.intervention.settings import Run
+from dbes.models.sites import expert_slices, find_sites
 from dbes.paths.types import Cell
-from dbes.sites import expert_slices, find_sites
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from dbes.models.classes import build, text_config_of
 from dbes.models.folder import check_folder, has_adapter
 from dbes.models.identity import folder_fingerprint, model_fingerprint, tokenizer_fingerprint
 from dbes.models.load import LoadedModel, find_commit, load_config, load_model, load_tokenizer, load_weights, transformers_model
-from dbes.sites import RoutingSite, base_of, find_sites, input_device, is_offloaded, max_positions
+from dbes.models.sites import RoutingSite, base_of, find_sites, input_device, is_offloaded, max_positions
 
 __all__ = [
     "LoadedModel",

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from dbes.errors import ModelError
 from dbes.models.folder import WHOLE, StoredTensor, listed
-from dbes.sites import SENSES
+from dbes.models.sites import SENSES
 
 LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
 NEXT_TOKENS = re.compile(r"(?:^|\.)(?:mtp|nextn)[^.]*\.")

@@ -1,4 +1,4 @@
-"""Load a checkpoint for recording, or say plainly why it cannot be loaded. With `dbes.sites` the only code that knows transformers."""
+"""Load a checkpoint for recording, or say plainly why it cannot be loaded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dbes.models.explained import explained
 from dbes.models.folder import CONFIG, check_code, check_folder, find_folder, read_config, read_tensors, refuse_contradictions, unread_files
 from dbes.models.identity import folder_fingerprint, joined, model_fingerprint, tokenizer_fingerprint
 from dbes.models.leftovers import account, refuse_unfit, watched_loading
-from dbes.sites import find_sites, input_device
+from dbes.models.sites import find_sites, input_device
 
 NOT_A_FOLDER = "no-adapter-here"
 

@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from dbes.companions import TokenSample, sample_routes, transitions
 from dbes.errors import PathError
-from dbes.metrics import usage_of
-from dbes.pipeline import TRACE_FOLDER
+from dbes.evaluation.pipeline import TRACE_FOLDER
 from dbes.results import load_result
-from dbes.scoring import PHASES
-from dbes.specialists import SpecialistTable, find_specialists
-from dbes.statistics import RoutingStatistics, count_routes
-from dbes.trace import Trace
-from dbes.types import RoutingShape, TokenRoutes
-from dbes.uncertainty import permutation_null, permuted_labels
+from dbes.scoring.counts import RoutingStatistics, count_routes
+from dbes.scoring.descriptive import TokenSample, sample_routes, transitions
+from dbes.scoring.metrics import usage_of
+from dbes.scoring.resampling import permutation_null, permuted_labels
+from dbes.scoring.score import PHASES
+from dbes.scoring.specialists import SpecialistTable, find_specialists
+from dbes.trace.store import Trace
+from dbes.trace.types import RoutingShape, TokenRoutes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dbes.errors import PathError
-from dbes.execution import logits_of
-from dbes.sites import expert_slices, expert_weights, find_sites
+from dbes.models.execution import logits_of
+from dbes.models.sites import expert_slices, expert_weights, find_sites
 
 Windows = Sequence[np.ndarray]
 """Runs of token ids that the model sees at once, int [tokens] each."""

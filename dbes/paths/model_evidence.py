@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from dbes.errors import PathError
+from dbes.evaluation.pipeline import read_benchmark
 from dbes.models import LoadedModel, load_model
+from dbes.models.sites import find_sites, max_positions
+from dbes.models.windows import embedding_rows, refuse_unknown, special_tokens, token_ids
 from dbes.paths.evidence import Evidence
 from dbes.paths.gradients import expert_parameters, gradient_norms, masking_effects
-from dbes.pipeline import read_benchmark
 from dbes.shipped import EMBEDDED_MODEL, EMBEDDED_NAME
-from dbes.sites import find_sites, max_positions
-from dbes.windows import embedding_rows, refuse_unknown, special_tokens, token_ids
 
 GRADIENT_TOKENS = 16_384
 """Tokens of each domain for the gradient."""

@@ -12,7 +12,7 @@ import numpy as np
 from dbes.errors import PathError
 from dbes.paths.evidence import Evidence
 from dbes.paths.trajectories import best_through
-from dbes.specialists import RARE_HITS
+from dbes.scoring.specialists import RARE_HITS
 
 Rule = Literal[
     "specialization",

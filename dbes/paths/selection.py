@@ -9,7 +9,7 @@ import numpy as np
 
 from dbes.errors import PathError
 from dbes.paths.types import Cell
-from dbes.types import RoutingShape
+from dbes.trace.types import RoutingShape
 
 
 def check_budget(budget: float) -> float:

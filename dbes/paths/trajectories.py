@@ -17,13 +17,13 @@ import math
 
 import numpy as np
 
-from dbes.companions import random_halves
-from dbes.metrics import usage_of
 from dbes.paths.evidence import Evidence
 from dbes.paths.types import Trajectory
-from dbes.specialists import RARE_HITS
-from dbes.types import TokenRoutes
-from dbes.uncertainty import jackknife
+from dbes.scoring.descriptive import random_halves
+from dbes.scoring.metrics import usage_of
+from dbes.scoring.resampling import jackknife
+from dbes.scoring.specialists import RARE_HITS
+from dbes.trace.types import TokenRoutes
 
 
 def log_lifts(transitions: np.ndarray, hits: np.ndarray, domain: int) -> tuple[np.ndarray, np.ndarray]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from dbes.comparison.compare import model_score
 from dbes.reporting.charts import HEADLINE, METRICS
 from dbes.reporting.commands import command, program
-from dbes.reporting.compare import model_score
 from dbes.reporting.export import markdown_cell
-from dbes.resolution import DOUBTFUL, cannot_tell, why_not
 from dbes.results import Result
-from dbes.verdict import current_verdict
+from dbes.scoring.resolution import DOUBTFUL, cannot_tell, why_not
+from dbes.scoring.verdict import current_verdict
 from dbes.wording import p_cell, share, shares, task_words
 
 STRONGEST = 8

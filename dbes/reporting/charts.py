@@ -17,8 +17,8 @@ import numpy as np
 from altair.utils.schemapi import debug_mode
 from scipy.cluster.hierarchy import dendrogram, linkage
 
-from dbes.resolution import SIGNIFICANCE
 from dbes.results import Result
+from dbes.scoring.resolution import SIGNIFICANCE
 
 Spec = dict[str, Any]
 Row = dict[str, Any]

@@ -78,7 +78,7 @@ def _score(result: Result) -> list[str]:
 
 
 def _evaluate(result: Result) -> list[str]:
-    from dbes.request import DTYPES  # here, so that the commands' help need not load it
+    from dbes.evaluation.request import DTYPES  # here, so that the commands' help need not load it
 
     settings, model, task = result.settings, result.model, result.task
     name = "embedded" if model.name == "dbes-embedded" else model.name

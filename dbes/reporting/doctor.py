@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dbes.doctor import ARCHITECTURE, Diagnosis
+from dbes.models.doctor import ARCHITECTURE, Diagnosis
 from dbes.text import printable
 
 

@@ -13,16 +13,16 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from dbes.comparison.compare import Comparison, Difference, PhaseDifference, model_score, phase_differences
+from dbes.comparison.entries import Entry
 from dbes.errors import ResultError
 from dbes.files import write_text
 from dbes.reporting.charts import METRICS
-from dbes.reporting.compare import Comparison, Difference, PhaseDifference, model_score, phase_differences
-from dbes.reporting.entries import Entry
-from dbes.reporting.text_view import legible
-from dbes.resolution import cannot_tell, why_not
 from dbes.results import Result
-from dbes.scoring import REPLICATED
-from dbes.tables import spreadsheet_safe
+from dbes.scoring.resolution import cannot_tell, why_not
+from dbes.scoring.score import REPLICATED
+from dbes.scoring.tables import spreadsheet_safe
+from dbes.text import legible
 from dbes.wording import p_cell, share, shares, task_words
 
 NAME_WIDTH = 80

@@ -9,13 +9,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from dbes.comparison.compare import DEPTHS, LEVEL, Comparison, Difference, depth_of, differences, model_score
+from dbes.comparison.entries import Entry
 from dbes.reporting import charts
-from dbes.reporting.compare import DEPTHS, LEVEL, Comparison, Difference, depth_of, differences, model_score
-from dbes.reporting.entries import Entry
 from dbes.reporting.export import entry_note, entry_row, phase_rows, published_row
 from dbes.reporting.page import columns, render
-from dbes.reporting.text_view import legible
-from dbes.scoring import REPLICATED
+from dbes.scoring.score import REPLICATED
+from dbes.text import legible
 from dbes.wording import p_cell, plus_minus, share, shares, task_words
 
 CURVE_FIELDS = ("score", "score_low", "score_high", "control")

@@ -11,10 +11,9 @@ from pydantic import ConfigDict, Field, field_validator
 
 from dbes.errors import ResultError
 from dbes.reporting.commands import shell
-from dbes.reporting.text_view import legible
 from dbes.results import RESULT_FILE
 from dbes.schema import Open, Strict, Whole, read_json, read_versioned
-from dbes.text import label, printable
+from dbes.text import label, legible, printable
 from dbes.wording import counted, share, whole
 
 OUTCOME_SCHEMA = 1

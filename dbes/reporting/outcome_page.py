@@ -34,9 +34,8 @@ from dbes.reporting.outcome import (
     named,
 )
 from dbes.reporting.page import render, slug
-from dbes.reporting.text_view import legible
 from dbes.results import PAGE_FILE
-from dbes.text import labels
+from dbes.text import labels, legible
 
 MASK_SERIES = ("chosen cells, inside", "chosen cells, outside", "random cells, inside", "random cells, outside")
 Row = dict[str, Any]

@@ -18,32 +18,25 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
 from dbes.compressed import gunzip
 from dbes.errors import FileError, ResultError
 from dbes.files import check_writable, write_text
 from dbes.reporting import charts
 from dbes.reporting.commands import command, program
-from dbes.reporting.text_view import Sample, contexts, documents, legible, read_sample, token_text, trajectories
-from dbes.resolution import DOUBTFUL, cannot_tell, why_not
+from dbes.reporting.text_view import Sample, contexts, documents, read_sample, token_text, trajectories
 from dbes.results import PAGE_FILE, CalibratedRecord, Result, load_result
-from dbes.tables import MATRICES, USAGE, read_parquet, read_safetensors
-from dbes.text import label, labels
-from dbes.trace import MANIFEST, Trace
-from dbes.verdict import current_verdict
+from dbes.scoring.resolution import DOUBTFUL, cannot_tell, why_not
+from dbes.scoring.tables import read_arrays, read_usage
+from dbes.scoring.verdict import current_verdict
+from dbes.text import label, labels, legible
+from dbes.trace.store import MANIFEST, Trace
 from dbes.wording import counted, p_words, share, shares
 
 NAME_WIDTH = 120
 DOMAIN_WIDTH = 26
 """Characters of a domain's name in figures: as many as their axes have room for."""
 
-USAGE_KEYS = ("domain", "layer", "expert")
-USAGE_NUMBERS = ("hits", "share", "lift", "lift_high", "q")
-USAGE_FACTS = ("specialist", "unknown")
-"""Columns of the expert usage that the page reads: of each row, its numbers, and what is true of it."""
-
-AGAIN = "write it again with `dbes score`"
 SPECIALIST_ROWS = 2000
 """Specialists listed on the page at most; the CSV beside the result has all."""
 
@@ -97,54 +90,6 @@ def _trace_of(folder: Path, given: Path | None) -> Trace | None:
     if given is not None:
         return Trace.load(given)
     return Trace.load(folder / "trace") if (folder / "trace" / MANIFEST).is_file() else None
-
-
-def read_usage(folder: Path, result: Result) -> pd.DataFrame | None:
-    """The expert usage beside a result, or None where there is none.
-
-    Raises:
-        ResultError: the table is there but cannot be read, or belongs to another result.
-    """
-    path = folder / f"{USAGE}.parquet"
-    if not path.exists():
-        return None
-    table = read_parquet(path, error=ResultError, hint=AGAIN)
-    rows = [(name, layer, expert) for name in result.task.domains for layer, experts in _sizes(result) for expert in range(experts)]
-    if len(table) != len(rows):
-        told = f"{len(table)} rows, expected {len(rows)} (domains x experts of all layers)"
-        raise ResultError(f"{path}: {told}: not the table of this result; {AGAIN}")
-    if missing := {*USAGE_KEYS, *USAGE_NUMBERS, *USAGE_FACTS} - set(table.columns):
-        raise ResultError(f"{path}: no column {', '.join(sorted(missing))}: not the table of this result; {AGAIN}")
-    for names, right in ((("layer", "expert", *USAGE_NUMBERS), is_numeric_dtype), (USAGE_FACTS, is_bool_dtype)):
-        if wrong := [name for name in names if not right(table[name])]:
-            raise ResultError(f"{path}: {wrong[0]} holds {table[wrong[0]].dtype}, not the table of this result; {AGAIN}")
-    hits = table["hits"].to_numpy(float)
-    if not (np.isfinite(hits) & (hits >= 0) & (hits < 2**53)).all():
-        raise ResultError(f"{path}: hits: expected counts; {AGAIN}")
-    if set(zip(*(table[name].tolist() for name in USAGE_KEYS), strict=True)) != set(rows):
-        raise ResultError(f"{path}: its domains, layers and experts are not those of this result; {AGAIN}")
-    return table
-
-
-def _sizes(result: Result) -> list[tuple[int, int]]:
-    return list(zip(result.model.layers, result.model.experts, strict=True))
-
-
-def read_arrays(folder: Path, result: Result) -> dict[str, np.ndarray]:
-    """The matrices beside a result; empty where there are none.
-
-    Raises:
-        ResultError: they cannot be read, or belong to another result.
-    """
-    path = folder / MATRICES
-    if not path.exists():
-        return {}
-    arrays = read_safetensors(path, error=ResultError, hint=AGAIN)[1]
-    expected = (len(result.model.layers), len(result.task.domains), len(result.task.domains))
-    similarity = arrays.get("similarity")
-    if similarity is not None and (similarity.shape != expected or similarity.dtype.kind != "f"):
-        raise ResultError(f"{path}: similarity is {similarity.dtype} {similarity.shape}, expected floats {expected}; {AGAIN}")
-    return arrays
 
 
 def render_page(

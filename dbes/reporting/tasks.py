@@ -8,8 +8,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dbes.benchmark import Task
-from dbes.pipeline import Benchmark
+from dbes.evaluation.pipeline import Benchmark
+from dbes.tasks.task import Task
 
 
 def render(tasks: Sequence[Task]) -> RenderableType:

@@ -14,10 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from dbes.reporting.commands import program, shell
-from dbes.resolution import DOUBTFUL, SIGNIFICANCE, cannot_tell, why_not
 from dbes.results import CalibratedRecord, Result, Specialist
+from dbes.scoring.resolution import DOUBTFUL, SIGNIFICANCE, cannot_tell, why_not
+from dbes.scoring.verdict import current_verdict
 from dbes.text import label, labels, printable
-from dbes.verdict import current_verdict
 from dbes.wording import counted, p_cell, plus_minus, share
 
 COLUMNS = (

@@ -5,7 +5,6 @@ Read from the recorded trace, on whole documents spread evenly over the domains 
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from dbes.results import Specialist
-from dbes.statistics import primary_experts
-from dbes.text import label, labels
-from dbes.token_text import TokenText, joined, shown
-from dbes.trace import Trace
-from dbes.types import RoutingShape, TokenRoutes
+from dbes.scoring.counts import primary_experts
+from dbes.text import TOKEN_WIDTH, label, labels, legible
+from dbes.trace.store import Trace
+from dbes.trace.types import RoutingShape, TokenRoutes
+from dbes.trace.vocabulary import TokenText, joined, shown
 
 SAMPLE_TOKENS = 1 << 17
 SAMPLE_CELLS = 1 << 26
@@ -29,14 +28,12 @@ TEXT_CELLS = 160_000
 DOCUMENT_TOKENS = (48, 240)
 """Shortest and longest beginning of a document that is shown."""
 
-TOKEN_WIDTH = 32
 CONTEXT_SPECIALISTS, CONTEXTS, CONTEXT_REACH = 200, 3, 7
 """Specialists with examples, examples of each, tokens shown on either side."""
 
 CHARACTER_BYTES = 4
 """Of one character in UTF-8 at most, so over as many tokens."""
 
-JOINERS, EMOJI_TAGS = "\u200c\u200d", (0xE0020, 0xE007F)
 
 MOVES = 10
 """Strongest moves kept for each domain and pair of layers."""
@@ -70,22 +67,6 @@ class Sample:
         document, last = self.routes.document, rows[-1] if len(rows) else -1
         after = [row for row in range(last + 1, min(last + CHARACTER_BYTES, self.tokens)) if document[row] == document[last]]
         return joined([self.token(row) for row in (*rows, *after)])[: len(rows)]
-
-
-def legible(text: str, width: int = TOKEN_WIDTH) -> str:
-    """Text that cannot disturb what stands around it: control and direction characters replaced, shortened.
-
-    Joiners are kept, which emoji and several scripts need, and so are characters that are newer than this Python's Unicode.
-    """
-    shown = "".join(character if _is_harmless(character) else "�" for character in text[: width + 1])
-    return shown if len(text) <= width else shown[:width] + "…"
-
-
-def _is_harmless(character: str) -> bool:
-    category, code = unicodedata.category(character), ord(character)
-    if category == "Cn":
-        return not (0xFDD0 <= code <= 0xFDEF or code & 0xFFFE == 0xFFFE)
-    return category[0] != "C" or character in JOINERS or EMOJI_TAGS[0] <= code <= EMOJI_TAGS[1]
 
 
 def token_text(text: str) -> str:

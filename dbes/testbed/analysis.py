@@ -8,10 +8,10 @@ import numpy as np
 from scipy.special import entr
 from transformers import PreTrainedTokenizerFast
 
-from dbes.scoring import score
+from dbes.scoring.score import score
 from dbes.testbed.heldout import Heldout
-from dbes.trace import Trace
-from dbes.types import TokenRoutes
+from dbes.trace.store import Trace
+from dbes.trace.types import TokenRoutes
 
 TOKEN_CLASSES = ("word start", "word piece", "digit", "punctuation", "white space", "other script")
 """Classes of tokens, read off the tokenizer's own vocabulary; there is no tagger in this."""

@@ -11,7 +11,7 @@ import numpy as np
 from dbes.files import discard, remove_abandoned, write_json
 from dbes.results import Result
 from dbes.schema import Strict
-from dbes.scoring import score
+from dbes.scoring.score import score
 from dbes.testbed.analysis import domain_probe, forking_tokens, token_classes, topic_and_syntax
 from dbes.testbed.heldout import measure, training_routes
 from dbes.testbed.mix import Mix

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dbes.execution import forward, input_device, logits_of
-from dbes.stiffness import Noise, logit_stiffness, noise_rows, selection_stiffness
+from dbes.models.execution import forward, input_device, logits_of
+from dbes.recording.stiffness import Noise, logit_stiffness, noise_rows, selection_stiffness
 from dbes.testbed.mix import Batches, Mix, overlap_domains
 from dbes.testbed.models import routers_of
 from dbes.testbed.routers import Decision, Routing
 from dbes.testbed.settings import MixSettings, RoutingSettings, TrainSettings
-from dbes.trace import Trace
-from dbes.types import NOISE_SCALES
+from dbes.trace.store import Trace
+from dbes.trace.types import NOISE_SCALES
 
 NOT_KEPT = 255
 """Mark of ``TokenRoutes.kept`` where there is no score."""

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from dbes import file_data
-from dbes.documents import kind_of, plain_text
 from dbes.errors import MixError
-from dbes.finetuning.data import Item, multiple_choice
+from dbes.tasks import local
+from dbes.tasks.documents import kind_of, plain_text
+from dbes.tasks.entries import Item, multiple_choice
 from dbes.testbed.settings import MixSettings
 
 
@@ -113,7 +113,7 @@ def read_texts(path: Path) -> list[Text]:
         MixError: unreadable file, a line that is not such an object, an empty text, no texts.
     """
     texts = []
-    for number, row in file_data.rows(path, "jsonl", error=MixError):
+    for number, row in local.rows(path, "jsonl", error=MixError):
         where = f"{path}:{number}"
         fields = {}
         for name in ("id", "domain", "text", "source_document"):

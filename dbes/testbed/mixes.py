@@ -23,8 +23,8 @@ from transformers import PreTrainedTokenizerFast
 from dbes.errors import MixError
 from dbes.files import locked, refused_by_system, regular, sha256_of, write_bytes, write_json, write_text
 from dbes.schema import read_json, validated
+from dbes.scoring.tables import read_safetensors
 from dbes.shipped import EMBEDDED_MIX
-from dbes.tables import read_safetensors
 from dbes.testbed import sources
 from dbes.testbed.mix import DomainTokens, Mix, is_heldout, read_texts, tokenize_mix
 from dbes.testbed.records import MixFile

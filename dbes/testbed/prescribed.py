@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from dbes.errors import MixError
+from dbes.models.sites import base_of
 from dbes.schema import read_json
-from dbes.sites import base_of
 from dbes.testbed.checkpoint import PRESCRIBED_ROUTERS, TRAINING
 from dbes.testbed.routers import Routing
 from dbes.testbed.settings import RoutingSettings, parse_settings
@@ -30,7 +30,7 @@ class Prescription:
     """How a checkpoint of ``dbes testbed train --prescribed`` is routed.
 
     Attributes:
-        domains: domain i has the i-th block of experts of `dbes.reference.expert_blocks`.
+        domains: domain i has the i-th block of experts of `dbes.trace.baselines.expert_blocks`.
     """
 
     routing: RoutingSettings

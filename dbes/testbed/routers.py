@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from dbes.errors import MixError
-from dbes.reference import expert_blocks
 from dbes.testbed import balancing
 from dbes.testbed.models import routers_of
 from dbes.testbed.settings import RoutingSettings
+from dbes.trace.baselines import expert_blocks
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from report_results import HOSTILE, simulated_trace, write_result
 from test_report_intervention import made, made_with_items
 
-from dbes.reporting.compare import compare
+from dbes.comparison.compare import compare
 from dbes.reporting.leaderboard import render_leaderboard
 from dbes.reporting.outcome import Outcome
 from dbes.reporting.outcome_page import render_outcome

@@ -10,7 +10,7 @@ from rounding import FACTOR, allowance, assert_rounding_only, exact
 
 from dbes.errors import FinetuneError
 from dbes.finetuning.cells import TrainableCells
-from dbes.sites import expert_slices, find_sites
+from dbes.models.sites import expert_slices, find_sites
 
 INTERFACE = (
     "olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "deepseek_v4", "glm4_moe", "gpt_oss", "granitemoe", "jamba",

@@ -13,7 +13,6 @@ from test_validation import Alone
 
 from dbes.errors import FinetuneError
 from dbes.finetuning import checks, training
-from dbes.finetuning.data import prepare_data
 from dbes.finetuning.rate import FALLBACK
 from dbes.finetuning.report import read_report
 from dbes.finetuning.run import finetune
@@ -21,6 +20,7 @@ from dbes.finetuning.state import STATE
 from dbes.finetuning.summary import findings
 from dbes.finetuning.validation import best_step, split_validation, validation_loss
 from dbes.models import load_model
+from dbes.tasks.entries import prepare_data
 
 AUTO = {"lr": "auto", "early_stopping": True}
 

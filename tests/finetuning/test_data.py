@@ -9,8 +9,8 @@ from families import character_tokenizer
 from transformers import AutoTokenizer
 
 from dbes.errors import FinetuneError
-from dbes.finetuning.data import TARGET, Entry, hold_out, prepare_data, read_entries
 from dbes.finetuning.encoding import collate, encode, pack, training_samples, windows
+from dbes.tasks.entries import TARGET, Entry, hold_out, prepare_data, read_entries
 
 TEMPLATE = (
     "{% for message in messages %}<s>{{ message.role }}: {{ message.content }}</s>{% endfor %}"

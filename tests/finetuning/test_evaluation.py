@@ -8,8 +8,8 @@ import torch
 from families import character_tokenizer, tiny_model
 
 from dbes.errors import FinetuneError
-from dbes.finetuning.data import Entry, Item
 from dbes.finetuning.evaluation import measure
+from dbes.tasks.entries import Entry, Item
 
 
 def entries(texts, items=()):

@@ -11,7 +11,6 @@ from test_validation import entries
 from dbes.finetuning import guard as guard_module
 from dbes.finetuning import training
 from dbes.finetuning.choice import Rise
-from dbes.finetuning.data import prepare_data
 from dbes.finetuning.encoding import Sample
 from dbes.finetuning.guard import FEWEST, KEPT, NOISE, TEXTS, Guard, split_protected
 from dbes.finetuning.rate import RATES, find_rate
@@ -19,6 +18,7 @@ from dbes.finetuning.report import read_report
 from dbes.finetuning.summary import findings
 from dbes.finetuning.validation import best_step, stalled
 from dbes.models import load_model
+from dbes.tasks.entries import prepare_data
 
 BITS = math.log(2)
 

@@ -31,8 +31,8 @@ from dbes.finetuning.report import REPORT, read_report
 from dbes.finetuning.run import finetune
 from dbes.finetuning.state import LOG, STATE
 from dbes.models import load_weights
+from dbes.models.sites import expert_slices, find_sites
 from dbes.paths.types import Cell
-from dbes.sites import expert_slices, find_sites
 
 
 @pytest.fixture(scope="module")

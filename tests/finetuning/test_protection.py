@@ -13,7 +13,7 @@ from dbes.finetuning import training as training_module
 from dbes.finetuning.cells import TrainableCells
 from dbes.finetuning.encoding import full_rows
 from dbes.finetuning.protection import inverse_root
-from dbes.sites import find_sites
+from dbes.models.sites import find_sites
 
 FAMILIES = (
     "olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss", "granitemoe", "jamba", "nemotron_h",
@@ -230,7 +230,7 @@ def test_a_protected_run_reports_its_matrices_and_an_interrupted_one_ends_like_i
 def test_rows_are_full_and_nothing_is_padded(tiny_checkpoint):
     from transformers import AutoTokenizer
 
-    from dbes.finetuning.data import Entry
+    from dbes.tasks.entries import Entry
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
     entries = [Entry(id=str(number), source=str(number), segments=(("some words " * 20, True),)) for number in range(9)]

@@ -7,9 +7,9 @@ import pytest
 from families import character_tokenizer, tiny_model
 from test_evaluation import nats_of
 
-from dbes.finetuning.data import Entry
 from dbes.finetuning.settings import make_settings
 from dbes.finetuning.validation import best_step, check_every, split_validation, stalled, validation_loss
+from dbes.tasks.entries import Entry
 
 
 class Alone:

@@ -1,0 +1,354 @@
+"""Results side by side: what may stand in one table, ranks with intervals, and paired differences of two models.
+
+Only results of one task, version, fingerprint, phase and set of documents share a table; the others are listed apart with the
+reason. Where the prompt and the generated text of one recording were scored apart, both stand beside the model's entry.
+Intervals and tests pair the documents: both models read the same texts, so what one text adds to both cancels. Each is the
+delete-one-document jackknife, as everywhere in dbes (a percentile bootstrap over documents does not cover, see ``uncertainty``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import t as student
+
+from dbes.comparison.accuracy import Accuracies, read_accuracies
+from dbes.comparison.entries import Apart, Entry, Replicates, read_entries
+from dbes.errors import ResultError
+from dbes.results import RESULT_FILE, Result
+from dbes.scoring.facts import DATA
+from dbes.scoring.resampling import jackknife
+from dbes.scoring.score import REPLICATED
+from dbes.text import labels
+
+NAME_WIDTH = 64
+
+LEVEL = 0.05
+"""Two models are told apart when the paired test, corrected over all pairs of the table (Holm), stays below this."""
+
+UNKNOWN_DATA = "unknown:"
+"""Beginning of what stands for the fingerprint of a result without one."""
+
+DEPTHS = (("all layers", 0.0, 1.0), ("first third", 0.0, 1 / 3), ("middle third", 1 / 3, 2 / 3), ("last third", 2 / 3, 1.0))
+"""Relative depth of the MoE layers, 0 the first and 1 the last: models of different depth are compared by it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Score of one model minus that of another on the same documents; ``adjusted``: p after Holm over the tests of its table."""
+
+    first: str
+    second: str
+    metric: str
+    depth: str
+    score_first: float
+    score_second: float
+    difference: float
+    low: float
+    high: float
+    p: float
+    adjusted: float = math.nan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rank:
+    """Place by a metric: 1 + the models that are significantly better, and the last place that cannot be excluded."""
+
+    place: int
+    last: int
+
+    def __str__(self) -> str:
+        return str(self.place) if self.place == self.last else f"{self.place} ({self.place}–{self.last})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Results that may stand side by side, their ranks and pairwise differences by one metric, and what stands apart.
+
+    ``accuracy_of``: the tasks or the file that accuracies come from; empty without accuracies.
+    """
+
+    metric: str
+    entries: tuple[Entry, ...]
+    ranks: dict[str, Rank]
+    pairs: tuple[Difference, ...]
+    apart: tuple[Apart, ...]
+    accuracy_of: str = ""
+
+
+def compare(paths: Sequence[str | Path], *, metric: str = "specialization", accuracy: Sequence[str | Path] = ()) -> Comparison:
+    """Every result below the paths, side by side.
+
+    Args:
+        accuracy: files with the models' accuracies, see ``accuracy``.
+
+    Raises:
+        ResultError: no result can be read, ``metric`` is not one of those that are ranked, or accuracies do not fit the results.
+    """
+    if metric not in REPLICATED:
+        raise ResultError(f"models are ranked by {', '.join(REPLICATED)}; not by {metric!r}")
+    known = read_accuracies(accuracy)
+    entries, apart = read_entries(paths)
+    entries, others = comparable(entries)
+    entries = with_accuracies(labelled(entries), known, elsewhere={each.name for each in (*apart, *others)})
+    pairs = _holm([found for a, b in _pairs(entries) if (found := difference(a, b, metric, *DEPTHS[0])) is not None])
+    ranks = ranks_of([entry.label for entry in entries if _rankable(entry, metric)], pairs)
+    by_score = sorted(entries, key=lambda entry: (entry.baseline, -_or(model_score(entry.result, metric), -math.inf), entry.label))
+    return Comparison(
+        metric=metric, entries=tuple(by_score), ranks=ranks, pairs=tuple(pairs), apart=(*apart, *others), accuracy_of=known.source
+    )
+
+
+def paired_of(comparison: Comparison) -> list[Difference]:
+    """The paired differences where exactly two models (or, without models, two routers) stand in the table; else nothing."""
+    models = [entry for entry in comparison.entries if not entry.baseline]
+    two = list(comparison.entries) if len(comparison.entries) == 2 else models
+    return differences(two[0], two[1]) if len(two) == 2 else []
+
+
+def comparable(entries: list[Entry]) -> tuple[list[Entry], list[Apart]]:
+    """The largest set of results on one task, version, fingerprint and phase, and the rest with the reason.
+
+    A result without a fingerprint stands alone: that its documents have the same ids as another's (most often mere numbers) says
+    nothing about their texts.
+    """
+    groups = Counter(_identity(entry.result) for entry in entries)
+    if not groups:
+        return [], []
+    # The most results; of equally many those of whole texts, then those that stand first: the order of the arguments decides, not chance.
+    chosen = max(groups, key=lambda key: (groups[key], key[-1] == "all"))
+    kept = [entry for entry in entries if _identity(entry.result) == chosen]
+    kept = with_phases(kept, [entry for entry in entries if _identity(entry.result)[:-1] == chosen[:-1]])
+    shown = {id(entry.result) for each in kept for entry in (each, *each.phases.values())}
+    apart = []
+    for entry in entries:
+        if id(entry.result) not in shown:
+            reason = _why_apart(_identity(entry.result), chosen)
+            apart.append(Apart(path=str(entry.folder / RESULT_FILE), name=entry.result.model.name, reason=reason))
+    common = Counter(_sampled(entry.replicates) for entry in kept if entry.replicates is not None)
+    if len(common) > 1:
+        sampled = common.most_common(1)[0][0]
+        kept = [
+            replace(entry, replicates=None, problem="it has tokens in other documents than the rest: no paired test can be made")
+            if entry.replicates is not None and _sampled(entry.replicates) != sampled
+            else entry
+            for entry in kept
+        ]
+    return kept, apart
+
+
+def with_phases(kept: Sequence[Entry], candidates: Sequence[Entry]) -> list[Entry]:
+    """The entries with their model's prompt and generated text, where each was scored once; other entries as they are."""
+    found: dict[tuple[str | None, ...], list[Entry]] = {}
+    for entry in candidates:
+        found.setdefault(_model_of(entry.result), []).append(entry)
+    namesakes = Counter(_model_of(entry.result) for entry in kept)
+    made = []
+    for entry in kept:
+        who = _model_of(entry.result)
+        phases = {phase: [each for each in found.get(who, []) if _identity(each.result)[-1] == phase] for phase in ("prompt", "generated")}
+        once = namesakes[who] == 1 and all(len(each) == 1 for each in phases.values())
+        made.append(replace(entry, phases={phase: each[0] for phase, each in phases.items()}) if once else entry)
+    return made
+
+
+def _model_of(result: Result) -> tuple[str | None, ...]:
+    return result.model.name, result.model.revision, result.model.dtype
+
+
+def with_accuracies(entries: Sequence[Entry], known: Accuracies, *, elsewhere: set[str]) -> list[Entry]:
+    """The entries with their accuracy, found by label or by name.
+
+    Args:
+        elsewhere: names of results that stand apart: their accuracies are left out.
+
+    Raises:
+        ResultError: an accuracy belongs to none of the results, or its name to several of them.
+    """
+    made, used = [], set[str]()
+    for entry in entries:
+        name = entry.result.model.name
+        alike = [other.label for other in entries if other.result.model.name == name]
+        if name in known.by_model and name != entry.label and len(alike) > 1:
+            raise ResultError(f"accuracy of {name!r}: several results have that name; use one of {', '.join(alike)}")
+        key = entry.label if entry.label in known.by_model else name
+        used.add(key)
+        made.append(replace(entry, accuracy=known.by_model.get(key)))
+    if missing := sorted(known.by_model.keys() - used - elsewhere):
+        there = ", ".join(entry.label for entry in entries)
+        raise ResultError(f"accuracy of {', '.join(map(repr, missing))}: no such model among the results; there are {there}")
+    return made
+
+
+def _identity(result: Result) -> tuple[str, int | None, str | None, str]:
+    """What results of one table have in common; a result without a fingerprint has nothing in common with another."""
+    own = result.task.fingerprint or f"{UNKNOWN_DATA}{result.model.name}{id(result)}"
+    return result.task.name, result.task.version, own, str(result.settings.get("phase", "all"))
+
+
+def _why_apart(found: tuple[str, int | None, str | None, str], chosen: tuple[str, int | None, str | None, str]) -> str:
+    """Why a result of one identity is not in the table of another."""
+    data = str(found[2]), str(chosen[2])
+    if any(each.startswith(UNKNOWN_DATA) for each in data):
+        which = "it has" if data[0].startswith(UNKNOWN_DATA) else "the result in the table has"
+        return (
+            f"{which} no fingerprint of its data, so that nothing shows that both read the same texts; score the trace again with "
+            "document ids or token ids, or name the data in provenance['task']['fingerprint']"
+        )
+    names = ("task", "task version", "task fingerprint", "phase")
+    words = [f"{name} {str(a)[:12]} instead of {str(b)[:12]}" for name, a, b in zip(names, found, chosen, strict=True) if a != b]
+    made = all(each.startswith(DATA) for each in data) and data[0] != data[1]
+    hint = " (made from document ids, domains and token ids; where both read the same texts give both the fingerprint of the task)"
+    return f"another {', '.join(words)}{hint if made else ''}"
+
+
+def _sampled(replicates: Replicates) -> tuple[tuple[str, ...], bytes]:
+    """The documents and their domains: what two results must share to be paired."""
+    return replicates.documents, np.asarray(replicates.document_domain, np.int64).tobytes()
+
+
+def labelled(entries: list[Entry]) -> list[Entry]:
+    """The entries with names that differ: revision, dtype and at last a number are added where they tell namesakes apart."""
+    facts = [
+        [(entry.result.model.revision or "").removeprefix("sha256:")[:8] for entry in entries],
+        [entry.result.model.dtype or "" for entry in entries],
+        [str(number) for number in range(1, len(entries) + 1)],
+    ]
+    names = [entry.label for entry in entries]
+    for more in facts:
+        alike = {name: {fact for other, fact in zip(names, more, strict=True) if other == name} for name in names}
+        names = [f"{name} @{fact}" if len(alike[name]) > 1 and fact else name for name, fact in zip(names, more, strict=True)]
+    shown = labels(names, NAME_WIDTH)
+    return [replace(entry, label=shown[name]) for entry, name in zip(entries, names, strict=True)]
+
+
+def model_score(result: Result, metric: str) -> float | None:
+    """The model's score, or None where a domain or a layer is missing in it: no mean is taken over a gap."""
+    rows = [record for record in result.calibrated if record.metric == metric]
+    by_domain = [record for record in rows if record.domain is not None]
+    missing = {record.domain for record in by_domain} != set(result.task.domains) if by_domain else metric != "der"
+    if missing or {record.layer for record in rows} != {*result.model.layers, None} or any(math.isnan(record.score) for record in rows):
+        return None
+    return result.record(metric).score
+
+
+def _rankable(entry: Entry, metric: str) -> bool:
+    return not entry.baseline and entry.replicates is not None and model_score(entry.result, metric) is not None
+
+
+def _pairs(entries: list[Entry]) -> list[tuple[Entry, Entry]]:
+    models = [entry for entry in entries if not entry.baseline]
+    return [(a, b) for index, a in enumerate(models) for b in models[index + 1 :]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Differences and ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseDifference:
+    """A metric on a model's prompts and on its generated text; ``test``: generated minus prompt, where the documents are the same."""
+
+    entry: Entry
+    metric: str
+    prompt: float
+    generated: float
+    test: Difference | None
+
+
+def phase_differences(entry: Entry) -> list[PhaseDifference]:
+    """Prompt and generated text side by side, for every metric that both have."""
+    if not entry.phases:
+        return []
+    prompt, generated = entry.phases["prompt"], entry.phases["generated"]
+    found = []
+    for metric in REPLICATED:
+        scores = model_score(prompt.result, metric), model_score(generated.result, metric)
+        if scores[0] is None or scores[1] is None:
+            continue
+        test = difference(generated, prompt, metric, *DEPTHS[0])
+        found.append(PhaseDifference(entry=entry, metric=metric, prompt=scores[0], generated=scores[1], test=test))
+    return found
+
+
+def differences(first: Entry, second: Entry) -> list[Difference]:
+    """Paired differences of two models for every metric and layer depth, p-values corrected over all of them (Holm)."""
+    return _holm([found for metric in REPLICATED for depth in DEPTHS if (found := difference(first, second, metric, *depth)) is not None])
+
+
+def difference(first: Entry, second: Entry, metric: str, depth: str, low: float, high: float) -> Difference | None:
+    """Paired difference of two models at the layers of a relative depth; None where either has no score there."""
+    sides = [_at_depth(entry, metric, low, high) for entry in (first, second)]
+    if sides[0] is None or sides[1] is None or first.replicates is None or second.replicates is None:
+        return None
+    if _sampled(first.replicates) != _sampled(second.replicates):
+        return None
+    (score_first, left_first), (score_second, left_second) = sides[0], sides[1]
+    domain = first.replicates.document_domain
+    value = score_first - score_second
+    _, error = jackknife(np.asarray(value), left_first - left_second, domain)
+    freedom = len(domain) - len(np.unique(domain))
+    reach = float(student.ppf(1 - LEVEL / 2, freedom) * error)
+    if math.isnan(error):
+        p = math.nan
+    elif error > 0:
+        p = float(2 * student.sf(abs(value) / error, freedom))
+    else:
+        p = 1.0 if value == 0 else 0.0
+    return Difference(
+        first=first.label, second=second.label, metric=metric, depth=depth, score_first=score_first, score_second=score_second,
+        difference=value, low=value - reach, high=value + reach, p=p,
+    )  # fmt: skip
+
+
+def _at_depth(entry: Entry, metric: str, low: float, high: float) -> tuple[float, np.ndarray] | None:
+    """Mean score over the layers of a relative depth, and the same without each document [documents]."""
+    if entry.replicates is None or metric not in entry.replicates.by_metric or model_score(entry.result, metric) is None:
+        return None
+    if (low, high) == (0.0, 1.0):
+        return entry.result.record(metric).score, entry.replicates.by_metric[metric][:, -1].astype(np.float64)
+    place = depth_of(len(entry.result.model.layers))
+    inside = np.flatnonzero((place >= low - 1e-9) & ((place < high - 1e-9) | (high == 1.0)))
+    if not len(inside):
+        return None
+    scores = {record.layer: record.score for record in entry.result.calibrated if record.metric == metric and record.domain is None}
+    score = float(np.mean([scores[entry.result.model.layers[index]] for index in inside]))
+    return score, entry.replicates.by_metric[metric][:, inside].astype(np.float64).mean(axis=1)
+
+
+def depth_of(layers: int) -> np.ndarray:
+    """Relative depth of each MoE layer, 0 the first, 1 the last."""
+    return np.linspace(0, 1, layers) if layers > 1 else np.zeros(1)
+
+
+def _holm(tests: list[Difference]) -> list[Difference]:
+    """The tests with p-values corrected after Holm: the chance of any false difference in the table stays below its level."""
+    order = sorted((index for index, test in enumerate(tests) if not math.isnan(test.p)), key=lambda index: tests[index].p)
+    adjusted, highest = [math.nan] * len(tests), 0.0
+    for position, index in enumerate(order):
+        highest = max(highest, min(1.0, tests[index].p * (len(order) - position)))
+        adjusted[index] = highest
+    return [replace(test, adjusted=value) for test, value in zip(tests, adjusted, strict=True)]
+
+
+def ranks_of(labels: list[str], pairs: Sequence[Difference]) -> dict[str, Rank]:
+    """Ranks by tested differences only: models that cannot be told apart from the best share place 1, and so on.
+
+    ``place`` is 1 + the number of significantly better models, ``last`` the number of models that are not significantly worse.
+    """
+    better, worse = Counter[str](), Counter[str]()
+    for pair in pairs:
+        if pair.adjusted <= LEVEL and {pair.first, pair.second} <= set(labels):
+            winner, loser = (pair.first, pair.second) if pair.difference > 0 else (pair.second, pair.first)
+            better[loser] += 1
+            worse[winner] += 1
+    return {label: Rank(place=1 + better[label], last=len(labels) - worse[label]) for label in labels}
+
+
+def _or(value: float | None, other: float) -> float:
+    return other if value is None else value

@@ -1,0 +1,1 @@
+"""One evaluation from task and model to a finished result."""

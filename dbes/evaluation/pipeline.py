@@ -1,0 +1,288 @@
+"""evaluate(): benchmark -> model -> trace -> scores -> result folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from dbes.errors import DbesError, ModelError, ResultError, TraceError, refusal
+from dbes.evaluation.request import (
+    UNRESOLVED,
+    Benchmark,
+    Job,
+    Request,
+    Subject,
+    accelerator_here,
+    expected_of,
+    read_benchmark,
+    result_folder,
+    subject_of,
+)
+from dbes.evaluation.reuse import TRACE_FOLDER, finished_result, missing_files, notes, other_recording, same_result, tidy, whole_trace
+from dbes.files import discard, locked
+from dbes.results import PAGE_FILE, RESULT_FILE, ModelFacts, RecordingFacts, Result, TaskFacts, load_result
+from dbes.scoring.score import score_tables
+from dbes.scoring.tables import COMPANIONS, save_scores
+from dbes.shipped import EMBEDDED_MODEL
+from dbes.trace.store import MANIFEST, Trace, read_manifest
+
+if TYPE_CHECKING:
+    from dbes.models import LoadedModel
+
+__all__ = [
+    "TRACE_FOLDER",
+    "UNRESOLVED",
+    "Benchmark",
+    "evaluate",
+    "existing_folder",
+    "read_benchmark",
+    "record",
+    "result_folder",
+]
+
+Progress = Callable[[str, int, int], None]
+"""Called as progress(stage, done, total); the stage names what is being done."""
+
+RECOVERED = (DbesError, OSError, RuntimeError, MemoryError)
+"""What a failed evaluation writes a result about; anything else is a defect."""
+
+
+def evaluate(
+    model: str | Path | LoadedModel,
+    *,
+    tasks: str | Path = "embedded",
+    output_path: str | Path = "results",
+    revision: str | None = None,
+    limit: int | None = None,
+    dtype: str = "auto",
+    device_map: str | None = None,
+    batch_size: int | Literal["auto"] = "auto",
+    seed: int = 0,
+    permutations: int = 1000,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    save_trace: bool = True,
+    embedded_fallback: bool = False,
+    progress: Progress | None = None,
+) -> Result:
+    """Measure how a Mixture-of-Experts checkpoint routes the domains of a task, and write the result.
+
+    Everything is written below ``<output_path>/<model name>/<revision>/<task>/``, see ``result_folder``. A finished result of the
+    same thing is returned as it is (the logger ``dbes`` says so, and when it was recorded); files of it that are missing are made
+    again. An interrupted recording is resumed from its last whole shard.
+
+    Args:
+        model: hub id, folder, ``"embedded"`` for the checkpoint that ships with dbes, or a ``LoadedModel``.
+        tasks: name of a task or path of a task YAML.
+        revision: branch, tag or commit of a model on the hub.
+        limit: read at most this many documents of each domain.
+        dtype: "auto" is float32 on a CPU and the checkpoint's own dtype on an accelerator.
+        batch_size: windows per batch, or "auto".
+        seed: of the random-router control, the permutations and the reference router.
+        overwrite: evaluate again although there is a result, or another recording, in the folder.
+        save_trace: keep the recorded routes beside the result, so that they can be scored again without the model.
+        embedded_fallback: when the hub cannot be reached, use the embedded sample and say so.
+        progress: see ``Progress``.
+
+    Raises:
+        TaskError, SettingError: the task or an argument cannot be used (nothing is written).
+        FileError: nothing can be written there, or another run is writing there.
+        ResultError: the folder holds a finished result of something else, which is left alone.
+        DbesError: the evaluation failed; a result with status "error" has been written.
+    """
+    in_memory = not isinstance(model, str | Path)
+    request = Request(
+        model=None if in_memory else str(model),
+        tasks=str(tasks),
+        revision=revision,
+        limit=limit,
+        dtype=None if in_memory else dtype,
+        device_map=None if in_memory else device_map,
+        batch_size=batch_size,
+        seed=seed,
+        permutations=permutations,
+        trust_remote_code=trust_remote_code,
+        embedded_fallback=embedded_fallback,
+    )
+    benchmark = read_benchmark(tasks, limit=limit, embedded_fallback=embedded_fallback)
+    job = Job(
+        subject=subject_of(model, request), request=request, benchmark=benchmark, output_path=Path(output_path), save_trace=save_trace
+    )
+    while True:
+        if not overwrite and (found := finished_result(job)) is not None:
+            return found
+        with locked(job.folder):
+            try:
+                if not overwrite and (found := _repaired(job)) is not None:
+                    return found
+                loaded = job.subject.loaded or _loaded(job.subject, request)
+                where, job = job.folder, job.with_model(loaded)
+                if job.folder == where:
+                    return _evaluated(job, loaded, fresh=overwrite, progress=progress)
+            except RECOVERED as problem:
+                raise _failed(job, problem) from problem
+        # the revision was not known before, so the result belongs into another folder
+        with suppress(OSError):
+            where.rmdir()
+
+
+def record(
+    model: str | Path | LoadedModel,
+    *,
+    tasks: str | Path = "embedded",
+    output_path: str | Path | None = None,
+    revision: str | None = None,
+    limit: int | None = None,
+    dtype: str = "auto",
+    device_map: str | None = None,
+    batch_size: int | Literal["auto"] = "auto",
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Trace:
+    """The routing of a model over a task, without scores; in memory unless ``output_path`` names a folder for it.
+
+    Raises:
+        SettingError: an argument cannot be used.
+        DbesError: the task or the model cannot be used, or the recording failed its checks.
+    """
+    in_memory = not isinstance(model, str | Path)
+    request = Request(
+        model=None if in_memory else str(model), tasks=str(tasks), revision=revision, limit=limit, dtype=None if in_memory else dtype,
+        device_map=None if in_memory else device_map, batch_size=batch_size, seed=seed, permutations=0, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    benchmark = read_benchmark(tasks, limit=limit)
+    subject = subject_of(model, request)
+    job = Job(subject=subject, request=request, benchmark=benchmark, output_path=Path(), save_trace=output_path is not None)
+    if output_path is None:
+        loaded = subject.loaded or _loaded(subject, request)
+        return _recorded(job, loaded, None, progress=progress)[0]
+    with locked(Path(output_path)):
+        loaded = subject.loaded or _loaded(subject, request)
+        return _recorded(job, loaded, Path(output_path), progress=progress)[0]
+
+
+def existing_folder(output_path: str | Path, result: Result, *, limit: int | None = None) -> Path:
+    """Where evaluate() wrote a result."""
+    return result_folder(output_path, result.model.name, result.model.revision or UNRESOLVED, result.task.name, limit=limit)
+
+
+def _loaded(subject: Subject, request: Request) -> LoadedModel:
+    from dbes.models import load_model
+
+    assert request.model is not None
+    if request.model == "embedded" and not EMBEDDED_MODEL.is_dir():
+        raise ModelError(f"{EMBEDDED_MODEL}: no embedded checkpoint; install dbes again, or give --model a folder")
+    return load_model(
+        subject.where or request.model,
+        name=subject.name,
+        revision=request.revision,
+        dtype=request.dtype or "auto",
+        device_map=request.device_map,
+        trust_remote_code=request.trust_remote_code,
+    )
+
+
+def _repaired(job: Job) -> Result | None:
+    """The finished result with missing files made again from its routes; None where it has none, or they are to be recorded first."""
+    if (same := same_result(job)) is None:
+        return None
+    found, folder = same[0], job.folder
+    missing, trace = missing_files(folder, found), whole_trace(folder / TRACE_FOLDER)
+    if not missing and (trace is not None or not job.save_trace or not (folder / TRACE_FOLDER).is_dir()):
+        return finished_result(job)  # another run has finished it meanwhile
+    lost = ", ".join(missing) or "part of the recorded routes"
+    if not missing or trace is None or other_recording(trace.provenance, job.expected, job.request):
+        notes.warning(f"{folder}: {lost} missing or altered; recorded again")
+        return None
+    notes.warning(f"{folder}: {lost} missing or altered; made again from the recorded routes")
+    return _scored(job, trace, found.recording or _facts(job, trace))
+
+
+def _evaluated(job: Job, loaded: LoadedModel, *, fresh: bool, progress: Progress | None) -> Result:
+    folder = job.folder
+    if fresh or same_result(job) is not None:
+        for name in (RESULT_FILE, PAGE_FILE, *COMPANIONS, TRACE_FOLDER):
+            discard(folder / name)
+    trace, facts = _recorded(job, loaded, folder / TRACE_FOLDER, progress=progress)
+    if progress is not None:
+        progress("scoring", 0, 0)
+    return _scored(job, trace, facts)
+
+
+def _scored(job: Job, trace: Trace, facts: RecordingFacts) -> Result:
+    """Score the trace of a job and write the result; ``result.json`` last."""
+    request = job.request
+    scores = score_tables(trace, permutations=request.permutations, seed=request.seed)
+    about = {"accelerator": accelerator_here()}
+    if tokenizer := trace.provenance.get("tokenizer_sha256"):
+        about["tokenizer_sha256"] = str(tokenizer)
+    result = scores.result.model_copy(
+        update={
+            "recording": facts,
+            "environment": {**scores.result.environment, **about},
+            "settings": {**scores.result.settings, **request.settings},
+        }
+    )
+    result = save_scores(scores, job.folder, result)
+    tidy(job)
+    return result
+
+
+def _recorded(job: Job, loaded: LoadedModel, folder: Path | None, *, progress: Progress | None) -> tuple[Trace, RecordingFacts]:
+    from dbes.recording.record import record_documents
+
+    benchmark, request = job.benchmark, job.request
+    if folder is not None and (folder / MANIFEST).is_file() and read_manifest(folder).complete:
+        # interrupted while scoring: the recording itself is whole
+        trace = Trace.load(folder)
+        other = other_recording(trace.provenance, expected_of(loaded, task=benchmark.facts), request)
+        if other:
+            raise TraceError(f"{folder}: holds another recording (another {' and '.join(other)}); use --overwrite or another --output-path")
+        return trace, _facts(job, trace)
+    done = record_documents(
+        loaded,
+        benchmark.documents,
+        domains=benchmark.domains,
+        window=benchmark.task.window,
+        output_path=folder,
+        batch_size=request.batch_size,
+        seed=request.seed,
+        # how windows share a batch can change close choices, so it is part of what a recording is
+        provenance={"task": benchmark.facts, "batch_size": request.batch_size},
+        progress=None if progress is None else lambda now, total: progress("recording", now, total),
+    )
+    facts = _facts(job, done.trace)
+    return done.trace, facts.model_copy(update={"seconds": done.seconds, "tokens_per_second": done.tokens_per_second})
+
+
+def _facts(job: Job, trace: Trace) -> RecordingFacts:
+    return RecordingFacts(documents=len(job.benchmark.documents), tokens=trace.tokens)
+
+
+def _failed(job: Job, problem: BaseException) -> DbesError:
+    """The error to raise, after a result that says what went wrong was written; any other result that stands there is left alone."""
+    reason = refusal(problem)
+    error = problem if isinstance(problem, DbesError) else ResultError(reason or f"{type(problem).__name__}: {problem}")
+    folder, task = job.folder, job.benchmark.task
+    if (folder / RESULT_FILE).exists():
+        try:
+            if load_result(folder).status == "ok":
+                return error
+        except DbesError:
+            return error
+    result = Result(
+        status="error",
+        error=str(error),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        model=ModelFacts(name=job.subject.name, revision=job.subject.commit),
+        task=TaskFacts(name=task.name, version=task.version, fingerprint=job.benchmark.facts["fingerprint"]),
+        settings=job.request.settings,
+    )
+    # where even this cannot be written (a full disk) the error itself still reaches the caller
+    with suppress(DbesError):
+        result.save(folder)
+    return error

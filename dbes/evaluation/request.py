@@ -1,0 +1,272 @@
+"""What one call of evaluate() asks for: model, task and settings, and what a recording made now would say of itself."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from dbes.errors import ModelError, SettingError
+from dbes.shipped import EMBEDDED_MODEL, EMBEDDED_NAME
+from dbes.tasks.task import Document, Task, load_task, read_task, task_facts
+
+if TYPE_CHECKING:
+    from dbes.models import LoadedModel
+
+UNRESOLVED = "unresolved"
+"""Stands for the revision in the path of a result whose model could not be loaded."""
+
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """A task with its documents read, and what identifies them."""
+
+    task: Task
+    documents: tuple[Document, ...]
+    facts: dict[str, Any]
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        return tuple(self.task.domains)
+
+
+def read_benchmark(tasks: str | Path, *, limit: int | None = None, embedded_fallback: bool = False) -> Benchmark:
+    """The task and its documents.
+
+    Raises:
+        TaskError: unknown task, or one that cannot be used.
+    """
+    task = load_task(tasks)
+    reading = read_task(task, limit=limit, embedded_fallback=embedded_fallback)
+    return Benchmark(task=task, documents=reading.documents, facts=task_facts(task, reading))
+
+
+def result_folder(output_path: str | Path, name: str, revision: str, task: str, *, limit: int | None = None) -> Path:
+    """``<output_path>/<model name>/<revision>/<task>``; a limited task stands apart from the whole one."""
+    parts = [re.sub(r"[^\w.=-]+", "__", part).strip(".") or "_" for part in (name, revision.removeprefix("sha256:")[:12], task)]
+    if limit is not None:
+        parts[2] += f"-limit{limit}"
+    return Path(output_path).joinpath(*parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What one call of evaluate() asks for, as it was given; ``model`` is None for a model in memory.
+
+    Raises:
+        SettingError: a value that no evaluation can use.
+    """
+
+    model: str | None
+    tasks: str
+    revision: str | None
+    limit: int | None
+    dtype: str | None
+    device_map: str | None
+    batch_size: int | Literal["auto"]
+    seed: int
+    permutations: int
+    trust_remote_code: bool
+    embedded_fallback: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise SettingError(f"dtype {self.dtype!r}: expected one of {', '.join(DTYPES)}")
+        if self.batch_size != "auto" and not (_whole(self.batch_size) and self.batch_size >= 1):
+            raise SettingError(f"batch_size {self.batch_size!r}: expected 'auto' or a whole number of at least 1")
+        for name, value, least in (("seed", self.seed, 0), ("permutations", self.permutations, 0), ("limit", self.limit, 1)):
+            if value is None and name == "limit":
+                continue
+            if not _whole(value) or (value or 0) < least:
+                raise SettingError(f"{name} {value!r}: expected a whole number of at least {least}")
+        if self.revision is not None and self.model is not None and (self.model == "embedded" or Path(self.model).is_dir()):
+            raise SettingError(f"revision {self.revision!r}: {self.model} is a folder; only models of the hub have revisions")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a result keeps under ``settings``; enough to compare it and to write the command that makes it again."""
+        return {
+            "permutations": self.permutations,
+            "seed": self.seed,
+            "limit": self.limit,
+            "batch_size": self.batch_size,
+            "dtype": self.dtype,
+            "device_map": self.device_map,
+            "trust_remote_code": self.trust_remote_code,
+            "embedded_fallback": self.embedded_fallback,
+            "model": self.model,
+            "tasks": self.tasks,
+            "revision": self.revision,
+        }
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """What a recording made now would say of itself. None: not known before the model is loaded.
+
+    Attributes:
+        task: name, version, fingerprint, ... of the task.
+        accelerator: kind of the accelerator of this machine, or "cpu".
+    """
+
+    task: Mapping[str, Any]
+    revision: str | None
+    accelerator: str
+    dtype: str | None
+    device: str | None
+    attention: str | None = None
+    experts_implementation: str | None = None
+    tokenizer_sha256: str | None = None
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """The facts that are known, under the names of a trace's provenance."""
+        names = ("revision", "dtype", "device", "attention", "experts_implementation", "tokenizer_sha256")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+def expected_before_loading(model: str, *, where: Path | None, commit: str | None, request: Request, task: Mapping[str, Any]) -> Expected:
+    """What is known of a recording before the weights are read.
+
+    Args:
+        where: the model's folder, None on the hub (whose commit stands for the tokenizer too).
+
+    Raises:
+        SettingError: there is no such device.
+        ModelError: the tokenizer cannot be read.
+    """
+    from dbes.models import load_config, load_tokenizer, tokenizer_fingerprint
+
+    accelerator = accelerator_here()
+    place = str(where or model)
+    dtype = request.dtype
+    if dtype == "auto":
+        dtype = "float32"
+        if accelerator != "cpu":
+            config = load_config(place, revision=request.revision, trust_remote_code=request.trust_remote_code)
+            own = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+            dtype = None if own is None else str(own).removeprefix("torch.")
+    tokenizer = None
+    if where is not None:
+        tokenizer = tokenizer_fingerprint(load_tokenizer(place, trust_remote_code=request.trust_remote_code))
+    return Expected(
+        task=task,
+        revision=commit,
+        accelerator=accelerator,
+        dtype=dtype,
+        device=device_named(request.device_map, accelerator),
+        tokenizer_sha256=tokenizer,
+    )
+
+
+def expected_of(loaded: LoadedModel, *, task: Mapping[str, Any]) -> Expected:
+    """The same of a model that is loaded: all is known."""
+    return Expected(
+        task=task,
+        revision=loaded.revision,
+        accelerator=accelerator_here(),
+        dtype=loaded.dtype,
+        device=loaded.device,
+        attention=loaded.attention,
+        experts_implementation=loaded.experts_implementation,
+        tokenizer_sha256=loaded.tokenizer_sha256,
+    )
+
+
+def accelerator_here() -> str:
+    import torch
+
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return "cpu" if found is None else found.type
+
+
+def device_named(device_map: Any, accelerator: str) -> str | None:
+    """Kind of the device that a ``device_map`` names; None for a map of modules.
+
+    Raises:
+        SettingError: no such device.
+    """
+    import torch
+
+    if device_map is None or device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return accelerator
+    if not isinstance(device_map, str):
+        return None
+    try:
+        return torch.device(device_map).type
+    except RuntimeError:
+        raise SettingError(f"device_map {device_map!r}: expected auto, cpu, or a device of torch such as cuda or cuda:0") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """The model to evaluate. ``where``: its folder; ``commit``: its revision; each None where it is not known before loading."""
+
+    name: str
+    commit: str | None
+    where: Path | None = None
+    loaded: LoadedModel | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One call of evaluate()."""
+
+    subject: Subject
+    request: Request
+    benchmark: Benchmark
+    output_path: Path
+    save_trace: bool
+
+    @property
+    def folder(self) -> Path:
+        name, commit = self.subject.name, self.subject.commit or UNRESOLVED
+        return result_folder(self.output_path, name, commit, self.benchmark.task.name, limit=self.request.limit)
+
+    @cached_property
+    def expected(self) -> Expected:
+        subject, facts = self.subject, self.benchmark.facts
+        if subject.loaded is not None:
+            return expected_of(subject.loaded, task=facts)
+        assert self.request.model is not None
+        return expected_before_loading(self.request.model, where=subject.where, commit=subject.commit, request=self.request, task=facts)
+
+    def with_model(self, loaded: LoadedModel) -> Job:
+        subject = replace(self.subject, name=loaded.name, commit=loaded.revision, loaded=loaded)
+        return replace(self, subject=subject)
+
+
+def subject_of(model: str | Path | LoadedModel, request: Request) -> Subject:
+    """The model with what can be known of it without reading its weights.
+
+    Raises:
+        SettingError: there is no such device.
+    """
+    if not isinstance(model, str | Path):
+        return Subject(name=model.name, commit=model.revision, loaded=model)
+    from dbes.models import find_commit, folder_fingerprint
+
+    device_named(request.device_map, "cpu")
+    folder = EMBEDDED_MODEL if str(model) == "embedded" else Path(model)
+    if not folder.is_dir():
+        commit = None
+        if isinstance(model, str):
+            with suppress(ModelError):  # told when it is loaded
+                commit = find_commit(model, revision=request.revision)
+        return Subject(name=str(model), commit=commit)
+    name = EMBEDDED_NAME if str(model) == "embedded" else folder.resolve().name
+    commit = None
+    if (folder / "config.json").is_file():
+        with suppress(OSError, ModelError):
+            commit = folder_fingerprint(folder)
+    return Subject(name=name, commit=commit, where=folder)

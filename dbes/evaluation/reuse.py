@@ -1,0 +1,180 @@
+"""Whether the finished result in a folder answers what is asked now: the same settings, model, texts and software, and all files there.
+
+Whatever can change a number is compared. Results of earlier versions do not hold all of it: what they lack is named, not guessed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from dbes.errors import DbesError, FileError, ResultError
+from dbes.evaluation.request import Expected, Job, Request
+from dbes.files import discard, locked, remove_abandoned, sha256_of
+from dbes.results import RESULT_FILE, Result, load_result
+from dbes.scoring.tables import COMPANIONS
+from dbes.trace.store import CONTROL, Trace
+
+TRACE_FOLDER = "trace"
+
+VERSIONS = ("dbes", "torch", "transformers")
+"""Packages whose version is part of a recording's identity."""
+
+notes = logging.getLogger("dbes")
+"""Says what is not an error but should be known: that a result was reused, or that missing files are made again."""
+
+Difference = tuple[str, Any, Any]
+"""Name, what was recorded, what is asked now."""
+
+
+def differences(found: Result, request: Request, expected: Expected) -> tuple[list[Difference], list[str]]:
+    """What a finished result was made with otherwise than is asked now, and names of what it does not say."""
+    other: list[Difference] = []
+    unknown: list[str] = []
+
+    def compare(name: str, then: Any, now: Any) -> None:
+        if then is None:
+            unknown.append(name)
+        elif then != now:
+            other.append((name, _short(then), _short(now)))
+
+    settings, environment = found.settings, found.environment
+    for name in ("permutations", "seed", "limit", "batch_size", "trust_remote_code"):
+        if name not in settings:
+            unknown.append(name)
+        elif settings[name] != getattr(request, name):
+            other.append((name, settings[name], getattr(request, name)))
+    asked = (request.dtype, request.device_map, expected.accelerator)
+    made = (settings.get("dtype"), settings.get("device_map"), environment.get("accelerator"))
+    if request.model is None or made != asked:
+        # not asked in the same words on the same kind of machine: then it must come to the same
+        compare("dtype", found.model.dtype, expected.dtype or request.dtype)
+        if expected.device is not None:
+            compare("device", environment.get("device"), expected.device)
+    for name in ("attention", "experts_implementation", "tokenizer_sha256"):
+        if (now := getattr(expected, name)) is not None:
+            compare(name.removesuffix("_sha256"), environment.get(name), now)
+    for name in VERSIONS:
+        compare(f"version of {name}", environment.get(f"recorded_with_{name}"), version(name))
+    compare("version of dbes that scored", environment.get("dbes"), version("dbes"))
+    compare("task version", found.task.version, expected.task.get("version"))
+    compare("task fingerprint", found.task.fingerprint, expected.task.get("fingerprint"))
+    return other, unknown
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:12]}..."
+
+
+def other_recording(about: Mapping[str, Any], expected: Expected, request: Request) -> list[str]:
+    """Names of the facts in which a finished recording is another than would be made now."""
+    now = {
+        **expected.about,
+        "task": dict(expected.task),
+        "seed": request.seed,
+        "batch_size": request.batch_size,
+        "versions": {name: version(name) for name in VERSIONS},
+    }
+    # recordings of earlier versions do not say their batch size
+    return [name for name, value in now.items() if about.get(name) != value and not (name == "batch_size" and name not in about)]
+
+
+def missing_files(folder: Path, found: Result) -> list[str]:
+    """Companions of a finished result that are not there, or not as it was written; of old results only whether they are there."""
+    if not found.files:
+        return [name for name in COMPANIONS if not (folder / name).is_file()]
+    return [name for name, digest in found.files.items() if not _is(folder / name, digest)]
+
+
+def _is(path: Path, digest: str) -> bool:
+    try:
+        return path.is_file() and sha256_of(path) == digest
+    except OSError:
+        return False
+
+
+def whole_trace(folder: Path) -> Trace | None:
+    """The finished recording in a folder with all its shards, each as long as it says; None where there is none."""
+    try:
+        trace = Trace.load(folder)
+        for part, where in ((trace, folder), (trace.control, folder / CONTROL)):
+            if part is not None and not all(_complete(where / entry.name) for entry in part.entries):
+                return None
+        return trace
+    except (DbesError, OSError):
+        return None
+
+
+def _complete(path: Path) -> bool:
+    """Whether a safetensors file is as long as its header says."""
+    try:
+        with path.open("rb") as content:
+            size = int.from_bytes(content.read(8), "little")
+            header = json.loads(content.read(min(size, path.stat().st_size)))
+        ends = [about["data_offsets"][1] for name, about in header.items() if name != "__metadata__"]
+        return path.stat().st_size == 8 + size + max(ends, default=0)
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+        return False
+
+
+def same_result(job: Job) -> tuple[Result, list[str]] | None:
+    """The finished result of this very job, if there is one, and what could not be compared because it does not say.
+
+    Raises:
+        ResultError: the folder holds a finished result of something else, or a file that is no result.
+    """
+    folder = job.folder
+    if not (folder / RESULT_FILE).exists():
+        return None
+    try:
+        found = load_result(folder)
+    except DbesError as problem:
+        raise ResultError(f"{problem}; use --overwrite or another --output-path") from None
+    if found.status != "ok":
+        return None
+    other, unknown = differences(found, job.request, job.expected)
+    if other:
+        names = " and ".join(name for name, _, _ in other)
+        details = "; ".join(f"{name}: recorded {then}, asked {now}" for name, then, now in other)
+        raise ResultError(f"{folder}: holds a finished result with another {names}; use --overwrite or another --output-path ({details})")
+    return found, unknown
+
+
+def finished_result(job: Job) -> Result | None:
+    """The finished result of this job when nothing of it is missing; otherwise None."""
+    if (same := same_result(job)) is None:
+        return None
+    found, unknown = same
+    folder = job.folder
+    kept = (folder / TRACE_FOLDER).is_dir()
+    if missing_files(folder, found) or (kept and job.save_trace and whole_trace(folder / TRACE_FOLDER) is None):
+        return None
+    told = [f"{folder}: reused, recorded at {found.created}"]
+    if unknown:
+        told.append(f"it does not say, so these were not compared: {', '.join(unknown)}")
+    if job.save_trace and not kept:
+        told.append("its routes were not kept, --overwrite records them")
+    try:
+        with locked(folder):
+            tidy(job)
+    except FileError as problem:
+        # on a read-only disk, or beside another run, the result is shown all the same
+        if kept and not job.save_trace:
+            told.append(f"its routes are still there: {problem}")
+    notes.warning("; ".join(told))
+    return found
+
+
+def tidy(job: Job) -> None:
+    """Remove what a killed run of the same job left, and the routes where they are not to be kept."""
+    trace = job.folder / TRACE_FOLDER
+    for folder in (trace, trace / CONTROL):
+        if folder.is_dir():
+            remove_abandoned(folder)
+    if not job.save_trace and trace.is_dir():
+        discard(trace)

@@ -1,0 +1,1 @@
+"""From texts and a model to a trace."""

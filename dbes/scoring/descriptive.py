@@ -1,0 +1,184 @@
+"""Companion statistics: not the five metrics, but what users of MoE models ask for beside them.
+
+Those that need pairs of slots or token ids are computed on at most ``SAMPLE_TOKENS`` tokens of whole documents, spread evenly
+over the domains; how many were used is part of the result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from dbes.scoring import metrics
+from dbes.scoring.counts import RoutingStatistics, of_phase
+from dbes.scoring.resampling import permuted_labels
+from dbes.trace.store import Trace
+from dbes.trace.types import RoutingShape, TokenRoutes
+
+SAMPLE_TOKENS = 1 << 18
+"""Tokens at most for co-activation and transitions."""
+
+IDENTITY_TOKENS = 1 << 16
+"""Tokens at most for the token-identity control."""
+
+IDENTITY_OCCURRENCES = 20
+"""Token ids that occur less often in the sample are left out of the token-identity control."""
+
+IDENTITY_DRAWS = 5
+"""Permutations of document labels for the null of the token-identity control."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSample:
+    """Routes of some whole documents, and how many tokens that is."""
+
+    routes: TokenRoutes
+    tokens: int
+
+
+def sample_routes(trace: Trace, tokens: np.ndarray, *, phase: int | None = None, limit: int = SAMPLE_TOKENS) -> TokenSample | None:
+    """Whole documents, spread evenly over the domains, of at most about ``limit`` tokens; None when there is no token.
+
+    Args:
+        tokens: [documents], tokens of each document that count.
+        phase: take only tokens of this phase; None takes all.
+    """
+    shape = trace.shape
+    keep = np.zeros(len(tokens), bool)
+    for domain in range(len(shape.domains)):
+        members = np.flatnonzero((shape.document_domain == domain) & (tokens > 0))
+        budget = limit // len(shape.domains)
+        wanted = tokens[members].sum()
+        if wanted > budget:
+            members = members[np.linspace(0, len(members) - 1, max(1, int(len(members) * budget / wanted))).astype(int)]
+        keep[members] = True
+    parts = []
+    for routes in trace.with_columns("token_ids", "phase"):
+        rows = np.flatnonzero(keep[routes.document] & of_phase(routes, phase))
+        if len(rows):
+            parts.append(TokenRoutes(ids=routes.ids[rows], document=routes.document[rows], positions=routes.positions[rows],
+                                     token_ids=None if routes.token_ids is None else routes.token_ids[rows]))  # fmt: skip
+    if not parts:
+        return None
+    joined = {name: np.concatenate([part.arrays()[name] for part in parts]) for name in parts[0].arrays()}
+    return TokenSample(routes=TokenRoutes(**joined), tokens=len(joined["document"]))
+
+
+def coactivation(sample: TokenSample, shape: RoutingShape) -> np.ndarray:
+    """Tokens that chose both experts, int64 [layers, experts, experts]: all pairs of slots, symmetric; diagonal: tokens of the expert."""
+    width = shape.width
+    counts = np.zeros((len(shape.layers), width, width), np.int64)
+    for column in range(len(shape.layers)):
+        slots = _slot_columns(sample, column, width)
+        for first, second in combinations(slots, 2):
+            counts[column] += _pair_counts(first * (width + 1), second, width)
+        counts[column] += counts[column].T.copy()
+        counts[column][np.diag_indices(width)] = np.bincount(np.concatenate(slots), minlength=width + 1)[:width]
+    return counts
+
+
+def transitions(sample: TokenSample, shape: RoutingShape) -> np.ndarray:
+    """How tokens move to the next MoE layer, float64 [layers - 1, experts, experts].
+
+    Entry (e, f) sums over tokens the share 1/(k k') of each pair (slot with e at a layer, slot with f at the next).
+    """
+    width = shape.width
+    counts = np.zeros((len(shape.layers) - 1, width, width))
+    following = _slot_columns(sample, 0, width)
+    for column in range(len(shape.layers) - 1):
+        slots, following = following, _slot_columns(sample, column + 1, width)
+        for here in slots:
+            rows = here * (width + 1)
+            for there in following:
+                counts[column] += _pair_counts(rows, there, width)
+        counts[column] /= shape.top_k[column] * shape.top_k[column + 1]
+    return counts
+
+
+def token_identity(sample: TokenSample, shape: RoutingShape, *, seed: int) -> dict[str, np.ndarray] | None:
+    r"""How much of routing is token identity, per layer, in nats; None where the trace has no token ids.
+
+    ``token``: plug-in I(token; E), and ``token_null``, the same with token ids shuffled. ``domain_given_token``: plug-in
+    I(D; E | token id), what the domain tells about the expert once the token is known, and ``domain_given_token_null``, its
+    mean over shuffles of the documents' labels. Only token ids that occur often enough in the sample count.
+    """
+    routes = sample.routes
+    if routes.token_ids is None:
+        return None
+    _, which, occurrences = np.unique(routes.token_ids, return_inverse=True, return_counts=True)
+    frequent = occurrences >= IDENTITY_OCCURRENCES
+    rows = np.flatnonzero(frequent[which])
+    if not len(rows):
+        return None
+    token = (np.cumsum(frequent) - 1)[which[rows]]
+    kinds_used, domains = int(frequent.sum()), len(shape.domains)
+    missing = np.iinfo(routes.ids.dtype).max
+    rng = np.random.default_rng(seed)
+    shuffled = token[rng.permutation(len(token))]
+    labels = permuted_labels(shape.document_domain, permutations=IDENTITY_DRAWS, seed=seed)
+    names = ("token", "token_null", "domain_given_token", "domain_given_token_null")
+    found = {name: np.full(len(shape.layers), np.nan) for name in names}
+    document = routes.document[rows]
+    for column, experts in enumerate(shape.experts):
+        ids = routes.ids[rows, column].astype(np.int64)
+        present = ids != missing
+        slots = present.sum(axis=1)
+        chosen = ids[present]
+        owner = np.repeat(np.arange(len(rows)), slots)
+        found["token"][column] = metrics.mutual_information(_table(token[owner], chosen, kinds_used, experts))
+        found["token_null"][column] = metrics.mutual_information(_table(shuffled[owner], chosen, kinds_used, experts))
+        given = []
+        for label in (shape.document_domain, *labels):
+            cell = token[owner] * domains + label[document[owner]]
+            table = _table(cell, chosen, kinds_used * domains, experts).reshape(kinds_used, domains, experts)
+            weight = table.sum(axis=(1, 2))
+            given.append(float((weight * np.nan_to_num(metrics.mutual_information(table))).sum() / weight.sum()))
+        found["domain_given_token"][column] = given[0]
+        found["domain_given_token_null"][column] = np.mean(given[1:])
+    return found
+
+
+def split_half_similarity(statistics: RoutingStatistics, *, seed: int) -> np.ndarray:
+    """Cosine (unbiased norms) between two random halves of the documents of a domain, [domains, layers]: the ceiling of similarity."""
+    shape = statistics.shape
+    half = random_halves(shape.document_domain, seed=seed)
+    domains = len(shape.domains)
+    sums = np.stack([statistics.by_domain(statistics.hits * (half == side)[:, None, None]) for side in (0, 1)])
+    tokens = np.stack([statistics.by_domain(statistics.active * (half == side)[:, None]) for side in (0, 1)])
+    similarity = np.full((domains, len(shape.layers)), np.nan)
+    for domain in range(domains):
+        usage = metrics.usage_of(sums[:, domain])
+        found = metrics.unbiased_cosines(metrics.grams(usage), tokens[:, domain], sums[:, domain].sum(axis=-1))
+        similarity[domain] = found[:, 0, 1]
+    return similarity
+
+
+def random_halves(document_domain: np.ndarray, *, seed: int) -> np.ndarray:
+    """0 or 1 for each document; each domain is split evenly (an odd document goes to half 0)."""
+    rng = np.random.default_rng(seed)
+    half = np.zeros(len(document_domain), np.int8)
+    for domain in np.unique(document_domain):
+        members = rng.permutation(np.flatnonzero(document_domain == domain))
+        half[members[1::2]] = 1
+    return half
+
+
+def _slot_columns(sample: TokenSample, column: int, width: int) -> list[np.ndarray]:
+    """Expert of each slot at a layer, int64 [tokens] each; ``width`` where the slot did not run."""
+    ids = sample.routes.ids[:, column]
+    missing = np.iinfo(ids.dtype).max
+    slots = np.ascontiguousarray(ids.T).astype(np.int64)
+    slots[slots == missing] = width
+    return list(slots)
+
+
+def _pair_counts(rows: np.ndarray, columns: np.ndarray, width: int) -> np.ndarray:
+    """How often each pair of experts occurs, [experts, experts]; ``rows`` are already multiplied by ``width`` + 1."""
+    side = width + 1
+    return np.bincount(rows + columns, minlength=side * side).reshape(side, side)[:width, :width]
+
+
+def _table(rows: np.ndarray, columns: np.ndarray, height: int, width: int) -> np.ndarray:
+    return np.bincount(rows * width + columns, minlength=height * width).reshape(height, width)

@@ -1,0 +1,416 @@
+r"""Chance levels, intervals and false-discovery control, with the **document** as the unit of everything.
+
+Tokens of one text are not independent: on real text the null from shuffling labels over tokens is 9 to 17 times too small.
+So labels are permuted over documents, and the jackknife leaves out one document at a time. All functions take per-document
+statistics and run as matrix products, never as a loop over tokens.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+
+import numpy as np
+from scipy.special import entr
+from scipy.stats import false_discovery_control
+
+from dbes.scoring.metrics import (
+    domain_divergence,
+    domain_information,
+    effective_rank,
+    effective_rank_of_gram,
+    grams,
+    isolation_of_gram,
+    usage_of,
+)
+
+WORKERS = min(os.cpu_count() or 1, 4)
+
+TIE = 1e-12
+"""Two values closer than this count as equal, so that rounding never makes a value 'beat' its own null."""
+
+PERMUTATION_CELLS = 1 << 22
+"""Array elements worked on at a time by the permutations and the jackknife: bounds memory, changes no value."""
+
+COUNT_BANDS = 4
+"""Bands of expected count within which the null of the specialist test is pooled over the experts of a layer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DomainScores:
+    """The domain metrics of one set of counts, or of many: leading axes (permutations, left-out documents) come first.
+
+    Attributes:
+        information: [..., layers], routing specialization in nats.
+        divergence: [..., domains, layers], each domain's share of it.
+        effective_rank: [..., layers], DER.
+        isolation: [..., domains, layers].
+    """
+
+    information: np.ndarray
+    divergence: np.ndarray
+    effective_rank: np.ndarray
+    isolation: np.ndarray
+
+    @classmethod
+    def stack(cls, parts: list[DomainScores], axis: int) -> DomainScores:
+        return cls(**{field.name: np.concatenate([getattr(part, field.name) for part in parts], axis=axis) for field in fields(cls)})
+
+
+def domain_scores(counts: np.ndarray, tokens: np.ndarray, *, experts: np.ndarray | None = None, exact: bool = True) -> DomainScores:
+    """The domain metrics of counts [..., domains, layers, experts].
+
+    Args:
+        tokens: [..., domains, layers], tokens that were routed at each layer.
+        experts: [layers], experts of each layer; the length of the last axis by default.
+        exact: singular values by SVD; otherwise through the Gram matrix, the same to about 1e-6 and cheaper.
+    """
+    usage = usage_of(counts)
+    slots = counts.sum(axis=-1, dtype=np.float64)
+    experts = np.full(usage.shape[-2], usage.shape[-1]) if experts is None else experts
+    gram = grams(usage)
+    alone = usage.shape[-3] == 1
+    divergence = domain_divergence(usage)
+    return DomainScores(
+        information=domain_information(usage),
+        divergence=np.full_like(divergence, np.nan) if alone else divergence,
+        effective_rank=effective_rank(usage, experts) if exact else effective_rank_of_gram(gram, experts),
+        isolation=isolation_of_gram(gram, tokens, slots),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Permutation null
+
+
+def permuted_labels(document_domain: np.ndarray, *, permutations: int, seed: int) -> np.ndarray:
+    """Domain labels shuffled over documents, int16 [permutations, documents]; every domain keeps its number of documents."""
+    rng = np.random.default_rng(seed)
+    labels = np.tile(document_domain.astype(np.int16), (permutations, 1))
+    return rng.permuted(labels, axis=1, out=labels)
+
+
+def permutation_p(value: np.ndarray, null: np.ndarray) -> np.ndarray:
+    """One-sided p of ``value`` [...] against draws ``null`` [permutations, ...]: (1 + draws at least as large) / (1 + draws)."""
+    with np.errstate(invalid="ignore"):
+        reached = (null >= value - TIE).sum(axis=0)
+    return np.where(np.isnan(value), np.nan, (1 + reached) / (1 + len(null)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class NullDraws:
+    """What the permutations gave: the scores of every draw, and the p-values of the specialist test.
+
+    Attributes:
+        scores: DomainScores with a leading [permutations] axis.
+        specialist_p: [domains, layers, experts]; NaN where the test cannot be made.
+        z: [domains, layers, experts], the studentized difference that was tested.
+    """
+
+    scores: DomainScores
+    specialist_p: np.ndarray
+    z: np.ndarray
+
+
+def permutation_null(
+    hits: np.ndarray, active: np.ndarray, labels: np.ndarray, document_domain: np.ndarray, domains: int, *, sizes: np.ndarray | None = None
+) -> NullDraws:
+    """Scores of the documents under permuted domain labels, layer by layer.
+
+    Args:
+        hits: [documents, layers, experts]; active: [documents, layers], routed tokens.
+        labels: [permutations, documents], see ``permuted_labels``.
+        sizes: [layers], experts of each layer; the length of the last axis by default.
+    """
+    documents, layers, experts = hits.shape
+    sizes = np.full(layers, experts) if sizes is None else sizes
+    tested_p = np.full((domains, layers, experts), np.nan)
+    tested_z = np.full((domains, layers, experts), np.nan)
+
+    def draw(layer: int) -> DomainScores:
+        columns = _moment_columns(hits[:, layer], active[:, layer])
+        observed = _layer_moments(_domain_sums(document_domain[None], columns, domains), experts)
+        z = studentized_difference(*observed.parts)[0]
+        batches: list[DomainScores] = []
+        null_z: list[np.ndarray] = []
+        for batch in _batches(labels, domains * columns.shape[1] + domains * documents):
+            drawn = _layer_moments(_domain_sums(batch, columns, domains), experts)
+            size = sizes[layer : layer + 1]
+            batches.append(domain_scores(drawn.hits[..., None, :], drawn.tokens[..., None], experts=size, exact=False))
+            null_z.append(studentized_difference(*drawn.parts).astype(np.float32))
+        tested_z[:, layer] = z
+        if not batches:
+            return domain_scores(np.zeros((0, domains, 1, experts)), np.zeros((0, domains, 1)), exact=False)
+        tested_p[:, layer] = pooled_p(z, np.concatenate(null_z), expected=observed.hits[0].sum(axis=0))
+        return DomainScores.stack(batches, axis=0)
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        scores = list(pool.map(draw, range(layers)))
+    return NullDraws(scores=DomainScores.stack(scores, axis=-1), specialist_p=tested_p, z=tested_z)
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """Per domain: sums over documents of h, h^2, h s, and of s, s^2, tokens, 1 (h hits of an expert, s slots of the document)."""
+
+    hits: np.ndarray
+    hits_squared: np.ndarray
+    hits_slots: np.ndarray
+    slots: np.ndarray
+    slots_squared: np.ndarray
+    tokens: np.ndarray
+    documents: np.ndarray
+
+    @property
+    def parts(self) -> tuple[np.ndarray, ...]:
+        return self.hits, self.hits_squared, self.hits_slots, self.slots, self.slots_squared, self.documents
+
+
+def _moment_columns(hits: np.ndarray, active: np.ndarray) -> np.ndarray:
+    """The per-document columns whose domain sums give every moment by one matrix product: [documents, 3 experts + 4]."""
+    hits = hits.astype(np.float32)
+    slots = hits.sum(axis=-1, keepdims=True)
+    ran = (slots > 0).astype(np.float32)
+    return np.concatenate([hits, hits**2, hits * slots, slots, slots**2, active[:, None].astype(np.float32), ran], axis=1)
+
+
+def _layer_moments(sums: np.ndarray, experts: int) -> _Moments:
+    sums = sums.astype(np.float64)
+    thirds = [sums[..., index * experts : (index + 1) * experts] for index in range(3)]
+    return _Moments(*thirds, *(sums[..., 3 * experts + index] for index in range(4)))
+
+
+def _domain_sums(labels: np.ndarray, columns: np.ndarray, domains: int) -> np.ndarray:
+    """Sums of columns [documents, columns] per domain under each labelling [permutations, documents], as one matrix product."""
+    one_hot = (labels[:, None, :] == np.arange(domains, dtype=labels.dtype)[:, None]).astype(np.float32)
+    sums = one_hot.reshape(-1, labels.shape[1]) @ columns
+    return sums.reshape(len(labels), domains, -1)
+
+
+def _batches(labels: np.ndarray, elements_each: int) -> Iterator[np.ndarray]:
+    size = max(1, PERMUTATION_CELLS // max(elements_each, 1))
+    for start in range(0, len(labels), size):
+        yield labels[start : start + size]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Jackknife
+
+
+def left_out_scores(
+    hits: np.ndarray, active: np.ndarray, document_domain: np.ndarray, domains: int, *, sizes: np.ndarray | None = None
+) -> DomainScores:
+    """The domain metrics with each document left out in turn: a leading [documents] axis.
+
+    One document changes one domain's row, so only that row, the mixture and one row of the Gram matrix are computed again.
+
+    Args:
+        sizes: [layers], experts of each layer; the length of the last axis by default.
+    """
+    documents, layers, experts = hits.shape
+    sums = np.zeros((domains, layers, experts))
+    tokens = np.zeros((domains, layers))
+    np.add.at(sums, document_domain, hits)
+    np.add.at(tokens, document_domain, active)
+    slots = sums.sum(axis=-1)
+    usage = usage_of(sums)
+    entropy = entr(usage).sum(axis=-1)
+    gram = grams(usage)
+    result = DomainScores(
+        information=np.full((documents, layers), np.nan),
+        divergence=np.full((documents, domains, layers), np.nan),
+        effective_rank=np.full((documents, layers), np.nan),
+        isolation=np.full((documents, domains, layers), np.nan),
+    )
+    if domains < 2:
+        return result
+    by_layer = np.ascontiguousarray(np.moveaxis(usage, 0, 2))  # [layers, experts, domains]
+    mixture = usage.mean(axis=0)
+    size = max(1, PERMUTATION_CELLS // (layers * max(experts, domains * domains)))
+    for domain in range(domains):
+        members = np.flatnonzero(document_domain == domain)
+        for start in range(0, len(members), size):
+            chosen = members[start : start + size]
+            row = usage_of(sums[domain] - hits[chosen])
+            mixed = np.clip(mixture + (row - usage[domain]) / domains, 0.0, None)
+            with np.errstate(divide="ignore"):
+                log_mixed = np.where(mixed == 0, 0.0, np.log(mixed))
+            row_entropy = entr(row).sum(axis=-1)
+            others_entropy = entropy.sum(axis=0) - entropy[domain]
+            result.information[chosen] = entr(mixed).sum(axis=-1) - (others_entropy + row_entropy) / domains
+            crossed = np.moveaxis(log_mixed, 0, 1) @ by_layer  # [layers, chosen, domains]
+            divergence = -entropy - np.moveaxis(crossed, 0, 1).swapaxes(-1, -2)
+            divergence[:, domain] = -row_entropy - (row * log_mixed).sum(axis=-1)
+            result.divergence[chosen] = divergence
+            products = np.moveaxis(np.moveaxis(row, 0, 1) @ by_layer, 0, 1)  # [chosen, layers, domains]
+            products[..., domain] = (row * row).sum(axis=-1)
+            changed = np.repeat(gram[None], len(chosen), axis=0)
+            changed[..., domain, :] = products
+            changed[..., :, domain] = products
+            result.effective_rank[chosen] = effective_rank_of_gram(changed, experts if sizes is None else sizes)
+            fewer_tokens = np.repeat(tokens[None], len(chosen), axis=0)
+            fewer_slots = np.repeat(slots[None], len(chosen), axis=0)
+            fewer_tokens[:, domain] -= active[chosen]
+            fewer_slots[:, domain] -= hits[chosen].sum(axis=-1)
+            result.isolation[chosen] = isolation_of_gram(changed, fewer_tokens, fewer_slots)
+    return result
+
+
+def without_each_expert(counts: np.ndarray, tokens: np.ndarray, *, experts: np.ndarray) -> DomainScores:
+    """The domain metrics with each expert's column dropped in turn: a leading [experts] axis.
+
+    The experts of a random router are independent draws, so the spread of these values tells how much its scores would differ
+    with other draws, which one recorded control cannot show by itself.
+
+    Args:
+        counts: [domains, layers, experts]; tokens: [domains, layers]; experts: [layers].
+    """
+    width = counts.shape[-1]
+    size = max(1, PERMUTATION_CELLS // counts.size)
+    parts = []
+    for start in range(0, width, size):
+        dropped = np.arange(start, min(start + size, width))
+        fewer = np.repeat(counts[None], len(dropped), axis=0)
+        fewer[np.arange(len(dropped)), :, :, dropped] = 0
+        parts.append(domain_scores(fewer, np.repeat(tokens[None], len(dropped), axis=0), experts=experts, exact=False))
+    return DomainScores.stack(parts, axis=0)
+
+
+def left_out_ratios(numerator: np.ndarray, denominator: np.ndarray, document_domain: np.ndarray, domains: int) -> np.ndarray:
+    """Ratio of domain sums with each document left out in turn, [documents, domains, ...].
+
+    Args:
+        numerator, denominator: [documents, ...] sums of each document.
+    """
+    result = np.repeat(domain_ratio(numerator, denominator, document_domain, domains)[None], len(numerator), axis=0)
+    for domain in range(domains):
+        members = document_domain == domain
+        above, below = numerator[members].sum(axis=0), denominator[members].sum(axis=0)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            rest = (above - numerator[members]) / (below - denominator[members])
+        result[members, domain] = np.where(below - denominator[members] > 0, rest, np.nan)
+    return result
+
+
+def domain_ratio(numerator: np.ndarray, denominator: np.ndarray, document_domain: np.ndarray, domains: int) -> np.ndarray:
+    """Sum of numerators over sum of denominators per domain, [domains, ...]; NaN where the denominator is 0."""
+    above, below = (np.stack([part[document_domain == d].sum(axis=0) for d in range(domains)]) for part in (numerator, denominator))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(below > 0, above / below, np.nan)
+
+
+def jackknife(value: np.ndarray, left_out: np.ndarray, document_domain: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    r"""Bias-corrected value and its standard error from the delete-one-document jackknife, stratified by domain.
+
+    .. math:: \theta + \sum_d (n_d - 1)(\theta - \bar\theta_{(\cdot) d}), \qquad
+              se^2 = \sum_d \frac{n_d - 1}{n_d} \sum_{i \in d} (\theta_{(i)} - \bar\theta_{(\cdot) d})^2
+
+    Args:
+        value: [...]; left_out: [documents, ...], the value without each document.
+    Returns:
+        corrected [...], standard error [...]; NaN where a domain that matters has one document only. The percentile
+        bootstrap is not offered: resampling adds the small-sample bias a second time, and it covered the truth in no run.
+    """
+    corrected = np.array(value, np.float64, copy=True)
+    variance = np.zeros_like(corrected)
+    for domain in np.unique(document_domain):
+        inside = left_out[document_domain == domain]
+        count = len(inside)
+        mean = inside.mean(axis=0)
+        corrected += (count - 1) * (value - mean)
+        variance += (count - 1) / count * ((inside - mean) ** 2).sum(axis=0)
+    error = np.sqrt(variance)
+    return np.where(np.isnan(error), np.nan, corrected), error
+
+
+def sign_flip_p(differences: np.ndarray, *, permutations: int, seed: int) -> np.ndarray:
+    """One-sided p that documents' mean difference exceeds 0, by flipping the sign of whole documents, [...].
+
+    Used where chance is exact inside each document (n-grams), so that no label can be permuted.
+
+    Args:
+        differences: [documents, ...], each document's contribution to the statistic (weights already applied); their sum is tested.
+    """
+    rng = np.random.default_rng(seed)
+    flat = np.nan_to_num(differences.reshape(len(differences), -1))
+    observed = flat.sum(axis=0)
+    reached = np.zeros(flat.shape[1], np.int64)
+    for batch in _batches(np.zeros((permutations, 0)), len(flat) + flat.shape[1]):
+        signs = rng.integers(0, 2, size=(len(batch), len(flat))).astype(np.float64) * 2 - 1
+        reached += (signs @ flat >= observed - TIE).sum(axis=0)
+    p = (1 + reached) / (1 + permutations)
+    unknown = np.isnan(differences).all(axis=0)
+    return np.where(unknown, np.nan, p.reshape(differences.shape[1:]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Specialists
+
+
+def studentized_difference(
+    hits: np.ndarray, hits_squared: np.ndarray, hits_slots: np.ndarray, slots: np.ndarray, slots_squared: np.ndarray, documents: np.ndarray
+) -> np.ndarray:
+    r"""z = (p_d - pbar) / se, [..., domains, experts], se from the ratio estimator with documents as clusters.
+
+    .. math:: var(p_d) = \frac{n_d}{n_d - 1} \frac{\sum_i (h_i - p_d s_i)^2}{(\sum_i s_i)^2}, \qquad
+              var(p_d - \bar p) = (1 - \tfrac1D)^2 var(p_d) + \tfrac1{D^2} \sum_{d' \ne d} var(p_{d'})
+
+    Args:
+        hits, hits_squared, hits_slots: [..., domains, experts], sums over documents of h, h^2 and h s.
+        slots, slots_squared, documents: [..., domains], sums of s, s^2 and 1.
+    Returns:
+        0 where the difference is 0; infinite where it is not and nothing varies; NaN for a domain with fewer than 2 documents.
+    """
+    usage, variance = usage_variance(hits, hits_squared, hits_slots, slots, slots_squared, documents)
+    domains = usage.shape[-2]
+    difference = usage - usage.mean(axis=-2, keepdims=True)
+    share = 1 / domains
+    total = (1 - share) ** 2 * variance + share**2 * (variance.sum(axis=-2, keepdims=True) - variance)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        z = difference / np.sqrt(total)
+    return np.where((np.abs(difference) < TIE) & ~np.isnan(total), 0.0, z)
+
+
+def usage_variance(
+    hits: np.ndarray, hits_squared: np.ndarray, hits_slots: np.ndarray, slots: np.ndarray, slots_squared: np.ndarray, documents: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Usage of each domain and its sampling variance with documents as clusters, both [..., domains, experts]."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        usage = hits / slots[..., None]
+        residual = hits_squared - 2 * usage * hits_slots + usage**2 * slots_squared[..., None]
+        factor = np.where(documents > 1, documents / (documents - 1), np.nan)
+        return usage, np.clip(residual, 0.0, None) * (factor / slots**2)[..., None]
+
+
+def pooled_p(z: np.ndarray, null: np.ndarray, *, expected: np.ndarray) -> np.ndarray:
+    """One-sided p of z [domains, experts] against draws pooled over experts of a similar count.
+
+    Pooling makes p-values far smaller than 1/permutations available, which FDR control over thousands of tests needs.
+
+    Args:
+        null: [permutations, domains, experts]; expected: [experts], total hits, by which experts are put in bands.
+    """
+    result = np.full(z.shape, np.nan)
+    used = np.flatnonzero(expected > 0)
+    if not len(used):
+        return result
+    ranked = used[np.argsort(expected[used], kind="stable")]
+    for band in np.array_split(ranked, min(COUNT_BANDS, len(ranked))):
+        pool = null[..., band].reshape(-1)
+        pool = np.sort(pool[~np.isnan(pool)])
+        if not len(pool):
+            continue
+        at_least = len(pool) - np.searchsorted(pool, (z[:, band] - TIE).astype(np.float32), side="left")
+        result[:, band] = np.where(np.isnan(z[:, band]), np.nan, (1 + at_least) / (1 + len(pool)))
+    return result
+
+
+def false_discovery_q(p: np.ndarray) -> np.ndarray:
+    """Benjamini-Hochberg q-values over all tests that could be made; NaN stays NaN."""
+    result = np.full(p.shape, np.nan)
+    made = ~np.isnan(p)
+    if made.any():
+        result[made] = false_discovery_control(p[made], method="bh")
+    return result

@@ -1,0 +1,1 @@
+"""Benchmarks: task files, their documents from local files or the hub, and texts to train on."""

@@ -1,0 +1,255 @@
+"""What is trained on and what is measured on: entries of files and tasks, held-out ones set apart by their source."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dbes.errors import FinetuneError
+from dbes.files import read_bytes
+from dbes.schema import parse_json
+from dbes.tasks import local
+from dbes.tasks.documents import Document, kind_of, plain_text
+from dbes.tasks.task import load_task, read_documents
+from dbes.text import clipped
+
+TASK = "task:"
+TARGET = "data"
+"""Name of the target domain when the data is a file."""
+
+HELD_OUT = 0.2
+
+JSON_BYTES = 2**28
+"""Of a .json file, which is read as a whole; a .jsonl file is read line by line."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question with choices; ``right`` is the index of the correct one."""
+
+    question: str
+    choices: tuple[str, ...]
+    right: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One text, conversation, or prompt with its completion.
+
+    Attributes:
+        source: entries with the same source are never parted between training and held-out.
+        segments: (text, whether its tokens count in the loss), in order; empty for a conversation.
+        messages: role and content, for the chat template of the tokenizer; loss on the assistant's turns from number ``first`` on.
+        item: the multiple-choice question in it, if any.
+        where: file and row it was read from, for messages.
+    """
+
+    id: str
+    source: str
+    segments: tuple[tuple[str, bool], ...] = ()
+    messages: tuple[Mapping[str, Any], ...] = ()
+    first: int = 0
+    item: Item | None = None
+    where: str = ""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return self.where or f"text {self.id!r}"
+
+    @property
+    def is_plain(self) -> bool:
+        """Plain text, which may be packed with other texts into one sequence."""
+        return len(self.segments) == 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Entries to train on, and held-out entries by domain (``target`` and all other domains of the task).
+
+    Attributes:
+        digest: sha256 over the training entries, in order.
+        elsewhere: what is not held out of every other domain: never trained on, for protection (`dbes.finetuning.protection`).
+    """
+
+    target: str
+    training: tuple[Entry, ...]
+    heldout: Mapping[str, tuple[Entry, ...]]
+    digest: str
+    elsewhere: Mapping[str, tuple[Entry, ...]] = field(default_factory=dict)
+
+
+def prepare_data(source: str, *, tasks: str | Path = "embedded", limit: int | None = None) -> Data:
+    """The data of a run.
+
+    Args:
+        source: a file (.jsonl, .ndjson, .json, .txt, .md, .parquet; .gz of these but .json), or ``task:DOMAIN``.
+        tasks: the task whose domains are measured before and after; of each domain the held-out fifth.
+        limit: held-out entries of each domain at most.
+
+    Raises:
+        FinetuneError: no such file or domain, no entries, too few to hold some out, rows that are neither text, conversation nor
+            prompt with completion.
+        TaskError: the task cannot be read.
+    """
+    task = load_task(tasks)
+    domain = source.removeprefix(TASK) if source.startswith(TASK) else None
+    if domain is not None and domain not in task.domains:
+        raise FinetuneError(f"no domain is called {domain!r}; task {task.name!r} has {', '.join(task.domains)}")
+    by_domain: dict[str, list[Entry]] = {name: [] for name in task.domains}
+    for document in read_documents(task):
+        by_domain[document.domain].append(_entry_of_document(document))
+    target = domain if domain is not None else TARGET
+    if domain is None:
+        by_domain = {target: read_entries(Path(source)), **by_domain}
+    training, kept = hold_out(by_domain[target], where=source)
+    heldout, elsewhere = {target: kept[:limit]}, {}
+    for name, entries in by_domain.items():
+        if name != target:
+            elsewhere[name], kept = hold_out(entries, where=name)
+            heldout[name] = kept[:limit]
+    return Data(
+        target=target,
+        training=tuple(training),
+        heldout={name: tuple(part) for name, part in heldout.items()},
+        digest=_digest(training),
+        elsewhere={name: tuple(part) for name, part in elsewhere.items()},
+    )
+
+
+def read_entries(path: Path) -> list[Entry]:
+    """The entries of a file.
+
+    Raises:
+        FinetuneError: missing or empty file, or a row that is neither text, conversation nor prompt with completion.
+    """
+    if not path.exists():
+        raise FinetuneError(f"{path}: there is no such file; give a file, or {TASK}DOMAIN for a domain of the task")
+    rows = _json_rows(path) if path.suffix == ".json" else local.rows(path, None, error=FinetuneError)
+    entries = [entry for number, row in rows if (entry := _entry_of_row(row, number, path)) is not None]
+    if not entries:
+        raise FinetuneError(f"{path}: the data is empty: not one row has a text")
+    return entries
+
+
+def hold_out(entries: Sequence[Entry], *, where: str) -> tuple[list[Entry], list[Entry]]:
+    """(training, held-out) entries: a fifth of the sources, the same ones in every run, whatever the order and the seed.
+
+    Raises:
+        FinetuneError: fewer than two sources.
+    """
+    rank = {source: hashlib.sha256(source.encode()).hexdigest() for source in {entry.source for entry in entries}}
+    order = sorted(rank, key=lambda source: rank[source])
+    if len(order) < 2:
+        raise FinetuneError(
+            f"{where}: {len(order)} text; at least 2 are needed, because some are held out to measure on. "
+            "Give one text per line of a .jsonl file"
+        )
+    kept = set(order[: max(1, round(HELD_OUT * len(order)))])
+    training = [entry for entry in entries if entry.source not in kept]
+    # by the hash, so that a limit takes no particular part of the file
+    heldout = sorted((entry for entry in entries if entry.source in kept), key=lambda entry: rank[entry.source])
+    return training, heldout
+
+
+def _entry_of_document(document: Document) -> Entry:
+    item = multiple_choice(document.question or "", document.choices, document.answer)
+    return Entry(id=document.id, source=document.source_document or document.id, segments=((document.text, True),), item=item)
+
+
+def _entry_of_row(row: Mapping[str, Any], number: int, path: Path) -> Entry | None:
+    where = f"{path}:{number}"
+
+    def text(value: Any, name: str) -> str:
+        return plain_text(value, name, where, error=FinetuneError)
+
+    given = row.get("id")
+    identity = f"{path.name}:{number}" if given is None else text(given, "id")
+    source = text(row.get("source_document") or identity, "source_document")
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if isinstance(row.get("messages"), list):
+        return Entry(id=identity, source=source, messages=_messages(row["messages"], where), where=where)
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return Entry(id=identity, source=source, messages=_messages([*prompt, *completion], where), first=len(prompt), where=where)
+    if isinstance(prompt, str) and isinstance(completion, str):
+        if not completion.strip():
+            raise FinetuneError(f"{where}: the completion is empty, so there is nothing to learn")
+        item = _item(row, prompt, completion.strip(), where)
+        segments = ((text(prompt, "prompt"), False), (text(completion, "completion"), True))
+        return Entry(id=identity, source=source, segments=segments, item=item, where=where)
+    if isinstance(row.get("text"), str):
+        if not row["text"].strip():
+            return None
+        question = row.get("question")
+        item = _item(row, question if isinstance(question, str) else "", row.get("answer"), where)
+        return Entry(id=identity, source=source, segments=((text(row["text"], "text"), True),), item=item, where=where)
+    named = ["text", "messages", *(("prompt", "completion") if {"prompt", "completion"} <= set(row) else ())]
+    told = ", ".join(f"{name} is {kind_of(row[name])}" for name in named if name in row)
+    raise FinetuneError(
+        f"{where}: a row has text, messages, or prompt and completion; "
+        + (f"here {told}" if told else f"this one has {clipped(', '.join(map(str, row)), 300) or 'no fields'}")
+    )
+
+
+def _item(row: Mapping[str, Any], question: str, answer: Any, where: str) -> Item | None:
+    """The multiple-choice question of a row, if any; its choices are text or numbers."""
+    item = multiple_choice(question, row.get("choices"), answer)
+    if item is not None:
+        plain_text(question, "question", where, error=FinetuneError)
+        for place, choice in enumerate(row["choices"]):
+            plain_text(choice, f"choices[{place}]", where, error=FinetuneError)
+    return item
+
+
+def _messages(rows: Sequence[Any], where: str) -> tuple[Mapping[str, Any], ...]:
+    """Messages whose content is text, whatever a chat template would print for another value."""
+    found = []
+    for place, row in enumerate(rows):
+        if not isinstance(row, Mapping) or not isinstance(row.get("role"), str) or "content" not in row:
+            raise FinetuneError(f"{where}: every message has role and content, not {clipped(row)!r}")
+        plain_text(row["role"], f"messages[{place}].role", where, error=FinetuneError)
+        found.append({**row, "content": _content(row, f"messages[{place}].content", where)})
+    if not any(row["role"] == "assistant" for row in found):
+        raise FinetuneError(f"{where}: no message has the role assistant, so there is nothing to learn")
+    return tuple(found)
+
+
+def _content(row: Mapping[str, Any], name: str, where: str) -> str:
+    """Text; of text in parts, the parts one after the other; nothing where a tool is called instead."""
+    content = row["content"]
+    if content is None and row.get("tool_calls"):
+        return ""
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    if not all(isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts):
+        raise FinetuneError(f"{where}: field {name!r} is {kind_of(content)}, expected text (or a list of parts of type text)")
+    return "".join(plain_text(part["text"], name, where, error=FinetuneError) for part in parts)
+
+
+def multiple_choice(question: str, choices: Any, answer: Any) -> Item | None:
+    """The item, when there is a question and the answer is one of the choices: its text, its index, or its letter."""
+    if not question.strip() or not isinstance(choices, list | tuple) or len(choices) < 2 or answer is None:
+        return None
+    texts, given = tuple(map(str, choices)), str(answer).strip()
+    letters = [chr(ord("A") + index) for index in range(len(texts))]
+    for names in (texts, [str(index) for index in range(len(texts))], letters):
+        if given in names:
+            return Item(question, texts, names.index(given))
+    return None
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    content = parse_json(read_bytes(path, error=FinetuneError, most=JSON_BYTES), where=path, error=FinetuneError)
+    if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
+        raise FinetuneError(f"{path}: a .json file holds a list of objects; one object per line belongs in a .jsonl file")
+    yield from enumerate(content, start=1)
+
+
+def _digest(entries: Sequence[Entry]) -> str:
+    digest = hashlib.sha256()
+    for entry in entries:
+        digest.update(json.dumps([entry.id, entry.segments, entry.messages, entry.first], default=str).encode() + b"\n")
+    return digest.hexdigest()

@@ -1,0 +1,390 @@
+"""A trace: the recorded routing of one model over one benchmark, in memory or as a folder of shards.
+
+Folder layout: ``manifest.json`` (what was recorded, and each shard's name, rows and sha256), ``shard-00000.safetensors``...,
+``vocabulary.json`` (text of the token ids that occur, see `dbes.models.token_text`; for display only) and, where a random-router control
+was recorded in the same pass, ``control/`` with a trace of the same documents and tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+from pydantic import ValidationError
+from safetensors.numpy import save as encode_safetensors
+
+from dbes.errors import TraceError
+from dbes.files import discard, write_bytes, write_json, write_text
+from dbes.schema import first_problem, read_json
+from dbes.trace.manifest import MANIFEST, TRACE_SCHEMA, Manifest, Provenance, ShardEntry, read_manifest, sealed, shape_problems
+from dbes.trace.shards import REQUIRED, check_header, read_shard, validate_routes
+from dbes.trace.types import NOISE_SCALES, RoutingShape, TokenRoutes, storage_dtype
+from dbes.trace.vocabulary import TokenText, as_json, from_json
+
+VOCABULARY, CONTROL = "vocabulary.json", "control"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """Routing of one model over one benchmark: iterate over it to read its shards one at a time.
+
+    Attributes:
+        shape: sizes of the router and domains of the documents.
+        provenance: model, revision, tokenizer hash, task fingerprint, dtype, versions, ... as JSON values.
+        control: the same tokens through a frozen random router on the same representation, if it was recorded.
+        vocabulary: text of token ids, for display; bytes of those that are only a part of a character.
+        path: the folder it lies in, or None when it is in memory only.
+    """
+
+    shape: RoutingShape
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    control: Trace | None = None
+    vocabulary: Mapping[int, TokenText] = field(default_factory=dict)
+    path: Path | None = None
+    entries: tuple[ShardEntry, ...] = ()
+    loaded: tuple[TokenRoutes, ...] = ()
+    _checked: dict[str, tuple[int, int]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __iter__(self) -> Iterator[TokenRoutes]:
+        """The shards in order of documents; a document never spans two shards. Shards on disk are checked as they are read."""
+        return self.with_columns(*(column.name for column in fields(TokenRoutes)))
+
+    def with_columns(self, *names: str) -> Iterator[TokenRoutes]:
+        """The shards with no more than these columns (besides ids, document and positions).
+
+        The first reading of a shard checks its sha256 and its routes; later ones only that the file was not touched since.
+        """
+        yield from self.loaded
+        for entry in self.entries:
+            assert self.path is not None
+            path = self.path / entry.name
+            stamp = _stamp(path)
+            if stamp is None or self._checked.get(entry.name) != stamp:
+                routes = read_shard(path, entry, self.shape)
+                if stamp is not None:
+                    self._checked[entry.name] = stamp
+                yield routes
+            else:
+                with safetensors.safe_open(path, framework="numpy") as shard:
+                    wanted = {*REQUIRED, *names} & set(shard.keys())
+                    yield TokenRoutes(**{name: shard.get_tensor(name) for name in wanted})
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(routes) for routes in self.loaded) + sum(entry.tokens for entry in self.entries)
+
+    @classmethod
+    def from_arrays(
+        cls,
+        ids: np.ndarray,
+        *,
+        document: np.ndarray,
+        domain: np.ndarray | Sequence[int],
+        domains: Sequence[str],
+        layers: Sequence[int],
+        experts: int | Sequence[int],
+        weights: np.ndarray | None = None,
+        margins: np.ndarray | None = None,
+        token_ids: np.ndarray | None = None,
+        positions: np.ndarray | None = None,
+        phase: np.ndarray | None = None,
+        selection_margins: np.ndarray | None = None,
+        scaled_margins: np.ndarray | None = None,
+        kept: np.ndarray | None = None,
+        document_ids: Sequence[str] | None = None,
+        provenance: Mapping[str, Any] | None = None,
+        control: Trace | None = None,
+    ) -> Trace:
+        """A trace of routing recorded elsewhere.
+
+        Args:
+            ids: int [tokens, layers, k], executed experts; -1 marks a slot that did not run. Order of slots means nothing.
+            document: int [tokens], the text each token came from.
+            domain: int [documents], index of each document's domain in ``domains``.
+            domains: names of the domains.
+            layers: the model's own layer numbers, one per column of ``ids``.
+            experts: number of routed experts, one for all layers or one per layer. Never inferred from the ids.
+            weights: float [tokens, layers, k], gate weights. Without them what needs weights is NaN.
+            margins: float [tokens, layers], router-logit margin z_(k) - z_(k+1); NaN where unknown.
+            token_ids: int [tokens].
+            positions: int [tokens], place in the document; by default the order of the rows of a document.
+            phase: int [tokens], 0 prompt, 1 generated.
+            selection_margins, scaled_margins, kept: see ``TokenRoutes``.
+            document_ids: names of the documents; mere numbers by default, which say nothing about what was read.
+            provenance: see ``Trace``. Results are compared where ``provenance["task"]["fingerprint"]`` is equal; without one it is made
+                from the document ids, the domains and the prompts' token ids, and where only numbers are known there is none.
+
+        Raises:
+            TraceError: shapes disagree, ids out of range, an expert twice in one row, a document outside ``domain``.
+        """
+        ids = np.asarray(ids)
+        if ids.ndim != 3 or not np.issubdtype(ids.dtype, np.integer):
+            raise TraceError(f"ids: expected integers [tokens, layers, k], got {ids.dtype} {ids.shape}")
+        document = np.asarray(document)
+        domain = np.asarray(domain)
+        counts = (experts,) * len(layers) if isinstance(experts, int | np.integer) else tuple(experts)
+        names = tuple(document_ids) if document_ids is not None else tuple(str(i) for i in range(len(domain)))
+        if not (len(layers) == len(counts) == ids.shape[1]):
+            raise TraceError(f"ids have {ids.shape[1]} layers, but {len(layers)} layer numbers and {len(counts)} expert counts were given")
+        for name, indices in (("domain", domain), ("document", document)):
+            if indices.size and not np.issubdtype(indices.dtype, np.integer):
+                raise TraceError(f"{name}: expected integer indices, got {indices.dtype}")
+        if domain.ndim != 1 or len(domain) == 0 or domain.min() < 0 or domain.max() >= len(domains):
+            raise TraceError(f"domain: expected an index below {len(domains)} for every document")
+        if len(names) != len(domain):
+            raise TraceError(f"{len(names)} document ids for {len(domain)} documents")
+        if document.shape != (len(ids),) or (len(document) and (document.min() < 0 or document.max() >= len(domain))):
+            raise TraceError(f"document: expected {len(ids)} indices below {len(domain)} (the documents that `domain` lists)")
+        widest = max(counts)
+        if ids.size and (ids.min() < -1 or ids.max() >= widest):
+            raise TraceError(f"ids out of range: {ids.min()}..{ids.max()}, expected -1 (missing) or 0..{widest - 1}")
+        if positions is not None and np.shape(positions) != document.shape:
+            raise TraceError(f"positions: expected shape {document.shape}, got {np.shape(positions)}")
+        order = np.argsort(document, kind="stable") if positions is None else np.lexsort((positions, document))
+        in_order = bool(np.all(order == np.arange(len(order))))
+        rows: np.ndarray | slice = slice(None) if in_order else order
+        shape = RoutingShape(
+            layers=tuple(int(layer) for layer in layers),
+            experts=tuple(int(count) for count in counts),
+            top_k=tuple(min(ids.shape[2], int(count)) for count in counts),
+            domains=tuple(domains),
+            document_domain=domain.astype(np.int32),
+            document_ids=names,
+        )
+
+        for problem in shape_problems(shape):
+            raise TraceError(problem)
+        try:
+            Provenance.model_validate(dict(provenance or {}))
+        except ValidationError as problem:
+            raise TraceError(f"provenance: {first_problem(problem)}") from None
+
+        def column(name: str, array: np.ndarray | None, expected: tuple[int, ...], dtype: type) -> np.ndarray | None:
+            if array is None:
+                return None
+            array = np.asarray(array)
+            if array.shape != expected:
+                raise TraceError(f"{name}: expected shape {expected}, got {array.shape}")
+            return array[rows].astype(dtype)
+
+        places = column("positions", positions, ids.shape[:1], np.int32)
+        routes = TokenRoutes(
+            ids=ids[rows].astype(storage_dtype(widest)),
+            document=document[rows].astype(np.int32),
+            positions=_order_within(document[rows]) if places is None else places,
+            token_ids=column("token_ids", token_ids, ids.shape[:1], np.int32),
+            phase=column("phase", phase, ids.shape[:1], np.uint8),
+            weights=column("weights", weights, ids.shape, np.float32),
+            logit_margins=column("margins", margins, ids.shape[:2], np.float32),
+            selection_margins=column("selection_margins", selection_margins, ids.shape[:2], np.float32),
+            scaled_margins=column("scaled_margins", scaled_margins, ids.shape[:2], np.float32),
+            kept=column("kept", kept, (*ids.shape[:2], len(NOISE_SCALES)), np.uint8),
+        )
+        validate_routes(routes, shape, where="ids")
+        return cls(shape=shape, provenance=dict(provenance or {}), control=control, loaded=(routes,))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Trace:
+        """The trace in a folder; shards are read, and their sha256 checked, only when they are iterated over.
+
+        Raises:
+            TraceError: no manifest, another schema version, an unfinished recording, one that contradicts itself, a shard that is
+                missing or no shard, a control of other documents.
+        """
+        trace = cls._loaded(Path(path))
+        if not (Path(path) / CONTROL / MANIFEST).is_file():
+            return trace
+        control = cls._loaded(Path(path) / CONTROL)
+        for name in ("layers", "experts", "domains", "document_domain"):
+            if not np.array_equal(getattr(trace.shape, name), getattr(control.shape, name)):
+                raise TraceError(f"{control.path}: {name} are not those of the trace it lies in; record again with --overwrite")
+        return replace(trace, control=control)
+
+    @classmethod
+    def _loaded(cls, folder: Path) -> Trace:
+        manifest = read_manifest(folder)
+        if not manifest.complete:
+            raise TraceError(
+                f"{folder}: the recording was not finished ({len(manifest.shards)} shards so far); "
+                "run the same evaluate command again to resume it"
+            )
+        for entry in manifest.shards:
+            check_header(folder / entry.name, entry)
+        return cls(
+            shape=manifest.shape,
+            provenance=manifest.provenance,
+            vocabulary=_read_vocabulary(folder / VOCABULARY),
+            path=folder,
+            entries=manifest.shards,
+        )
+
+    def save(self, path: str | Path) -> Trace:
+        """Write the trace (and its control) as a folder and return the trace that reads it."""
+        folder = Path(path)
+        writer = TraceWriter(folder, self.shape, self.provenance)
+        # the last shard also answers for documents without tokens, so each shard is written when the next one is at hand
+        parts = iter(self)
+        routes = next(parts, None)
+        while routes is not None:
+            following = next(parts, None)
+            writer.write(routes, last_document=len(self.shape.document_ids) - 1 if following is None else None)
+            routes = following
+        if self.control is not None:
+            self.control.save(folder / CONTROL)
+        writer.finish(vocabulary=self.vocabulary)
+        return Trace.load(folder)
+
+
+class TraceWriter:
+    """Appends shards to a trace folder; what was written whole before an interruption is kept and resumed from.
+
+    Opening a folder that holds an unfinished recording **of the same thing** (shape and provenance equal) resumes it:
+    ``next_document`` is the first document still to be recorded. Anything else in the folder is an error.
+    """
+
+    def __init__(self, folder: Path, shape: RoutingShape, provenance: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self._manifest = Manifest(
+            schema_version=TRACE_SCHEMA,
+            complete=False,
+            layers=shape.layers,
+            experts=shape.experts,
+            top_k=shape.top_k,
+            domains=shape.domains,
+            document_domain=tuple(int(domain) for domain in shape.document_domain),
+            document_ids=shape.document_ids,
+            document_source=shape.document_source,
+            provenance=json.loads(json.dumps(dict(provenance))),
+            shards=(),
+        )
+        if (folder / MANIFEST).is_file():
+            earlier = read_manifest(folder)
+            whole = tuple(entry for entry in earlier.shards if (folder / entry.name).is_file())
+            same = earlier.model_copy(update={"complete": False, "shards": ()}) == self._manifest
+            if not same or earlier.complete or len(whole) != len(earlier.shards):
+                told = ", ".join(_other_facts(earlier, self._manifest)) or ("finished" if earlier.complete else "shards are missing")
+                raise TraceError(f"{folder}: holds another recording ({told}); choose another folder or --overwrite")
+            self._manifest = earlier
+        else:
+            self._save()
+
+    @property
+    def shards(self) -> int:
+        return len(self._manifest.shards)
+
+    @property
+    def tokens(self) -> int:
+        return sum(entry.tokens for entry in self._manifest.shards)
+
+    @property
+    def next_document(self) -> int:
+        """First document that no whole shard holds yet."""
+        return self._manifest.shards[-1].last_document + 1 if self._manifest.shards else 0
+
+    def keep_shards(self, count: int) -> None:
+        """Forget all but the first ``count`` shards (a control that ran one shard ahead of its trace is cut back)."""
+        self._manifest = self._manifest.model_copy(update={"shards": self._manifest.shards[:count]})
+        self._save()
+
+    def write(self, routes: TokenRoutes, *, last_document: int | None = None) -> None:
+        """Add one shard. ``last_document`` says up to where documents are done when the last of them have no token."""
+        content = encode_safetensors({name: np.ascontiguousarray(array) for name, array in routes.arrays().items()})
+        name = f"shard-{self.shards:05d}.safetensors"
+        last = last_document
+        if last is None:
+            last = int(routes.document[-1]) if len(routes) else self.next_document - 1
+        entry = ShardEntry(
+            name=name,
+            tokens=len(routes),
+            first_document=self.next_document,
+            last_document=last,
+            sha256=hashlib.sha256(content).hexdigest(),
+        )
+        write_bytes(self.folder / name, content)
+        self._manifest = self._manifest.model_copy(update={"shards": (*self._manifest.shards, entry)})
+        self._save()
+
+    def finish(self, *, vocabulary: Mapping[int, TokenText] | None = None, provenance: Mapping[str, Any] | None = None) -> None:
+        """Mark the trace complete; ``provenance`` adds facts known only at the end (counts, seconds are not among them).
+
+        Shards beyond the last, of a longer recording that was broken off and overwritten, are removed.
+        """
+        own = {entry.name for entry in self._manifest.shards}
+        for path in self.folder.glob("shard-*.safetensors"):
+            if path.name not in own and path.stem.removeprefix("shard-").isdigit():
+                discard(path)
+        if vocabulary:
+            write_text(self.folder / VOCABULARY, json.dumps(as_json(vocabulary), ensure_ascii=False))
+        update: dict[str, Any] = {"complete": True}
+        if provenance:
+            update["provenance"] = {**self._manifest.provenance, **provenance}
+        self._manifest = self._manifest.model_copy(update=update)
+        self._save()
+
+    def _save(self) -> None:
+        write_json(self.folder / MANIFEST, sealed(self._manifest))
+
+
+def _other_facts(one: Manifest, other: Manifest) -> list[str]:
+    """Names of what differs between two recordings, besides how far they are."""
+    fields_of = [name for name in Manifest.model_fields if name not in ("complete", "shards", "provenance")]
+    told = [name for name in fields_of if getattr(one, name) != getattr(other, name)]
+    facts = sorted({*one.provenance, *other.provenance})
+    return [f"another {name}" for name in (*told, *(name for name in facts if one.provenance.get(name) != other.provenance.get(name)))]
+
+
+def join_traces(traces: Sequence[Trace], *, provenance: Mapping[str, Any]) -> Trace:
+    """One trace of the documents of several in memory, of the same model and domains, in order.
+
+    Args:
+        provenance: added to that of the first.
+    """
+    shapes = [trace.shape for trace in traces]
+    first = np.cumsum([0, *(len(shape.document_domain) for shape in shapes)])[:-1]
+    sources = None
+    if any(shape.document_source for shape in shapes):
+        sources = tuple(source for shape in shapes for source in shape.document_source or shape.document_ids)
+    return Trace(
+        shape=replace(
+            shapes[0],
+            document_domain=np.concatenate([shape.document_domain for shape in shapes]),
+            document_ids=tuple(document for shape in shapes for document in shape.document_ids),
+            document_source=sources,
+        ),
+        provenance={**traces[0].provenance, **provenance},
+        vocabulary={token: text for trace in traces for token, text in trace.vocabulary.items()},
+        loaded=tuple(
+            replace(routes, document=(routes.document + start).astype(np.int32))
+            for trace, start in zip(traces, first.tolist(), strict=True)
+            for routes in trace.loaded
+        ),
+    )
+
+
+def _read_vocabulary(path: Path) -> dict[int, TokenText]:
+    """Text of token ids; nothing where there is no such file."""
+    return from_json(read_json(path, error=TraceError), where=path, error=TraceError) if path.exists() else {}
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Size and time of last change of a file; None where it cannot be looked at."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+def _order_within(document: np.ndarray) -> np.ndarray:
+    """0, 1, 2, ... along each run of equal documents."""
+    if not len(document):
+        return np.zeros(0, np.int32)
+    starts = np.flatnonzero(np.r_[True, document[1:] != document[:-1]])
+    lengths = np.diff(np.r_[starts, len(document)])
+    return (np.arange(len(document)) - np.repeat(starts, lengths)).astype(np.int32)
