@@ -71,14 +71,14 @@ def test_every_expert_passes_the_ablation(expert: int) -> None:
 
 
 def test_the_ablation_notices_wrong_ids(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dbes import capture
+    from dbes.models import hooks as reading
 
     def shifted(*given: Any) -> tuple[torch.Tensor, torch.Tensor]:
         ids, weights = read(*given)
         return (ids + 1) % EXPERTS, weights
 
-    read = capture.READERS["experts"]
-    monkeypatch.setitem(capture.READERS, "experts", shifted)
+    read = reading.READERS["experts"]
+    monkeypatch.setitem(reading.READERS, "experts", shifted)
     model = model_of("olmoe")
     assert not any(ablation_agrees(model, site, text()) for site in find_sites(model))
 

@@ -16,8 +16,8 @@ from rich.console import Console
 from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from dbes import doctor
 from dbes.errors import ModelError
+from dbes.models import doctor
 from dbes.models.doctor import examine
 from dbes.models.miniature import miniature
 from dbes.reporting.doctor import render
@@ -157,10 +157,10 @@ def test_faults_are_found() -> None:
 
 
 def test_faulty_ids_fail_the_ablation(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dbes import capture
+    from dbes.models import hooks
 
-    real = capture.READERS["experts"]
-    monkeypatch.setitem(capture.READERS, "experts", lambda *given: ((real(*given)[0] + 1) % EXPERTS, real(*given)[1]))
+    real = hooks.READERS["experts"]
+    monkeypatch.setitem(hooks.READERS, "experts", lambda *given: ((real(*given)[0] + 1) % EXPERTS, real(*given)[1]))
     found = examine(tiny_model("olmoe"), ablated_layers=2)
     assert [layer.ablation for layer in found.layers] == [False, None, None, False] and not found.ok
     assert "did not change exactly the rows" in found.layers[0].problem

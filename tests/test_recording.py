@@ -19,11 +19,11 @@ from families import EXPERTS, LAYERS, TOP_K, character_tokenizer, discovered, ti
 from mock_remote_moe import MockMoeConfig, MockMoeForCausalLM
 from rounding import assert_same_routes
 
-from dbes import recording
 from dbes.errors import ModelError, RecordingError, TraceError
 from dbes.models import LoadedModel, load_model
 from dbes.models.hooks import watching
 from dbes.models.sites import base_of, find_sites
+from dbes.recording import record as recording
 from dbes.recording.forward import Recorder, Window, record_batch
 from dbes.recording.record import record_documents, special_tokens
 from dbes.trace.store import Trace
@@ -368,9 +368,9 @@ def test_a_killed_recording_resumes_and_ends_with_the_identical_trace(tmp_path: 
 
 
 def test_memory_running_out_halves_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dbes import batches
+    from dbes.recording import forward
 
-    real = batches.record_batch
+    real = forward.record_batch
 
     def limited(recorder: Recorder, windows: Sequence[Window]) -> dict[str, np.ndarray]:
         if len(windows) > 2:
@@ -378,7 +378,7 @@ def test_memory_running_out_halves_the_batch(monkeypatch: pytest.MonkeyPatch) ->
         return real(recorder, windows)
 
     expected = record("olmoe", written()).trace
-    monkeypatch.setattr(batches, "record_batch", limited)
+    monkeypatch.setattr(forward, "record_batch", limited)
     assert_same_routes(expected, record("olmoe", written()).trace)
 
     def hopeless(recorder: Recorder, windows: Sequence[Window]) -> dict[str, np.ndarray]:
@@ -386,7 +386,7 @@ def test_memory_running_out_halves_the_batch(monkeypatch: pytest.MonkeyPatch) ->
             raise torch.OutOfMemoryError("out of memory")
         return real(recorder, windows)
 
-    monkeypatch.setattr(batches, "record_batch", hopeless)
+    monkeypatch.setattr(forward, "record_batch", hopeless)
     with pytest.raises(RecordingError, match=r"one window of \d+ tokens does not fit in memory"):
         record("olmoe", written())
 
