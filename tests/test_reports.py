@@ -43,5 +43,6 @@ def test_no_other_page_is_committed_and_make_builds_each() -> None:
             assert f"!/reports/{page}" in ignored
     kept = [line for line in ignored if line.startswith("!/reports/")]
     assert len(kept) == sum(page.endswith("report.html") for page in COMMANDS)
-    for words in ("dbes compare reports/entries --format html", "$(SHARED) report $${folder%/}", "$(SHARED) testbed report reports/testbed"):
+    built = ("dbes compare reports/entries --format html", "$(SHARED) report $${folder%/}", "$(SHARED) testbed report reports/testbed")
+    for words in built:
         assert words in makefile
