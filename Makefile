@@ -4,10 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
+# The pages then name the command as any reader starts it, wherever they were built.
+SHARED := PATH="$(CURDIR)/$(BIN):$$PATH" dbes
 # Two processes of one thread each: twice as fast as one process of two threads.
 TESTS := $(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: evaluate test test-slow check lint types contracts model benchmark-data benchmarks leaderboard browser clean
+.PHONY: evaluate test test-slow check lint types contracts model benchmark-data benchmarks leaderboard reports browser clean
 
 evaluate: $(READY)  ## Evaluate the embedded checkpoint on the embedded benchmark.
 	$(OFFLINE) $(BIN)/dbes evaluate --model embedded --tasks embedded --output-path results
@@ -36,6 +38,11 @@ benchmarks: $(READY)  ## Speed and memory, as ratios within one run.
 leaderboard: $(READY)  ## Check the shipped results and rebuild reports/leaderboard.html from them.
 	$(OFFLINE) $(BIN)/dbes compare reports/entries --check
 	$(OFFLINE) $(BIN)/dbes compare reports/entries --format html --output reports/leaderboard.html
+
+reports: leaderboard  ## Build every page below reports/ from the data beside it.
+	for folder in reports/entries/*/ reports/intervention/*/; do \
+	  test ! -f $$folder/result.json -a ! -f $$folder/intervention.json || $(OFFLINE) $(SHARED) report $${folder%/} || exit 1; done
+	$(OFFLINE) $(SHARED) testbed report reports/testbed
 
 browser: $(READY) build/axe/package/axe.min.js  ## The pages in a real headless Chromium.
 	command -v chromium > /dev/null || (apt-get update -qq && apt-get install -qq --yes chromium)

@@ -324,6 +324,22 @@ def test_other_documents_are_not_paired(copied: Path) -> None:
     assert "other documents" in str({entry.label: entry.problem for entry in found.entries}["model-1"])
 
 
+def test_a_text_may_stand_in_several_domains_but_once_in_each(copied: Path) -> None:
+    ranks = compare([copied]).ranks
+    for name in ("m0", "m1", "m2"):
+        arrays = load_file(copied / name / "replicates.safetensors")
+        domain = arrays["document_domain"]
+        ids = [f"text {np.sum(domain[:place] == own)}" for place, own in enumerate(domain)]
+        save_file(arrays, copied / name / "replicates.safetensors", metadata={"documents": json.dumps(ids), "domains": "[]"})
+    assert len(set(ids)) < len(ids)
+    assert compare([copied]).ranks == ranks
+    assert np.sum(domain == domain[0]) > 1
+    twice = [ids[0] if own == domain[0] else other for own, other in zip(domain, ids, strict=True)]
+    save_file(arrays, copied / "m2" / "replicates.safetensors", metadata={"documents": json.dumps(twice), "domains": "[]"})
+    [problem] = [entry.problem for entry in compare([copied]).entries if entry.label == "model-2"]
+    assert "distinct ids within a domain" in str(problem)
+
+
 def test_baselines_are_marked_and_not_ranked(folder: Path, tmp_path: Path) -> None:
     write_result(tmp_path / "r", simulated_trace(9, lean=1.0, model="reference router"), keep_trace=False)
     found = compare([folder, tmp_path])

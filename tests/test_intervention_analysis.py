@@ -49,7 +49,7 @@ def test_a_planted_gain_is_found_and_nothing_else() -> None:
         found = outcome(truth, seed)
         verdict = found["verdict"]
         assert verdict["beats_target_load"] == verdict["beats_random_load_matched"] == verdict["beats_full"] == ["specialization at 15%"]
-        assert verdict["prize"] == ["specialization at 15%"], "1.5 times what full finetuning gains"
+        assert verdict["beats_full_clearly"] == ["specialization at 15%"], "1.5 times what full finetuning gains"
         assert arm(found, "specialization")["matched"]["ratio"]["value"] == pytest.approx(1.5, rel=0.1)
         row = next(r for r in found["contrasts"] if r["arm"] == "specialization" and r["control"] == "target-load")
         assert row["matched"]["value"] == pytest.approx(0.1, abs=0.03) and row["matched_holm"] <= 0.05
@@ -79,7 +79,7 @@ def test_protection_is_compared_with_the_same_cells_and_protected_arms_with_prot
         assert set(twins) == {name for name in truth if name.endswith("-protected")}
         assert all(row["control"] == name.removesuffix("-protected") and row["matched_holm"] <= 0.05 for name, row in twins.items())
         gained.append(twins["specialization-protected"]["matched"]["value"])
-        assert found["verdict"]["prize"] == ["specialization-protected at 15%", "target-load-protected at 15%"]
+        assert found["verdict"]["beats_full_clearly"] == ["specialization-protected at 15%", "target-load-protected at 15%"]
         ratios.append(arm(found, "full-protected")["matched"]["ratio"]["value"])
         whole = analyse(*experiment(truth, np.random.default_rng(seed)))["verdict"]
         assert "on 1 of 1 target, 0 of them without protection; protected paths keep the domains whose text they had." in whole

@@ -317,3 +317,12 @@ def test_command_line_tells_experiments_from_results(tmp_path: Path, content: di
         assert run(app, ["report", str(folder), *wrong]).exit_code == 2
     (folder / "intervention.json").write_text("{}", "utf-8")
     assert run(app, ["report", str(folder)]).exit_code not in (0, 2)
+
+
+def test_an_outcome_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    content = json.dumps(made())
+    assert content.count('"beats_full_clearly"') == 1
+    for folder, text in (("new", content), ("old", content.replace('"beats_full_clearly"', '"prize"'))):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "intervention.json").write_text(text)
+    assert load_outcome(tmp_path / "old") == load_outcome(tmp_path / "new")

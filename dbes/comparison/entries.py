@@ -118,10 +118,13 @@ def _stored(path: Path) -> Replicates:
     about, arrays = read_safetensors(path, error=ResultError, hint=hint)
     documents = parse_json(about.get("documents", "null"), where=f"{path}: documents", error=ResultError)
     domain = arrays.pop("document_domain", None)
-    if not isinstance(documents, list) or not all(isinstance(each, str) for each in documents) or len(set(documents)) != len(documents):
-        raise ResultError(f"{path}: documents: expected distinct ids; {hint}")
+    if not isinstance(documents, list) or not all(isinstance(each, str) for each in documents):
+        raise ResultError(f"{path}: documents: expected a list of ids; {hint}")
     if domain is None or domain.shape != (len(documents),) or domain.dtype.kind not in "iu":
         raise ResultError(f"{path}: document_domain: expected one whole number for each of {len(documents)} documents; {hint}")
+    # A text may stand in several domains, once in each.
+    if len(set(zip(documents, domain.tolist(), strict=True))) != len(documents):
+        raise ResultError(f"{path}: documents: expected distinct ids within a domain; {hint}")
     if wrong := [name for name, array in arrays.items() if array.dtype.kind != "f"]:
         raise ResultError(f"{path}: {clipped(wrong[0])}: expected floats; {hint}")
     return Replicates(documents=tuple(documents), document_domain=domain, by_metric=arrays)

@@ -10,7 +10,7 @@ from dbes.intervention.settings import CONTROL, EXTRA_ARMS, LOAD, PROTECTED
 from dbes.wording import counted, share
 
 SIGNIFICANT = 0.05
-PRIZE_RATIO = 1.3
+CLEAR_RATIO = 1.3
 ALIKE = 0.5
 """Share of common cells from which the verdict says how much the arms of a contrast have in common."""
 
@@ -38,7 +38,7 @@ def target_verdict(target: str, arms: Rows, contrasts: Rows) -> dict[str, Any]:
         ratio = arm["matched"]["ratio"]
         if passed and ratio["low"] is not None and ratio["low"] > 1:
             beats_full.append(_name(arm))
-            if ratio["value"] >= PRIZE_RATIO:
+            if ratio["value"] >= CLEAR_RATIO:
                 large.append(_name(arm))
     sentences = [
         told
@@ -55,7 +55,7 @@ def target_verdict(target: str, arms: Rows, contrasts: Rows) -> dict[str, Any]:
         "beats_target_load": against_load,
         "beats_random_load_matched": against_random,
         "beats_full": beats_full,
-        "prize": large,
+        "beats_full_clearly": large,
     }
 
 
@@ -63,8 +63,9 @@ def overall_verdict(targets: Mapping[str, Mapping[str, Any]]) -> str:
     """One sentence over all targets; target load is spoken of as far as arms were compared with it."""
     total = len(targets)
     load = [name for name, found in targets.items() if found["verdict"]["beats_target_load"]]
-    full = [name for name, found in targets.items() if found["verdict"]["prize"]]
-    plain = [name for name in full if not all(arm.partition(" ")[0].endswith(PROTECTED) for arm in targets[name]["verdict"]["prize"])]
+    full = [name for name, found in targets.items() if found["verdict"]["beats_full_clearly"]]
+    arms = {name: targets[name]["verdict"]["beats_full_clearly"] for name in full}
+    plain = [name for name in full if not all(arm.partition(" ")[0].endswith(PROTECTED) for arm in arms[name])]
     rows = [row for found in targets.values() for row in found["contrasts"] if _rule(row["control"]) == LOAD and not _uninformed(row)]
     told = f"a rule beats target load on {len(load)} of {counted(total, 'target')}" if load else "no advantage over target load"
     if not rows:
@@ -73,7 +74,7 @@ def overall_verdict(targets: Mapping[str, Mapping[str, Any]]) -> str:
         told = "no rule chose other cells than target load: no contrast"
     kept = f", {len(plain)} of them without protection; protected paths keep the domains whose text they had"
     return (
-        f"{told[0].upper()}{told[1:]}; at matched forgetting a path gains at least {PRIZE_RATIO} times what full finetuning stopped "
+        f"{told[0].upper()}{told[1:]}; at matched forgetting a path gains at least {CLEAR_RATIO} times what full finetuning stopped "
         f"early gains on {len(full)} of {counted(total, 'target')}{kept if len(plain) < len(full) else ''}."
     )
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import AliasChoices, ConfigDict, Field, field_validator
 
 from dbes.errors import ResultError
 from dbes.reporting.commands import shell
@@ -180,7 +180,8 @@ class TargetVerdict(Part):
     beats_target_load: tuple[str, ...]
     beats_random_load_matched: tuple[str, ...]
     beats_full: tuple[str, ...]
-    prize: tuple[str, ...]
+    beats_full_clearly: tuple[str, ...] = Field(validation_alias=AliasChoices("beats_full_clearly", "prize"))
+    """``prize`` in files of earlier versions."""
 
 
 class Target(Part):
