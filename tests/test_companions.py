@@ -11,7 +11,7 @@ import simulate
 from naive import Recording
 
 from dbes.scoring import descriptive
-from dbes.scoring.counts import count_routes
+from dbes.scoring.counting import count_routes
 from dbes.scoring.descriptive import (
     TokenSample,
     coactivation,
@@ -161,7 +161,7 @@ def test_halves_split_every_domain_evenly() -> None:
 
 def test_split_half_similarity_by_plain_loops() -> None:
     recording = naive.random_recording(3, documents=(4, 5), length=(20, 30))
-    statistics = count_routes(recording.trace())
+    statistics = count_routes(recording.trace()).whole()
     found = split_half_similarity(statistics, seed=1)
     half = random_halves(recording.domain, seed=1)
     hits = np.array(naive.hits(recording))

@@ -25,7 +25,7 @@ def cells(path_cells: object) -> set[tuple[int, int]]:
     return {tuple(map(int, cell)) for cell in path_cells}  # pyright: ignore[reportGeneralTypeIssues]
 
 
-def of_statistics(statistics: simulate.RoutingStatistics, *, permutations: int = 60, seed: int = 0) -> Evidence:
+def of_statistics(statistics: simulate.LayerCounts, *, permutations: int = 60, seed: int = 0) -> Evidence:
     return Evidence(statistics=statistics, routes=None, permutations=permutations, seed=seed)
 
 

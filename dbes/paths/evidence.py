@@ -13,7 +13,8 @@ import numpy as np
 from dbes.errors import PathError
 from dbes.evaluation.pipeline import TRACE_FOLDER
 from dbes.results import load_result
-from dbes.scoring.counts import RoutingStatistics, count_routes
+from dbes.scoring.counting import count_routes
+from dbes.scoring.counts import LayerCounts
 from dbes.scoring.descriptive import TokenSample, sample_routes, transitions
 from dbes.scoring.metrics import usage_of
 from dbes.scoring.resampling import permutation_null, permuted_labels
@@ -38,7 +39,7 @@ class Evidence:
         provenance: as of the trace.
     """
 
-    statistics: RoutingStatistics
+    statistics: LayerCounts
     routes: TokenRoutes | None
     permutations: int = 1000
     seed: int = 0
@@ -142,7 +143,7 @@ def gather(trace: Trace, *, permutations: int = 1000, seed: int = 0, phase: int 
     counted = count_routes(trace, phase=phase)
     if not counted.tokens.any():
         raise PathError("the trace has no tokens (of this phase): there is nothing to choose experts by")
-    statistics = counted.by_unit()
+    statistics = counted.by_unit().whole()
     used = np.flatnonzero(statistics.tokens > 0)
     sample = sample_routes(trace, counted.tokens, phase=phase)
     routes = None

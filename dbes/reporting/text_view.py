@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dbes.results import Specialist
-from dbes.scoring.counts import primary_experts
+from dbes.scoring.counting import primary_experts
 from dbes.text import TOKEN_WIDTH, label, labels, legible
 from dbes.trace.store import Trace
 from dbes.trace.types import RoutingShape, TokenRoutes

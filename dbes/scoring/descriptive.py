@@ -12,7 +12,8 @@ from itertools import combinations
 import numpy as np
 
 from dbes.scoring import metrics
-from dbes.scoring.counts import RoutingStatistics, of_phase
+from dbes.scoring.counting import of_phase
+from dbes.scoring.counts import LayerCounts
 from dbes.scoring.resampling import permuted_labels
 from dbes.trace.store import Trace
 from dbes.trace.types import RoutingShape, TokenRoutes
@@ -140,7 +141,7 @@ def token_identity(sample: TokenSample, shape: RoutingShape, *, seed: int) -> di
     return found
 
 
-def split_half_similarity(statistics: RoutingStatistics, *, seed: int) -> np.ndarray:
+def split_half_similarity(statistics: LayerCounts, *, seed: int) -> np.ndarray:
     """Cosine (unbiased norms) between two random halves of the documents of a domain, [domains, layers]: the ceiling of similarity."""
     shape = statistics.shape
     half = random_halves(shape.document_domain, seed=seed)

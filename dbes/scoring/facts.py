@@ -12,7 +12,8 @@ import numpy as np
 
 from dbes.errors import TraceError
 from dbes.results import DomainFacts, ModelFacts, TaskFacts
-from dbes.scoring.counts import RoutingStatistics, of_phase
+from dbes.scoring.counting import of_phase
+from dbes.scoring.counts import Counts
 from dbes.trace.store import Trace
 from dbes.trace.types import PROMPT, TokenRoutes
 from dbes.wording import counted
@@ -127,20 +128,20 @@ def environment(trace: Trace) -> dict[str, str | None]:
     return {**recorded, "dbes": version("dbes"), "numpy": np.__version__, "python": platform.python_version()}
 
 
-def task_facts(trace: Trace, statistics: RoutingStatistics, texts: Texts) -> TaskFacts:
+def task_facts(trace: Trace, counts: Counts, texts: Texts) -> TaskFacts:
     """Name, version and fingerprint of the task, and the size of its domains.
 
     Args:
-        statistics: counts of each document.
+        counts: of each document.
         texts: its fingerprint stands in where the recording names none.
     """
-    shape = statistics.shape
+    shape = counts.shape
     about = trace.provenance.get("task") or {}
     domains = {
         domain: DomainFacts(
-            documents=int(((shape.document_domain == index) & (statistics.tokens > 0)).sum()),
-            sources=len(np.unique(shape.units[(shape.document_domain == index) & (statistics.tokens > 0)])),
-            tokens=int(statistics.tokens[shape.document_domain == index].sum()),
+            documents=int(((shape.document_domain == index) & (counts.tokens > 0)).sum()),
+            sources=len(np.unique(shape.units[(shape.document_domain == index) & (counts.tokens > 0)])),
+            tokens=int(counts.tokens[shape.document_domain == index].sum()),
         )
         for index, domain in enumerate(shape.domains)
     }

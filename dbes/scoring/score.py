@@ -15,7 +15,8 @@ import numpy as np
 
 from dbes.results import DomainFacts, PublishedMetric, RecordingFacts, Result, Specialist
 from dbes.scoring import descriptive, metrics
-from dbes.scoring.counts import RoutingStatistics, count_routes, of_phase
+from dbes.scoring.counting import count_routes, of_phase
+from dbes.scoring.counts import LayerCounts
 from dbes.scoring.estimates import Estimate, calibrated_records, estimate_all, reference_scores
 from dbes.scoring.facts import PHASES, Texts, environment, model_facts, read_texts, require_phase, task_facts
 from dbes.scoring.resampling import domain_ratio, permuted_labels
@@ -52,7 +53,7 @@ class Scores:
     """
 
     result: Result
-    statistics: RoutingStatistics
+    statistics: LayerCounts
     specialists: SpecialistTable
     arrays: dict[str, np.ndarray]
     replicates: dict[str, np.ndarray]
@@ -77,7 +78,7 @@ def score_tables(trace: Trace, *, permutations: int = 1000, seed: int = 0, phase
     shape = trace.shape
     require_phase(trace, phase)
     counts = count_routes(trace, phase=phase)
-    statistics = counts.by_unit()
+    statistics = counts.by_unit().whole()
     texts = read_texts(trace, phase=phase)
     task = task_facts(trace, counts, texts)
     sample = descriptive.sample_routes(trace, counts.tokens, phase=phase)
@@ -91,7 +92,7 @@ def score_tables(trace: Trace, *, permutations: int = 1000, seed: int = 0, phase
     estimates = estimate_all(statistics, labels, reference, sign_flips=permutations, seed=seed)
     control = None
     if trace.control is not None:
-        control_counts = count_routes(trace.control, phase=phase).by_unit().take(used)
+        control_counts = count_routes(trace.control, phase=phase, groups=False).by_unit().take(used).whole()
         control = estimate_all(control_counts, labels, reference, sign_flips=0, seed=seed, control=True)
     records = [
         record
@@ -136,7 +137,7 @@ def _model_notes(trace: Trace) -> Iterator[str]:
         yield f"model: {note}"
 
 
-def _warnings(statistics: RoutingStatistics, facts: Mapping[str, DomainFacts], distinct: Mapping[str, int]) -> Iterator[str]:
+def _warnings(statistics: LayerCounts, facts: Mapping[str, DomainFacts], distinct: Mapping[str, int]) -> Iterator[str]:
     shape = statistics.shape
     if len(shape.domains) == 1:
         yield "one domain only: specialization, effective rank and domain isolation compare domains and are undefined"
@@ -169,7 +170,7 @@ def _warnings(statistics: RoutingStatistics, facts: Mapping[str, DomainFacts], d
         yield "the trace has no selection scores: stiffness is NaN"
 
 
-def _small_sample_warnings(statistics: RoutingStatistics, specialization: Estimate) -> Iterator[str]:
+def _small_sample_warnings(statistics: LayerCounts, specialization: Estimate) -> Iterator[str]:
     """Where intervals were seen to fail in simulations although the permutation test holds."""
     shape = statistics.shape
     for index, domain in enumerate(shape.domains):
@@ -190,7 +191,7 @@ def _small_sample_warnings(statistics: RoutingStatistics, specialization: Estima
 # Published values
 
 
-def _published(statistics: RoutingStatistics) -> dict[str, Any]:
+def _published(statistics: LayerCounts) -> dict[str, Any]:
     shape = statistics.shape
     experts = np.asarray(shape.experts)
     usage = metrics.usage_of(statistics.by_domain(statistics.hits))
@@ -290,7 +291,7 @@ def _add_counts(counter: Counter[int], tokens: np.ndarray) -> None:
     counter.update(dict(zip(kinds.tolist(), number.tolist(), strict=True)))
 
 
-def _similarity(statistics: RoutingStatistics) -> np.ndarray:
+def _similarity(statistics: LayerCounts) -> np.ndarray:
     """Cosine similarity of the domains at each layer with unbiased norms, [layers, domains, domains]."""
     hits = statistics.by_domain(statistics.hits)
     gram = metrics.grams(metrics.usage_of(hits))
@@ -298,7 +299,7 @@ def _similarity(statistics: RoutingStatistics) -> np.ndarray:
 
 
 def _companions(
-    statistics: RoutingStatistics,
+    statistics: LayerCounts,
     table: SpecialistTable,
     sample: descriptive.TokenSample | None,
     trace: Trace,
@@ -363,7 +364,7 @@ def _first_tokens(sample: descriptive.TokenSample) -> descriptive.TokenSample:
     return descriptive.TokenSample(routes=routes, tokens=len(routes))
 
 
-def _stiffness_companions(statistics: RoutingStatistics) -> dict[str, np.ndarray]:
+def _stiffness_companions(statistics: LayerCounts) -> dict[str, np.ndarray]:
     sums, shape = statistics.stiffness, statistics.shape
 
     def mean(total: np.ndarray, count: np.ndarray) -> np.ndarray:
@@ -381,7 +382,7 @@ def _stiffness_companions(statistics: RoutingStatistics) -> dict[str, np.ndarray
     return found
 
 
-def _ngram_companions(statistics: RoutingStatistics) -> dict[str, Any]:
+def _ngram_companions(statistics: LayerCounts) -> dict[str, Any]:
     """Means over layers and domains: the ratio without windows of one repeated token, and the group ratio above chance g^n."""
     ngrams, shape = statistics.ngrams, statistics.shape
     if ngrams is None:
