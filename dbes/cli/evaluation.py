@@ -154,7 +154,8 @@ def score(
 
 def _scored(trace: Path, router: RouterName, phase: Phase, *, seed: int, permutations: int, output_path: Path | None) -> Result:
     from dbes.evaluation.pipeline import TRACE_FOLDER
-    from dbes.scoring.score import PHASES, score_tables
+    from dbes.scoring.counts import PHASES
+    from dbes.scoring.score import score_tables
     from dbes.scoring.tables import save_scores
     from dbes.trace.baselines import imitate
     from dbes.trace.store import Trace

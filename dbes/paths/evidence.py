@@ -13,13 +13,13 @@ import numpy as np
 from dbes.errors import PathError
 from dbes.evaluation.pipeline import TRACE_FOLDER
 from dbes.results import load_result
-from dbes.scoring.counting import count_routes
-from dbes.scoring.counts import LayerCounts
-from dbes.scoring.descriptive import TokenSample, sample_routes, transitions
+from dbes.scoring.counts import PHASES, Counts, LayerCounts
+from dbes.scoring.descriptive import transitions
 from dbes.scoring.metrics import usage_of
 from dbes.scoring.resampling import permutation_null, permuted_labels
-from dbes.scoring.score import PHASES
+from dbes.scoring.sampling import TokenSample, even_documents
 from dbes.scoring.specialists import SpecialistTable, find_specialists
+from dbes.scoring.stored import counts_of
 from dbes.trace.store import Trace
 from dbes.trace.types import RoutingShape, TokenRoutes
 
@@ -101,7 +101,7 @@ class Evidence:
         for index in range(len(shape.domains)):
             rows = np.flatnonzero(domain == index)
             if len(rows):
-                chosen = TokenSample(routes=self.routes.take(rows), tokens=len(rows))
+                chosen = TokenSample(routes=self.routes.take(rows))
                 counts[index] = transitions(chosen, shape) * pairs[:, None, None]
         return counts
 
@@ -133,24 +133,26 @@ class Evidence:
         return np.flatnonzero(self.shape.document_domain == domain)
 
 
-def gather(trace: Trace, *, permutations: int = 1000, seed: int = 0, phase: int | None = None) -> Evidence:
-    """The evidence in a trace.
+def gather(trace: Trace | Counts, *, permutations: int = 1000, seed: int = 0, phase: int | None = None) -> Evidence:
+    """The evidence in a trace, or in its counts.
 
     Raises:
         TraceError: the trace is incomplete, altered or inconsistent.
         PathError: it has no tokens.
     """
-    counted = count_routes(trace, phase=phase)
-    if not counted.tokens.any():
+    counts = counts_of(trace, phase=phase)
+    if not counts.tokens.any():
         raise PathError("the trace has no tokens (of this phase): there is nothing to choose experts by")
-    statistics = counted.by_unit().whole()
-    used = np.flatnonzero(statistics.tokens > 0)
-    sample = sample_routes(trace, counted.tokens, phase=phase)
+    units = counts.by_unit()
+    used = np.flatnonzero(units.tokens > 0)
+    sample = counts.sample
+    if sample is not None and sample.whole:
+        sample = sample.of(even_documents(counts.shape, counts.tokens))
     routes = None
     if sample is not None:
-        routes = replace(sample.routes, document=np.searchsorted(used, trace.shape.units[sample.routes.document]))
+        routes = replace(sample.routes, document=np.searchsorted(used, counts.shape.units[sample.routes.document]))
     return Evidence(
-        statistics=statistics.take(used), routes=routes, permutations=permutations, seed=seed, provenance=dict(trace.provenance)
+        statistics=units.take(used).whole(), routes=routes, permutations=permutations, seed=seed, provenance=dict(counts.provenance)
     )
 
 

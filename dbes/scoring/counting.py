@@ -1,324 +1,216 @@
-"""One pass over a trace: its sums per document, layer by layer."""
+"""One pass over a trace makes all that is needed of its tokens: sums per document and layer, facts of the texts, a sample.
+
+The sums of a piece of the trace go to rows that are kept layer by layer, in memory or, where they are many, in temporary files: memory
+follows one layer, whatever the number of layers. Windows inside expert groups need the mass of whole domains first, so the primary
+expert of every token is kept until then.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from threading import Lock
+from typing import IO
 
 import numpy as np
 
-from dbes.scoring.counts import Counts, LayerCounts, NgramSums, StiffnessSums, domain_sums
-from dbes.scoring.metrics import NGRAM_SIZES, consecutive, expert_group
+from dbes.scoring.counts import Counts, LayerCounts, domain_sums, layer_of, one_layer
+from dbes.scoring.metrics import NGRAM_SIZES, expert_group
+from dbes.scoring.sampling import Sampler
+from dbes.scoring.sums import PIECE_TOKENS, Piece, document_starts, group_sums, of_phase, pieces_of, sums_of
+from dbes.scoring.texts import TextReader, Texts
 from dbes.trace.store import Trace
-from dbes.trace.types import LOGIT_NOISE, NOISE_SCALES, PROMPT, RoutingShape, TokenRoutes
+from dbes.trace.types import GENERATED, PROMPT, TokenRoutes, storage_dtype
 
 WORKERS = min(os.cpu_count() or 1, 8)
 
-PIECE_TOKENS = 4_096
-"""Tokens worked on at a time: bounds the memory of the pass and keeps them in the cache; changes no value."""
+MEMORY_BYTES = 1 << 28
+"""Rows of more bytes than this go to a temporary file."""
 
-NO_SCORE = 255
-"""Value of ``TokenRoutes.kept`` for a token without a selection score."""
+STRETCH_TOKENS = 1 << 17
+"""Tokens of which the windows inside expert groups are counted at a time."""
+
+WIDE = ("hits", "mass", "primaries")
+"""Sums for each expert: whole numbers below 2^24, and masses, in float32. All others are float64."""
 
 
-def count_routes(trace: Trace, *, phase: int | None = None, groups: bool = True) -> Counts:
-    """The counts of a trace.
+class Rows:
+    """Rows of numbers for each layer: written a piece at a time for all layers, read a layer at a time.
+
+    Args:
+        shape: (layers, rows, ...).
+        most: bytes that are held in memory; more go to a file.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: type[np.generic], *, most: int) -> None:
+        self.shape, self.dtype = shape, np.dtype(dtype)
+        self.row = int(np.prod(shape[2:], dtype=np.int64)) * self.dtype.itemsize
+        size = shape[0] * shape[1] * self.row
+        self.array: np.ndarray | None = np.zeros(shape, dtype) if size <= most else None
+        self.file: IO[bytes] | None = None
+        self.lock = Lock()
+        if self.array is None:
+            self.file = tempfile.TemporaryFile(prefix="dbes-counts-")  # noqa: SIM115 (as long as the rows)
+            self.file.truncate(size)
+
+    def write(self, rows: np.ndarray, values: np.ndarray) -> None:
+        """Write [rows, layers, ...] to ascending rows."""
+        for layer in range(self.shape[0]):
+            self.write_layer(layer, rows, values[:, layer])
+
+    def write_layer(self, layer: int, rows: np.ndarray, values: np.ndarray) -> None:
+        """Write [rows, ...] of one layer to ascending rows."""
+        if self.array is not None:
+            self.array[layer, rows] = values
+            return
+        assert self.file is not None
+        content = np.ascontiguousarray(values, self.dtype)
+        breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+        with self.lock:
+            for start, end in zip([0, *breaks], [*breaks, len(rows)], strict=True):
+                self.file.seek((layer * self.shape[1] + int(rows[start])) * self.row)
+                self.file.write(content[start:end].data)
+
+    def layer(self, column: int) -> np.ndarray:
+        """The rows of a layer, [rows, ...]."""
+        if self.array is not None:
+            return self.array[column]
+        assert self.file is not None
+        with self.lock:
+            self.file.seek(column * self.shape[1] * self.row)
+            content = self.file.read(self.shape[1] * self.row)
+        return np.frombuffer(content, self.dtype).reshape(self.shape[1:])
+
+
+def count_routes(trace: Trace, *, phase: int | None = None, plain: bool = False) -> Counts:
+    """The counts of a trace (without its control), from one reading of its shards.
 
     Args:
         phase: count only tokens of this phase (``PROMPT`` or ``GENERATED``); None counts all.
-        groups: count windows inside the expert groups too.
+        plain: sums only, without expert groups, texts and sample: what a control and the ideal router need.
 
     Raises:
         TraceError: a shard is missing, altered or inconsistent.
     """
-    shape = trace.shape
-    sums = _Sums(shape)
-    _each(_pieces(trace, phase), sums.add)
-    ngrams = None
-    if sums.primaries is not None and sums.mass is not None:
-        members = expert_group(domain_sums(sums.mass, shape)) if groups else None
-        if members is not None:
-            _each(_pieces(trace, phase, "weights", "phase"), lambda piece: sums.add_groups(piece, members))
-        ngrams = NgramSums(
-            primaries=sums.primaries,
-            windows=sums.windows,
-            alike=sums.alike,
-            distinct_windows=sums.distinct_windows,
-            distinct_alike=sums.distinct_alike,
-            grouped=sums.grouped if groups else None,
-            in_group=sums.in_group if groups else None,
-            groups=members,
-        )
-    whole = LayerCounts(
-        shape=shape,
-        tokens=sums.tokens,
-        hits=sums.hits,
-        active=sums.active,
-        mass=sums.mass,
-        neighbours=sums.neighbours,
-        overlap_any=sums.overlap_any,
-        overlap_share=sums.overlap_share,
-        ngrams=ngrams,
-        stiffness=StiffnessSums(**sums.stiffness),
-    )
-    return Counts.of(whole, phase=phase, provenance=trace.provenance)
-
-
-def primary_experts(routes: TokenRoutes, missing: int) -> np.ndarray | None:
-    """Expert with the largest weight, int32 [tokens, layers]; -1 where no slot ran; None where weights are unknown.
-
-    Slots are not sorted in several runtimes, so the first slot is not the primary. Equal weights: the lower expert id.
-    """
-    ids = routes.ids
-    if ids.shape[2] == 1:
-        only = ids[:, :, 0].astype(np.int32)
-        only[ids[:, :, 0] == missing] = -1
-        return only
-    if routes.weights is None:
-        return None
-    # Slot by slot on contiguous [tokens, layers] planes: a reduction over a last axis of k would be several times slower.
-    experts = np.ascontiguousarray(np.moveaxis(ids, 2, 0))
-    best = np.full(ids.shape[:2], missing, ids.dtype)
-    largest = np.full(ids.shape[:2], -np.inf, np.float32)
-    for expert, weight in zip(experts, _slot_planes(routes.weights), strict=True):
-        better = weight > largest
-        better |= (weight == largest) & (expert < best)
-        better &= expert != missing
-        np.copyto(best, expert, where=better)
-        np.copyto(largest, weight, where=better)
-    primary = best.astype(np.int32)
-    primary[best == missing] = -1
-    return primary
-
-
-def _slot_planes(weights: np.ndarray) -> np.ndarray:
-    """Gate weights as float32 [slots, tokens, layers], contiguous, a copy."""
-    return np.ascontiguousarray(np.moveaxis(weights, 2, 0)).astype(np.float32)
-
-
-def pieces_of(routes: TokenRoutes, tokens: int = PIECE_TOKENS) -> Iterator[TokenRoutes]:
-    """The routes in pieces of whole documents, of at least one document and at most about ``tokens`` tokens."""
-    starts = document_starts(routes.document)
-    begin = 0
-    for end in [*starts[1:], len(routes)]:
-        following = starts[np.searchsorted(starts, end) :]
-        until = following[1] if len(following) > 1 else len(routes)
-        if end == len(routes) or until - begin > tokens:
-            yield routes.take(slice(begin, end))
-            begin = end
-
-
-def document_starts(document: np.ndarray) -> np.ndarray:
-    """Rows at which a document begins."""
-    return np.flatnonzero(np.r_[True, document[1:] != document[:-1]]) if len(document) else np.zeros(0, np.int64)
-
-
-def follows_previous(routes: TokenRoutes) -> np.ndarray:
-    """Whether a row is the very next token of the same document as the row before, bool [tokens]."""
-    follows = np.zeros(len(routes), bool)
-    follows[1:] = (np.diff(routes.document) == 0) & (np.diff(routes.positions) == 1)
-    return follows
-
-
-def of_phase(routes: TokenRoutes, phase: int | None) -> np.ndarray:
-    """Rows of a phase, bool [tokens]; None: all. Routes without phases are all given text."""
-    phases = np.full(len(routes), PROMPT, np.uint8) if routes.phase is None else routes.phase
-    return np.ones(len(routes), bool) if phase is None else phases == phase
-
-
-def _pieces(trace: Trace, phase: int | None, *columns: str) -> Iterator[TokenRoutes]:
-    for routes in trace.with_columns(*columns) if columns else trace:
-        chosen = routes if phase is None else routes.take(np.flatnonzero(of_phase(routes, phase)))
-        if len(chosen):
-            yield from pieces_of(chosen)
-
-
-def _each(pieces: Iterator[TokenRoutes], add: Callable[[TokenRoutes], None]) -> None:
-    """Add up the pieces on all cores. A document lies in one piece only, so no two threads write to the same sums."""
+    counting = _Pass(trace, phase, plain=plain)
     with ThreadPoolExecutor(WORKERS) as pool:
+        pieces = counting.pieces()
         while batch := list(islice(pieces, 2 * WORKERS)):
-            list(pool.map(add, batch))
+            counting.add(batch, list(pool.map(lambda routes: sums_of(routes, trace.shape), batch)))
+        if counting.primary is not None:
+            counting.make_group_rows()
+            list(pool.map(counting.count_groups, range(len(trace.shape.layers))))
+    return counting.counts()
 
 
-class _Sums:
-    """Accumulates the statistics piece by piece."""
+class _Pass:
+    """What a trace has told so far."""
 
-    def __init__(self, shape: RoutingShape) -> None:
-        self._first = Lock()
-        documents, layers, sizes = len(shape.document_domain), len(shape.layers), len(NGRAM_SIZES)
-        self.shape = shape
-        self.top_k = np.asarray(shape.top_k)
-        self.tokens = np.zeros(documents, np.int64)
-        self.hits = np.zeros((documents, layers, shape.width), np.float32)
-        self.active = np.zeros((documents, layers))
-        self.mass: np.ndarray | None = None
-        self.primaries: np.ndarray | None = None
-        self.neighbours = np.zeros((documents, layers))
-        self.overlap_any = np.zeros((documents, layers))
-        self.overlap_share = np.zeros((documents, layers))
-        self.windows = np.zeros((documents, layers, sizes))
-        self.alike = np.zeros((documents, layers, sizes))
-        self.distinct_windows: np.ndarray | None = None
-        self.distinct_alike: np.ndarray | None = None
-        self.grouped = np.zeros((documents, layers, sizes))
-        self.in_group = np.zeros((documents, layers))
-        flat = ("logit_margin", "logit_count", "stable_count", "selection_margin", "scaled_margin", "selection_count", "kept_count")
-        self.stiffness: dict[str, np.ndarray] = {name: np.zeros((documents, layers)) for name in flat}
-        self.stiffness["logit_stable"] = np.zeros((documents, layers, len(LOGIT_NOISE)))
-        self.stiffness["unchanged"] = np.zeros((documents, layers, len(NOISE_SCALES)))
-        self.stiffness["kept"] = np.zeros((documents, layers, len(NOISE_SCALES)))
+    def __init__(self, trace: Trace, phase: int | None, *, plain: bool) -> None:
+        self.trace, self.phase, self.shape = trace, phase, trace.shape
+        self.documents, self.layers = len(self.shape.document_domain), len(self.shape.layers)
+        wide = 4 * self.documents * self.layers * self.shape.width * len(WIDE)
+        self.most = MEMORY_BYTES if wide <= MEMORY_BYTES else 0
+        self.tokens = np.zeros(self.documents, np.int64)
+        self.phase_tokens = [0, 0]
+        self.rows: dict[str, Rows] = {}
+        self.groups: dict[int, np.ndarray] = {}
+        self.texts = None if plain else TextReader(self.shape, phase)
+        self.sampler = None if plain else Sampler(trace, phase)
+        self.plain = plain
+        self.primary: Rows | None = None
+        self.counted = 0
+        self.follows: list[np.ndarray] = []
+        self.document: list[np.ndarray] = []
 
-    def add(self, routes: TokenRoutes) -> None:
-        documents, reduce = _reducer(routes)
-        missing = int(np.iinfo(routes.ids.dtype).max)
-        slots = np.ascontiguousarray(np.moveaxis(routes.ids, 2, 0))
-        present = slots != missing
-        self.tokens[documents] += reduce(np.ones(len(routes), np.int64))
-        self.active[documents] += reduce(present.any(axis=0))
-        cells = self._cells(routes, slots, present, len(documents))
-        self.hits[documents] += self._tally(cells, None, len(documents))
-        self._add_overlaps(routes, slots, present, documents, reduce)
-        if routes.weights is not None:
-            mass = self._made("mass", self.hits)
-            weights = _slot_planes(routes.weights)
-            weights[~present] = 0
-            total = weights.sum(axis=0)
-            total[~(total > 0)] = np.inf  # no slot ran, or none with weight: no mass
-            weights /= total
-            mass[documents] += self._tally(cells, weights, len(documents))
-        self._add_windows(routes, missing, documents, reduce)
-        self._add_stiffness(routes, documents, reduce)
+    def pieces(self) -> Iterator[TokenRoutes]:
+        for routes in self.trace:
+            for code in (PROMPT, GENERATED):
+                self.phase_tokens[code] += int(of_phase(routes, code).sum())
+            if self.texts is not None:
+                self.texts.add(routes)
+            chosen = routes if self.phase is None else routes.take(np.flatnonzero(of_phase(routes, self.phase)))
+            if len(chosen):
+                yield from pieces_of(chosen, PIECE_TOKENS)
 
-    def _made(self, name: str, like: np.ndarray) -> np.ndarray:
-        """An array that only some traces need, made when the first piece needs it."""
-        with self._first:
-            if getattr(self, name) is None:
-                setattr(self, name, np.zeros_like(like))
-        return getattr(self, name)
+    def add(self, batch: list[TokenRoutes], pieces: list[Piece]) -> None:
+        """Add pieces in the order of their documents."""
+        for routes, piece in zip(batch, pieces, strict=True):
+            self.tokens[piece.documents] = piece.tokens
+            for name, sums in piece.sums.items():
+                if name not in self.rows:
+                    dtype = np.float32 if name in WIDE else np.float64
+                    self.rows[name] = Rows((self.layers, self.documents, *sums.shape[2:]), dtype, most=self.most)
+                self.rows[name].write(piece.documents, sums)
+            if self.plain:
+                continue
+            assert self.sampler is not None
+            self.sampler.add(routes, piece.primary)
+            self._keep_primaries(routes, piece)
 
-    def add_groups(self, routes: TokenRoutes, groups: np.ndarray) -> None:
-        """Second pass: windows whose primaries lie in the expert group of the document's domain."""
-        documents, reduce = _reducer(routes)
-        primary = primary_experts(routes, int(np.iinfo(routes.ids.dtype).max))
-        assert primary is not None
-        domain = self.shape.document_domain[routes.document]
-        layers = np.arange(primary.shape[1])
-        inside = groups[domain[:, None], layers, np.maximum(primary, 0)] & (primary >= 0)
-        self.in_group[documents] += reduce(inside)
-        follows = follows_previous(routes)
-        for index, size in enumerate(NGRAM_SIZES):
-            whole = consecutive(follows, size - 1)[:, None]
-            self.grouped[documents, :, index] += reduce(consecutive(inside, size) & whole)
+    def _keep_primaries(self, routes: TokenRoutes, piece: Piece) -> None:
+        if piece.primary is not None and "mass" in piece.sums:
+            if self.primary is None:
+                self.primary = Rows((self.layers, self.trace.tokens), storage_dtype(self.shape.width), most=self.most)
+            # one higher, so that rows which are never written have no primary expert
+            self.primary.write(np.arange(self.counted, self.counted + len(routes)), piece.primary + 1)
+        self.counted += len(routes)
+        self.follows.append(piece.follows)
+        self.document.append(routes.document)
 
-    def _cells(self, routes: TokenRoutes, slots: np.ndarray, present: np.ndarray, documents: int) -> np.ndarray:
-        """Flat index (document of the piece, layer, expert) of each slot; one further index for slots that did not run."""
-        layers, width = len(self.shape.layers), self.shape.width
-        local = np.cumsum(np.r_[0, np.diff(routes.document) != 0])
-        base = (local[:, None] * layers + np.arange(layers)) * width
-        cells = slots.astype(np.int64)
-        cells += base
-        if not present.all():
-            cells[~present] = documents * layers * width
-        return cells
+    def make_group_rows(self) -> None:
+        for name, last in (("in_group", ()), ("grouped", (len(NGRAM_SIZES),))):
+            self.rows[name] = Rows((self.layers, self.documents, *last), np.float64, most=self.most)
 
-    def _tally(self, cells: np.ndarray, weights: np.ndarray | None, documents: int) -> np.ndarray:
-        layers, width = len(self.shape.layers), self.shape.width
-        size = documents * layers * width
-        counts = np.bincount(cells.reshape(-1), None if weights is None else weights.reshape(-1), minlength=size + 1)
-        return counts[:size].reshape(documents, layers, width).astype(np.float32)
+    def count_groups(self, column: int) -> None:
+        """Count the windows inside the expert groups of one layer."""
+        assert self.primary is not None
+        groups = expert_group(domain_sums(self.rows["mass"].layer(column), self.shape))
+        self.groups[column] = groups
+        primary = self.primary.layer(column)
+        start = 0
+        for document, follows in self._stretches():
+            rows = primary[start : start + len(document)].astype(np.int32) - 1
+            starts = document_starts(document)
+            found = group_sums(rows, follows, self.shape.document_domain[document], groups, starts)
+            for name, sums in found.items():
+                self.rows[name].write_layer(column, document[starts], sums)
+            start += len(document)
 
-    def _add_overlaps(self, routes: TokenRoutes, slots: np.ndarray, present: np.ndarray, documents: np.ndarray, reduce: _Reduce) -> None:
-        ran = np.asarray(present.any(axis=0))
-        follows = follows_previous(routes)[1:, None] & ran[1:] & ran[:-1]
-        shared = np.zeros(slots.shape[1:], np.uint8)
-        for now in slots:
-            for before in slots:
-                shared[1:] += now[1:] == before[:-1]
-        if not present.all():
-            # Two missing slots are equal numbers but no shared expert.
-            absent = (~present).sum(axis=0, dtype=np.uint8)
-            shared[1:] -= absent[1:] * absent[:-1]
-        shared[1:] *= follows
-        pairs = np.zeros(slots.shape[1:], bool)
-        pairs[1:] = follows
-        self.neighbours[documents] += reduce(pairs)
-        self.overlap_any[documents] += reduce(shared > 0)
-        self.overlap_share[documents] += reduce(shared) / self.top_k
+    def _stretches(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Document of each token and whether it follows the one before, for whole documents of about ``STRETCH_TOKENS`` together."""
+        first, tokens = 0, 0
+        for index, document in enumerate(self.document):
+            tokens += len(document)
+            if tokens >= STRETCH_TOKENS or index == len(self.document) - 1:
+                yield np.concatenate(self.document[first : index + 1]), np.concatenate(self.follows[first : index + 1])
+                first, tokens = index + 1, 0
 
-    def _add_windows(self, routes: TokenRoutes, missing: int, documents: np.ndarray, reduce: _Reduce) -> None:
-        primary = primary_experts(routes, missing)
-        if primary is None:
-            return
-        known = primary >= 0
-        cells = self._cells(routes, primary[None], known[None], len(documents))
-        tally = self._tally(cells, None, len(documents))
-        self._made("primaries", self.hits)[documents] += tally
-        if routes.weights is None:
-            self._made("mass", self.hits)[documents] += tally  # k = 1: the only slot carries the whole weight
-        follows = follows_previous(routes)
-        same = np.zeros(primary.shape, bool)
-        same[1:] = (primary[1:] == primary[:-1]) & known[1:] & follows[1:, None]
-        repeated = None
-        if routes.token_ids is not None:
-            repeated = np.zeros(len(routes), bool)
-            repeated[1:] = (routes.token_ids[1:] == routes.token_ids[:-1]) & follows[1:]
-        for index, size in enumerate(NGRAM_SIZES):
-            whole = consecutive(follows, size - 1)[:, None] & (known if known.all() else consecutive(known, size))
-            alike = consecutive(same, size - 1)
-            self.windows[documents, :, index] += reduce(whole)
-            self.alike[documents, :, index] += reduce(alike)
-            if repeated is not None:
-                varied = ~consecutive(repeated, size - 1)[:, None]
-                self._made("distinct_windows", self.windows)[documents, :, index] += reduce(whole & varied)
-                self._made("distinct_alike", self.windows)[documents, :, index] += reduce(alike & varied)
+    def counts(self) -> Counts:
+        trace, shape, rows, tokens, groups = self.trace, self.shape, self.rows, self.tokens, self.groups
+        if "hits" not in rows:  # not a single token
+            rows["hits"] = Rows((self.layers, self.documents, shape.width), np.float32, most=self.most)
 
-    def _add_stiffness(self, routes: TokenRoutes, documents: np.ndarray, reduce: _Reduce) -> None:
-        sums = self.stiffness
-        if routes.logit_margins is not None:
-            total, count = _finite_sums(routes.logit_margins, reduce)
-            sums["logit_margin"][documents] += total
-            sums["logit_count"][documents] += count
-        if routes.logit_stable is not None and routes.logit_margins is not None:
-            known = ~np.isnan(routes.logit_margins)
-            sums["stable_count"][documents] += reduce(known)
-            for index in range(len(LOGIT_NOISE)):
-                sums["logit_stable"][documents, :, index] += reduce(((routes.logit_stable >> index) & 1).astype(bool) & known)
-        if routes.selection_margins is not None and routes.scaled_margins is not None:
-            total, count = _finite_sums(routes.selection_margins, reduce)
-            scaled, _ = _finite_sums(routes.scaled_margins, reduce)
-            sums["selection_margin"][documents] += total
-            sums["scaled_margin"][documents] += scaled
-            sums["selection_count"][documents] += count
-        if routes.kept is not None:
-            ran = (routes.ids != np.iinfo(routes.ids.dtype).max).sum(axis=2)
-            whole = bool((ran == self.top_k).all())
-            known = (routes.kept[:, :, 0] != NO_SCORE) & (ran > 0)
-            sums["kept_count"][documents] += reduce(known)
-            for index in range(len(NOISE_SCALES)):
-                kept = np.where(known, routes.kept[:, :, index], 0)
-                sums["unchanged"][documents, :, index] += reduce((kept == ran) & known)
-                sums["kept"][documents, :, index] += reduce(kept) / self.top_k if whole else reduce(kept / np.maximum(ran, 1))
+        def read(column: int) -> LayerCounts:
+            arrays = {name: values.layer(column) for name, values in rows.items()}
+            if column in groups:
+                arrays["groups"] = groups[column]
+            return layer_of(one_layer(shape, column), tokens, arrays)
 
-
-class _Reduce:
-    """Sums rows over the documents of a piece."""
-
-    def __init__(self, starts: np.ndarray) -> None:
-        self.starts = starts
-
-    def __call__(self, rows: np.ndarray) -> np.ndarray:
-        dtype = np.float64 if np.issubdtype(rows.dtype, np.floating) else np.int64
-        return np.add.reduceat(rows, self.starts, axis=0, dtype=dtype)
-
-
-def _reducer(routes: TokenRoutes) -> tuple[np.ndarray, _Reduce]:
-    starts = document_starts(routes.document)
-    return routes.document[starts], _Reduce(starts)
-
-
-def _finite_sums(margins: np.ndarray, reduce: _Reduce) -> tuple[np.ndarray, np.ndarray]:
-    known = np.isfinite(margins)
-    return reduce(np.where(known, margins.astype(np.float64), 0.0)), reduce(known)
+        sample = None if self.sampler is None else self.sampler.done(tokens)
+        return Counts(
+            shape=shape,
+            tokens=tokens,
+            read=read,
+            phase=self.phase,
+            phase_tokens=(self.phase_tokens[PROMPT], self.phase_tokens[GENERATED]),
+            provenance=trace.provenance,
+            vocabulary=trace.vocabulary,
+            texts=Texts() if self.texts is None else self.texts.done(),
+            sample_of=lambda: sample,
+            grouped=not self.plain,
+            seal=trace.seal,
+        )

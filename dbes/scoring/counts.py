@@ -7,11 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from dbes.trace.types import RoutingShape
+from dbes.scoring.metrics import NGRAM_SIZES
+from dbes.scoring.sampling import TokenSample
+from dbes.scoring.texts import Texts
+from dbes.trace.types import LOGIT_NOISE, NOISE_SCALES, RoutingShape
+from dbes.trace.vocabulary import TokenText
+
+OPTIONAL_WINDOWS = ("distinct_windows", "distinct_alike", "grouped", "in_group")
+"""Sums of ``NgramSums`` that may be unknown."""
+
+PHASES = {None: "all", 0: "prompt", 1: "generated"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,19 +144,56 @@ class Counts:
         tokens: int64 [documents].
         read: gives the sums of one layer.
         phase: only tokens of this phase were counted; None: all.
-        provenance: as of the trace.
+        phase_tokens: tokens of given text and of text that the model wrote, whatever was counted.
+        provenance, vocabulary: as of the trace.
+        texts: what is known of the texts that were read.
+        sample_of: gives the tokens that were kept; None where none were.
+        control: the counts of the random-router control, if it was recorded.
+        grouped: windows inside the expert groups were counted.
+        by_documents: false where the counts of whole domains are all that is known: each stands as one document then.
+        seal: sha256 that the manifest of the trace has of itself.
     """
 
     shape: RoutingShape
     tokens: np.ndarray
     read: Callable[[int], LayerCounts] = field(repr=False, compare=False)
     phase: int | None = None
+    phase_tokens: tuple[int, int] = (0, 0)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    vocabulary: Mapping[int, TokenText] = field(default_factory=dict, repr=False)
+    texts: Texts = field(default_factory=Texts, repr=False)
+    sample_of: Callable[[], TokenSample | None] = field(default=lambda: None, repr=False, compare=False)
+    control: Counts | None = None
+    grouped: bool = True
+    by_documents: bool = True
+    seal: str | None = None
 
     @classmethod
     def of(cls, sums: LayerCounts, **about: Any) -> Counts:
         """Counts whose sums are in memory, of all layers side by side."""
         return cls(shape=sums.shape, tokens=sums.tokens, read=sums.column, **about)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Counts:
+        """The counts that ``save`` wrote; a trace keeps its own in ``counts/all``. A layer is read when it is asked for.
+
+        Raises:
+            TraceError: there are none, they are damaged, or of another schema version.
+        """
+        from dbes.scoring.stored import load_counts
+
+        return load_counts(Path(folder))
+
+    def save(self, folder: str | Path) -> Counts:
+        """Write the counts as a folder and return those that read it.
+
+        Raises:
+            FileError: it cannot be written.
+        """
+        from dbes.scoring.stored import load_counts, save_counts
+
+        save_counts(self, Path(folder))
+        return load_counts(Path(folder))
 
     def layer(self, column: int) -> LayerCounts:
         """The sums of one layer (by its place, not its number in the model): every array has a layers axis of length 1."""
@@ -170,6 +217,11 @@ class Counts:
             return self
         tokens = np.add.reduceat(self.tokens[order], starts)
         return replace(self, shape=_shape_by_unit(self.shape), tokens=tokens, read=lambda column: self.read(column).by_unit())
+
+    @property
+    def sample(self) -> TokenSample | None:
+        """The tokens that were kept, with the documents that these counts had before any were chosen or added up."""
+        return self.sample_of()
 
     def by_domain(self, chosen: Callable[[LayerCounts], np.ndarray]) -> np.ndarray:
         """Sums over the documents of each domain of an array of every layer: float64 [domains, layers, ...].
@@ -263,3 +315,42 @@ def domain_sums(per_document: np.ndarray, shape: RoutingShape) -> np.ndarray:
     for domain in range(len(shape.domains)):
         sums[domain] = per_document[shape.document_domain == domain].sum(axis=0, dtype=np.float64)
     return sums
+
+
+def arrays_of(sums: LayerCounts) -> dict[str, np.ndarray]:
+    """The arrays of one layer by name, [documents, ...]; ``groups`` is [domains, experts]."""
+    found: dict[str, np.ndarray] = {}
+    for part in (sums, sums.ngrams, sums.stiffness):
+        for entry in fields(part) if part is not None else ():
+            array = getattr(part, entry.name)
+            if isinstance(array, np.ndarray) and entry.name != "tokens":
+                found[entry.name] = array[:, 0]
+    return found
+
+
+def layer_of(shape: RoutingShape, tokens: np.ndarray, arrays: Mapping[str, np.ndarray]) -> LayerCounts:
+    """The sums of one layer from its arrays, see ``arrays_of``; what is missing is 0, or None where it may be unknown.
+
+    Args:
+        shape: of the layer alone.
+    """
+    width, documents, sizes = shape.width, len(tokens), len(NGRAM_SIZES)
+
+    def one(name: str, *last: int) -> np.ndarray:
+        array = arrays.get(name)
+        return np.zeros((documents, 1, *last)) if array is None else array[:, None]
+
+    def wide(name: str) -> np.ndarray | None:
+        return arrays[name][:, None, :width] if name in arrays else None
+
+    primaries, hits = wide("primaries"), wide("hits")
+    assert hits is not None
+    ngrams = None
+    if primaries is not None:
+        known = {name: arrays[name][:, None] if name in arrays else None for name in OPTIONAL_WINDOWS}
+        ngrams = NgramSums(primaries=primaries, windows=one("windows", sizes), alike=one("alike", sizes), groups=wide("groups"), **known)
+    last = {"logit_stable": len(LOGIT_NOISE), "unchanged": len(NOISE_SCALES), "kept": len(NOISE_SCALES)}
+    names = [entry.name for entry in fields(StiffnessSums)]
+    stiffness = StiffnessSums(**{name: one(name, *((last[name],) if name in last else ())) for name in names})
+    flat = {name: one(name) for name in ("active", "neighbours", "overlap_any", "overlap_share")}
+    return LayerCounts(shape=shape, tokens=tokens, hits=hits, mass=wide("mass"), ngrams=ngrams, stiffness=stiffness, **flat)

@@ -1,25 +1,20 @@
 """Companion statistics: not the five metrics, but what users of MoE models ask for beside them.
 
-Those that need pairs of slots or token ids are computed on at most ``SAMPLE_TOKENS`` tokens of whole documents, spread evenly
-over the domains; how many were used is part of the result.
+Those that need pairs of slots or token ids are computed on a sample of whole documents, see ``sampling``; how many tokens were used
+is part of the result.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
 
 from dbes.scoring import metrics
-from dbes.scoring.counting import of_phase
 from dbes.scoring.counts import LayerCounts
 from dbes.scoring.resampling import permuted_labels
-from dbes.trace.store import Trace
-from dbes.trace.types import RoutingShape, TokenRoutes
-
-SAMPLE_TOKENS = 1 << 18
-"""Tokens at most for co-activation and transitions."""
+from dbes.scoring.sampling import TokenSample
+from dbes.trace.types import RoutingShape
 
 IDENTITY_TOKENS = 1 << 16
 """Tokens at most for the token-identity control."""
@@ -29,42 +24,6 @@ IDENTITY_OCCURRENCES = 20
 
 IDENTITY_DRAWS = 5
 """Permutations of document labels for the null of the token-identity control."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenSample:
-    """Routes of some whole documents, and how many tokens that is."""
-
-    routes: TokenRoutes
-    tokens: int
-
-
-def sample_routes(trace: Trace, tokens: np.ndarray, *, phase: int | None = None, limit: int = SAMPLE_TOKENS) -> TokenSample | None:
-    """Whole documents, spread evenly over the domains, of at most about ``limit`` tokens; None when there is no token.
-
-    Args:
-        tokens: [documents], tokens of each document that count.
-        phase: take only tokens of this phase; None takes all.
-    """
-    shape = trace.shape
-    keep = np.zeros(len(tokens), bool)
-    for domain in range(len(shape.domains)):
-        members = np.flatnonzero((shape.document_domain == domain) & (tokens > 0))
-        budget = limit // len(shape.domains)
-        wanted = tokens[members].sum()
-        if wanted > budget:
-            members = members[np.linspace(0, len(members) - 1, max(1, int(len(members) * budget / wanted))).astype(int)]
-        keep[members] = True
-    parts = []
-    for routes in trace.with_columns("token_ids", "phase"):
-        rows = np.flatnonzero(keep[routes.document] & of_phase(routes, phase))
-        if len(rows):
-            parts.append(TokenRoutes(ids=routes.ids[rows], document=routes.document[rows], positions=routes.positions[rows],
-                                     token_ids=None if routes.token_ids is None else routes.token_ids[rows]))  # fmt: skip
-    if not parts:
-        return None
-    joined = {name: np.concatenate([part.arrays()[name] for part in parts]) for name in parts[0].arrays()}
-    return TokenSample(routes=TokenRoutes(**joined), tokens=len(joined["document"]))
 
 
 def coactivation(sample: TokenSample, shape: RoutingShape) -> np.ndarray:

@@ -122,7 +122,7 @@ def estimate_all(
 def reference_scores(statistics: LayerCounts, *, seed: int) -> DomainScores:
     """The ideal domain router on the same documents and lengths, through the same code, for each layer of the trace."""
     distinct, index = one_layer_each(statistics.shape)
-    ideal = count_routes(ideal_trace(distinct, statistics.tokens, seed=seed), groups=False).whole()
+    ideal = count_routes(ideal_trace(distinct, statistics.tokens, seed=seed), plain=True).whole()
     scores = domain_scores(ideal.by_domain(ideal.hits), ideal.by_domain(ideal.active), experts=np.asarray(distinct.experts))
     return DomainScores(
         information=scores.information[..., index],

@@ -5,7 +5,6 @@ Nothing here needs a model, so the same code scores recordings of dbes, traces f
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -15,17 +14,17 @@ import numpy as np
 
 from dbes.results import DomainFacts, PublishedMetric, RecordingFacts, Result, Specialist
 from dbes.scoring import descriptive, metrics
-from dbes.scoring.counting import count_routes, of_phase
-from dbes.scoring.counts import LayerCounts
+from dbes.scoring.counts import PHASES, Counts, LayerCounts
 from dbes.scoring.estimates import Estimate, calibrated_records, estimate_all, reference_scores
-from dbes.scoring.facts import PHASES, Texts, environment, model_facts, read_texts, require_phase, task_facts
+from dbes.scoring.facts import environment, model_facts, require_tokens, task_facts
 from dbes.scoring.resampling import domain_ratio, permuted_labels
+from dbes.scoring.sampling import TokenSample, even_documents, example_tokens
 from dbes.scoring.specialists import SpecialistTable, find_specialists
+from dbes.scoring.stored import counts_of
 from dbes.scoring.verdict import verdict
 from dbes.trace.baselines import blocks_overlap
 from dbes.trace.store import Trace
 from dbes.trace.types import LOGIT_NOISE, NOISE_SCALES, RoutingShape
-from dbes.trace.vocabulary import shown
 from dbes.wording import counted
 
 REPLICATED = ("specialization", "der", "domain_isolation", "stiffness", "ngram_expertise_2")
@@ -36,9 +35,6 @@ DOMINANT_SHARE = 0.25
 LARGE_CHANCE = 0.2
 """Fewer source texts in a domain, a larger share of its tokens in one text, or a higher chance level (as a share of the ideal
 router's value) than these make intervals unreliable; see tests/simulate.py."""
-
-EXAMPLE_TOKENS = 6
-"""Token texts shown with a specialist."""
 
 EXAMPLE_SPECIALISTS = 200
 """Specialists for which example tokens are looked up."""
@@ -59,10 +55,11 @@ class Scores:
     replicates: dict[str, np.ndarray]
 
 
-def score(trace: Trace, *, permutations: int = 1000, seed: int = 0, phase: int | None = None) -> Result:
+def score(trace: Trace | Counts, *, permutations: int = 1000, seed: int = 0, phase: int | None = None) -> Result:
     """Every metric of a trace, published and calibrated, per layer, per domain and for the model.
 
     Args:
+        trace: or its counts. A trace on disk is counted once: its counts are kept beside it and used again.
         permutations: draws of the document-label null.
         seed: of the permutations, the reference router and the random halves.
         phase: score only tokens of this phase (0 prompt, 1 generated); None scores all.
@@ -73,26 +70,26 @@ def score(trace: Trace, *, permutations: int = 1000, seed: int = 0, phase: int |
     return score_tables(trace, permutations=permutations, seed=seed, phase=phase).result
 
 
-def score_tables(trace: Trace, *, permutations: int = 1000, seed: int = 0, phase: int | None = None) -> Scores:
+def score_tables(trace: Trace | Counts, *, permutations: int = 1000, seed: int = 0, phase: int | None = None) -> Scores:
     """As ``score``, and the expert tables and matrices as arrays."""
-    shape = trace.shape
-    require_phase(trace, phase)
-    counts = count_routes(trace, phase=phase)
-    statistics = counts.by_unit().whole()
-    texts = read_texts(trace, phase=phase)
-    task = task_facts(trace, counts, texts)
-    sample = descriptive.sample_routes(trace, counts.tokens, phase=phase)
+    counts = counts_of(trace, phase=phase)
+    require_tokens(counts)
+    shape = counts.shape
+    units = counts.by_unit()
+    task = task_facts(counts)
+    kept = counts.sample
+    sample = None if kept is None else kept.of(even_documents(shape, counts.tokens)) if kept.whole else kept
     # A document without tokens (of this phase) says nothing: counted as one, it would move the jackknife and the null.
-    used = np.flatnonzero(statistics.tokens > 0) if statistics.tokens.any() else np.arange(len(statistics.tokens))
-    statistics = statistics.take(used)
+    used = np.flatnonzero(units.tokens > 0) if units.tokens.any() else np.arange(len(units.tokens))
+    statistics = units.take(used).whole()
     if sample is not None:
         sample = replace(sample, routes=replace(sample.routes, document=np.searchsorted(used, shape.units[sample.routes.document])))
     labels = permuted_labels(statistics.shape.document_domain, permutations=permutations, seed=seed)
     reference = reference_scores(statistics, seed=seed)
     estimates = estimate_all(statistics, labels, reference, sign_flips=permutations, seed=seed)
     control = None
-    if trace.control is not None:
-        control_counts = count_routes(trace.control, phase=phase, groups=False).by_unit().take(used).whole()
+    if counts.control is not None:
+        control_counts = counts.control.by_unit().take(used).whole()
         control = estimate_all(control_counts, labels, reference, sign_flips=0, seed=seed, control=True)
     records = [
         record
@@ -103,20 +100,20 @@ def score_tables(trace: Trace, *, permutations: int = 1000, seed: int = 0, phase
     result = Result(
         status="ok",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        model=model_facts(trace),
+        model=model_facts(counts),
         task=task,
-        environment=environment(trace),
-        settings={"permutations": permutations, "seed": seed, "phase": PHASES[phase], "control": trace.control is not None},
+        environment=environment(counts),
+        settings={"permutations": permutations, "seed": seed, "phase": PHASES[counts.phase], "control": counts.control is not None},
         recording=RecordingFacts(documents=int((counts.tokens > 0).sum()), tokens=int(counts.tokens.sum())),
         warnings=(
-            *_model_notes(trace),
-            *_warnings(statistics, task.domains, texts.distinct),
+            *_model_notes(counts),
+            *_warnings(statistics, task.domains, counts.texts.distinct),
             *_small_sample_warnings(statistics, estimates.by_metric["specialization"]),
         ),
         published=_published(statistics),
         calibrated=tuple(records),
-        specialists=tuple(_specialist_records(table, trace, phase)),
-        companions=_companions(statistics, table, sample, trace, texts, seed=seed),
+        specialists=tuple(_specialist_records(table, counts, kept)),
+        companions=_companions(statistics, table, sample, counts, seed=seed),
     )
     arrays = {"similarity": _similarity(statistics)}
     if sample is not None:
@@ -131,9 +128,9 @@ def score_tables(trace: Trace, *, permutations: int = 1000, seed: int = 0, phase
     )
 
 
-def _model_notes(trace: Trace) -> Iterator[str]:
+def _model_notes(counts: Counts) -> Iterator[str]:
     """What loading the checkpoint told: tensors that were left out, an adapter that was merged."""
-    for note in trace.provenance.get("notes") or ():
+    for note in counts.provenance.get("notes") or ():
         yield f"model: {note}"
 
 
@@ -232,18 +229,18 @@ def _by_domain(values: np.ndarray, shape: RoutingShape, cells: np.ndarray | None
 # Specialists and companions
 
 
-def _specialist_records(table: SpecialistTable, trace: Trace, phase: int | None) -> Iterator[Specialist]:
+def _specialist_records(table: SpecialistTable, counts: Counts, sample: TokenSample | None) -> Iterator[Specialist]:
     """Specialists by falling lift, the first of them with their most over-represented tokens."""
     found = np.argwhere(table.specialist)
     order = np.argsort(-table.lift[tuple(found.T)], kind="stable")
     ranked = found[order]
-    examples = _example_tokens(trace, ranked[:EXAMPLE_SPECIALISTS], phase)
+    examples = example_tokens(sample, counts.shape, counts.vocabulary, ranked[:EXAMPLE_SPECIALISTS])
     for index, (domain, column, expert) in enumerate(ranked):
         at = (domain, column, expert)
         yield Specialist(
-            layer=trace.shape.layers[column],
+            layer=counts.shape.layers[column],
             expert=int(expert),
-            domain=trace.shape.domains[domain],
+            domain=counts.shape.domains[domain],
             hits=int(table.hits[at]),
             share=float(table.share[at]),
             lift=float(table.lift[at]),
@@ -256,41 +253,6 @@ def _specialist_records(table: SpecialistTable, trace: Trace, phase: int | None)
         )
 
 
-def _example_tokens(trace: Trace, cells: np.ndarray, phase: int | None) -> list[tuple[str, ...]]:
-    """For each (domain, layer, expert): the tokens the expert takes there more often than their share of the domain's text explains.
-
-    Tokens are ranked by hits x ln(share among the expert's tokens / share in the domain), so that neither rare accidents nor
-    common words lead the list.
-    """
-    counts: list[Counter[int]] = [Counter() for _ in cells]
-    text: list[Counter[int]] = [Counter() for _ in trace.shape.domains]
-    domains = {int(domain) for domain in cells[:, 0]}
-    for routes in trace.with_columns("token_ids", "phase"):
-        if routes.token_ids is None:
-            return [() for _ in cells]
-        row_domain = np.where(of_phase(routes, phase), trace.shape.document_domain[routes.document], -1)
-        for domain in domains:
-            rows = np.flatnonzero(row_domain == domain)
-            tokens, ids = routes.token_ids[rows], routes.ids[rows]
-            _add_counts(text[domain], tokens)
-            for cell, (of_domain, column, expert) in zip(counts, cells, strict=True):
-                if of_domain == domain:
-                    chosen = np.logical_or.reduce([ids[:, column, slot] == expert for slot in range(ids.shape[2])])
-                    _add_counts(cell, tokens[chosen])
-    examples = []
-    for cell, (domain, _, _) in zip(counts, cells, strict=True):
-        hits, total = sum(cell.values()), sum(text[domain].values())
-        scored = {token: n * np.log((n / hits) / (text[domain][token] / total)) for token, n in cell.items()}
-        best = sorted(scored, key=lambda token: (-scored[token], token))[:EXAMPLE_TOKENS]
-        examples.append(tuple(shown(trace.vocabulary.get(token, f"#{token}")) for token in best))
-    return examples
-
-
-def _add_counts(counter: Counter[int], tokens: np.ndarray) -> None:
-    kinds, number = np.unique(tokens, return_counts=True)
-    counter.update(dict(zip(kinds.tolist(), number.tolist(), strict=True)))
-
-
 def _similarity(statistics: LayerCounts) -> np.ndarray:
     """Cosine similarity of the domains at each layer with unbiased norms, [layers, domains, domains]."""
     hits = statistics.by_domain(statistics.hits)
@@ -301,9 +263,8 @@ def _similarity(statistics: LayerCounts) -> np.ndarray:
 def _companions(
     statistics: LayerCounts,
     table: SpecialistTable,
-    sample: descriptive.TokenSample | None,
-    trace: Trace,
-    texts: Texts,
+    sample: TokenSample | None,
+    counts: Counts,
     *,
     seed: int,
 ) -> dict[str, Any]:
@@ -349,19 +310,18 @@ def _companions(
             "token_identity": _first_tokens(sample).tokens if sample is not None else 0,
         },
         "ngram": _ngram_companions(statistics),
-        "slots_without_expert": dict(trace.provenance.get("slots_without_expert", {})),
+        "slots_without_expert": dict(counts.provenance.get("slots_without_expert", {})),
     }
-    return found | ({"distinct_texts": dict(texts.distinct)} if texts.distinct else {})
+    return found | ({"distinct_texts": counts.texts.distinct} if counts.texts.digests else {})
 
 
-def _first_tokens(sample: descriptive.TokenSample) -> descriptive.TokenSample:
+def _first_tokens(sample: TokenSample) -> TokenSample:
     """Every n-th document of the sample, so that the token-identity control stays cheap."""
     if sample.tokens <= descriptive.IDENTITY_TOKENS:
         return sample
     step = -(-sample.tokens // descriptive.IDENTITY_TOKENS)
     order = np.unique(sample.routes.document, return_inverse=True)[1]
-    routes = sample.routes.take(np.flatnonzero(order % step == 0))
-    return descriptive.TokenSample(routes=routes, tokens=len(routes))
+    return TokenSample(routes=sample.routes.take(np.flatnonzero(order % step == 0)))
 
 
 def _stiffness_companions(statistics: LayerCounts) -> dict[str, np.ndarray]:

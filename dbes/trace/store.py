@@ -22,7 +22,7 @@ from safetensors.numpy import save as encode_safetensors
 from dbes.errors import TraceError
 from dbes.files import discard, write_bytes, write_json, write_text
 from dbes.schema import first_problem, read_json
-from dbes.trace.manifest import MANIFEST, TRACE_SCHEMA, Manifest, Provenance, ShardEntry, read_manifest, sealed, shape_problems
+from dbes.trace.manifest import MANIFEST, TRACE_SCHEMA, Manifest, Provenance, ShardEntry, digest, read_manifest, sealed, shape_problems
 from dbes.trace.shards import REQUIRED, check_header, read_shard, validate_routes
 from dbes.trace.types import NOISE_SCALES, RoutingShape, TokenRoutes, storage_dtype
 from dbes.trace.vocabulary import TokenText, as_json, from_json
@@ -40,6 +40,7 @@ class Trace:
         control: the same tokens through a frozen random router on the same representation, if it was recorded.
         vocabulary: text of token ids, for display; bytes of those that are only a part of a character.
         path: the folder it lies in, or None when it is in memory only.
+        seal: sha256 of its manifest, by which what was made from it is known again; None in memory.
     """
 
     shape: RoutingShape
@@ -49,6 +50,7 @@ class Trace:
     path: Path | None = None
     entries: tuple[ShardEntry, ...] = ()
     loaded: tuple[TokenRoutes, ...] = ()
+    seal: str | None = None
     _checked: dict[str, tuple[int, int]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __iter__(self) -> Iterator[TokenRoutes]:
@@ -74,6 +76,28 @@ class Trace:
                 with safetensors.safe_open(path, framework="numpy") as shard:
                     wanted = {*REQUIRED, *names} & set(shard.keys())
                     yield TokenRoutes(**{name: shard.get_tensor(name) for name in wanted})
+
+    def documents(self, wanted: np.ndarray, *names: str) -> Iterator[TokenRoutes]:
+        """The rows of some documents, bool [documents], with no more than these columns (besides ids, document and positions)."""
+        for routes in self.loaded:
+            yield routes.take(np.flatnonzero(wanted[routes.document]))
+        for entry in self.entries:
+            if not wanted[entry.first_document : entry.last_document + 1].any():
+                continue
+            assert self.path is not None
+            path = self.path / entry.name
+            if self._checked.get(entry.name) != (stamp := _stamp(path)) or stamp is None:
+                routes = read_shard(path, entry, self.shape)
+                yield routes.take(np.flatnonzero(wanted[routes.document]))
+                continue
+            with safetensors.safe_open(path, framework="numpy") as shard:
+                rows = np.flatnonzero(wanted[shard.get_tensor("document")])
+                runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
+                found = {}
+                for name in {*REQUIRED, *names} & set(shard.keys()):
+                    column = shard.get_slice(name)
+                    found[name] = np.concatenate([column[int(run[0]) : int(run[-1]) + 1] for run in runs if len(run)] or [column[:0]])
+                yield TokenRoutes(**found)
 
     @property
     def tokens(self) -> int:
@@ -219,9 +243,10 @@ class Trace:
         return cls(
             shape=manifest.shape,
             provenance=manifest.provenance,
-            vocabulary=_read_vocabulary(folder / VOCABULARY),
+            vocabulary=read_vocabulary(folder / VOCABULARY),
             path=folder,
             entries=manifest.shards,
+            seal=digest(manifest.model_dump(mode="json")),
         )
 
     def save(self, path: str | Path) -> Trace:
@@ -367,7 +392,7 @@ def join_traces(traces: Sequence[Trace], *, provenance: Mapping[str, Any]) -> Tr
     )
 
 
-def _read_vocabulary(path: Path) -> dict[int, TokenText]:
+def read_vocabulary(path: Path) -> dict[int, TokenText]:
     """Text of token ids; nothing where there is no such file."""
     return from_json(read_json(path, error=TraceError), where=path, error=TraceError) if path.exists() else {}
 
