@@ -14,16 +14,10 @@ import pytest
 from hypothesis import given, settings
 from naive import Recording
 
-from dbes.scoring import counting
-from dbes.scoring.counting import (
-    count_routes,
-    follows_previous,
-    of_phase,
-    pieces_of,
-    primary_experts,
-)
+from dbes.scoring.counting import count_routes
 from dbes.scoring.counts import LayerCounts, NgramSums, StiffnessSums
 from dbes.scoring.score import score
+from dbes.scoring.sums import follows_previous, of_phase, pieces_of, primary_experts
 from dbes.trace.types import TokenRoutes
 
 CASES = naive.cases()
@@ -116,12 +110,12 @@ def routes_of(ids: list[list[int]], weights: list[list[float]] | None) -> TokenR
     ],
 )
 def test_the_primary_expert_has_the_largest_weight(ids: list[int], weights: list[float] | None, expected: int) -> None:
-    found = primary_experts(routes_of([ids], None if weights is None else [weights]), 255)
+    found = primary_experts(routes_of([ids], None if weights is None else [weights]))
     assert found is not None and found[0, 0] == expected
 
 
 def test_without_weights_the_primary_is_unknown() -> None:
-    assert primary_experts(routes_of([[1, 2]], None), 255) is None
+    assert primary_experts(routes_of([[1, 2]], None)) is None
 
 
 def test_tokens_follow_one_another_only_inside_a_document_and_without_gaps() -> None:
@@ -147,7 +141,7 @@ def test_the_size_of_pieces_changes_no_count(monkeypatch: pytest.MonkeyPatch) ->
     for name in ("missing slots", "documents without tokens", "k = 1 without weights"):
         whole = counted(name)
         with monkeypatch.context() as patch:
-            patch.setattr(counting.pieces_of, "__defaults__", (30,))
+            patch.setattr(pieces_of, "__defaults__", (30,))
             assert_equal(count_routes(CASES[name].trace()).whole(), whole)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from dbes.scoring.counts import Counts, LayerCounts, domain_sums, layer_of, one_layer
 from dbes.scoring.metrics import NGRAM_SIZES, expert_group
 from dbes.scoring.sampling import Sampler
-from dbes.scoring.sums import PIECE_TOKENS, Piece, document_starts, group_sums, of_phase, pieces_of, sums_of
+from dbes.scoring.sums import Piece, document_starts, group_sums, of_phase, pieces_of, sums_of
 from dbes.scoring.texts import TextReader, Texts
 from dbes.trace.store import Trace
 from dbes.trace.types import GENERATED, PROMPT, TokenRoutes, storage_dtype
@@ -134,7 +134,7 @@ class _Pass:
                 self.texts.add(routes)
             chosen = routes if self.phase is None else routes.take(np.flatnonzero(of_phase(routes, self.phase)))
             if len(chosen):
-                yield from pieces_of(chosen, PIECE_TOKENS)
+                yield from pieces_of(chosen)
 
     def add(self, batch: list[TokenRoutes], pieces: list[Piece]) -> None:
         """Add pieces in the order of their documents."""
