@@ -152,6 +152,7 @@ class Counts:
         grouped: windows inside the expert groups were counted.
         by_documents: false where the counts of whole domains are all that is known: each stands as one document then.
         seal: sha256 that the manifest of the trace has of itself.
+        notes: why something in them is unknown, for the warnings of a result.
     """
 
     shape: RoutingShape
@@ -167,11 +168,67 @@ class Counts:
     grouped: bool = True
     by_documents: bool = True
     seal: str | None = None
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, sums: LayerCounts, **about: Any) -> Counts:
         """Counts whose sums are in memory, of all layers side by side."""
         return cls(shape=sums.shape, tokens=sums.tokens, read=sums.column, **about)
+
+    @classmethod
+    def from_arrays(cls, hits: np.ndarray, **about: Any) -> Counts:
+        """Counts that were made elsewhere, per document.
+
+        Args:
+            hits: whole numbers [documents, layers, experts], (token, slot) pairs that chose the expert; 0 beyond a layer's last expert.
+            domains: names of the domains.
+            document_domain: int [documents], index of each document's domain.
+            layers: the model's own layer numbers.
+            experts, top_k: one number for all layers or one per layer.
+            mass: [documents, layers, experts], gate weight, normalised to 1 per token.
+            tokens: [documents]; by default as many as the hits need.
+            active: [documents, layers], tokens with at least one slot that ran; by default tokens, or hits where these are fewer.
+            document_ids: names of the documents; mere numbers by default.
+            document_source: the source text each document was cut from.
+            provenance: as of a trace.
+
+        Raises:
+            TraceError: shapes disagree; a number is not finite, below 0 or not whole; more hits than tokens x top_k.
+        """
+        from dbes.scoring.given import counts_from_arrays
+
+        return counts_from_arrays(hits, **about)
+
+    @classmethod
+    def from_domains(cls, hits: np.ndarray, **about: Any) -> Counts:
+        """Counts of whole domains, where nothing is known of documents: no interval and no test can be made of them.
+
+        Args:
+            hits: whole numbers [domains, layers, experts].
+            domains, layers, experts, top_k, mass, tokens, active, provenance: as in ``from_arrays``, with domains for documents.
+
+        Raises:
+            TraceError: as ``from_arrays``.
+        """
+        from dbes.scoring.given import counts_from_domains
+
+        return counts_from_domains(hits, **about)
+
+    @classmethod
+    def merge(cls, parts: Sequence[Counts]) -> Counts:
+        """The counts of several recordings of one model as one.
+
+        Documents are told apart by their ids. Documents of equal id are parts of one document, so that their counts are added up;
+        windows and neighbours across such a cut are not counted. Windows inside expert groups are unknown where a part has other
+        groups than the whole, which the notes then say.
+
+        Raises:
+            TraceError: other layers, experts, top_k, domains, phase or model; a control in some only; a document with two domains;
+                documents that have only numbers.
+        """
+        from dbes.scoring.merging import merge_counts
+
+        return merge_counts(parts)
 
     @classmethod
     def load(cls, folder: str | Path) -> Counts:

@@ -68,6 +68,19 @@ class TokenSample:
         primary = None if self.primary is None else self.primary[rows]
         return TokenSample(routes=self.routes.take(rows), primary=primary, weighted=weighted, weights=weights)
 
+    def in_order(self) -> TokenSample:
+        """The same rows in order of documents and positions."""
+        order = np.lexsort((self.routes.positions, self.routes.document))
+        if np.array_equal(order, np.arange(len(order))):
+            return self
+        weighted, weights = self.weighted, self.weights
+        if weighted is not None and weights is not None:
+            moved = np.argsort(order)[weighted]
+            again = np.argsort(moved)
+            weighted, weights = moved[again], weights[again]
+        primary = None if self.primary is None else self.primary[order]
+        return replace(self, routes=self.routes.take(order), primary=primary, weighted=weighted, weights=weights)
+
 
 def even_documents(shape: RoutingShape, tokens: np.ndarray, *, limit: int = SAMPLE_TOKENS) -> np.ndarray:
     """Whole documents, spread evenly over the domains, of at most about ``limit`` tokens: bool [documents].
@@ -154,10 +167,11 @@ class Sampler:
                 chosen = routes.take(np.flatnonzero(of_phase(routes, self.phase)))
                 if len(chosen):
                     self._keep(chosen, primary_experts(chosen))
-        return _joined(self.parts, whole=self.whole) if self.parts else None
+        return joined_sample(self.parts, whole=self.whole) if self.parts else None
 
 
-def _joined(parts: Sequence[TokenSample], *, whole: bool) -> TokenSample:
+def joined_sample(parts: Sequence[TokenSample], *, whole: bool) -> TokenSample:
+    """The samples one after the other, with the columns that all of them have."""
     names = set.intersection(*(set(part.routes.arrays()) for part in parts))
     routes = TokenRoutes(**{name: np.concatenate([part.routes.arrays()[name] for part in parts]) for name in names})
     starts = np.cumsum([0, *(len(part.routes) for part in parts)])

@@ -17,6 +17,7 @@ from dbes.scoring import descriptive, metrics
 from dbes.scoring.counts import PHASES, Counts, LayerCounts
 from dbes.scoring.estimates import Estimate, calibrated_records, estimate_all, reference_scores
 from dbes.scoring.facts import environment, model_facts, require_tokens, task_facts
+from dbes.scoring.given import NO_TOKENS
 from dbes.scoring.resampling import domain_ratio, permuted_labels
 from dbes.scoring.sampling import TokenSample, even_documents, example_tokens
 from dbes.scoring.specialists import SpecialistTable, find_specialists
@@ -75,6 +76,7 @@ def score_tables(trace: Trace | Counts, *, permutations: int = 1000, seed: int =
     counts = counts_of(trace, phase=phase)
     require_tokens(counts)
     shape = counts.shape
+    permutations = permutations if counts.by_documents else 0
     units = counts.by_unit()
     task = task_facts(counts)
     kept = counts.sample
@@ -103,11 +105,13 @@ def score_tables(trace: Trace | Counts, *, permutations: int = 1000, seed: int =
         model=model_facts(counts),
         task=task,
         environment=environment(counts),
-        settings={"permutations": permutations, "seed": seed, "phase": PHASES[counts.phase], "control": counts.control is not None},
-        recording=RecordingFacts(documents=int((counts.tokens > 0).sum()), tokens=int(counts.tokens.sum())),
+        settings={"permutations": permutations, "seed": seed, "phase": PHASES[counts.phase], "control": counts.control is not None}
+        | ({} if counts.by_documents else {"documents": "unknown"}),
+        recording=RecordingFacts(documents=sum(facts.documents for facts in task.domains.values()), tokens=int(counts.tokens.sum())),
         warnings=(
             *_model_notes(counts),
-            *_warnings(statistics, task.domains, counts.texts.distinct),
+            *counts.notes,
+            *_warnings(counts, statistics, task.domains, counts.texts.distinct),
             *_small_sample_warnings(statistics, estimates.by_metric["specialization"]),
         ),
         published=_published(statistics),
@@ -134,13 +138,13 @@ def _model_notes(counts: Counts) -> Iterator[str]:
         yield f"model: {note}"
 
 
-def _warnings(statistics: LayerCounts, facts: Mapping[str, DomainFacts], distinct: Mapping[str, int]) -> Iterator[str]:
+def _warnings(counts: Counts, statistics: LayerCounts, facts: Mapping[str, DomainFacts], distinct: Mapping[str, int]) -> Iterator[str]:
     shape = statistics.shape
     if len(shape.domains) == 1:
         yield "one domain only: specialization, effective rank and domain isolation compare domains and are undefined"
     for domain, found in facts.items():
         texts = distinct.get(domain, found.sources)
-        if found.sources == 0:
+        if found.tokens == 0:
             yield f"domain {domain!r} has no tokens: its values, and all that compare it with other domains, are NaN"
         elif found.documents == 1:
             yield f"domain {domain!r} has one document only: values without interval"
@@ -161,6 +165,8 @@ def _warnings(statistics: LayerCounts, facts: Mapping[str, DomainFacts], distinc
     if full:
         where = f"layer {full[0]}" if len(full) == 1 else f"layers {full}"
         yield f"every expert is used by every token at {where}: nothing is chosen there, values are NaN"
+    if NO_TOKENS in counts.notes:
+        return
     if statistics.ngrams is None:
         yield "the trace has no gate weights: the primary expert is unknown, n-gram values are NaN"
     if not statistics.stiffness.kept_count.any():

@@ -64,6 +64,7 @@ class CountsFile(Strict):
     fingerprint: str | None
     digests: dict[str, tuple[str, ...]]
     sample_whole: bool
+    notes: tuple[str, ...] = ()
     files: dict[str, Sha]
 
     @field_validator("provenance")
@@ -190,6 +191,7 @@ def save_counts(counts: Counts, folder: Path) -> None:
         fingerprint=counts.texts.fingerprint,
         digests={domain: tuple(sorted(found)) for domain, found in counts.texts.digests.items()},
         sample_whole=sample is not None and sample.whole,
+        notes=counts.notes,
         files=files,
     )
     content = about.model_dump(mode="json")
@@ -229,6 +231,7 @@ def load_counts(folder: Path) -> Counts:
         grouped=about.grouped,
         by_documents=about.by_documents,
         seal=about.trace,
+        notes=about.notes,
     )
 
 
@@ -265,7 +268,8 @@ def _read_layer(folder: Path, files: Mapping[str, str], shape: RoutingShape, tok
         expected = (rows, shape.width) if name in (*WIDE, "groups") else (rows, *array.shape[1:])
         if array.shape != expected or array.dtype.kind not in "buf":
             raise TraceError(f"{path}: {clipped(name)} is {array.dtype} {array.shape}, expected numbers {expected}; {HINT}")
-        arrays[name] = array.astype(bool if name == "groups" else np.float32 if name in WIDE else np.float64)
+        wide = name in WIDE and array.max(initial=0) < 2**24
+        arrays[name] = array.astype(bool if name == "groups" else np.float32 if wide else np.float64)
     if "hits" not in arrays:
         raise TraceError(f"{path}: hits are missing; {HINT}")
     return layer_of(shape, tokens, arrays)

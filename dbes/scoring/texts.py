@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -36,6 +36,21 @@ class Texts:
         return {domain: len(found) for domain, found in self.digests.items()}
 
 
+def combined(parts: Sequence[Texts], *, apart: bool) -> Texts:
+    """What is known of the texts of several recordings together.
+
+    Args:
+        apart: no document is in two of them; of a text that is cut over several the digest of the whole is unknown.
+    """
+    data = hashlib.sha256()
+    for part in parts:
+        data.update(f"{part.fingerprint}\n".encode())
+    digests = {}
+    if apart and all(part.digests for part in parts):
+        digests = {domain: frozenset().union(*(part.digests[domain] for part in parts)) for domain in parts[0].digests}
+    return Texts(fingerprint=DATA + data.hexdigest() if all(part.fingerprint for part in parts) else None, digests=digests)
+
+
 class TextReader:
     """Reads the texts of a trace shard by shard.
 
@@ -49,9 +64,8 @@ class TextReader:
 
     def __init__(self, shape: RoutingShape, phase: int | None = None) -> None:
         self.shape, self.phase, self.units = shape, phase, shape.units
-        self.numbered = tuple(map(str, shape.document_ids)) == tuple(map(str, range(len(shape.document_ids))))
         self.data = hashlib.sha256()
-        given = () if self.numbered else shape.document_ids
+        given = () if shape.numbered else shape.document_ids
         for part in (shape.domains, shape.document_domain.tolist(), given, shape.document_source or ()):
             self.data.update(f"{len(part)}:".encode() + "\0".join(map(str, part)).encode("utf-8", "backslashreplace"))
         self.texts: dict[int, hashlib._Hash] = {}
@@ -78,7 +92,7 @@ class TextReader:
         for unit, text in self.texts.items():
             different[shape.domains[domain_of[unit]]].add(text.hexdigest()[:DIGITS])
         return Texts(
-            fingerprint=None if self.numbered and not self.prompted else DATA + self.data.hexdigest(),
+            fingerprint=None if shape.numbered and not self.prompted else DATA + self.data.hexdigest(),
             digests={domain: frozenset(found) for domain, found in different.items()} if self.known else {},
         )
 

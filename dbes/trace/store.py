@@ -40,6 +40,7 @@ class Trace:
         control: the same tokens through a frozen random router on the same representation, if it was recorded.
         vocabulary: text of token ids, for display; bytes of those that are only a part of a character.
         path: the folder it lies in, or None when it is in memory only.
+        parts: the traces it is joined of, see ``joining``; each numbers its documents from 0.
         seal: sha256 of its manifest, by which what was made from it is known again; None in memory.
     """
 
@@ -50,6 +51,7 @@ class Trace:
     path: Path | None = None
     entries: tuple[ShardEntry, ...] = ()
     loaded: tuple[TokenRoutes, ...] = ()
+    parts: tuple[Trace, ...] = ()
     seal: str | None = None
     _checked: dict[str, tuple[int, int]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -76,6 +78,16 @@ class Trace:
                 with safetensors.safe_open(path, framework="numpy") as shard:
                     wanted = {*REQUIRED, *names} & set(shard.keys())
                     yield TokenRoutes(**{name: shard.get_tensor(name) for name in wanted})
+        for part, first in self._starts():
+            for routes in part.with_columns(*names):
+                yield replace(routes, document=(routes.document + first).astype(np.int32))
+
+    def _starts(self) -> Iterator[tuple[Trace, int]]:
+        """The traces it is joined of, and the first document of each."""
+        first = 0
+        for part in self.parts:
+            yield part, first
+            first += len(part.shape.document_ids)
 
     def documents(self, wanted: np.ndarray, *names: str) -> Iterator[TokenRoutes]:
         """The rows of some documents, bool [documents], with no more than these columns (besides ids, document and positions)."""
@@ -98,10 +110,15 @@ class Trace:
                     column = shard.get_slice(name)
                     found[name] = np.concatenate([column[int(run[0]) : int(run[-1]) + 1] for run in runs if len(run)] or [column[:0]])
                 yield TokenRoutes(**found)
+        for part, first in self._starts():
+            for routes in part.documents(wanted[first : first + len(part.shape.document_ids)], *names):
+                yield replace(routes, document=(routes.document + first).astype(np.int32))
 
     @property
     def tokens(self) -> int:
-        return sum(len(routes) for routes in self.loaded) + sum(entry.tokens for entry in self.entries)
+        """Tokens of all documents."""
+        parts = (*map(len, self.loaded), *(entry.tokens for entry in self.entries), *(part.tokens for part in self.parts))
+        return sum(parts)
 
     @classmethod
     def from_arrays(
@@ -122,6 +139,8 @@ class Trace:
         scaled_margins: np.ndarray | None = None,
         kept: np.ndarray | None = None,
         document_ids: Sequence[str] | None = None,
+        document_source: Sequence[str] | None = None,
+        vocabulary: Mapping[int, TokenText] | None = None,
         provenance: Mapping[str, Any] | None = None,
         control: Trace | None = None,
     ) -> Trace:
@@ -141,6 +160,8 @@ class Trace:
             phase: int [tokens], 0 prompt, 1 generated.
             selection_margins, scaled_margins, kept: see ``TokenRoutes``.
             document_ids: names of the documents; mere numbers by default, which say nothing about what was read.
+            document_source: the source text each document was cut from; documents of one source are one unit of all statistics.
+            vocabulary: texts of token ids, for display.
             provenance: see ``Trace``. Results are compared where ``provenance["task"]["fingerprint"]`` is equal; without one it is made
                 from the document ids, the domains and the prompts' token ids, and where only numbers are known there is none.
 
@@ -180,8 +201,8 @@ class Trace:
             domains=tuple(domains),
             document_domain=domain.astype(np.int32),
             document_ids=names,
+            document_source=None if document_source is None else tuple(document_source),
         )
-
         for problem in shape_problems(shape):
             raise TraceError(problem)
         try:
@@ -211,7 +232,7 @@ class Trace:
             kept=column("kept", kept, (*ids.shape[:2], len(NOISE_SCALES)), np.uint8),
         )
         validate_routes(routes, shape, where="ids")
-        return cls(shape=shape, provenance=dict(provenance or {}), control=control, loaded=(routes,))
+        return cls(shape=shape, provenance=dict(provenance or {}), control=control, vocabulary=dict(vocabulary or {}), loaded=(routes,))
 
     @classmethod
     def load(cls, path: str | Path) -> Trace:
@@ -362,34 +383,6 @@ def _other_facts(one: Manifest, other: Manifest) -> list[str]:
     told = [name for name in fields_of if getattr(one, name) != getattr(other, name)]
     facts = sorted({*one.provenance, *other.provenance})
     return [f"another {name}" for name in (*told, *(name for name in facts if one.provenance.get(name) != other.provenance.get(name)))]
-
-
-def join_traces(traces: Sequence[Trace], *, provenance: Mapping[str, Any]) -> Trace:
-    """One trace of the documents of several in memory, of the same model and domains, in order.
-
-    Args:
-        provenance: added to that of the first.
-    """
-    shapes = [trace.shape for trace in traces]
-    first = np.cumsum([0, *(len(shape.document_domain) for shape in shapes)])[:-1]
-    sources = None
-    if any(shape.document_source for shape in shapes):
-        sources = tuple(source for shape in shapes for source in shape.document_source or shape.document_ids)
-    return Trace(
-        shape=replace(
-            shapes[0],
-            document_domain=np.concatenate([shape.document_domain for shape in shapes]),
-            document_ids=tuple(document for shape in shapes for document in shape.document_ids),
-            document_source=sources,
-        ),
-        provenance={**traces[0].provenance, **provenance},
-        vocabulary={token: text for trace in traces for token, text in trace.vocabulary.items()},
-        loaded=tuple(
-            replace(routes, document=(routes.document + start).astype(np.int32))
-            for trace, start in zip(traces, first.tolist(), strict=True)
-            for routes in trace.loaded
-        ),
-    )
 
 
 def read_vocabulary(path: Path) -> dict[int, TokenText]:

@@ -104,6 +104,11 @@ class RoutingShape:
         return np.asarray([numbers.setdefault(pair, len(numbers)) for pair in pairs], np.int64)
 
     @property
+    def numbered(self) -> bool:
+        """Whether document ids are mere numbers, which say nothing of the documents."""
+        return self.document_ids == tuple(map(str, range(len(self.document_ids))))
+
+    @property
     def width(self) -> int:
         """Experts of the widest layer: the length of the experts axis of counts."""
         return max(self.experts)
