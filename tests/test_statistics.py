@@ -17,8 +17,8 @@ from naive import Recording
 from dbes.scoring.counting import count_routes
 from dbes.scoring.counts import LayerCounts, NgramSums, StiffnessSums
 from dbes.scoring.score import score
-from dbes.scoring.sums import follows_previous, of_phase, pieces_of, primary_experts
-from dbes.trace.types import TokenRoutes
+from dbes.scoring.sums import follows_previous, of_phase, primary_experts
+from dbes.trace.types import TokenRoutes, pieces_of
 
 CASES = naive.cases()
 few = settings(max_examples=8, deadline=None, derandomize=True)

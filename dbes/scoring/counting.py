@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -17,13 +18,14 @@ from typing import IO
 
 import numpy as np
 
-from dbes.scoring.counts import Counts, LayerCounts, domain_sums, layer_of, one_layer
+from dbes.scoring.counts import Counts
+from dbes.scoring.layer_counts import LayerCounts, domain_sums, layer_of, one_layer
 from dbes.scoring.metrics import NGRAM_SIZES, expert_group
 from dbes.scoring.sampling import Sampler
-from dbes.scoring.sums import Piece, document_starts, group_sums, of_phase, pieces_of, sums_of
+from dbes.scoring.sums import Piece, group_sums, of_phase, sums_of
 from dbes.scoring.texts import TextReader, Texts
 from dbes.trace.store import Trace
-from dbes.trace.types import GENERATED, PROMPT, TokenRoutes, storage_dtype
+from dbes.trace.types import GENERATED, PROMPT, TokenRoutes, document_starts, pieces_of, storage_dtype
 
 WORKERS = min(os.cpu_count() or 1, 8)
 
@@ -55,6 +57,7 @@ class Rows:
         if self.array is None:
             self.file = tempfile.TemporaryFile(prefix="dbes-counts-")  # noqa: SIM115 (as long as the rows)
             self.file.truncate(size)
+            weakref.finalize(self, self.file.close)
 
     def write(self, rows: np.ndarray, values: np.ndarray) -> None:
         """Write [rows, layers, ...] to ascending rows."""

@@ -15,7 +15,7 @@ import numpy as np
 from dbes.results import CalibratedRecord
 from dbes.scoring import metrics
 from dbes.scoring.counting import count_routes
-from dbes.scoring.counts import LayerCounts
+from dbes.scoring.layer_counts import LayerCounts
 from dbes.scoring.metrics import effective_rank_of_gram
 from dbes.scoring.resampling import (
     DomainScores,

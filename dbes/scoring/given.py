@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from dbes.errors import TraceError
 from dbes.schema import first_problem
-from dbes.scoring.counts import Counts, LayerCounts, StiffnessSums
+from dbes.scoring.counts import Counts
+from dbes.scoring.layer_counts import LayerCounts, StiffnessSums
 from dbes.scoring.texts import TextReader
 from dbes.trace.manifest import Provenance, shape_problems
 from dbes.trace.types import LOGIT_NOISE, NOISE_SCALES, RoutingShape

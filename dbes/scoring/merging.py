@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 
 from dbes.errors import TraceError
-from dbes.scoring.counts import OPTIONAL_WINDOWS, PHASES, Counts, LayerCounts, arrays_of, domain_sums, layer_of, one_layer
+from dbes.scoring.counts import PHASES, Counts
+from dbes.scoring.layer_counts import OPTIONAL_WINDOWS, LayerCounts, arrays_of, domain_sums, layer_of, one_layer
 from dbes.scoring.metrics import expert_group
 from dbes.scoring.sampling import KEPT_CELLS, KEPT_TOKENS, SAMPLE_TOKENS, TokenSample, even_documents, joined_sample
 from dbes.scoring.texts import combined

@@ -14,10 +14,11 @@ import numpy as np
 
 from dbes.results import DomainFacts, PublishedMetric, RecordingFacts, Result, Specialist
 from dbes.scoring import descriptive, metrics
-from dbes.scoring.counts import PHASES, Counts, LayerCounts
+from dbes.scoring.counts import PHASES, Counts
 from dbes.scoring.estimates import Estimate, calibrated_records, estimate_all, reference_scores
 from dbes.scoring.facts import environment, model_facts, require_tokens, task_facts
 from dbes.scoring.given import NO_TOKENS
+from dbes.scoring.layer_counts import LayerCounts
 from dbes.scoring.resampling import domain_ratio, permuted_labels
 from dbes.scoring.sampling import TokenSample, even_documents, example_tokens
 from dbes.scoring.specialists import SpecialistTable, find_specialists
@@ -128,7 +129,9 @@ def score_tables(trace: Trace | Counts, *, permutations: int = 1000, seed: int =
         statistics=statistics,
         specialists=table,
         arrays=arrays,
-        replicates={metric: estimates.by_metric[metric].left_out_score[:, -1].astype(np.float32) for metric in REPLICATED},
+        replicates={
+            metric: estimates.by_metric[metric].left_out_score[:, -1].astype(np.float32) for metric in REPLICATED if counts.by_documents
+        },
     )
 
 
@@ -214,9 +217,8 @@ def _published(statistics: LayerCounts) -> dict[str, Any]:
         found[name] = {}
         for index, size in enumerate(metrics.NGRAM_SIZES):
             ratio = nothing
-            if ngrams is not None:
-                counts_of_size = getattr(ngrams, counts)[..., index]
-                ratio = domain_ratio(counts_of_size, ngrams.windows[..., index], shape.document_domain, len(shape.domains))
+            if ngrams is not None and (sums := getattr(ngrams, counts)) is not None:
+                ratio = domain_ratio(sums[..., index], ngrams.windows[..., index], shape.document_domain, len(shape.domains))
             found[name][size] = _by_layer(ratio, shape)
     return found
 
@@ -354,12 +356,16 @@ def _ngram_companions(statistics: LayerCounts) -> dict[str, Any]:
     if ngrams is None:
         return {}
     count = len(shape.domains)
-    known = ngrams.primaries.sum(axis=-1, dtype=np.float64)
-    share = domain_ratio(ngrams.in_group, known, shape.document_domain, count)
-    found: dict[str, Any] = {"group_share": _plain(share.mean()), "group_size": _plain(ngrams.groups.sum(axis=-1).mean())}
+    found: dict[str, Any] = {}
+    share = np.full((count, len(shape.layers)), np.nan)
+    if ngrams.groups is not None and ngrams.in_group is not None:
+        known = ngrams.primaries.sum(axis=-1, dtype=np.float64)
+        share = domain_ratio(ngrams.in_group, known, shape.document_domain, count)
+        found = {"group_share": _plain(share.mean()), "group_size": _plain(ngrams.groups.sum(axis=-1).mean())}
     for index, size in enumerate(metrics.NGRAM_SIZES):
-        grouped = domain_ratio(ngrams.grouped[..., index], ngrams.windows[..., index], shape.document_domain, count)
-        found[f"group_excess_{size}"] = _plain((grouped - share**size).mean())
+        if ngrams.grouped is not None:
+            grouped = domain_ratio(ngrams.grouped[..., index], ngrams.windows[..., index], shape.document_domain, count)
+            found[f"group_excess_{size}"] = _plain((grouped - share**size).mean())
         if ngrams.distinct_windows is not None and ngrams.distinct_alike is not None:
             varied = domain_ratio(ngrams.distinct_alike[..., index], ngrams.distinct_windows[..., index], shape.document_domain, count)
             found[f"ratio_without_repeated_tokens_{size}"] = _plain(varied.mean())

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dbes.scoring.counts import LayerCounts
 from dbes.scoring.descriptive import random_halves
+from dbes.scoring.layer_counts import LayerCounts
 from dbes.scoring.metrics import usage_of
 from dbes.scoring.resampling import NullDraws, false_discovery_q, usage_variance
 

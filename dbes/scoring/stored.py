@@ -23,7 +23,8 @@ from dbes.errors import DbesError, TraceError
 from dbes.files import discard, read_bytes, write_bytes, write_json, write_text
 from dbes.schema import Strict, Whole, read_versioned
 from dbes.scoring.counting import MEMORY_BYTES, WIDE, count_routes
-from dbes.scoring.counts import PHASES, Counts, LayerCounts, arrays_of, layer_of, one_layer
+from dbes.scoring.counts import PHASES, Counts
+from dbes.scoring.layer_counts import LayerCounts, arrays_of, layer_of, one_layer
 from dbes.scoring.sampling import TokenSample
 from dbes.scoring.texts import Texts
 from dbes.text import clipped

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from dbes.scoring.metrics import NGRAM_SIZES, consecutive
-from dbes.trace.types import LOGIT_NOISE, NOISE_SCALES, PROMPT, RoutingShape, TokenRoutes
-
-PIECE_TOKENS = 4_096
-"""Tokens worked on at a time: bounds the memory of the pass and keeps them in the cache; changes no value."""
+from dbes.trace.types import LOGIT_NOISE, NOISE_SCALES, PROMPT, RoutingShape, TokenRoutes, document_starts
 
 NO_SCORE = 255
 """Value of ``TokenRoutes.kept`` for a token without a selection score."""
@@ -114,23 +110,6 @@ def primary_experts(routes: TokenRoutes) -> np.ndarray | None:
 def _slot_planes(weights: np.ndarray) -> np.ndarray:
     """Gate weights as float32 [slots, tokens, layers], contiguous, a copy."""
     return np.ascontiguousarray(np.moveaxis(weights, 2, 0)).astype(np.float32)
-
-
-def pieces_of(routes: TokenRoutes, tokens: int = PIECE_TOKENS) -> Iterator[TokenRoutes]:
-    """The routes in pieces of whole documents, of at least one document and at most about ``tokens`` tokens."""
-    starts = document_starts(routes.document)
-    begin = 0
-    for end in [*starts[1:], len(routes)]:
-        following = starts[np.searchsorted(starts, end) :]
-        until = following[1] if len(following) > 1 else len(routes)
-        if end == len(routes) or until - begin > tokens:
-            yield routes.take(slice(begin, end))
-            begin = end
-
-
-def document_starts(document: np.ndarray) -> np.ndarray:
-    """Rows at which a document begins."""
-    return np.flatnonzero(np.r_[True, document[1:] != document[:-1]]) if len(document) else np.zeros(0, np.int64)
 
 
 def follows_previous(routes: TokenRoutes) -> np.ndarray:

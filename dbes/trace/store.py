@@ -22,10 +22,14 @@ from safetensors.numpy import save as encode_safetensors
 from dbes.errors import TraceError
 from dbes.files import discard, write_bytes, write_json, write_text
 from dbes.schema import first_problem, read_json
-from dbes.trace.manifest import MANIFEST, TRACE_SCHEMA, Manifest, Provenance, ShardEntry, digest, read_manifest, sealed, shape_problems
-from dbes.trace.shards import REQUIRED, check_header, read_shard, validate_routes
-from dbes.trace.types import NOISE_SCALES, RoutingShape, TokenRoutes, storage_dtype
+from dbes.trace.arrays import routes_from_arrays
+from dbes.trace.manifest import MANIFEST, TRACE_SCHEMA, Manifest, Provenance, ShardEntry, digest, read_manifest, sealed
+from dbes.trace.shards import REQUIRED, check_header, read_shard
+from dbes.trace.types import RoutingShape, TokenRoutes, pieces_of
 from dbes.trace.vocabulary import TokenText, as_json, from_json
+
+SHARD_TOKENS = 1 << 16
+"""Tokens of a shard at most where a trace in memory is saved, as far as documents allow."""
 
 VOCABULARY, CONTROL = "vocabulary.json", "control"
 
@@ -168,70 +172,17 @@ class Trace:
         Raises:
             TraceError: shapes disagree, ids out of range, an expert twice in one row, a document outside ``domain``.
         """
-        ids = np.asarray(ids)
-        if ids.ndim != 3 or not np.issubdtype(ids.dtype, np.integer):
-            raise TraceError(f"ids: expected integers [tokens, layers, k], got {ids.dtype} {ids.shape}")
-        document = np.asarray(document)
-        domain = np.asarray(domain)
-        counts = (experts,) * len(layers) if isinstance(experts, int | np.integer) else tuple(experts)
-        names = tuple(document_ids) if document_ids is not None else tuple(str(i) for i in range(len(domain)))
-        if not (len(layers) == len(counts) == ids.shape[1]):
-            raise TraceError(f"ids have {ids.shape[1]} layers, but {len(layers)} layer numbers and {len(counts)} expert counts were given")
-        for name, indices in (("domain", domain), ("document", document)):
-            if indices.size and not np.issubdtype(indices.dtype, np.integer):
-                raise TraceError(f"{name}: expected integer indices, got {indices.dtype}")
-        if domain.ndim != 1 or len(domain) == 0 or domain.min() < 0 or domain.max() >= len(domains):
-            raise TraceError(f"domain: expected an index below {len(domains)} for every document")
-        if len(names) != len(domain):
-            raise TraceError(f"{len(names)} document ids for {len(domain)} documents")
-        if document.shape != (len(ids),) or (len(document) and (document.min() < 0 or document.max() >= len(domain))):
-            raise TraceError(f"document: expected {len(ids)} indices below {len(domain)} (the documents that `domain` lists)")
-        widest = max(counts)
-        if ids.size and (ids.min() < -1 or ids.max() >= widest):
-            raise TraceError(f"ids out of range: {ids.min()}..{ids.max()}, expected -1 (missing) or 0..{widest - 1}")
-        if positions is not None and np.shape(positions) != document.shape:
-            raise TraceError(f"positions: expected shape {document.shape}, got {np.shape(positions)}")
-        order = np.argsort(document, kind="stable") if positions is None else np.lexsort((positions, document))
-        in_order = bool(np.all(order == np.arange(len(order))))
-        rows: np.ndarray | slice = slice(None) if in_order else order
-        shape = RoutingShape(
-            layers=tuple(int(layer) for layer in layers),
-            experts=tuple(int(count) for count in counts),
-            top_k=tuple(min(ids.shape[2], int(count)) for count in counts),
-            domains=tuple(domains),
-            document_domain=domain.astype(np.int32),
-            document_ids=names,
-            document_source=None if document_source is None else tuple(document_source),
-        )
-        for problem in shape_problems(shape):
-            raise TraceError(problem)
+        shape, routes = routes_from_arrays(
+            {
+                "ids": ids, "document": document, "weights": weights, "margins": margins, "token_ids": token_ids, "positions": positions,
+                "phase": phase, "selection_margins": selection_margins, "scaled_margins": scaled_margins, "kept": kept,
+            },
+            domain=domain, domains=domains, layers=layers, experts=experts, document_ids=document_ids, document_source=document_source,
+        )  # fmt: skip
         try:
             Provenance.model_validate(dict(provenance or {}))
         except ValidationError as problem:
             raise TraceError(f"provenance: {first_problem(problem)}") from None
-
-        def column(name: str, array: np.ndarray | None, expected: tuple[int, ...], dtype: type) -> np.ndarray | None:
-            if array is None:
-                return None
-            array = np.asarray(array)
-            if array.shape != expected:
-                raise TraceError(f"{name}: expected shape {expected}, got {array.shape}")
-            return array[rows].astype(dtype)
-
-        places = column("positions", positions, ids.shape[:1], np.int32)
-        routes = TokenRoutes(
-            ids=ids[rows].astype(storage_dtype(widest)),
-            document=document[rows].astype(np.int32),
-            positions=_order_within(document[rows]) if places is None else places,
-            token_ids=column("token_ids", token_ids, ids.shape[:1], np.int32),
-            phase=column("phase", phase, ids.shape[:1], np.uint8),
-            weights=column("weights", weights, ids.shape, np.float32),
-            logit_margins=column("margins", margins, ids.shape[:2], np.float32),
-            selection_margins=column("selection_margins", selection_margins, ids.shape[:2], np.float32),
-            scaled_margins=column("scaled_margins", scaled_margins, ids.shape[:2], np.float32),
-            kept=column("kept", kept, (*ids.shape[:2], len(NOISE_SCALES)), np.uint8),
-        )
-        validate_routes(routes, shape, where="ids")
         return cls(shape=shape, provenance=dict(provenance or {}), control=control, vocabulary=dict(vocabulary or {}), loaded=(routes,))
 
     @classmethod
@@ -275,7 +226,7 @@ class Trace:
         folder = Path(path)
         writer = TraceWriter(folder, self.shape, self.provenance)
         # the last shard also answers for documents without tokens, so each shard is written when the next one is at hand
-        parts = iter(self)
+        parts = (piece for routes in self for piece in (pieces_of(routes, SHARD_TOKENS) if len(routes) else [routes]))
         routes = next(parts, None)
         while routes is not None:
             following = next(parts, None)
@@ -397,12 +348,3 @@ def _stamp(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_size, status.st_mtime_ns
-
-
-def _order_within(document: np.ndarray) -> np.ndarray:
-    """0, 1, 2, ... along each run of equal documents."""
-    if not len(document):
-        return np.zeros(0, np.int32)
-    starts = np.flatnonzero(np.r_[True, document[1:] != document[:-1]])
-    lengths = np.diff(np.r_[starts, len(document)])
-    return (np.arange(len(document)) - np.repeat(starts, lengths)).astype(np.int32)

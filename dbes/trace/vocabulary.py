@@ -55,9 +55,7 @@ def joined_vocabularies(parts: Sequence[Mapping[int, TokenText]], *, error: type
     for part in parts:
         for token, text in part.items():
             if found.setdefault(token, text) != text:
-                raise error(
-                    f"token {token} is {shown(found[token])!r} in one and {shown(text)!r} in another: they have different tokenizers"
-                )
+                raise error(f"token {token} is {shown(found[token])!r} in one and {shown(text)!r} in another: of different tokenizers")
     return found
 
 
