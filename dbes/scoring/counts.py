@@ -182,6 +182,10 @@ class Counts:
         """
         return side_by_side([sums.by_domain(chosen(sums)) for sums in self.layers()])
 
+    def totals(self) -> LayerCounts:
+        """The sums over the documents of each domain, of all layers side by side, as if each domain were one document."""
+        return joined_layers([sums.totals() for sums in self.layers()])
+
     def whole(self) -> LayerCounts:
         """The sums of all layers side by side: documents x layers x experts in memory."""
-        return joined_layers(list(self.layers()), self.shape)
+        return joined_layers(list(self.layers()))

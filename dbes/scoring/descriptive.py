@@ -11,7 +11,7 @@ from itertools import combinations
 import numpy as np
 
 from dbes.scoring import metrics
-from dbes.scoring.layer_counts import LayerCounts
+from dbes.scoring.counts import Counts
 from dbes.scoring.resampling import permuted_labels
 from dbes.scoring.sampling import TokenSample
 from dbes.trace.types import RoutingShape
@@ -100,13 +100,14 @@ def token_identity(sample: TokenSample, shape: RoutingShape, *, seed: int) -> di
     return found
 
 
-def split_half_similarity(statistics: LayerCounts, *, seed: int) -> np.ndarray:
+def split_half_similarity(counts: Counts, *, seed: int) -> np.ndarray:
     """Cosine (unbiased norms) between two random halves of the documents of a domain, [domains, layers]: the ceiling of similarity."""
-    shape = statistics.shape
+    shape = counts.shape
     half = random_halves(shape.document_domain, seed=seed)
     domains = len(shape.domains)
-    sums = np.stack([statistics.by_domain(statistics.hits * (half == side)[:, None, None]) for side in (0, 1)])
-    tokens = np.stack([statistics.by_domain(statistics.active * (half == side)[:, None]) for side in (0, 1)])
+    sides = [counts.take(np.flatnonzero(half == side)) for side in (0, 1)]
+    sums = np.stack([side.by_domain(lambda layer: layer.hits) for side in sides])
+    tokens = np.stack([side.by_domain(lambda layer: layer.active) for side in sides])
     similarity = np.full((domains, len(shape.layers)), np.nan)
     for domain in range(domains):
         usage = metrics.usage_of(sums[:, domain])

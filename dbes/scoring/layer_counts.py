@@ -104,14 +104,24 @@ class LayerCounts:
         """The sums of chosen documents, distinct and ascending (the expert groups stay those of all)."""
         if len(documents) == len(self.tokens):
             return self
-        return replace(_per_document(self, lambda rows: rows[documents]), shape=shape_of(self.shape, documents))
+        return replace(per_document(self, lambda rows: rows[documents]), shape=shape_of(self.shape, documents))
 
     def by_unit(self) -> LayerCounts:
         """The sums with documents cut from one source text added up into one, in order of first appearance."""
         first, order, starts = units_of(self.shape)
         if len(first) == len(order):
             return self
-        return replace(_per_document(self, lambda rows: np.add.reduceat(rows[order], starts, axis=0)), shape=shape_by_unit(self.shape))
+        return replace(per_document(self, lambda rows: np.add.reduceat(rows[order], starts, axis=0)), shape=shape_by_unit(self.shape))
+
+    def totals(self) -> LayerCounts:
+        """The sums over the documents of each domain, float64, as if each domain were one document."""
+        shape = replace(
+            self.shape,
+            document_domain=np.arange(len(self.shape.domains), dtype=np.int32),
+            document_ids=self.shape.domains,
+            document_source=None,
+        )
+        return replace(per_document(self, self.by_domain), shape=shape)
 
     def column(self, index: int) -> LayerCounts:
         """One layer of several, as wide as it has experts."""
@@ -120,7 +130,7 @@ class LayerCounts:
         def cut(rows: np.ndarray) -> np.ndarray:
             return rows[:, index : index + 1] if rows.ndim > 1 else rows
 
-        found = _per_document(self, cut)
+        found = per_document(self, cut)
         ngrams = found.ngrams
         if ngrams is not None:
             groups = None if ngrams.groups is None else ngrams.groups[:, index : index + 1, :width]
@@ -146,18 +156,20 @@ def side_by_side(parts: Sequence[np.ndarray], fill: float = 0) -> np.ndarray:
     return np.concatenate(parts, axis=1)
 
 
-def joined_layers(parts: list[Sums], shape: RoutingShape) -> Sums:
+def joined_layers(parts: list[Sums]) -> Sums:
     """The sums of single layers side by side."""
     joined = {}
     for entry in fields(parts[0]):
         values = [getattr(part, entry.name) for part in parts]
         first = values[0]
         if isinstance(first, np.ndarray):
-            joined[entry.name] = side_by_side(values) if first.ndim > 1 else first
+            first = side_by_side(values) if first.ndim > 1 else first
         elif isinstance(first, NgramSums | StiffnessSums):
-            joined[entry.name] = joined_layers(values, shape)
-        else:
-            joined[entry.name] = shape if entry.name == "shape" else None
+            first = joined_layers(values)
+        elif isinstance(first, RoutingShape):
+            sizes = {name: tuple(getattr(shape, name)[0] for shape in values) for name in ("layers", "experts", "top_k")}
+            first = replace(first, **sizes)
+        joined[entry.name] = first
     return type(parts[0])(**joined)
 
 
@@ -189,7 +201,7 @@ def shape_by_unit(shape: RoutingShape) -> RoutingShape:
 Sums = TypeVar("Sums", bound=LayerCounts | NgramSums | StiffnessSums)
 
 
-def _per_document(sums: Sums, change: Callable[[np.ndarray], np.ndarray]) -> Sums:
+def per_document(sums: Sums, change: Callable[[np.ndarray], np.ndarray]) -> Sums:
     """The same sums with every per-document array changed; every array but the expert groups has the documents first."""
     chosen = {}
     for entry in fields(sums):
@@ -197,7 +209,7 @@ def _per_document(sums: Sums, change: Callable[[np.ndarray], np.ndarray]) -> Sum
         if isinstance(value, np.ndarray) and entry.name != "groups":
             value = change(value)
         elif isinstance(value, NgramSums | StiffnessSums):
-            value = _per_document(value, change)
+            value = per_document(value, change)
         chosen[entry.name] = value
     return replace(sums, **chosen)
 
