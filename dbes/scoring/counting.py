@@ -12,6 +12,7 @@ import tempfile
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import islice
 from threading import Lock
 from typing import IO
@@ -61,20 +62,25 @@ class Rows:
 
     def write(self, rows: np.ndarray, values: np.ndarray) -> None:
         """Write [rows, layers, ...] to ascending rows."""
-        for layer in range(self.shape[0]):
-            self.write_layer(layer, rows, values[:, layer])
+        if self.array is not None:
+            self.array[:, rows] = np.moveaxis(values, 1, 0)
+            return
+        runs = _runs(rows)
+        for layer, content in enumerate(np.ascontiguousarray(np.moveaxis(values, 1, 0), self.dtype)):
+            self._to_file(layer, runs, content)
 
     def write_layer(self, layer: int, rows: np.ndarray, values: np.ndarray) -> None:
         """Write [rows, ...] of one layer to ascending rows."""
         if self.array is not None:
             self.array[layer, rows] = values
-            return
+        else:
+            self._to_file(layer, _runs(rows), np.ascontiguousarray(values, self.dtype))
+
+    def _to_file(self, layer: int, runs: list[tuple[int, int, int]], content: np.ndarray) -> None:
         assert self.file is not None
-        content = np.ascontiguousarray(values, self.dtype)
-        breaks = np.flatnonzero(np.diff(rows) != 1) + 1
         with self.lock:
-            for start, end in zip([0, *breaks], [*breaks, len(rows)], strict=True):
-                self.file.seek((layer * self.shape[1] + int(rows[start])) * self.row)
+            for row, start, end in runs:
+                self.file.seek((layer * self.shape[1] + row) * self.row)
                 self.file.write(content[start:end].data)
 
     def layer(self, column: int) -> np.ndarray:
@@ -86,6 +92,12 @@ class Rows:
             self.file.seek(column * self.shape[1] * self.row)
             content = self.file.read(self.shape[1] * self.row)
         return np.frombuffer(content, self.dtype).reshape(self.shape[1:])
+
+
+def _runs(rows: np.ndarray) -> list[tuple[int, int, int]]:
+    """Runs of neighbours among ascending rows: the first row of each, and where it begins and ends among the rows."""
+    breaks = (np.flatnonzero(np.diff(rows) != 1) + 1).tolist()
+    return [(int(rows[start]), start, end) for start, end in zip([0, *breaks], [*breaks, len(rows)], strict=True)]
 
 
 def count_routes(trace: Trace, *, phase: int | None = None, plain: bool = False) -> Counts:
@@ -102,7 +114,7 @@ def count_routes(trace: Trace, *, phase: int | None = None, plain: bool = False)
     with ThreadPoolExecutor(WORKERS) as pool:
         pieces = counting.pieces()
         while batch := list(islice(pieces, 2 * WORKERS)):
-            counting.add(batch, list(pool.map(lambda routes: sums_of(routes, trace.shape), batch)))
+            counting.add(batch, list(pool.map(counting.sum_up, batch)))
         if counting.primary is not None:
             counting.make_group_rows()
             list(pool.map(counting.count_groups, range(len(trace.shape.layers))))
@@ -124,6 +136,7 @@ class _Pass:
         self.texts = None if plain else TextReader(self.shape, phase)
         self.sampler = None if plain else Sampler(trace, phase)
         self.plain = plain
+        self.making = Lock()
         self.primary: Rows | None = None
         self.counted = 0
         self.follows: list[np.ndarray] = []
@@ -139,23 +152,29 @@ class _Pass:
             if len(chosen):
                 yield from pieces_of(chosen)
 
-    def add(self, batch: list[TokenRoutes], pieces: list[Piece]) -> None:
-        """Add pieces in the order of their documents."""
-        for routes, piece in zip(batch, pieces, strict=True):
-            self.tokens[piece.documents] = piece.tokens
-            for name, sums in piece.sums.items():
+    def sum_up(self, routes: TokenRoutes) -> Piece:
+        """Write the sums of a piece to the rows of its documents. No other piece has these, so pieces can be summed up side by side."""
+        piece = sums_of(routes, self.shape)
+        self.tokens[piece.documents] = piece.tokens
+        for name, sums in piece.sums.items():
+            with self.making:
                 if name not in self.rows:
                     dtype = np.float32 if name in WIDE else np.float64
                     self.rows[name] = Rows((self.layers, self.documents, *sums.shape[2:]), dtype, most=self.most)
-                self.rows[name].write(piece.documents, sums)
-            if self.plain:
-                continue
-            assert self.sampler is not None
+            self.rows[name].write(piece.documents, sums)
+        return replace(piece, sums={})
+
+    def add(self, batch: list[TokenRoutes], pieces: list[Piece]) -> None:
+        """Keep what is needed of the tokens of pieces, in the order of their documents."""
+        if self.plain:
+            return
+        assert self.sampler is not None
+        for routes, piece in zip(batch, pieces, strict=True):
             self.sampler.add(routes, piece.primary)
             self._keep_primaries(routes, piece)
 
     def _keep_primaries(self, routes: TokenRoutes, piece: Piece) -> None:
-        if piece.primary is not None and "mass" in piece.sums:
+        if piece.primary is not None:
             if self.primary is None:
                 self.primary = Rows((self.layers, self.trace.tokens), storage_dtype(self.shape.width), most=self.most)
             # one higher, so that rows which are never written have no primary expert
