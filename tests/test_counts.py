@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -15,8 +16,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from naive import Recording
+from rich.console import Console
 
 import dbes
+from dbes.comparison.entries import read_entries
 from dbes.errors import TraceError
 from dbes.paths.evidence import read_evidence
 from dbes.reporting.page import render_page, write_page
@@ -29,6 +32,7 @@ from dbes.scoring.merging import OTHER_GROUPS
 from dbes.scoring.sampling import even_documents
 from dbes.scoring.score import score, score_tables
 from dbes.scoring.stored import counts_of
+from dbes.scoring.tables import save_scores
 from dbes.trace import shards, store
 from dbes.trace.joining import join_traces
 from dbes.trace.store import Trace
@@ -448,7 +452,15 @@ def test_counts_of_domains_have_values_but_neither_intervals_nor_tests(tmp_path:
     assert [facts.tokens for facts in found.task.domains.values()] == tokens.tolist()
     assert "counts of documents" in found.verdict and any("only counts of whole domains" in warning for warning in found.warnings)
     assert not any("has no tokens" in warning or "has one document" in warning for warning in found.warnings)
-    assert render(found) is not None and "only counts of whole domains" in render_page(found)
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(render(found))
+    shown = console.export_text()
+    assert "0 documents" not in shown and "documents unknown" in shown
+    page = render_page(found)
+    assert "only counts of whole domains" in page and "0 documents" not in page
+    save_scores(scores, tmp_path, found)
+    entries, apart = read_entries([tmp_path])
+    assert not apart and entries[0].problem == "only counts of whole domains were scored: no test can be made"
 
 
 # ---------------------------------------------------------------------------------------------------------- join

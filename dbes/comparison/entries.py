@@ -96,6 +96,8 @@ def read_replicates(folder: Path, result: Result) -> Replicates | None:
     Raises:
         DbesError: they cannot be read, or belong to another result.
     """
+    if not result.documents_known:
+        raise ResultError("only counts of whole domains were scored: no test can be made")
     path = folder / REPLICATES
     if path.exists():
         found = _stored(path)

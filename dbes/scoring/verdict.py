@@ -37,7 +37,7 @@ def verdict(result: Result) -> str:
         return "No domain metric was computed."
     if math.isnan(model.value):
         return f"Specialization is undefined here: {_why_undefined(result)}."
-    if result.settings.get("documents") == "unknown":
+    if not result.documents_known:
         return (
             f"Domain information is {model.value:.4f} nats; whether that is more than chance cannot be said: intervals and tests need "
             "counts of documents, and only those of whole domains are known."
