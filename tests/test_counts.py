@@ -17,10 +17,13 @@ import pytest
 from hypothesis import given, settings
 from naive import Recording
 from rich.console import Console
+from safetensors.numpy import load_file
+from safetensors.numpy import save as encode_safetensors
 
 import dbes
 from dbes.comparison.entries import read_entries
 from dbes.errors import TraceError
+from dbes.files import sha256_of
 from dbes.paths.evidence import read_evidence
 from dbes.reporting.page import render_page, write_page
 from dbes.reporting.terminal import render
@@ -189,6 +192,31 @@ def test_damaged_counts_are_refused(damage: Callable[[Path], None], words: str, 
         found = Counts.load(tmp_path / "counts")
         assert found.sample is not None
         found.whole()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        pytest.param("layer-001", {"windows": np.zeros((9, 5), np.uint8)}, "windows is uint8", id="windows of another size"),
+        pytest.param("layer-001", {"hits": np.zeros((8, 8), np.uint8)}, "hits is uint8", id="fewer documents"),
+        pytest.param("layer-001", {"other": np.zeros(9, np.uint8)}, "other is uint8", id="an unknown array"),
+        pytest.param("sample", {"primary": np.zeros((3, 3), np.int16)}, "primary has shape", id="primaries of other tokens"),
+        pytest.param("sample", {"other": np.zeros(3, np.int16)}, "other", id="an unknown column"),
+    ],
+)
+def test_files_with_other_arrays_are_refused_though_their_hash_is_right(
+    name: str, change: dict[str, np.ndarray], words: str, tmp_path: Path
+) -> None:
+    counts_of(CASES["plain"].trace()).save(tmp_path / "counts")
+    path = tmp_path / "counts" / f"{name}.safetensors"
+    path.write_bytes(encode_safetensors(load_file(path) | change))
+    about = json.loads((tmp_path / "counts" / "counts.json").read_text())
+    del about["sha256"]
+    about["files"][path.name] = sha256_of(path)
+    (tmp_path / "counts" / "counts.json").write_text(json.dumps(about))
+    found = Counts.load(tmp_path / "counts")
+    with pytest.raises(TraceError, match=words):
+        found.layer(1) if name == "layer-001" else found.sample
 
 
 def _flip(path: Path) -> None:

@@ -20,7 +20,7 @@ from typing import IO
 import numpy as np
 
 from dbes.scoring.counts import Counts
-from dbes.scoring.layer_counts import LayerCounts, domain_sums, layer_of, one_layer
+from dbes.scoring.layer_counts import WIDE, LayerCounts, domain_sums, layer_of, one_layer
 from dbes.scoring.metrics import NGRAM_SIZES, expert_group
 from dbes.scoring.sampling import Sampler
 from dbes.scoring.sums import Piece, group_sums, of_phase, sums_of
@@ -35,9 +35,6 @@ MEMORY_BYTES = 1 << 28
 
 STRETCH_TOKENS = 1 << 17
 """Tokens of which the windows inside expert groups are counted at a time."""
-
-WIDE = ("hits", "mass", "primaries")
-"""Sums for each expert: whole numbers below 2^24, and masses, in float32. All others are float64."""
 
 
 class Rows:

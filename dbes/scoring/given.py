@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,10 @@ from pydantic import ValidationError
 from dbes.errors import TraceError
 from dbes.schema import first_problem
 from dbes.scoring.counts import Counts
-from dbes.scoring.layer_counts import LayerCounts, StiffnessSums
+from dbes.scoring.layer_counts import LayerCounts, layer_of, one_layer
 from dbes.scoring.texts import TextReader
 from dbes.trace.manifest import Provenance, shape_problems
-from dbes.trace.types import LOGIT_NOISE, NOISE_SCALES, RoutingShape
+from dbes.trace.types import RoutingShape
 
 NO_TOKENS = "made from counts, not from tokens: n-grams, overlap of neighbours, stiffness and token identity are unknown and NaN"
 NO_DOCUMENTS = (
@@ -82,23 +82,19 @@ def counts_from_arrays(
             f"{names[document]!r} of {length[document]:,.0f} tokens; a token chooses an expert at most once"
         )
     ran = np.minimum(length[:, None], slots) if active is None else _checked("active", np.asarray(active), size[:2], shape, whole=True)
-    nothing = np.zeros(size[:2])
-    last = {"logit_stable": len(LOGIT_NOISE), "unchanged": len(NOISE_SCALES), "kept": len(NOISE_SCALES)}
-    unknown = {entry.name: np.zeros((*size[:2], last[entry.name])) if entry.name in last else nothing for entry in fields(StiffnessSums)}
-    sums = LayerCounts(
-        shape=shape,
-        tokens=length.astype(np.int64),
-        hits=hits.astype(np.float32 if hits.max(initial=0) < 2**24 else np.float64),
-        active=ran.astype(np.float64),
-        mass=None if mass is None else _checked("mass", np.asarray(mass), size, shape).astype(np.float32),
-        neighbours=nothing,
-        overlap_any=nothing,
-        overlap_share=nothing,
-        ngrams=None,
-        stiffness=StiffnessSums(**unknown),
-    )
+    arrays = {
+        "hits": hits.astype(np.float32 if hits.max(initial=0) < 2**24 else np.float64),
+        "active": ran.astype(np.float64),
+    }
+    if mass is not None:
+        arrays["mass"] = _checked("mass", np.asarray(mass), size, shape).astype(np.float32)
+    whole = length.astype(np.int64)
+
+    def read(column: int) -> LayerCounts:
+        return layer_of(one_layer(shape, column), whole, {name: array[:, column] for name, array in arrays.items()})
+
     texts = TextReader(shape).done()
-    return Counts.of(sums, provenance=dict(provenance or {}), texts=texts, grouped=False, notes=(NO_TOKENS,))
+    return Counts(shape=shape, tokens=whole, read=read, provenance=dict(provenance or {}), texts=texts, grouped=False, notes=(NO_TOKENS,))
 
 
 def counts_from_domains(hits: np.ndarray, *, domains: Sequence[str], **more: Any) -> Counts:

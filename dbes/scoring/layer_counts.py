@@ -18,6 +18,19 @@ OPTIONAL_WINDOWS = ("distinct_windows", "distinct_alike", "grouped", "in_group")
 """Sums of ``NgramSums`` that may be unknown."""
 
 
+WIDE = ("hits", "mass", "primaries")
+"""Sums for each expert: whole numbers below 2^24, and masses, in float32. All others are float64."""
+
+FLAT = ("active", "neighbours", "overlap_any", "overlap_share")
+
+LAST_AXIS = {
+    **dict.fromkeys(("windows", "alike", "distinct_windows", "distinct_alike", "grouped"), (len(NGRAM_SIZES),)),
+    **dict.fromkeys(("unchanged", "kept"), (len(NOISE_SCALES),)),
+    "logit_stable": (len(LOGIT_NOISE),),
+}
+"""Length of the last axis of sums that are neither for each expert nor single numbers."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StiffnessSums:
     """Sums over tokens of the router-margin statistics; ``count`` arrays say over how many tokens each sum runs.
@@ -239,11 +252,10 @@ def layer_of(shape: RoutingShape, tokens: np.ndarray, arrays: Mapping[str, np.nd
     Args:
         shape: of the layer alone.
     """
-    width, documents, sizes = shape.width, len(tokens), len(NGRAM_SIZES)
+    width = shape.width
 
-    def one(name: str, *last: int) -> np.ndarray:
-        array = arrays.get(name)
-        return np.zeros((documents, 1, *last)) if array is None else array[:, None]
+    def one(name: str) -> np.ndarray:
+        return arrays[name][:, None] if name in arrays else np.zeros((len(tokens), 1, *LAST_AXIS.get(name, ())))
 
     def wide(name: str) -> np.ndarray | None:
         return arrays[name][:, None, :width] if name in arrays else None
@@ -252,10 +264,15 @@ def layer_of(shape: RoutingShape, tokens: np.ndarray, arrays: Mapping[str, np.nd
     assert hits is not None
     ngrams = None
     if primaries is not None:
-        known = {name: arrays[name][:, None] if name in arrays else None for name in OPTIONAL_WINDOWS}
-        ngrams = NgramSums(primaries=primaries, windows=one("windows", sizes), alike=one("alike", sizes), groups=wide("groups"), **known)
-    last = {"logit_stable": len(LOGIT_NOISE), "unchanged": len(NOISE_SCALES), "kept": len(NOISE_SCALES)}
-    names = [entry.name for entry in fields(StiffnessSums)]
-    stiffness = StiffnessSums(**{name: one(name, *((last[name],) if name in last else ())) for name in names})
-    flat = {name: one(name) for name in ("active", "neighbours", "overlap_any", "overlap_share")}
+        known = {name: one(name) if name in arrays else None for name in OPTIONAL_WINDOWS}
+        ngrams = NgramSums(primaries=primaries, windows=one("windows"), alike=one("alike"), groups=wide("groups"), **known)
+    stiffness = StiffnessSums(**{entry.name: one(entry.name) for entry in fields(StiffnessSums)})
+    flat = {name: one(name) for name in FLAT}
     return LayerCounts(shape=shape, tokens=tokens, hits=hits, mass=wide("mass"), ngrams=ngrams, stiffness=stiffness, **flat)
+
+
+def shapes_of(shape: RoutingShape, documents: int) -> dict[str, tuple[int, ...]]:
+    """The shape that each array of one layer has, see ``arrays_of``."""
+    narrow = (*FLAT, *(entry.name for entry in fields(StiffnessSums)), *(entry.name for entry in fields(NgramSums)))
+    found = {name: (documents, *LAST_AXIS.get(name, ())) for name in narrow}
+    return found | dict.fromkeys(WIDE, (documents, shape.width)) | {"groups": (len(shape.domains), shape.width)}

@@ -22,9 +22,9 @@ from safetensors.numpy import save as encode_safetensors
 from dbes.errors import DbesError, TraceError
 from dbes.files import discard, read_bytes, write_bytes, write_json, write_text
 from dbes.schema import Strict, Whole, read_versioned
-from dbes.scoring.counting import MEMORY_BYTES, WIDE, count_routes
+from dbes.scoring.counting import MEMORY_BYTES, count_routes
 from dbes.scoring.counts import PHASES, Counts
-from dbes.scoring.layer_counts import LayerCounts, arrays_of, layer_of, one_layer
+from dbes.scoring.layer_counts import WIDE, LayerCounts, arrays_of, layer_of, one_layer, shapes_of
 from dbes.scoring.sampling import TokenSample
 from dbes.scoring.texts import Texts
 from dbes.text import clipped
@@ -66,7 +66,7 @@ class CountsFile(Strict):
     digests: dict[str, tuple[str, ...]]
     sample_whole: bool
     notes: tuple[str, ...] = ()
-    files: dict[str, Sha]
+    files: dict[Annotated[str, Field(pattern=r"^[a-z0-9-]+\.safetensors$")], Sha]
 
     @field_validator("provenance")
     @classmethod
@@ -263,12 +263,10 @@ def _checked(path: Path, files: Mapping[str, str]) -> dict[str, np.ndarray]:
 
 def _read_layer(folder: Path, files: Mapping[str, str], shape: RoutingShape, tokens: np.ndarray, column: int) -> LayerCounts:
     path = folder / _layer_name(column)
-    arrays = {}
+    arrays, expected = {}, shapes_of(shape, len(tokens))
     for name, array in _checked(path, files).items():
-        rows = len(shape.domains) if name == "groups" else len(tokens)
-        expected = (rows, shape.width) if name in (*WIDE, "groups") else (rows, *array.shape[1:])
-        if array.shape != expected or array.dtype.kind not in "buf":
-            raise TraceError(f"{path}: {clipped(name)} is {array.dtype} {array.shape}, expected numbers {expected}; {HINT}")
+        if array.shape != expected.get(name) or array.dtype.kind not in "buf":
+            raise TraceError(f"{path}: {clipped(name)} is {array.dtype} {array.shape}, expected {expected.get(name)}; {HINT}")
         wide = name in WIDE and array.max(initial=0) < 2**24
         arrays[name] = array.astype(bool if name == "groups" else np.float32 if wide else np.float64)
     if "hits" not in arrays:
@@ -285,4 +283,9 @@ def _read_sample(folder: Path, files: Mapping[str, str], shape: RoutingShape, *,
     except TypeError as problem:
         raise TraceError(f"{path}: {clipped(str(problem))}; {HINT}") from None
     validate_routes(routes, shape, where=str(path))
+    rows = 0 if more["weighted"] is None else len(more["weighted"])
+    sizes = {"primary": routes.ids.shape[:2], "weighted": (rows,), "weights": (rows, *routes.ids.shape[1:])}
+    for name, array in more.items():
+        if array is not None and array.shape != sizes[name]:
+            raise TraceError(f"{path}: {name} has shape {array.shape}, expected {sizes[name]}; {HINT}")
     return TokenSample(routes=routes, whole=whole, **more)
