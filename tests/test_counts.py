@@ -19,8 +19,10 @@ from naive import Recording
 from rich.console import Console
 from safetensors.numpy import load_file
 from safetensors.numpy import save as encode_safetensors
+from typer.testing import CliRunner
 
 import dbes
+from dbes.cli import app
 from dbes.comparison.entries import read_entries
 from dbes.errors import TraceError
 from dbes.files import sha256_of
@@ -303,6 +305,18 @@ def test_phases_have_counts_of_their_own(tmp_path: Path) -> None:
             assert found.tokens.sum() == (recording.phase >= 0 if phase is None else recording.phase == phase).sum()
     with pytest.raises(TraceError, match="these are the counts of generated tokens"):
         score(counts_of(trace, phase=1), phase=0)
+
+
+def test_the_command_line_scores_a_folder_of_counts(tmp_path: Path) -> None:
+    trace = named(CASES["plain"])
+    counts_of(trace).save(tmp_path / "counts")
+    asked = ["score", str(tmp_path / "counts"), "--permutations", "20", "--format", "json"]
+    done = CliRunner().invoke(app, asked)
+    assert done.exit_code == 0
+    expected = json.loads(score(trace, permutations=20).model_dump_json())
+    assert json.loads(done.stdout)["calibrated"] == expected["calibrated"]
+    refused = CliRunner().invoke(app, [*asked, "--router", "uniform"])
+    assert refused.exit_code == 1 and "these are counts" in refused.output
 
 
 # ---------------------------------------------------------------------------------------------------------- merge
