@@ -4,6 +4,10 @@ A synthetic trace of 1 M tokens (2,000 documents, 8 domains, 48 layers, 128 expe
 folder and scored by ``dbes.score`` with 1,000 permutations and all intervals in a process of its own.
 
     python benchmarks/scoring.py results.json
+
+``--counting``: the trace is counted only, for example of many short documents:
+
+    python benchmarks/scoring.py results.json --counting --documents 50000
 """
 
 from __future__ import annotations
@@ -50,12 +54,37 @@ print(json.dumps({
 """
 
 
+COUNTING = """
+import json, resource, sys, time
+from pathlib import Path
+import dbes.scoring.stored as stored
+from dbes.scoring.counting import count_routes
+from dbes.trace.store import Trace
+
+def used():
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return {"cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2), "peak_gib": round(usage.ru_maxrss / 2**20, 3)}
+
+start = time.perf_counter()
+counts = count_routes(Trace.load(sys.argv[1]))
+counted = time.perf_counter()
+found = {"count_seconds": round(counted - start, 2), "counted": used()}
+stored.save_counts(counts, Path(sys.argv[1]) / "counts")
+saved = time.perf_counter()
+totals = stored.load_counts(Path(sys.argv[1]) / "counts").totals()
+found |= {"save_seconds": round(saved - counted, 2), "read_seconds": round(time.perf_counter() - saved, 2), "saved_and_read": used()}
+size = sum(path.stat().st_size for path in (Path(sys.argv[1]) / "counts").iterdir())
+found |= {"hits": int(totals.hits.sum()), "counts_gib": round(size / 2**30, 3)}
+print(json.dumps(found))
+"""
+
+
 def write_trace(folder: Path, *, tokens: int, documents: int, domains: int, layers: int, experts: int, top_k: int, seed: int) -> None:
     """Documents of log-normal length; each (document, layer) favours some experts, and domains lean to blocks of experts."""
     random = np.random.default_rng(seed)
     share = random.lognormal(0, 0.5, documents)
     lengths = np.maximum(2, np.round(share / share.sum() * tokens)).astype(int)
-    lengths[0] += tokens - lengths.sum()
+    lengths[0] = max(2, lengths[0] + tokens - lengths.sum())
     domain = np.sort(np.arange(documents) % domains)
     shape = RoutingShape(
         layers=tuple(range(layers)),
@@ -97,23 +126,27 @@ def write_trace(folder: Path, *, tokens: int, documents: int, domains: int, laye
     writer.finish()
 
 
-def measure(size: dict[str, int], permutations: int) -> dict[str, Any]:
-    """Seconds and memory of scoring a trace of this size in a child process."""
+def measure(size: dict[str, int], permutations: int, *, counting: bool) -> dict[str, Any]:
+    """Seconds and memory of scoring (or only counting) a trace of this size in a child process."""
     with tempfile.TemporaryDirectory(prefix="dbes-scoring-") as folder:
         start = time.perf_counter()
         write_trace(Path(folder), **size, seed=0)
         written = time.perf_counter() - start
         load = os.getloadavg()[0]
         start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", CHILD, folder, str(permutations)], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", COUNTING if counting else CHILD, folder, str(permutations)], capture_output=True, text=True, check=True
+        )
         wall = time.perf_counter() - start
     return {
-        "what": "score a trace on disk, every metric, permutations and intervals",
+        "what": "count a trace on disk, save and read the counts"
+        if counting
+        else "score a trace on disk, every metric, permutations and intervals",
         "size": {**size, "permutations": permutations},
         "wall_seconds": round(wall, 2),
         **json.loads(done.stdout),
         "children_peak_gib": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20, 3),
-        "limits": {"wall_seconds": 60, "peak_gib": 3},
+        "limits": {"peak_gib": 2} if counting else {"wall_seconds": 60, "peak_gib": 3},
         "write_seconds": round(written, 1),
         "load_before": round(load, 2),
         "cores": os.cpu_count(),
@@ -127,11 +160,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("json", type=Path, help="where to write the measurements")
     parser.add_argument("--permutations", type=int, default=1000)
+    parser.add_argument("--counting", action="store_true", help="count only")
     for name, default in (("tokens", 1_000_000), ("documents", 2000), ("domains", 8), ("layers", 48), ("experts", 128), ("top-k", 8)):
         parser.add_argument(f"--{name}", type=int, default=default)
     given = vars(parser.parse_args())
-    path, permutations = given.pop("json"), given.pop("permutations")
-    found = measure(given, permutations)
+    path, permutations, counting = given.pop("json"), given.pop("permutations"), given.pop("counting")
+    found = measure(given, permutations, counting=counting)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     print(json.dumps(found, indent=1))

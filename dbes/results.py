@@ -220,6 +220,11 @@ class Result(_Strict):
         if similarity is not None and [len(row) for row in similarity] != [len(domains)] * len(domains):
             yield f"companions.similarity.mean_over_layers: expected {len(domains)} x {len(domains)} numbers, one for each pair of domains"
 
+    @property
+    def documents_known(self) -> bool:
+        """False where only counts of whole domains were scored: numbers of documents and source texts are 0 then, and mean nothing."""
+        return self.settings.get("documents") != "unknown"
+
     def record(self, metric: str, *, layer: int | None = None, domain: str | None = None) -> CalibratedRecord:
         """The calibrated record of a metric; the model's by default.
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 import naive
 import numpy as np
 
-from dbes.scoring.counts import RoutingStatistics, StiffnessSums, count_routes
+from dbes.scoring.counting import count_routes
+from dbes.scoring.counts import LayerCounts, StiffnessSums
 from dbes.scoring.estimates import Estimate, estimate_all, reference_scores
 from dbes.scoring.resampling import DomainScores, permuted_labels
 from dbes.trace.store import Trace
@@ -93,7 +94,7 @@ def lengths(random: np.random.Generator, documents: int, tokens: float, spread: 
     return np.maximum(2, (random.lognormal(np.log(tokens) - spread**2 / 2, spread, documents)).astype(int))
 
 
-def draw_statistics(about: Population, random: np.random.Generator, *, documents: int, tokens: float = 100.0) -> RoutingStatistics:
+def draw_statistics(about: Population, random: np.random.Generator, *, documents: int, tokens: float = 100.0) -> LayerCounts:
     """Counts of a recording of ``documents`` documents per domain, without going through its tokens."""
     domains, layers, experts = about.shape
     domain = np.repeat(np.arange(domains), documents)
@@ -103,14 +104,14 @@ def draw_statistics(about: Population, random: np.random.Generator, *, documents
     return of_hits(hits, size, domain, domains=domains, top_k=about.top_k)
 
 
-def of_hits(hits: np.ndarray, size: np.ndarray, domain: np.ndarray, *, domains: int, top_k: int) -> RoutingStatistics:
+def of_hits(hits: np.ndarray, size: np.ndarray, domain: np.ndarray, *, domains: int, top_k: int) -> LayerCounts:
     """Statistics with these hits [documents, layers, experts] and tokens [documents], and nothing else known."""
     documents, layers, experts = hits.shape
     nothing = np.zeros((documents, layers))
     scales, widths = np.zeros((documents, layers, len(NOISE_SCALES))), np.zeros((documents, layers, len(LOGIT_NOISE)))
     flat = ("logit_margin", "logit_count", "stable_count", "selection_margin", "scaled_margin", "selection_count", "kept_count")
     stiffness = StiffnessSums(**dict.fromkeys(flat, nothing), logit_stable=widths, unchanged=scales, kept=scales)
-    return RoutingStatistics(
+    return LayerCounts(
         shape=RoutingShape(
             layers=tuple(range(layers)),
             experts=(experts,) * layers,
@@ -152,7 +153,7 @@ def draw_trace(about: Population, random: np.random.Generator, *, documents: int
     )
 
 
-def estimates(statistics: RoutingStatistics, *, permutations: int, seed: int, reference: DomainScores | None = None) -> dict[str, Estimate]:
+def estimates(statistics: LayerCounts, *, permutations: int, seed: int, reference: DomainScores | None = None) -> dict[str, Estimate]:
     """The estimates of one draw; the reference, which only scales scores, may be that of another draw."""
     reference = reference_scores(statistics, seed=seed) if reference is None else reference
     labels = permuted_labels(statistics.shape.document_domain, permutations=permutations, seed=seed)
@@ -209,7 +210,7 @@ def coverage(
 EFFECTS = {"null": 0.0, "weak": 0.2, "strong": 0.8}
 
 
-def shuffled(statistics: RoutingStatistics, random: np.random.Generator) -> RoutingStatistics:
+def shuffled(statistics: LayerCounts, random: np.random.Generator) -> LayerCounts:
     """The same documents with their domain labels shuffled: whatever the router does, the domains now mean nothing."""
     return replace(
         statistics, shape=replace(statistics.shape, document_domain=random.permutation(statistics.shape.document_domain).astype(np.int32))
@@ -235,7 +236,7 @@ def ngram_p(*, runs: int, permutations: int = 200, seed: int = 0, documents: int
     found: dict[str, list[np.ndarray]] = {}
     for run in range(runs):
         trace = draw_trace(about, np.random.default_rng((seed, run, 2)), documents=documents, tokens=tokens)
-        statistics = count_routes(trace)
+        statistics = count_routes(trace).whole()
         nothing = permuted_labels(statistics.shape.document_domain, permutations=0, seed=0)
         made = estimate_all(statistics, nothing, reference_scores(statistics, seed=0), sign_flips=permutations, seed=run).by_metric
         for name, estimate in made.items():

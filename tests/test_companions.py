@@ -11,25 +11,28 @@ import simulate
 from naive import Recording
 
 from dbes.scoring import descriptive
-from dbes.scoring.counts import count_routes
+from dbes.scoring.counting import count_routes
+from dbes.scoring.counts import Counts
 from dbes.scoring.descriptive import (
-    TokenSample,
     coactivation,
     random_halves,
-    sample_routes,
     split_half_similarity,
     token_identity,
     transitions,
 )
 from dbes.scoring.metrics import unbiased_norms
+from dbes.scoring.sampling import TokenSample, even_documents
 from dbes.scoring.score import score
 from dbes.trace.store import Trace
 
 
-def sample_of(trace: Trace) -> TokenSample:
-    found = sample_routes(trace, count_routes(trace).tokens)
-    assert found is not None
-    return found
+def sample_of(trace: Trace, *, limit: int | None = None, phase: int | None = None) -> TokenSample:
+    counts = count_routes(trace, phase=phase)
+    found = counts.sample
+    assert found is not None and found.whole
+    chosen = found if limit is None else found.of(even_documents(counts.shape, counts.tokens, limit=limit))
+    assert chosen is not None
+    return chosen
 
 
 def test_a_small_trace_is_sampled_whole() -> None:
@@ -40,8 +43,8 @@ def test_a_small_trace_is_sampled_whole() -> None:
 def test_a_large_trace_is_sampled_by_whole_documents_evenly_over_domains() -> None:
     trace = naive.random_recording(1, documents=(30, 10, 20), length=(20, 21)).trace()
     tokens = count_routes(trace).tokens
-    found = sample_routes(trace, tokens, limit=600)
-    assert found is not None and found.tokens == len(found.routes) <= 600
+    found = sample_of(trace, limit=600)
+    assert found.tokens == len(found.routes) <= 600
     taken = np.unique(found.routes.document)
     assert (np.bincount(found.routes.document)[taken] == tokens[taken]).all()
     assert np.bincount(trace.shape.document_domain[taken]).tolist() == [10, 10, 10]
@@ -49,21 +52,21 @@ def test_a_large_trace_is_sampled_by_whole_documents_evenly_over_domains() -> No
 
 def test_even_the_longest_document_is_taken_when_there_is_no_other() -> None:
     trace = naive.random_recording(1, documents=(1, 1), length=(40, 50)).trace()
-    found = sample_routes(trace, count_routes(trace).tokens, limit=10)
-    assert found is not None and found.tokens == trace.tokens
+    found = sample_of(trace, limit=10)
+    assert found.tokens == trace.tokens
 
 
 def test_a_trace_without_tokens_has_no_sample() -> None:
     trace = naive.random_recording(1).take(np.zeros(0, int)).trace()
-    assert sample_routes(trace, count_routes(trace).tokens) is None
+    assert count_routes(trace).sample is None
 
 
 def test_only_tokens_of_the_phase_are_sampled() -> None:
     recording = naive.random_recording(1)
     phase = (np.arange(len(recording.document)) % 2).astype(np.uint8)
     trace = replace(recording, phase=phase).trace()
-    found = sample_routes(trace, count_routes(trace, phase=1).tokens, phase=1)
-    assert found is not None and found.tokens == phase.sum()
+    found = sample_of(trace, phase=1)
+    assert found.tokens == phase.sum()
 
 
 @pytest.mark.parametrize("missing", [0.0, 0.4])
@@ -177,7 +180,7 @@ def test_split_half_similarity_by_plain_loops() -> None:
 def test_halves_of_one_router_are_alike_without_bias() -> None:
     about = simulate.population(1, domains=2, layers=2, experts=16, top_k=2, effect=0.5, concentration=1e6)
     found = [
-        split_half_similarity(simulate.draw_statistics(about, np.random.default_rng(run), documents=6, tokens=30), seed=run)
+        split_half_similarity(Counts.of(simulate.draw_statistics(about, np.random.default_rng(run), documents=6, tokens=30)), seed=run)
         for run in range(40)
     ]
     assert np.mean(found) == pytest.approx(1.0, abs=0.01)

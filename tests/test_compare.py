@@ -46,9 +46,9 @@ from dbes.reporting.card import card_section
 from dbes.reporting.leaderboard import curve_rows, render_leaderboard, render_terminal
 from dbes.reporting.page import unpacked
 from dbes.results import CalibratedRecord, Result, load_result
+from dbes.scoring.counts import PHASES
 from dbes.scoring.estimates import estimate_all, reference_scores
 from dbes.scoring.resampling import jackknife, permuted_labels
-from dbes.scoring.score import PHASES
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 import simulate
 from scipy import stats
 
-from dbes.scoring.counts import count_routes
+from dbes.scoring.counting import count_routes
 from dbes.scoring.estimates import Z95, estimate_all, reference_scores, with_means
 from dbes.scoring.metrics import effective_rank_of_gram, usage_of
 from dbes.scoring.resampling import jackknife, left_out_scores, permuted_labels
@@ -63,7 +63,7 @@ def test_the_rank_interval_reaches_zero_when_the_test_does_not_reject_it() -> No
 
 def test_the_reference_scores_one_against_itself() -> None:
     recording = naive.random_recording(1, documents=(6, 6, 6), length=(60, 90), experts=12)
-    statistics = count_routes(recording.trace())
+    statistics = count_routes(recording.trace()).whole()
     reference = reference_scores(statistics, seed=0)
     assert reference.information.shape == (3,)
     np.testing.assert_allclose(reference.information, math.log(3))

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dbes.scoring.facts import read_texts
+from dbes.scoring.counting import count_routes
 from dbes.scoring.score import score
+from dbes.scoring.texts import Texts
 from dbes.trace.baselines import imitate
 from dbes.trace.store import Trace
 
@@ -28,6 +29,10 @@ def trace(
     )  # fmt: skip
 
 
+def texts_of(one: Trace) -> Texts:
+    return count_routes(one).texts
+
+
 IDS = ["a", "b", "c", "d"]
 
 
@@ -43,14 +48,14 @@ IDS = ["a", "b", "c", "d"]
     ],
 )
 def test_fingerprints_are_equal_where_the_data_are(one: Trace, other: Trace, same: bool) -> None:
-    first, second = read_texts(one).fingerprint, read_texts(other).fingerprint
+    first, second = texts_of(one).fingerprint, texts_of(other).fingerprint
     assert first is not None and first.startswith("data:") and second is not None
     assert (first == second) == same
 
 
 @pytest.mark.parametrize("ids", [None, ["0", "1", "2", "3"]])
 def test_numbers_of_documents_are_no_fingerprint(ids: list[str] | None) -> None:
-    assert read_texts(trace(tokens=False, ids=ids)).fingerprint is None
+    assert texts_of(trace(tokens=False, ids=ids)).fingerprint is None
     assert score(trace(tokens=False, ids=ids), permutations=5).task.fingerprint is None
 
 
@@ -59,15 +64,15 @@ def test_what_a_model_wrote_is_no_part_of_the_data() -> None:
     one, other = trace(tokens=5, phase=phase), trace(tokens=5, phase=phase)
     written = [replace(routes, token_ids=np.where(routes.phase == 1, 49, routes.token_ids)) for routes in other]
     changed = replace(other, loaded=tuple(written))
-    assert read_texts(one).fingerprint == read_texts(changed).fingerprint
-    assert read_texts(replace(other, loaded=tuple(replace(routes, phase=np.ones(24, np.uint8)) for routes in other))).fingerprint is None
+    assert texts_of(one).fingerprint == texts_of(changed).fingerprint
+    assert texts_of(replace(other, loaded=tuple(replace(routes, phase=np.ones(24, np.uint8)) for routes in other))).fingerprint is None
 
 
 def test_the_fingerprint_survives_the_disk_and_the_routers_that_imitate(tmp_path: Path) -> None:
     made = trace(tokens=5, phase=np.tile([0, 0, 0, 1, 1, 1], 4))
-    expected = read_texts(made).fingerprint
-    assert read_texts(made.save(tmp_path / "trace")).fingerprint == expected
-    assert read_texts(imitate(made, "uniform", seed=0)).fingerprint == expected
+    expected = texts_of(made).fingerprint
+    assert texts_of(made.save(tmp_path / "trace")).fingerprint == expected
+    assert texts_of(imitate(made, "uniform", seed=0)).fingerprint == expected
     assert score(made, permutations=5, phase=1).task.fingerprint == expected
 
 
@@ -80,8 +85,8 @@ def test_copies_of_a_text_are_one_text() -> None:
     made = trace()
     ids = np.concatenate([np.tile([1, 2, 3, 4, 5, 6], 2), np.arange(12)])
     copied = replace(made, loaded=tuple(replace(routes, token_ids=ids.astype(np.int32)) for routes in made))
-    assert read_texts(copied).distinct == {"law": 1, "code": 2}
-    assert read_texts(trace(tokens=False)).distinct == {}
+    assert texts_of(copied).distinct == {"law": 1, "code": 2}
+    assert texts_of(trace(tokens=False)).distinct == {}
     found = score(copied, permutations=20)
     told = [warning for warning in found.warnings if "copies" in warning]
     assert len(told) == 1 and told[0].startswith("domain 'law' is one text, repeated in 2 documents: copies are no further evidence")
@@ -90,6 +95,6 @@ def test_copies_of_a_text_are_one_text() -> None:
 def test_documents_of_one_source_are_one_text_of_several_documents() -> None:
     made = trace()
     sourced = replace(made, shape=replace(made.shape, document_source=("s", "s", "t", "u")))
-    assert read_texts(sourced).distinct == {"law": 1, "code": 2}
+    assert texts_of(sourced).distinct == {"law": 1, "code": 2}
     found = score(sourced, permutations=20)
     assert "domain 'law' has one source text only, cut into 2 documents: values without interval" in found.warnings

@@ -16,6 +16,7 @@ from dbes.paths.evidence import Evidence, gather
 from dbes.paths.rules import RULES, Rule, score_cells, smallest_sets
 from dbes.paths.search import chosen_cells, find_path
 from dbes.paths.selection import choose, random_load_matched
+from dbes.scoring.counts import Counts
 
 RECORDING = naive.random_recording(4, documents=(6, 5, 6), length=(40, 60), experts=(8, 6, 9), effect=1.2)
 EVIDENCE = gather(RECORDING.trace(), permutations=60)
@@ -25,8 +26,8 @@ def cells(path_cells: object) -> set[tuple[int, int]]:
     return {tuple(map(int, cell)) for cell in path_cells}  # pyright: ignore[reportGeneralTypeIssues]
 
 
-def of_statistics(statistics: simulate.RoutingStatistics, *, permutations: int = 60, seed: int = 0) -> Evidence:
-    return Evidence(statistics=statistics, routes=None, permutations=permutations, seed=seed)
+def of_statistics(statistics: simulate.LayerCounts, *, permutations: int = 60, seed: int = 0) -> Evidence:
+    return Evidence(counts=Counts.of(statistics), routes=None, permutations=permutations, seed=seed)
 
 
 def usage_by_loops(domain: int) -> list[list[float]]:

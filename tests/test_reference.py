@@ -14,7 +14,7 @@ from scipy import stats
 from dbes.results import PublishedMetric, Result
 from dbes.scoring.score import score
 from dbes.trace.baselines import ROUTERS, Router, baseline_trace, blocks_overlap, expert_blocks, ideal_trace, imitate, one_layer_each
-from dbes.trace.store import validate_routes
+from dbes.trace.shards import validate_routes
 from dbes.trace.types import RoutingShape
 
 

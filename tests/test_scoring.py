@@ -119,7 +119,7 @@ def test_null_and_p_are_those_of_the_documents_with_permuted_labels(name: str) -
 @every_case
 def test_reference_is_the_ideal_router_through_the_same_definitions_and_score_is_relative_to_it(name: str) -> None:
     recording = with_tokens(CASES[name])
-    statistics = scored(name).statistics
+    statistics = scored(name).counts
     distinct, index = one_layer_each(statistics.shape)
     ideal = naive.domain_metrics(naive.of_trace(ideal_trace(distinct, statistics.tokens, seed=3)))
     result = scored(name).result

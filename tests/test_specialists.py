@@ -11,13 +11,14 @@ import pytest
 import simulate
 from scipy import stats
 
-from dbes.scoring.counts import RoutingStatistics, count_routes
+from dbes.scoring.counting import count_routes
+from dbes.scoring.counts import LayerCounts
 from dbes.scoring.descriptive import random_halves
 from dbes.scoring.resampling import permutation_null, permuted_labels
 from dbes.scoring.specialists import RARE_HITS, SpecialistTable, find_specialists, lift_interval
 
 
-def examined(statistics: RoutingStatistics, *, permutations: int = 60, seed: int = 0) -> SpecialistTable:
+def examined(statistics: LayerCounts, *, permutations: int = 60, seed: int = 0) -> SpecialistTable:
     shape = statistics.shape
     labels = permuted_labels(shape.document_domain, permutations=permutations, seed=seed)
     null = permutation_null(
@@ -26,7 +27,7 @@ def examined(statistics: RoutingStatistics, *, permutations: int = 60, seed: int
     return find_specialists(statistics, null, seed=seed)
 
 
-def noise(seed: int, *, documents: int = 20, domains: int = 4, layers: int = 2, experts: int = 32) -> RoutingStatistics:
+def noise(seed: int, *, documents: int = 20, domains: int = 4, layers: int = 2, experts: int = 32) -> LayerCounts:
     """Documents of a router that does specialize, under shuffled labels: every discovery is false."""
     about = simulate.population(11, domains=domains, layers=layers, experts=experts, top_k=4, effect=0.5)
     random = np.random.default_rng((seed, 3))
@@ -36,7 +37,7 @@ def noise(seed: int, *, documents: int = 20, domains: int = 4, layers: int = 2, 
 PLANTED = ((0, 0, 3), (1, 1, 9), (2, 0, 17))
 
 
-def planted(seed: int, *, lift: float = 3.0, documents: int = 30) -> RoutingStatistics:
+def planted(seed: int, *, lift: float = 3.0, documents: int = 30) -> LayerCounts:
     """Noise, but for three experts that one domain uses ``lift`` times as much as the mixture does (domain, layer, expert)."""
     about = simulate.population(11, domains=8, layers=2, experts=32, top_k=4, effect=0.0, skew=0.2)
     usage = about.usage.copy()
@@ -53,7 +54,7 @@ def planted(seed: int, *, lift: float = 3.0, documents: int = 30) -> RoutingStat
 
 def test_table_by_plain_loops() -> None:
     recording = naive.random_recording(4, documents=(6, 5, 6), length=(40, 60), effect=1.2)
-    statistics = count_routes(recording.trace())
+    statistics = count_routes(recording.trace()).whole()
     table = examined(statistics)
     p, sums, hits = naive.profile(recording), naive.of_domain(recording, naive.hits(recording)), np.array(naive.hits(recording))
     half = random_halves(recording.domain, seed=0)
@@ -85,7 +86,7 @@ def test_table_by_plain_loops() -> None:
 
 def test_lift_interval_by_plain_loops() -> None:
     recording = naive.random_recording(5, documents=(6, 5, 6), length=(40, 60))
-    statistics = count_routes(recording.trace())
+    statistics = count_routes(recording.trace()).whole()
     lift = examined(statistics).lift
     low, high = lift_interval(statistics, lift)
     hits = np.array(naive.hits(recording))
@@ -121,14 +122,14 @@ def test_rare_and_dead_experts_are_unknown_not_specialists() -> None:
 
 def test_experts_that_a_narrow_layer_does_not_have_are_neither_tested_nor_unknown() -> None:
     recording = naive.random_recording(3, documents=(5, 5), experts=(4, 9), layers=2, length=(120, 150), skew=0.3)
-    table = examined(count_routes(recording.trace()))
+    table = examined(count_routes(recording.trace()).whole())
     assert not table.unknown[:, 0, 4:].any() and np.isnan(table.p[:, 0, 4:]).all()
     assert np.isfinite(table.p[:, 0, :4]).all()
 
 
 def test_one_document_in_a_domain_cannot_be_tested() -> None:
     recording = naive.random_recording(8, documents=(6, 1), length=(60, 80), effect=2.0)
-    table = examined(count_routes(recording.trace()))
+    table = examined(count_routes(recording.trace()).whole())
     assert np.isnan(table.p).all() and not table.specialist.any()
 
 

@@ -14,19 +14,11 @@ import pytest
 from hypothesis import given, settings
 from naive import Recording
 
-from dbes import statistics as counting
-from dbes.scoring.counts import (
-    NgramSums,
-    RoutingStatistics,
-    StiffnessSums,
-    count_routes,
-    follows_previous,
-    of_phase,
-    pieces_of,
-    primary_experts,
-)
+from dbes.scoring.counting import count_routes
+from dbes.scoring.counts import LayerCounts, NgramSums, StiffnessSums
 from dbes.scoring.score import score
-from dbes.trace.types import TokenRoutes
+from dbes.scoring.sums import follows_previous, of_phase, primary_experts
+from dbes.trace.types import TokenRoutes, pieces_of
 
 CASES = naive.cases()
 few = settings(max_examples=8, deadline=None, derandomize=True)
@@ -34,11 +26,11 @@ seeds = st.integers(0, 10_000)
 
 
 @cache
-def counted(name: str) -> RoutingStatistics:
-    return count_routes(CASES[name].trace())
+def counted(name: str) -> LayerCounts:
+    return count_routes(CASES[name].trace()).whole()
 
 
-def assert_equal(first: RoutingStatistics, second: RoutingStatistics, *, but: tuple[str, ...] = ()) -> None:
+def assert_equal(first: LayerCounts, second: LayerCounts, *, but: tuple[str, ...] = ()) -> None:
     """Every array of the two is the same."""
     for field in fields(first):
         a, b = getattr(first, field.name), getattr(second, field.name)
@@ -118,12 +110,12 @@ def routes_of(ids: list[list[int]], weights: list[list[float]] | None) -> TokenR
     ],
 )
 def test_the_primary_expert_has_the_largest_weight(ids: list[int], weights: list[float] | None, expected: int) -> None:
-    found = primary_experts(routes_of([ids], None if weights is None else [weights]), 255)
+    found = primary_experts(routes_of([ids], None if weights is None else [weights]))
     assert found is not None and found[0, 0] == expected
 
 
 def test_without_weights_the_primary_is_unknown() -> None:
-    assert primary_experts(routes_of([[1, 2]], None), 255) is None
+    assert primary_experts(routes_of([[1, 2]], None)) is None
 
 
 def test_tokens_follow_one_another_only_inside_a_document_and_without_gaps() -> None:
@@ -149,13 +141,13 @@ def test_the_size_of_pieces_changes_no_count(monkeypatch: pytest.MonkeyPatch) ->
     for name in ("missing slots", "documents without tokens", "k = 1 without weights"):
         whole = counted(name)
         with monkeypatch.context() as patch:
-            patch.setattr(counting.pieces_of, "__defaults__", (30,))
-            assert_equal(count_routes(CASES[name].trace()), whole)
+            patch.setattr(pieces_of, "__defaults__", (30,))
+            assert_equal(count_routes(CASES[name].trace()).whole(), whole)
 
 
 def test_a_phase_is_counted_alone() -> None:
     recording = replace(CASES["plain"], phase=(np.arange(len(CASES["plain"].document)) % 3 == 0).astype(np.uint8))
-    parts = [count_routes(recording.trace(), phase=phase) for phase in (0, 1)]
+    parts = [count_routes(recording.trace(), phase=phase).whole() for phase in (0, 1)]
     np.testing.assert_array_equal(parts[0].hits + parts[1].hits, counted("plain").hits)
     assert parts[1].neighbours.sum() == 0  # every third token: none follows another
     (routes,) = tuple(recording.trace())
@@ -177,7 +169,7 @@ def test_windows_of_repeated_tokens_are_left_out_of_the_control() -> None:
         experts=(4,),
         token_ids=np.array([7, 7, 8]),
     )
-    found = count_routes(recording.trace()).ngrams
+    found = count_routes(recording.trace()).whole().ngrams
     assert found is not None and found.distinct_windows is not None and found.distinct_alike is not None
     assert found.windows[0, 0, 0] == 2 and found.alike[0, 0, 0] == 2
     assert found.distinct_windows[0, 0, 0] == 1 and found.distinct_alike[0, 0, 0] == 1
@@ -206,7 +198,7 @@ def test_margins_that_are_nan_are_left_out_of_their_means() -> None:
     assert recording.margins is not None
     margins = recording.margins.copy()
     margins[::2] = np.nan
-    found = count_routes(replace(recording, margins=margins).trace()).stiffness
+    found = count_routes(replace(recording, margins=margins).trace()).whole().stiffness
     assert found.logit_count.sum() == np.isfinite(margins).sum()
     assert found.logit_margin.sum() == pytest.approx(np.nansum(margins.astype(float)))
 
@@ -215,7 +207,7 @@ def test_published_stability_counts_the_bits() -> None:
     trace = CASES["plain"].trace()
     (routes,) = tuple(trace)
     stable = np.random.default_rng(0).integers(0, 8, routes.ids.shape[:2]).astype(np.uint8)
-    found = count_routes(replace(trace, loaded=(replace(routes, logit_stable=stable),))).stiffness
+    found = count_routes(replace(trace, loaded=(replace(routes, logit_stable=stable),))).whole().stiffness
     for bit in range(3):
         assert found.logit_stable[..., bit].sum() == ((stable >> bit) & 1).sum()
     assert (found.stable_count.sum(axis=0) == len(routes)).all()
@@ -226,7 +218,7 @@ def test_tokens_without_a_score_do_not_count_for_stability() -> None:
     assert recording.kept is not None
     kept = recording.kept.copy()
     kept[::2] = 255
-    found = count_routes(replace(recording, kept=kept).trace()).stiffness
+    found = count_routes(replace(recording, kept=kept).trace()).whole().stiffness
     assert found.kept_count.sum() == 3 * (kept[:, 0, 0] != 255).sum()
     assert found.unchanged[..., 1].sum() == (kept[1::2, :, 1] == 2).sum()
 
@@ -239,7 +231,7 @@ def test_taking_documents_takes_every_sum() -> None:
     part = counted("plain").take(chosen)
     assert part.shape.document_ids == ("0", "2", "5", "6", "8")
     np.testing.assert_array_equal(part.shape.document_domain, recording.domain[chosen])
-    assert_equal(replace(part, ngrams=None), replace(count_routes(alone.trace()), ngrams=None))
+    assert_equal(replace(part, ngrams=None), replace(count_routes(alone.trace()).whole(), ngrams=None))
     assert counted("plain").take(np.arange(9)) is counted("plain")
 
 
@@ -376,7 +368,7 @@ def test_shards_change_no_count(cut: Callable[[int], list[int]]) -> None:
     (routes,) = tuple(trace)
     edges = [0, *np.searchsorted(routes.document, cut(len(trace.shape.document_domain))), len(routes)]
     pieces = tuple(routes.take(slice(start, end)) for start, end in itertools.pairwise(edges))
-    assert_equal(count_routes(replace(trace, loaded=pieces)), counted("missing slots"))
+    assert_equal(count_routes(replace(trace, loaded=pieces)).whole(), counted("missing slots"))
 
 
 def test_weights_of_slots_that_did_not_run_do_not_matter() -> None:
@@ -384,4 +376,4 @@ def test_weights_of_slots_that_did_not_run_do_not_matter() -> None:
     assert recording.weights is not None
     for filler in (0.5, np.nan):
         weights = np.where(recording.ids < 0, filler, recording.weights).astype(np.float32)
-        assert_equal(count_routes(replace(recording, weights=weights).trace()), counted("missing slots"))
+        assert_equal(count_routes(replace(recording, weights=weights).trace()).whole(), counted("missing slots"))

@@ -26,7 +26,7 @@ from dbes.cli.common import (
     stdout,
     tell,
 )
-from dbes.errors import FileError, ResultError
+from dbes.errors import FileError, ResultError, TraceError
 from dbes.files import locked
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def _write_page(folder: Path, write_page: Callable[[Path], Path]) -> None:
 
 
 def score(
-    trace: Annotated[Path, typer.Argument(help="Folder of a trace.")],
+    trace: Annotated[Path, typer.Argument(help="Folder of a trace, or of counts.")],
     router: Annotated[RouterName, typer.Option(help="Score the documents as another router would route them.")] = RouterName.recorded,
     phase: Annotated[Phase, typer.Option(help="Which tokens to score.")] = Phase.all,
     seed: SeedOption = 0,
@@ -154,15 +154,19 @@ def score(
 
 def _scored(trace: Path, router: RouterName, phase: Phase, *, seed: int, permutations: int, output_path: Path | None) -> Result:
     from dbes.evaluation.pipeline import TRACE_FOLDER
-    from dbes.scoring.score import PHASES, score_tables
+    from dbes.scoring.counts import PHASES, Counts
+    from dbes.scoring.score import score_tables
+    from dbes.scoring.stored import COUNTS
     from dbes.scoring.tables import save_scores
     from dbes.trace.baselines import imitate
     from dbes.trace.store import Trace
 
-    routes = Trace.load(trace)
+    routes = Counts.load(trace) if (trace / COUNTS).is_file() else Trace.load(trace)
     if output_path is not None and (output_path / TRACE_FOLDER).is_dir():
         raise ResultError(f"{output_path}: holds an evaluation with its recorded routes; choose another --output-path")
     if router is not RouterName.recorded:
+        if isinstance(routes, Counts):
+            raise TraceError(f"{trace}: these are counts; --router {router.value} needs the trace, whose documents it routes")
         routes = imitate(routes, router.value, seed=seed)
     number = {name: code for code, name in PHASES.items()}[phase.value]
     scores = score_tables(routes, permutations=permutations, seed=seed, phase=number)

@@ -21,9 +21,9 @@ from dbes.comparison.accuracy import Accuracies, read_accuracies
 from dbes.comparison.entries import Apart, Entry, Replicates, read_entries
 from dbes.errors import ResultError
 from dbes.results import RESULT_FILE, Result
-from dbes.scoring.facts import DATA
 from dbes.scoring.resampling import jackknife
 from dbes.scoring.score import REPLICATED
+from dbes.scoring.texts import DATA
 from dbes.text import labels
 
 NAME_WIDTH = 64

@@ -96,6 +96,8 @@ def read_replicates(folder: Path, result: Result) -> Replicates | None:
     Raises:
         DbesError: they cannot be read, or belong to another result.
     """
+    if not result.documents_known:
+        raise ResultError("only counts of whole domains were scored: no test can be made")
     path = folder / REPLICATES
     if path.exists():
         found = _stored(path)
@@ -103,7 +105,7 @@ def read_replicates(folder: Path, result: Result) -> Replicates | None:
         settings = result.settings
         permutations = settings.get("permutations", 1000)
         scores = score_tables(Trace.load(folder / "trace"), permutations=int(permutations), seed=int(settings.get("seed", 0)))
-        shape = scores.statistics.shape
+        shape = scores.counts.shape
         found = Replicates(documents=shape.document_ids, document_domain=shape.document_domain, by_metric=scores.replicates)
     else:
         return None

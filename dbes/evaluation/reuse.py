@@ -173,8 +173,7 @@ def finished_result(job: Job) -> Result | None:
 def tidy(job: Job) -> None:
     """Remove what a killed run of the same job left, and the routes where they are not to be kept."""
     trace = job.folder / TRACE_FOLDER
-    for folder in (trace, trace / CONTROL):
-        if folder.is_dir():
-            remove_abandoned(folder)
+    for folder in (trace, *(path for path in trace.rglob("*") if path.is_dir())):
+        remove_abandoned(folder)
     if not job.save_trace and trace.is_dir():
         discard(trace)

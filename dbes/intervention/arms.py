@@ -42,7 +42,8 @@ from dbes.paths.selection import cells_of, choose
 from dbes.paths.types import Cell, ExpertPath
 from dbes.recording.record import record_documents
 from dbes.testbed.prescribed import Prescribed
-from dbes.trace.store import Trace, join_traces
+from dbes.trace.joining import join_traces
+from dbes.trace.store import Trace
 
 SEARCH_SEED = 1000
 """Seed of the search for learning rates; no seed of the outcome."""

@@ -1,4 +1,4 @@
-"""What the rules look at: per-document statistics of a trace, the routes of a sample, and tables made of them when needed."""
+"""What the rules look at: the counts of a trace, the routes of a sample, and tables made of them when needed."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import numpy as np
 from dbes.errors import PathError
 from dbes.evaluation.pipeline import TRACE_FOLDER
 from dbes.results import load_result
-from dbes.scoring.counts import RoutingStatistics, count_routes
-from dbes.scoring.descriptive import TokenSample, sample_routes, transitions
+from dbes.scoring.counts import PHASES, Counts
+from dbes.scoring.descriptive import transitions
 from dbes.scoring.metrics import usage_of
 from dbes.scoring.resampling import permutation_null, permuted_labels
-from dbes.scoring.score import PHASES
+from dbes.scoring.sampling import TokenSample, even_documents
 from dbes.scoring.specialists import SpecialistTable, find_specialists
+from dbes.scoring.stored import counts_of
 from dbes.trace.store import Trace
 from dbes.trace.types import RoutingShape, TokenRoutes
 
@@ -28,8 +29,8 @@ class Evidence:
     """What a model's routing of a benchmark shows about its cells.
 
     Attributes:
-        statistics: sums per source text (the unit of sampling); texts without tokens are left out.
-        routes: routes of some whole texts, with ``document`` numbering the rows of ``statistics``; None where nothing ran.
+        counts: per source text (the unit of sampling); texts without tokens are left out.
+        routes: routes of some whole texts, with ``document`` numbering the texts of ``counts``; None where nothing ran.
         permutations, seed: of the specialist test; the result's own, so that the same experts pass.
         gradients: [domains, layers, experts], squared gradient norm of each cell on each domain; None without a model.
         effects: [domains, layers, experts], nats per token added on each domain when one cell's output is zero; None
@@ -38,7 +39,7 @@ class Evidence:
         provenance: as of the trace.
     """
 
-    statistics: RoutingStatistics
+    counts: Counts
     routes: TokenRoutes | None
     permutations: int = 1000
     seed: int = 0
@@ -49,12 +50,12 @@ class Evidence:
 
     @property
     def shape(self) -> RoutingShape:
-        return self.statistics.shape
+        return self.counts.shape
 
     @cached_property
     def hits(self) -> np.ndarray:
         """(token, slot) pairs, float64 [domains, layers, experts]."""
-        return self.statistics.by_domain(self.statistics.hits)
+        return self.counts.by_domain(lambda sums: sums.hits)
 
     @cached_property
     def usage(self) -> np.ndarray:
@@ -73,13 +74,11 @@ class Evidence:
 
     @cached_property
     def specialists(self) -> SpecialistTable:
-        shape = self.shape
+        shape, sums = self.shape, self.counts.whole()
         labels = permuted_labels(shape.document_domain, permutations=self.permutations, seed=self.seed)
         sizes = np.asarray(shape.experts)
-        null = permutation_null(
-            self.statistics.hits, self.statistics.active, labels, shape.document_domain, len(shape.domains), sizes=sizes
-        )
-        return find_specialists(self.statistics, null, seed=self.seed)
+        null = permutation_null(sums.hits, sums.active, labels, shape.document_domain, len(shape.domains), sizes=sizes)
+        return find_specialists(sums, null, seed=self.seed)
 
     @cached_property
     def transitions(self) -> np.ndarray:
@@ -100,7 +99,7 @@ class Evidence:
         for index in range(len(shape.domains)):
             rows = np.flatnonzero(domain == index)
             if len(rows):
-                chosen = TokenSample(routes=self.routes.take(rows), tokens=len(rows))
+                chosen = TokenSample(routes=self.routes.take(rows))
                 counts[index] = transitions(chosen, shape) * pairs[:, None, None]
         return counts
 
@@ -126,31 +125,31 @@ class Evidence:
         if routes is not None:
             rows = np.flatnonzero(np.isin(routes.document, kept))
             routes = replace(routes.take(rows), document=np.searchsorted(kept, routes.document[rows]))
-        return replace(self, statistics=self.statistics.take(kept), routes=routes, permutations=permutations)
+        return replace(self, counts=self.counts.take(kept), routes=routes, permutations=permutations)
 
     def _members(self, domain: int) -> np.ndarray:
         return np.flatnonzero(self.shape.document_domain == domain)
 
 
-def gather(trace: Trace, *, permutations: int = 1000, seed: int = 0, phase: int | None = None) -> Evidence:
-    """The evidence in a trace.
+def gather(trace: Trace | Counts, *, permutations: int = 1000, seed: int = 0, phase: int | None = None) -> Evidence:
+    """The evidence in a trace, or in its counts.
 
     Raises:
         TraceError: the trace is incomplete, altered or inconsistent.
         PathError: it has no tokens.
     """
-    counted = count_routes(trace, phase=phase)
-    if not counted.tokens.any():
+    counts = counts_of(trace, phase=phase)
+    if not counts.tokens.any():
         raise PathError("the trace has no tokens (of this phase): there is nothing to choose experts by")
-    statistics = counted.by_unit()
-    used = np.flatnonzero(statistics.tokens > 0)
-    sample = sample_routes(trace, counted.tokens, phase=phase)
+    units = counts.by_unit()
+    used = np.flatnonzero(units.tokens > 0)
+    sample = counts.sample
+    if sample is not None and sample.whole:
+        sample = sample.of(even_documents(counts.shape, counts.tokens))
     routes = None
     if sample is not None:
-        routes = replace(sample.routes, document=np.searchsorted(used, trace.shape.units[sample.routes.document]))
-    return Evidence(
-        statistics=statistics.take(used), routes=routes, permutations=permutations, seed=seed, provenance=dict(trace.provenance)
-    )
+        routes = replace(sample.routes, document=np.searchsorted(used, counts.shape.units[sample.routes.document]))
+    return Evidence(counts=units.take(used), routes=routes, permutations=permutations, seed=seed, provenance=dict(counts.provenance))
 
 
 def read_evidence(result: str | Path) -> Evidence:

@@ -12,6 +12,7 @@ import numpy as np
 from dbes.errors import PathError
 from dbes.paths.evidence import Evidence
 from dbes.paths.trajectories import best_through
+from dbes.scoring.layer_counts import side_by_side
 from dbes.scoring.specialists import RARE_HITS
 
 Rule = Literal[
@@ -107,16 +108,19 @@ def esft_share(evidence: Evidence, domain: int, *, gate: bool) -> np.ndarray:
     Raises:
         PathError: the trace has no gate weights.
     """
-    statistics = evidence.statistics
-    sums = statistics.mass if gate else statistics.hits
-    if sums is None:
-        raise PathError("esft-gate: this trace has no gate weights; use esft-token")
-    members = statistics.shape.document_domain == domain
-    tokens = statistics.active[members][..., None]
-    slots = 1.0 if gate else np.asarray(statistics.shape.top_k)[:, None]
+    means = []
+    for counts in evidence.counts.layers():
+        sums = counts.mass if gate else counts.hits
+        if sums is None:
+            raise PathError("esft-gate: this trace has no gate weights; use esft-token")
+        members = counts.shape.document_domain == domain
+        tokens = counts.active[members][..., None]
+        slots = 1.0 if gate else counts.shape.top_k[0]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            by_text = np.where(tokens > 0, sums[members] / (tokens * slots), 0.0)
+            means.append(by_text.sum(axis=0, keepdims=True) / np.maximum((tokens > 0).sum(axis=0), 1))
+    mean = side_by_side(means)[0]
     with np.errstate(invalid="ignore", divide="ignore"):
-        by_text = np.where(tokens > 0, sums[members] / (tokens * slots), 0.0)
-        mean = by_text.sum(axis=0) / np.maximum((tokens > 0).sum(axis=0), 1)
         return mean / mean.sum(axis=-1, keepdims=True)
 
 

@@ -111,10 +111,10 @@ def strongest(evidence: Evidence, domain: int, *, limit: int = 5, seed: int = 0)
         return ()
     halves = [np.flatnonzero(half == side) for side in (0, 1)]
     searched = evidence.transitions_of(half == 0)
-    hits = np.stack([evidence.statistics.hits[(half == 0) & (shape.document_domain == d)].sum(axis=0) for d in range(len(shape.domains))])
+    hits = evidence.counts.take(halves[0]).by_domain(lambda sums: sums.hits)
     if not hits[domain].any():
         return ()
-    found = disjoint_chains(*log_lifts(searched, hits.astype(np.float64), domain), limit=limit)
+    found = disjoint_chains(*log_lifts(searched, hits, domain), limit=limit)
     if not found:
         return ()
     rows = np.flatnonzero(half[evidence.routes.document] == 1)

@@ -266,7 +266,7 @@ def provenance(result: Result) -> list[tuple[str, str]]:
         ("Separability by words alone", None if math.isnan(task.separability) else f"{share(task.separability)} of documents"),
     ]  # fmt: skip
     if recording is not None:
-        facts += [("Documents", f"{recording.documents:,}"), ("Tokens", f"{recording.tokens:,}")]
+        facts += [("Documents", f"{recording.documents:,}" if result.documents_known else None), ("Tokens", f"{recording.tokens:,}")]
     asked = {name: value for name, value in result.settings.items() if name not in ("model", "tasks", "revision", "dtype")}
     facts += [(name.replace("_", " ").capitalize(), value) for name, value in asked.items() if value is not None]
     facts += [(name.replace("_", " "), value) for name, value in result.environment.items()]

@@ -115,7 +115,8 @@ def _heading(result: Result) -> Text:
         line.append(f", {label(model.dtype, 20)}")
     line.append(f"\n{label(task.name)} task: {counted(len(task.domains), 'domain')}")
     if recording is not None:
-        line.append(f", {counted(recording.documents, 'document')}, {counted(recording.tokens, 'token')}")
+        read = counted(recording.documents, "document") if result.documents_known else "documents unknown"
+        line.append(f", {read}, {counted(recording.tokens, 'token')}")
         if not math.isnan(recording.tokens_per_second):
             line.append(f", recorded at {recording.tokens_per_second:,.0f} tokens/s")
     return line
@@ -159,8 +160,8 @@ def _domain_table(result: Result) -> Table:
         specialization = found.get(("specialization", domain))
         table.add_row(
             Text(shown[domain]),
-            f"{facts.documents:,}",
-            f"{facts.sources:,}",
+            f"{facts.documents:,}" if result.documents_known else "–",
+            f"{facts.sources:,}" if result.documents_known else "–",
             f"{facts.tokens:,}",
             _score(result, specialization),
             _score(result, found.get(("domain_isolation", domain))),

@@ -12,20 +12,18 @@ from typing import Any
 import numpy as np
 
 from dbes.results import Specialist
-from dbes.scoring.counts import primary_experts
+from dbes.scoring.counts import Counts
+from dbes.scoring.sampling import READ_BEGINNING, TokenSample, documents_to_read
+from dbes.scoring.stored import counts_of
 from dbes.text import TOKEN_WIDTH, label, labels, legible
 from dbes.trace.store import Trace
 from dbes.trace.types import RoutingShape, TokenRoutes
 from dbes.trace.vocabulary import TokenText, joined, shown
 
-SAMPLE_TOKENS = 1 << 17
-SAMPLE_CELLS = 1 << 26
-"""Tokens, and tokens x layers x slots, read for examples and trajectories at most."""
-
 TEXT_CELLS = 160_000
 """Tokens x layers x slots shown in the text view, over all documents, as long as a document keeps its shortest length."""
 
-DOCUMENT_TOKENS = (48, 240)
+DOCUMENT_TOKENS = (48, READ_BEGINNING)
 """Shortest and longest beginning of a document that is shown."""
 
 CONTEXT_SPECIALISTS, CONTEXTS, CONTEXT_REACH = 200, 3, 7
@@ -44,14 +42,27 @@ class Sample:
     """Routes of whole documents, in order, and each row's domain, [tokens]."""
 
     shape: RoutingShape
-    routes: TokenRoutes
+    kept: TokenSample
     domain: np.ndarray
-    primary: np.ndarray | None
     vocabulary: Mapping[int, TokenText]
+
+    @property
+    def routes(self) -> TokenRoutes:
+        return self.kept.routes
+
+    @property
+    def primary(self) -> np.ndarray | None:
+        return self.kept.primary
 
     @property
     def tokens(self) -> int:
         return len(self.routes)
+
+    def weights(self, rows: np.ndarray) -> np.ndarray | None:
+        """Gate weights of some rows, float64 [rows, layers, slots]; None where they were not kept."""
+        if self.kept.weights is None or self.kept.weighted is None or not np.isin(rows, self.kept.weighted).all():
+            return None
+        return self.kept.weights[np.searchsorted(self.kept.weighted, rows)].astype(np.float64)
 
     def token(self, row: int) -> TokenText:
         """Text of a row's token; bytes where it is only a part of a character."""
@@ -74,25 +85,17 @@ def token_text(text: str) -> str:
     return legible(text[: TOKEN_WIDTH + 1].replace("\n", "⏎").replace("\t", "⇥"))
 
 
-def read_sample(trace: Trace) -> Sample | None:
+def read_sample(trace: Trace | Counts) -> Sample | None:
     """Whole documents of a trace, evenly over the domains; None when it holds no token."""
-    shape = trace.shape
-    cells = max(1, len(shape.layers) * shape.slots)
-    budget = min(SAMPLE_TOKENS, SAMPLE_CELLS // cells)
-    keep = np.zeros(len(shape.document_domain), bool)
-    part = min(1.0, budget / max(trace.tokens, 1))
-    for domain in range(len(shape.domains)):
-        members = np.flatnonzero(shape.document_domain == domain)
-        if len(members):
-            keep[members[np.linspace(0, len(members) - 1, max(1, int(len(members) * part))).astype(int)]] = True
-    parts = [routes.take(rows) for routes in trace if len(rows := np.flatnonzero(keep[routes.document]))]
-    if not parts:
+    counts = counts_of(trace)
+    shape, kept = counts.shape, counts.sample
+    if kept is None:
         return None
-    names = set.intersection(*(set(each.arrays()) for each in parts)) & {"ids", "document", "positions", "token_ids", "weights"}
-    routes = TokenRoutes(**{name: np.concatenate([getattr(each, name) for each in parts]) for name in names})
-    primary = primary_experts(routes, np.iinfo(routes.ids.dtype).max)
-    domain = shape.document_domain[routes.document]
-    return Sample(shape=shape, routes=routes, domain=domain, primary=primary, vocabulary=trace.vocabulary)
+    among = None if kept.whole else np.isin(np.arange(len(shape.document_domain)), kept.routes.document)
+    chosen = kept.of(documents_to_read(shape, kept.tokens, among=among))
+    if chosen is None:
+        return None
+    return Sample(shape=shape, kept=chosen, domain=shape.document_domain[chosen.routes.document], vocabulary=counts.vocabulary)
 
 
 def documents(sample: Sample, named: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
@@ -124,8 +127,9 @@ def documents(sample: Sample, named: Mapping[str, str] | None = None) -> list[di
     for document in chosen:
         rows = np.flatnonzero(routes.document == document)[:tokens]
         ids = np.where(routes.ids[rows] == missing, -1, routes.ids[rows].astype(np.int64))
-        weights = None if routes.weights is None else np.where(ids < 0, -1.0, routes.weights[rows].astype(np.float64))
+        weights = sample.weights(rows)
         if weights is not None:
+            weights = np.where(ids < 0, -1.0, weights)
             order = np.lexsort((ids, -weights), axis=-1)  # equal weights: the lower expert id first, as primaries are defined
             ids, weights = (np.take_along_axis(each, order, axis=-1) for each in (ids, weights))
         found.append(

@@ -1,464 +1,191 @@
-"""Sufficient statistics of a trace, per document: everything the scores need, and nothing that grows with the tokens.
-
-``count_routes`` reads a trace once, shard by shard (a second time for the expert-group n-grams, whose groups depend on the
-whole domain). All sums are per document, because the document is the unit of every permutation, jackknife and split.
-"""
+"""Counts: per document and layer, the sums that all scores are computed from, with one layer of them in memory at a time."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
-from itertools import islice
-from threading import Lock
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from dbes.scoring.metrics import NGRAM_SIZES, consecutive, expert_group
-from dbes.trace.store import Trace
-from dbes.trace.types import LOGIT_NOISE, NOISE_SCALES, PROMPT, RoutingShape, TokenRoutes
+from dbes.scoring.layer_counts import (
+    LayerCounts,
+    NgramSums,
+    StiffnessSums,
+    joined_layers,
+    shape_by_unit,
+    shape_of,
+    side_by_side,
+    units_of,
+)
+from dbes.scoring.sampling import TokenSample
+from dbes.scoring.texts import Texts
+from dbes.trace.types import RoutingShape
+from dbes.trace.vocabulary import TokenText
 
-WORKERS = min(os.cpu_count() or 1, 8)
+__all__ = ["PHASES", "Counts", "LayerCounts", "NgramSums", "StiffnessSums"]
 
-PIECE_TOKENS = 4_096
-"""Tokens worked on at a time: bounds the memory of the passes and keeps them in the cache; changes no value."""
-
-NO_SCORE = 255
-"""Value of ``TokenRoutes.kept`` for a token without a selection score."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StiffnessSums:
-    """Sums over tokens of the router-margin statistics; ``count`` arrays say over how many tokens each sum runs.
-
-    Attributes (all [documents, layers] with an optional last axis):
-        logit_margin, logit_count: router-logit margins (RSS).
-        logit_stable [.., len(LOGIT_NOISE)], stable_count: tokens whose choice survived the published noise.
-        selection_margin, scaled_margin, selection_count: margins of the selection score.
-        unchanged, kept [.., len(NOISE_SCALES)], kept_count: tokens with an unchanged set, and the summed share |S and S'|/k.
-    """
-
-    logit_margin: np.ndarray
-    logit_count: np.ndarray
-    logit_stable: np.ndarray
-    stable_count: np.ndarray
-    selection_margin: np.ndarray
-    scaled_margin: np.ndarray
-    selection_count: np.ndarray
-    unchanged: np.ndarray
-    kept: np.ndarray
-    kept_count: np.ndarray
+PHASES = {None: "all", 0: "prompt", 1: "generated"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class NgramSums:
-    """Counts of windows of consecutive tokens; last axis: NGRAM_SIZES.
+class Counts:
+    """Per document and layer everything that the metrics need; one layer of it is in memory at a time.
 
     Attributes:
-        primaries: [documents, layers, experts], tokens whose primary (largest-weight) expert is e.
-        windows, alike: [documents, layers, sizes], windows, and those whose primaries are all the same expert.
-        distinct_windows, distinct_alike: the same without windows made of one repeated token id; None without token ids.
-        grouped: [documents, layers, sizes], windows whose primaries all lie in the domain's expert group.
-        in_group: [documents, layers], tokens whose primary lies in the group.
-        groups: bool [domains, layers, experts], the groups.
-    """
-
-    primaries: np.ndarray
-    windows: np.ndarray
-    alike: np.ndarray
-    distinct_windows: np.ndarray | None
-    distinct_alike: np.ndarray | None
-    grouped: np.ndarray
-    in_group: np.ndarray
-    groups: np.ndarray
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoutingStatistics:
-    """Everything the scores are computed from.
-
-    Attributes:
-        shape: sizes and domains.
+        shape: sizes and domains, of all layers.
         tokens: int64 [documents].
-        hits: float32 [documents, layers, experts], (token, slot) pairs that chose the expert (exact: below 2^24 per document).
-        active: float64 [documents, layers], tokens with at least one slot that ran.
-        mass: float32 [documents, layers, experts], gate weight, normalised to 1 per token; None without weights.
-        neighbours, overlap_any, overlap_share: [documents, layers], pairs of consecutive tokens, pairs that share an expert,
-            summed share |S_t and S_t+1| / k.
-        ngrams: None without weights (primaries are unknown), unless k = 1.
-        stiffness: sums of margins; zero counts where the trace has no scores.
+        read: gives the sums of one layer.
+        phase: only tokens of this phase were counted; None: all.
+        phase_tokens: tokens of given text and of text that the model wrote, whatever was counted.
+        provenance, vocabulary: as of the trace.
+        texts: what is known of the texts that were read.
+        sample_of: gives the tokens that were kept; None where none were.
+        control: the counts of the random-router control, if it was recorded.
+        grouped: windows inside the expert groups were counted.
+        by_documents: false where the counts of whole domains are all that is known: each stands as one document then.
+        seal: sha256 that the manifest of the trace has of itself.
+        notes: why something in them is unknown, for the warnings of a result.
     """
 
     shape: RoutingShape
     tokens: np.ndarray
-    hits: np.ndarray
-    active: np.ndarray
-    mass: np.ndarray | None
-    neighbours: np.ndarray
-    overlap_any: np.ndarray
-    overlap_share: np.ndarray
-    ngrams: NgramSums | None
-    stiffness: StiffnessSums
+    read: Callable[[int], LayerCounts] = field(repr=False, compare=False)
+    phase: int | None = None
+    phase_tokens: tuple[int, int] = (0, 0)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    vocabulary: Mapping[int, TokenText] = field(default_factory=dict, repr=False)
+    texts: Texts = field(default_factory=Texts, repr=False)
+    sample_of: Callable[[], TokenSample | None] = field(default=lambda: None, repr=False, compare=False)
+    control: Counts | None = None
+    grouped: bool = True
+    by_documents: bool = True
+    seal: str | None = None
+    notes: tuple[str, ...] = ()
 
-    @property
-    def slots(self) -> np.ndarray:
-        """(token, slot) pairs that ran, float64 [documents, layers]."""
-        return self.hits.sum(axis=-1, dtype=np.float64)
+    @classmethod
+    def of(cls, sums: LayerCounts, **about: Any) -> Counts:
+        """Counts whose sums are in memory, of all layers side by side."""
+        return cls(shape=sums.shape, tokens=sums.tokens, read=sums.column, **about)
 
-    def by_domain(self, per_document: np.ndarray) -> np.ndarray:
-        """Sums over the documents of each domain: [documents, ...] to float64 [domains, ...]."""
-        return domain_sums(per_document, self.shape)
+    @classmethod
+    def from_arrays(cls, hits: np.ndarray, **about: Any) -> Counts:
+        """Counts that were made elsewhere, per document.
 
-    def take(self, documents: np.ndarray) -> RoutingStatistics:
-        """The statistics of chosen documents, distinct and ascending (the expert groups stay those of all)."""
+        Args:
+            hits: whole numbers [documents, layers, experts], (token, slot) pairs that chose the expert; 0 beyond a layer's last expert.
+            domains: names of the domains.
+            document_domain: int [documents], index of each document's domain.
+            layers: the model's own layer numbers.
+            experts, top_k: one number for all layers or one per layer.
+            mass: [documents, layers, experts], gate weight, normalised to 1 per token.
+            tokens: [documents]; by default as many as the hits need.
+            active: [documents, layers], tokens with at least one slot that ran; by default tokens, or hits where these are fewer.
+            document_ids: names of the documents; mere numbers by default.
+            document_source: the source text each document was cut from.
+            provenance: as of a trace.
+
+        Raises:
+            TraceError: shapes disagree; a number is not finite, below 0 or not whole; more hits than tokens x top_k.
+        """
+        from dbes.scoring.given import counts_from_arrays
+
+        return counts_from_arrays(hits, **about)
+
+    @classmethod
+    def from_domains(cls, hits: np.ndarray, **about: Any) -> Counts:
+        """Counts of whole domains, where nothing is known of documents: no interval and no test can be made of them.
+
+        Args:
+            hits: whole numbers [domains, layers, experts].
+            domains, layers, experts, top_k, mass, tokens, active, provenance: as in ``from_arrays``, with domains for documents.
+
+        Raises:
+            TraceError: as ``from_arrays``.
+        """
+        from dbes.scoring.given import counts_from_domains
+
+        return counts_from_domains(hits, **about)
+
+    @classmethod
+    def merge(cls, parts: Sequence[Counts]) -> Counts:
+        """The counts of several recordings of one model as one.
+
+        Documents are told apart by their ids. Documents of equal id are parts of one document, so that their counts are added up;
+        windows and neighbours across such a cut are not counted. Windows inside expert groups are unknown where a part has other
+        groups than the whole, which the notes then say.
+
+        Raises:
+            TraceError: other layers, experts, top_k, domains, phase or model; a control in some only; a document with two domains;
+                documents that have only numbers.
+        """
+        from dbes.scoring.merging import merge_counts
+
+        return merge_counts(parts)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Counts:
+        """The counts that ``save`` wrote; a trace keeps its own in ``counts/all``. A layer is read when it is asked for.
+
+        Raises:
+            TraceError: there are none, they are damaged, or of another schema version.
+        """
+        from dbes.scoring.stored import load_counts
+
+        return load_counts(Path(folder))
+
+    def save(self, folder: str | Path) -> Counts:
+        """Write the counts as a folder and return those that read it.
+
+        Raises:
+            FileError: it cannot be written.
+        """
+        from dbes.scoring.stored import load_counts, save_counts
+
+        save_counts(self, Path(folder))
+        return load_counts(Path(folder))
+
+    def layer(self, column: int) -> LayerCounts:
+        """The sums of one layer (by its place, not its number in the model): every array has a layers axis of length 1."""
+        return self.read(column)
+
+    def layers(self) -> Iterator[LayerCounts]:
+        """The sums of one layer after the other."""
+        return map(self.layer, range(len(self.shape.layers)))
+
+    def take(self, documents: np.ndarray) -> Counts:
+        """The counts of chosen documents, distinct and ascending (the expert groups stay those of all)."""
         if len(documents) == len(self.tokens):
             return self
-        ids, sources = self.shape.document_ids, self.shape.document_source
-        shape = replace(
-            self.shape,
-            document_domain=self.shape.document_domain[documents],
-            document_ids=tuple(ids[index] for index in documents),
-            document_source=None if sources is None else tuple(sources[index] for index in documents),
-        )
-        return replace(_per_document(self, lambda rows: rows[documents]), shape=shape)
+        chosen = self.tokens[documents]
+        return replace(self, shape=shape_of(self.shape, documents), tokens=chosen, read=lambda column: self.read(column).take(documents))
 
-
-    def by_unit(self) -> RoutingStatistics:
-        """The statistics with documents cut from one source text summed into one, in order of first appearance."""
-        shape, units = self.shape, self.shape.units
-        first = np.unique(units, return_index=True)[1]
-        if len(first) == len(units):
+    def by_unit(self) -> Counts:
+        """The counts with documents cut from one source text added up into one, in order of first appearance."""
+        first, order, starts = units_of(self.shape)
+        if len(first) == len(order):
             return self
-        order = np.argsort(units, kind="stable")
-        starts = np.searchsorted(units[order], np.arange(len(first)))
-        sources = shape.document_source or shape.document_ids
-        merged = replace(
-            shape,
-            document_domain=shape.document_domain[first],
-            document_ids=tuple(sources[index] for index in first),
-            document_source=None,
-        )
-        return replace(_per_document(self, lambda rows: np.add.reduceat(rows[order], starts, axis=0)), shape=merged)
+        tokens = np.add.reduceat(self.tokens[order], starts)
+        return replace(self, shape=shape_by_unit(self.shape), tokens=tokens, read=lambda column: self.read(column).by_unit())
 
+    @property
+    def sample(self) -> TokenSample | None:
+        """The tokens that were kept, with the documents that these counts had before any were chosen or added up."""
+        return self.sample_of()
 
-Sums = TypeVar("Sums", bound=RoutingStatistics | NgramSums | StiffnessSums)
+    def by_domain(self, chosen: Callable[[LayerCounts], np.ndarray]) -> np.ndarray:
+        """Sums over the documents of each domain of an array of every layer: float64 [domains, layers, ...].
 
+        Args:
+            chosen: the array [documents, 1, ...] of one layer; layers with fewer experts than others are filled up with zeros.
+        """
+        return side_by_side([sums.by_domain(chosen(sums)) for sums in self.layers()])
 
-def _per_document(sums: Sums, change: Callable[[np.ndarray], np.ndarray]) -> Sums:
-    """The same sums with every per-document array changed; every array but the expert groups has the documents first."""
-    chosen = {}
-    for field in fields(sums):
-        value = getattr(sums, field.name)
-        if isinstance(value, np.ndarray) and field.name != "groups":
-            value = change(value)
-        elif isinstance(value, NgramSums | StiffnessSums):
-            value = _per_document(value, change)
-        chosen[field.name] = value
-    return replace(sums, **chosen)
+    def totals(self) -> LayerCounts:
+        """The sums over the documents of each domain, of all layers side by side, as if each domain were one document."""
+        return joined_layers([sums.totals() for sums in self.layers()])
 
-
-def domain_sums(per_document: np.ndarray, shape: RoutingShape) -> np.ndarray:
-    """Sums over the documents of each domain: [documents, ...] to float64 [domains, ...]."""
-    sums = np.zeros((len(shape.domains), *per_document.shape[1:]), np.float64)
-    for domain in range(len(shape.domains)):
-        sums[domain] = per_document[shape.document_domain == domain].sum(axis=0, dtype=np.float64)
-    return sums
-
-
-def count_routes(trace: Trace, *, phase: int | None = None) -> RoutingStatistics:
-    """The sufficient statistics of a trace.
-
-    Args:
-        phase: count only tokens of this phase (``PROMPT`` or ``GENERATED``); None counts all.
-
-    Raises:
-        TraceError: a shard is missing, altered or inconsistent.
-    """
-    shape = trace.shape
-    sums = _Sums(shape)
-    _each(_pieces(trace, phase), sums.add)
-    ngrams = None
-    if sums.primaries is not None and sums.mass is not None:
-        groups = expert_group(domain_sums(sums.mass, shape))
-        _each(_pieces(trace, phase, "weights", "phase"), lambda piece: sums.add_groups(piece, groups))
-        ngrams = NgramSums(
-            primaries=sums.primaries,
-            windows=sums.windows,
-            alike=sums.alike,
-            distinct_windows=sums.distinct_windows,
-            distinct_alike=sums.distinct_alike,
-            grouped=sums.grouped,
-            in_group=sums.in_group,
-            groups=groups,
-        )
-    return RoutingStatistics(
-        shape=shape,
-        tokens=sums.tokens,
-        hits=sums.hits,
-        active=sums.active,
-        mass=sums.mass,
-        neighbours=sums.neighbours,
-        overlap_any=sums.overlap_any,
-        overlap_share=sums.overlap_share,
-        ngrams=ngrams,
-        stiffness=StiffnessSums(**sums.stiffness),
-    )
-
-
-def primary_experts(routes: TokenRoutes, missing: int) -> np.ndarray | None:
-    """Expert with the largest weight, int32 [tokens, layers]; -1 where no slot ran; None where weights are unknown.
-
-    Slots are not sorted in several runtimes, so the first slot is not the primary. Equal weights: the lower expert id.
-    """
-    ids = routes.ids
-    if ids.shape[2] == 1:
-        only = ids[:, :, 0].astype(np.int32)
-        only[ids[:, :, 0] == missing] = -1
-        return only
-    if routes.weights is None:
-        return None
-    # Slot by slot on contiguous [tokens, layers] planes: a reduction over a last axis of k would be several times slower.
-    experts = np.ascontiguousarray(np.moveaxis(ids, 2, 0))
-    best = np.full(ids.shape[:2], missing, ids.dtype)
-    largest = np.full(ids.shape[:2], -np.inf, np.float32)
-    for expert, weight in zip(experts, _slot_planes(routes.weights), strict=True):
-        better = weight > largest
-        better |= (weight == largest) & (expert < best)
-        better &= expert != missing
-        np.copyto(best, expert, where=better)
-        np.copyto(largest, weight, where=better)
-    primary = best.astype(np.int32)
-    primary[best == missing] = -1
-    return primary
-
-
-def _slot_planes(weights: np.ndarray) -> np.ndarray:
-    """Gate weights as float32 [slots, tokens, layers], contiguous, a copy."""
-    return np.ascontiguousarray(np.moveaxis(weights, 2, 0)).astype(np.float32)
-
-
-def pieces_of(routes: TokenRoutes, tokens: int = PIECE_TOKENS) -> Iterator[TokenRoutes]:
-    """The routes in pieces of whole documents, of at least one document and at most about ``tokens`` tokens."""
-    starts = document_starts(routes.document)
-    begin = 0
-    for end in [*starts[1:], len(routes)]:
-        following = starts[np.searchsorted(starts, end) :]
-        until = following[1] if len(following) > 1 else len(routes)
-        if end == len(routes) or until - begin > tokens:
-            yield routes.take(slice(begin, end))
-            begin = end
-
-
-def document_starts(document: np.ndarray) -> np.ndarray:
-    """Rows at which a document begins."""
-    return np.flatnonzero(np.r_[True, document[1:] != document[:-1]]) if len(document) else np.zeros(0, np.int64)
-
-
-def follows_previous(routes: TokenRoutes) -> np.ndarray:
-    """Whether a row is the very next token of the same document as the row before, bool [tokens]."""
-    follows = np.zeros(len(routes), bool)
-    follows[1:] = (np.diff(routes.document) == 0) & (np.diff(routes.positions) == 1)
-    return follows
-
-
-def of_phase(routes: TokenRoutes, phase: int | None) -> np.ndarray:
-    """Rows of a phase, bool [tokens]; None: all. Routes without phases are all given text."""
-    phases = np.full(len(routes), PROMPT, np.uint8) if routes.phase is None else routes.phase
-    return np.ones(len(routes), bool) if phase is None else phases == phase
-
-
-def _pieces(trace: Trace, phase: int | None, *columns: str) -> Iterator[TokenRoutes]:
-    for routes in trace.with_columns(*columns) if columns else trace:
-        chosen = routes if phase is None else routes.take(np.flatnonzero(of_phase(routes, phase)))
-        if len(chosen):
-            yield from pieces_of(chosen)
-
-
-def _each(pieces: Iterator[TokenRoutes], add: Callable[[TokenRoutes], None]) -> None:
-    """Add up the pieces on all cores. A document lies in one piece only, so no two threads write to the same sums."""
-    with ThreadPoolExecutor(WORKERS) as pool:
-        while batch := list(islice(pieces, 2 * WORKERS)):
-            list(pool.map(add, batch))
-
-
-class _Sums:
-    """Accumulates the statistics piece by piece."""
-
-    def __init__(self, shape: RoutingShape) -> None:
-        self._first = Lock()
-        documents, layers, sizes = len(shape.document_domain), len(shape.layers), len(NGRAM_SIZES)
-        self.shape = shape
-        self.top_k = np.asarray(shape.top_k)
-        self.tokens = np.zeros(documents, np.int64)
-        self.hits = np.zeros((documents, layers, shape.width), np.float32)
-        self.active = np.zeros((documents, layers))
-        self.mass: np.ndarray | None = None
-        self.primaries: np.ndarray | None = None
-        self.neighbours = np.zeros((documents, layers))
-        self.overlap_any = np.zeros((documents, layers))
-        self.overlap_share = np.zeros((documents, layers))
-        self.windows = np.zeros((documents, layers, sizes))
-        self.alike = np.zeros((documents, layers, sizes))
-        self.distinct_windows: np.ndarray | None = None
-        self.distinct_alike: np.ndarray | None = None
-        self.grouped = np.zeros((documents, layers, sizes))
-        self.in_group = np.zeros((documents, layers))
-        flat = ("logit_margin", "logit_count", "stable_count", "selection_margin", "scaled_margin", "selection_count", "kept_count")
-        self.stiffness: dict[str, np.ndarray] = {name: np.zeros((documents, layers)) for name in flat}
-        self.stiffness["logit_stable"] = np.zeros((documents, layers, len(LOGIT_NOISE)))
-        self.stiffness["unchanged"] = np.zeros((documents, layers, len(NOISE_SCALES)))
-        self.stiffness["kept"] = np.zeros((documents, layers, len(NOISE_SCALES)))
-
-    def add(self, routes: TokenRoutes) -> None:
-        documents, reduce = _reducer(routes)
-        missing = int(np.iinfo(routes.ids.dtype).max)
-        slots = np.ascontiguousarray(np.moveaxis(routes.ids, 2, 0))
-        present = slots != missing
-        self.tokens[documents] += reduce(np.ones(len(routes), np.int64))
-        self.active[documents] += reduce(present.any(axis=0))
-        cells = self._cells(routes, slots, present, len(documents))
-        self.hits[documents] += self._tally(cells, None, len(documents))
-        self._add_overlaps(routes, slots, present, documents, reduce)
-        if routes.weights is not None:
-            mass = self._made("mass", self.hits)
-            weights = _slot_planes(routes.weights)
-            weights[~present] = 0
-            total = weights.sum(axis=0)
-            total[~(total > 0)] = np.inf  # no slot ran, or none with weight: no mass
-            weights /= total
-            mass[documents] += self._tally(cells, weights, len(documents))
-        self._add_windows(routes, missing, documents, reduce)
-        self._add_stiffness(routes, documents, reduce)
-
-    def _made(self, name: str, like: np.ndarray) -> np.ndarray:
-        """An array that only some traces need, made when the first piece needs it."""
-        with self._first:
-            if getattr(self, name) is None:
-                setattr(self, name, np.zeros_like(like))
-        return getattr(self, name)
-
-    def add_groups(self, routes: TokenRoutes, groups: np.ndarray) -> None:
-        """Second pass: windows whose primaries lie in the expert group of the document's domain."""
-        documents, reduce = _reducer(routes)
-        primary = primary_experts(routes, int(np.iinfo(routes.ids.dtype).max))
-        assert primary is not None
-        domain = self.shape.document_domain[routes.document]
-        layers = np.arange(primary.shape[1])
-        inside = groups[domain[:, None], layers, np.maximum(primary, 0)] & (primary >= 0)
-        self.in_group[documents] += reduce(inside)
-        follows = follows_previous(routes)
-        for index, size in enumerate(NGRAM_SIZES):
-            whole = consecutive(follows, size - 1)[:, None]
-            self.grouped[documents, :, index] += reduce(consecutive(inside, size) & whole)
-
-    def _cells(self, routes: TokenRoutes, slots: np.ndarray, present: np.ndarray, documents: int) -> np.ndarray:
-        """Flat index (document of the piece, layer, expert) of each slot; one further index for slots that did not run."""
-        layers, width = len(self.shape.layers), self.shape.width
-        local = np.cumsum(np.r_[0, np.diff(routes.document) != 0])
-        base = (local[:, None] * layers + np.arange(layers)) * width
-        cells = slots.astype(np.int64)
-        cells += base
-        if not present.all():
-            cells[~present] = documents * layers * width
-        return cells
-
-    def _tally(self, cells: np.ndarray, weights: np.ndarray | None, documents: int) -> np.ndarray:
-        layers, width = len(self.shape.layers), self.shape.width
-        size = documents * layers * width
-        counts = np.bincount(cells.reshape(-1), None if weights is None else weights.reshape(-1), minlength=size + 1)
-        return counts[:size].reshape(documents, layers, width).astype(np.float32)
-
-    def _add_overlaps(self, routes: TokenRoutes, slots: np.ndarray, present: np.ndarray, documents: np.ndarray, reduce: _Reduce) -> None:
-        ran = np.asarray(present.any(axis=0))
-        follows = follows_previous(routes)[1:, None] & ran[1:] & ran[:-1]
-        shared = np.zeros(slots.shape[1:], np.uint8)
-        for now in slots:
-            for before in slots:
-                shared[1:] += now[1:] == before[:-1]
-        if not present.all():
-            # Two missing slots are equal numbers but no shared expert.
-            absent = (~present).sum(axis=0, dtype=np.uint8)
-            shared[1:] -= absent[1:] * absent[:-1]
-        shared[1:] *= follows
-        pairs = np.zeros(slots.shape[1:], bool)
-        pairs[1:] = follows
-        self.neighbours[documents] += reduce(pairs)
-        self.overlap_any[documents] += reduce(shared > 0)
-        self.overlap_share[documents] += reduce(shared) / self.top_k
-
-    def _add_windows(self, routes: TokenRoutes, missing: int, documents: np.ndarray, reduce: _Reduce) -> None:
-        primary = primary_experts(routes, missing)
-        if primary is None:
-            return
-        known = primary >= 0
-        cells = self._cells(routes, primary[None], known[None], len(documents))
-        tally = self._tally(cells, None, len(documents))
-        self._made("primaries", self.hits)[documents] += tally
-        if routes.weights is None:
-            self._made("mass", self.hits)[documents] += tally  # k = 1: the only slot carries the whole weight
-        follows = follows_previous(routes)
-        same = np.zeros(primary.shape, bool)
-        same[1:] = (primary[1:] == primary[:-1]) & known[1:] & follows[1:, None]
-        repeated = None
-        if routes.token_ids is not None:
-            repeated = np.zeros(len(routes), bool)
-            repeated[1:] = (routes.token_ids[1:] == routes.token_ids[:-1]) & follows[1:]
-        for index, size in enumerate(NGRAM_SIZES):
-            whole = consecutive(follows, size - 1)[:, None] & (known if known.all() else consecutive(known, size))
-            alike = consecutive(same, size - 1)
-            self.windows[documents, :, index] += reduce(whole)
-            self.alike[documents, :, index] += reduce(alike)
-            if repeated is not None:
-                varied = ~consecutive(repeated, size - 1)[:, None]
-                self._made("distinct_windows", self.windows)[documents, :, index] += reduce(whole & varied)
-                self._made("distinct_alike", self.windows)[documents, :, index] += reduce(alike & varied)
-
-    def _add_stiffness(self, routes: TokenRoutes, documents: np.ndarray, reduce: _Reduce) -> None:
-        sums = self.stiffness
-        if routes.logit_margins is not None:
-            total, count = _finite_sums(routes.logit_margins, reduce)
-            sums["logit_margin"][documents] += total
-            sums["logit_count"][documents] += count
-        if routes.logit_stable is not None and routes.logit_margins is not None:
-            known = ~np.isnan(routes.logit_margins)
-            sums["stable_count"][documents] += reduce(known)
-            for index in range(len(LOGIT_NOISE)):
-                sums["logit_stable"][documents, :, index] += reduce(((routes.logit_stable >> index) & 1).astype(bool) & known)
-        if routes.selection_margins is not None and routes.scaled_margins is not None:
-            total, count = _finite_sums(routes.selection_margins, reduce)
-            scaled, _ = _finite_sums(routes.scaled_margins, reduce)
-            sums["selection_margin"][documents] += total
-            sums["scaled_margin"][documents] += scaled
-            sums["selection_count"][documents] += count
-        if routes.kept is not None:
-            ran = (routes.ids != np.iinfo(routes.ids.dtype).max).sum(axis=2)
-            whole = bool((ran == self.top_k).all())
-            known = (routes.kept[:, :, 0] != NO_SCORE) & (ran > 0)
-            sums["kept_count"][documents] += reduce(known)
-            for index in range(len(NOISE_SCALES)):
-                kept = np.where(known, routes.kept[:, :, index], 0)
-                sums["unchanged"][documents, :, index] += reduce((kept == ran) & known)
-                sums["kept"][documents, :, index] += reduce(kept) / self.top_k if whole else reduce(kept / np.maximum(ran, 1))
-
-
-class _Reduce:
-    """Sums rows over the documents of a piece."""
-
-    def __init__(self, starts: np.ndarray) -> None:
-        self.starts = starts
-
-    def __call__(self, rows: np.ndarray) -> np.ndarray:
-        dtype = np.float64 if np.issubdtype(rows.dtype, np.floating) else np.int64
-        return np.add.reduceat(rows, self.starts, axis=0, dtype=dtype)
-
-
-def _reducer(routes: TokenRoutes) -> tuple[np.ndarray, _Reduce]:
-    starts = document_starts(routes.document)
-    return routes.document[starts], _Reduce(starts)
-
-
-def _finite_sums(margins: np.ndarray, reduce: _Reduce) -> tuple[np.ndarray, np.ndarray]:
-    known = np.isfinite(margins)
-    return reduce(np.where(known, margins.astype(np.float64), 0.0)), reduce(known)
+    def whole(self) -> LayerCounts:
+        """The sums of all layers side by side: documents x layers x experts in memory."""
+        return joined_layers(list(self.layers()))

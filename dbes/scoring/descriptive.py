@@ -1,24 +1,20 @@
 """Companion statistics: not the five metrics, but what users of MoE models ask for beside them.
 
-Those that need pairs of slots or token ids are computed on at most ``SAMPLE_TOKENS`` tokens of whole documents, spread evenly
-over the domains; how many were used is part of the result.
+Those that need pairs of slots or token ids are computed on a sample of whole documents, see ``sampling``; how many tokens were used
+is part of the result.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
 
 from dbes.scoring import metrics
-from dbes.scoring.counts import RoutingStatistics, of_phase
+from dbes.scoring.counts import Counts
 from dbes.scoring.resampling import permuted_labels
-from dbes.trace.store import Trace
-from dbes.trace.types import RoutingShape, TokenRoutes
-
-SAMPLE_TOKENS = 1 << 18
-"""Tokens at most for co-activation and transitions."""
+from dbes.scoring.sampling import TokenSample
+from dbes.trace.types import RoutingShape
 
 IDENTITY_TOKENS = 1 << 16
 """Tokens at most for the token-identity control."""
@@ -28,42 +24,6 @@ IDENTITY_OCCURRENCES = 20
 
 IDENTITY_DRAWS = 5
 """Permutations of document labels for the null of the token-identity control."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenSample:
-    """Routes of some whole documents, and how many tokens that is."""
-
-    routes: TokenRoutes
-    tokens: int
-
-
-def sample_routes(trace: Trace, tokens: np.ndarray, *, phase: int | None = None, limit: int = SAMPLE_TOKENS) -> TokenSample | None:
-    """Whole documents, spread evenly over the domains, of at most about ``limit`` tokens; None when there is no token.
-
-    Args:
-        tokens: [documents], tokens of each document that count.
-        phase: take only tokens of this phase; None takes all.
-    """
-    shape = trace.shape
-    keep = np.zeros(len(tokens), bool)
-    for domain in range(len(shape.domains)):
-        members = np.flatnonzero((shape.document_domain == domain) & (tokens > 0))
-        budget = limit // len(shape.domains)
-        wanted = tokens[members].sum()
-        if wanted > budget:
-            members = members[np.linspace(0, len(members) - 1, max(1, int(len(members) * budget / wanted))).astype(int)]
-        keep[members] = True
-    parts = []
-    for routes in trace.with_columns("token_ids", "phase"):
-        rows = np.flatnonzero(keep[routes.document] & of_phase(routes, phase))
-        if len(rows):
-            parts.append(TokenRoutes(ids=routes.ids[rows], document=routes.document[rows], positions=routes.positions[rows],
-                                     token_ids=None if routes.token_ids is None else routes.token_ids[rows]))  # fmt: skip
-    if not parts:
-        return None
-    joined = {name: np.concatenate([part.arrays()[name] for part in parts]) for name in parts[0].arrays()}
-    return TokenSample(routes=TokenRoutes(**joined), tokens=len(joined["document"]))
 
 
 def coactivation(sample: TokenSample, shape: RoutingShape) -> np.ndarray:
@@ -140,13 +100,14 @@ def token_identity(sample: TokenSample, shape: RoutingShape, *, seed: int) -> di
     return found
 
 
-def split_half_similarity(statistics: RoutingStatistics, *, seed: int) -> np.ndarray:
+def split_half_similarity(counts: Counts, *, seed: int) -> np.ndarray:
     """Cosine (unbiased norms) between two random halves of the documents of a domain, [domains, layers]: the ceiling of similarity."""
-    shape = statistics.shape
+    shape = counts.shape
     half = random_halves(shape.document_domain, seed=seed)
     domains = len(shape.domains)
-    sums = np.stack([statistics.by_domain(statistics.hits * (half == side)[:, None, None]) for side in (0, 1)])
-    tokens = np.stack([statistics.by_domain(statistics.active * (half == side)[:, None]) for side in (0, 1)])
+    sides = [counts.take(np.flatnonzero(half == side)) for side in (0, 1)]
+    sums = np.stack([side.by_domain(lambda layer: layer.hits) for side in sides])
+    tokens = np.stack([side.by_domain(lambda layer: layer.active) for side in sides])
     similarity = np.full((domains, len(shape.layers)), np.nan)
     for domain in range(domains):
         usage = metrics.usage_of(sums[:, domain])

@@ -14,7 +14,8 @@ import numpy as np
 
 from dbes.results import CalibratedRecord
 from dbes.scoring import metrics
-from dbes.scoring.counts import RoutingStatistics, count_routes
+from dbes.scoring.counting import count_routes
+from dbes.scoring.layer_counts import LayerCounts
 from dbes.scoring.metrics import effective_rank_of_gram
 from dbes.scoring.resampling import (
     DomainScores,
@@ -76,7 +77,7 @@ class Estimates:
 
 
 def estimate_all(
-    statistics: RoutingStatistics, labels: np.ndarray, reference: DomainScores, *, sign_flips: int, seed: int, control: bool = False
+    statistics: LayerCounts, labels: np.ndarray, reference: DomainScores, *, sign_flips: int, seed: int, control: bool = False
 ) -> Estimates:
     """Every calibrated metric of a trace.
 
@@ -118,10 +119,10 @@ def estimate_all(
     return Estimates(by_metric={estimate.metric: estimate for estimate in found}, null=null)
 
 
-def reference_scores(statistics: RoutingStatistics, *, seed: int) -> DomainScores:
+def reference_scores(statistics: LayerCounts, *, seed: int) -> DomainScores:
     """The ideal domain router on the same documents and lengths, through the same code, for each layer of the trace."""
     distinct, index = one_layer_each(statistics.shape)
-    ideal = count_routes(ideal_trace(distinct, statistics.tokens, seed=seed))
+    ideal = count_routes(ideal_trace(distinct, statistics.tokens, seed=seed), plain=True).whole()
     scores = domain_scores(ideal.by_domain(ideal.hits), ideal.by_domain(ideal.active), experts=np.asarray(distinct.experts))
     return DomainScores(
         information=scores.information[..., index],
@@ -193,7 +194,7 @@ def _jackknifed(value: np.ndarray, left_out: np.ndarray, document_domain: np.nda
     return {"corrected": corrected, "ci_low": corrected - Z95 * error, "ci_high": corrected + Z95 * error}
 
 
-def _with_rank_interval(rank: Estimate, statistics: RoutingStatistics) -> Estimate:
+def _with_rank_interval(rank: Estimate, statistics: LayerCounts) -> Estimate:
     r"""DER with an interval that covers: its bias near 0 is of order 1/sqrt(n), which no jackknife removes.
 
     Singular values are square roots, so sampling noise lifts DER by far more than the information. Two estimates err to
@@ -221,7 +222,7 @@ def _with_rank_interval(rank: Estimate, statistics: RoutingStatistics) -> Estima
     )
 
 
-def _stiffness(statistics: RoutingStatistics) -> Estimate:
+def _stiffness(statistics: LayerCounts) -> Estimate:
     """Set stability at noise 1e-2: its score is the value itself; it has no null and no reference."""
     sums, shape = statistics.stiffness, statistics.shape
     unchanged, count = sums.unchanged[..., STABILITY_SCALE], sums.kept_count
@@ -240,7 +241,7 @@ def _stiffness(statistics: RoutingStatistics) -> Estimate:
     )
 
 
-def _ngrams(statistics: RoutingStatistics, index: int, size: int, *, sign_flips: int, seed: int) -> Estimate:
+def _ngrams(statistics: LayerCounts, index: int, size: int, *, sign_flips: int, seed: int) -> Estimate:
     """Repeated primary experts over n tokens; null: the exact mean over shuffles of the tokens inside each document."""
     shape, ngrams, domains = statistics.shape, statistics.ngrams, len(statistics.shape.domains)
     metric = f"ngram_expertise_{size}"

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dbes.scoring.counts import RoutingStatistics
 from dbes.scoring.descriptive import random_halves
+from dbes.scoring.layer_counts import LayerCounts
 from dbes.scoring.metrics import usage_of
 from dbes.scoring.resampling import NullDraws, false_discovery_q, usage_variance
 
@@ -47,7 +47,7 @@ class SpecialistTable:
     specialist: np.ndarray
 
 
-def find_specialists(statistics: RoutingStatistics, null: NullDraws, *, seed: int) -> SpecialistTable:
+def find_specialists(statistics: LayerCounts, null: NullDraws, *, seed: int) -> SpecialistTable:
     """The specialist test of every expert in every domain."""
     hits = statistics.by_domain(statistics.hits)
     share = usage_of(hits)
@@ -73,7 +73,7 @@ def find_specialists(statistics: RoutingStatistics, null: NullDraws, *, seed: in
     )  # fmt: skip
 
 
-def lift_interval(statistics: RoutingStatistics, lift: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def lift_interval(statistics: LayerCounts, lift: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     r"""95 % interval of the lift p_d / pbar, both ends [domains, layers, experts].
 
     .. math:: se^2 = \bigl[(1 - \tfrac{lift}{D})^2 var(p_d) + (\tfrac{lift}{D})^2 \sum_{d' \ne d} var(p_{d'})\bigr] / \bar p^2

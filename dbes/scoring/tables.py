@@ -45,14 +45,14 @@ def usage_table(scores: Scores) -> pd.DataFrame:
     ``share`` is the share of the domain's slots; ``token_share`` hits / tokens of the domain (OLMoE, eq. 7); ``mass_share`` the
     share of gate weight.
     """
-    statistics, table = scores.statistics, scores.specialists
-    shape = statistics.shape
+    totals, table = scores.totals, scores.specialists
+    shape = totals.shape
     domain, column, expert = np.nonzero(np.broadcast_to(np.asarray(shape.experts)[:, None] > np.arange(shape.width), table.hits.shape))
     at = (domain, column, expert)
-    active = statistics.by_domain(statistics.active)
+    active = totals.active
     with np.errstate(invalid="ignore", divide="ignore"):
         token_share = table.hits / active[..., None]
-    mass = np.full(table.hits.shape, np.nan) if statistics.mass is None else usage_of(statistics.by_domain(statistics.mass))
+    mass = np.full(table.hits.shape, np.nan) if totals.mass is None else usage_of(totals.mass)
     columns = {
         "domain": np.asarray(shape.domains, object)[domain],
         "layer": np.asarray(shape.layers)[column],
@@ -99,7 +99,7 @@ def write_tables(scores: Scores, folder: Path) -> list[Path]:
         written += [parquet, text]
     arrays = {name: np.ascontiguousarray(array) for name, array in scores.arrays.items()}
     write_bytes(folder / MATRICES, encode_safetensors(arrays))
-    shape = scores.statistics.shape
+    shape = scores.counts.shape
     replicates = {name: np.ascontiguousarray(array) for name, array in scores.replicates.items()}
     replicates["document_domain"] = np.asarray(shape.document_domain, np.int32)
     about = {"documents": json.dumps(shape.document_ids), "domains": json.dumps(shape.domains)}

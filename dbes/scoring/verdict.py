@@ -37,6 +37,11 @@ def verdict(result: Result) -> str:
         return "No domain metric was computed."
     if math.isnan(model.value):
         return f"Specialization is undefined here: {_why_undefined(result)}."
+    if not result.documents_known:
+        return (
+            f"Domain information is {model.value:.4f} nats; whether that is more than chance cannot be said: intervals and tests need "
+            "counts of documents, and only those of whole domains are known."
+        )
     if math.isnan(model.p):
         return "No permutation test was run (permutations = 0), so nothing can be said about chance."
     if cannot_tell(result):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol, TypeVar
 
 import numpy as np
 from pydantic import Field, ModelWrapValidatorHandler, field_validator, model_validator
@@ -88,13 +88,7 @@ class Manifest(Strict):
     @model_validator(mode="wrap")
     @classmethod
     def _as_written(cls, content: Any, handler: ModelWrapValidatorHandler[Manifest]) -> Manifest:
-        if not isinstance(content, Mapping) or SEAL not in content:
-            return handler(content)  # made in memory, or written before manifests were sealed
-        rest = {name: value for name, value in content.items() if name != SEAL}
-        read = handler(rest)
-        if content[SEAL] != digest(rest):
-            raise ValueError("was changed after it was written (its own sha256 differs); restore it, or record again with --overwrite")
-        return read
+        return unsealed(content, handler, hint="restore it, or record again with --overwrite")
 
     def _shard_problems(self) -> Iterator[str]:
         if len({entry.name for entry in self.shards}) != len(self.shards):
@@ -122,7 +116,44 @@ class Manifest(Strict):
         )
 
 
-def shape_problems(shape: RoutingShape | Manifest) -> Iterator[str]:
+Value = TypeVar("Value")
+
+
+def unsealed(content: Any, handler: Callable[[Any], Value], *, hint: str) -> Value:
+    """The value of content that holds a hash of itself, or that was made in memory or written before there were such hashes.
+
+    Raises:
+        ValueError: the content is not the one of which the hash was made.
+    """
+    if not isinstance(content, Mapping) or SEAL not in content:
+        return handler(content)
+    rest = {name: value for name, value in content.items() if name != SEAL}
+    read = handler(rest)
+    if content[SEAL] != digest(rest):
+        raise ValueError(f"was changed after it was written (its own sha256 differs); {hint}")
+    return read
+
+
+class Sizes(Protocol):
+    """Sizes of a router, and documents with domains."""
+
+    @property
+    def layers(self) -> tuple[int, ...]: ...
+    @property
+    def experts(self) -> tuple[int, ...]: ...
+    @property
+    def top_k(self) -> tuple[int, ...]: ...
+    @property
+    def domains(self) -> tuple[str, ...]: ...
+    @property
+    def document_domain(self) -> Any: ...
+    @property
+    def document_ids(self) -> tuple[str, ...]: ...
+    @property
+    def document_source(self) -> tuple[str, ...] | None: ...
+
+
+def shape_problems(shape: Sizes) -> Iterator[str]:
     """What cannot be true of a router's sizes and of documents with domains, the worst first."""
     layers, experts, top_k = shape.layers, shape.experts, shape.top_k
     if not len(layers) == len(experts) == len(top_k):

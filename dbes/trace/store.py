@@ -22,10 +22,14 @@ from safetensors.numpy import save as encode_safetensors
 from dbes.errors import TraceError
 from dbes.files import discard, write_bytes, write_json, write_text
 from dbes.schema import first_problem, read_json
-from dbes.trace.manifest import MANIFEST, TRACE_SCHEMA, Manifest, Provenance, ShardEntry, read_manifest, sealed, shape_problems
-from dbes.trace.shards import REQUIRED, check_header, read_shard, validate_routes
-from dbes.trace.types import NOISE_SCALES, RoutingShape, TokenRoutes, storage_dtype
+from dbes.trace.arrays import routes_from_arrays
+from dbes.trace.manifest import MANIFEST, TRACE_SCHEMA, Manifest, Provenance, ShardEntry, digest, read_manifest, sealed
+from dbes.trace.shards import REQUIRED, check_header, read_shard
+from dbes.trace.types import RoutingShape, TokenRoutes, pieces_of
 from dbes.trace.vocabulary import TokenText, as_json, from_json
+
+SHARD_TOKENS = 1 << 16
+"""Tokens of a shard at most where a trace in memory is saved, as far as documents allow."""
 
 VOCABULARY, CONTROL = "vocabulary.json", "control"
 
@@ -40,6 +44,8 @@ class Trace:
         control: the same tokens through a frozen random router on the same representation, if it was recorded.
         vocabulary: text of token ids, for display; bytes of those that are only a part of a character.
         path: the folder it lies in, or None when it is in memory only.
+        parts: the traces it is joined of, see ``joining``; each numbers its documents from 0.
+        seal: sha256 of its manifest, by which what was made from it is known again; None in memory.
     """
 
     shape: RoutingShape
@@ -49,6 +55,8 @@ class Trace:
     path: Path | None = None
     entries: tuple[ShardEntry, ...] = ()
     loaded: tuple[TokenRoutes, ...] = ()
+    parts: tuple[Trace, ...] = ()
+    seal: str | None = None
     _checked: dict[str, tuple[int, int]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __iter__(self) -> Iterator[TokenRoutes]:
@@ -74,10 +82,47 @@ class Trace:
                 with safetensors.safe_open(path, framework="numpy") as shard:
                     wanted = {*REQUIRED, *names} & set(shard.keys())
                     yield TokenRoutes(**{name: shard.get_tensor(name) for name in wanted})
+        for part, first in self._starts():
+            for routes in part.with_columns(*names):
+                yield replace(routes, document=(routes.document + first).astype(np.int32))
+
+    def _starts(self) -> Iterator[tuple[Trace, int]]:
+        """The traces it is joined of, and the first document of each."""
+        first = 0
+        for part in self.parts:
+            yield part, first
+            first += len(part.shape.document_ids)
+
+    def documents(self, wanted: np.ndarray, *names: str) -> Iterator[TokenRoutes]:
+        """The rows of some documents, bool [documents], with no more than these columns (besides ids, document and positions)."""
+        for routes in self.loaded:
+            yield routes.take(np.flatnonzero(wanted[routes.document]))
+        for entry in self.entries:
+            if not wanted[entry.first_document : entry.last_document + 1].any():
+                continue
+            assert self.path is not None
+            path = self.path / entry.name
+            if self._checked.get(entry.name) != (stamp := _stamp(path)) or stamp is None:
+                routes = read_shard(path, entry, self.shape)
+                yield routes.take(np.flatnonzero(wanted[routes.document]))
+                continue
+            with safetensors.safe_open(path, framework="numpy") as shard:
+                rows = np.flatnonzero(wanted[shard.get_tensor("document")])
+                runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
+                found = {}
+                for name in {*REQUIRED, *names} & set(shard.keys()):
+                    column = shard.get_slice(name)
+                    found[name] = np.concatenate([column[int(run[0]) : int(run[-1]) + 1] for run in runs if len(run)] or [column[:0]])
+                yield TokenRoutes(**found)
+        for part, first in self._starts():
+            for routes in part.documents(wanted[first : first + len(part.shape.document_ids)], *names):
+                yield replace(routes, document=(routes.document + first).astype(np.int32))
 
     @property
     def tokens(self) -> int:
-        return sum(len(routes) for routes in self.loaded) + sum(entry.tokens for entry in self.entries)
+        """Tokens of all documents."""
+        parts = (*map(len, self.loaded), *(entry.tokens for entry in self.entries), *(part.tokens for part in self.parts))
+        return sum(parts)
 
     @classmethod
     def from_arrays(
@@ -98,6 +143,8 @@ class Trace:
         scaled_margins: np.ndarray | None = None,
         kept: np.ndarray | None = None,
         document_ids: Sequence[str] | None = None,
+        document_source: Sequence[str] | None = None,
+        vocabulary: Mapping[int, TokenText] | None = None,
         provenance: Mapping[str, Any] | None = None,
         control: Trace | None = None,
     ) -> Trace:
@@ -117,77 +164,26 @@ class Trace:
             phase: int [tokens], 0 prompt, 1 generated.
             selection_margins, scaled_margins, kept: see ``TokenRoutes``.
             document_ids: names of the documents; mere numbers by default, which say nothing about what was read.
+            document_source: the source text each document was cut from; documents of one source are one unit of all statistics.
+            vocabulary: texts of token ids, for display.
             provenance: see ``Trace``. Results are compared where ``provenance["task"]["fingerprint"]`` is equal; without one it is made
                 from the document ids, the domains and the prompts' token ids, and where only numbers are known there is none.
 
         Raises:
             TraceError: shapes disagree, ids out of range, an expert twice in one row, a document outside ``domain``.
         """
-        ids = np.asarray(ids)
-        if ids.ndim != 3 or not np.issubdtype(ids.dtype, np.integer):
-            raise TraceError(f"ids: expected integers [tokens, layers, k], got {ids.dtype} {ids.shape}")
-        document = np.asarray(document)
-        domain = np.asarray(domain)
-        counts = (experts,) * len(layers) if isinstance(experts, int | np.integer) else tuple(experts)
-        names = tuple(document_ids) if document_ids is not None else tuple(str(i) for i in range(len(domain)))
-        if not (len(layers) == len(counts) == ids.shape[1]):
-            raise TraceError(f"ids have {ids.shape[1]} layers, but {len(layers)} layer numbers and {len(counts)} expert counts were given")
-        for name, indices in (("domain", domain), ("document", document)):
-            if indices.size and not np.issubdtype(indices.dtype, np.integer):
-                raise TraceError(f"{name}: expected integer indices, got {indices.dtype}")
-        if domain.ndim != 1 or len(domain) == 0 or domain.min() < 0 or domain.max() >= len(domains):
-            raise TraceError(f"domain: expected an index below {len(domains)} for every document")
-        if len(names) != len(domain):
-            raise TraceError(f"{len(names)} document ids for {len(domain)} documents")
-        if document.shape != (len(ids),) or (len(document) and (document.min() < 0 or document.max() >= len(domain))):
-            raise TraceError(f"document: expected {len(ids)} indices below {len(domain)} (the documents that `domain` lists)")
-        widest = max(counts)
-        if ids.size and (ids.min() < -1 or ids.max() >= widest):
-            raise TraceError(f"ids out of range: {ids.min()}..{ids.max()}, expected -1 (missing) or 0..{widest - 1}")
-        if positions is not None and np.shape(positions) != document.shape:
-            raise TraceError(f"positions: expected shape {document.shape}, got {np.shape(positions)}")
-        order = np.argsort(document, kind="stable") if positions is None else np.lexsort((positions, document))
-        in_order = bool(np.all(order == np.arange(len(order))))
-        rows: np.ndarray | slice = slice(None) if in_order else order
-        shape = RoutingShape(
-            layers=tuple(int(layer) for layer in layers),
-            experts=tuple(int(count) for count in counts),
-            top_k=tuple(min(ids.shape[2], int(count)) for count in counts),
-            domains=tuple(domains),
-            document_domain=domain.astype(np.int32),
-            document_ids=names,
-        )
-
-        for problem in shape_problems(shape):
-            raise TraceError(problem)
+        shape, routes = routes_from_arrays(
+            {
+                "ids": ids, "document": document, "weights": weights, "margins": margins, "token_ids": token_ids, "positions": positions,
+                "phase": phase, "selection_margins": selection_margins, "scaled_margins": scaled_margins, "kept": kept,
+            },
+            domain=domain, domains=domains, layers=layers, experts=experts, document_ids=document_ids, document_source=document_source,
+        )  # fmt: skip
         try:
             Provenance.model_validate(dict(provenance or {}))
         except ValidationError as problem:
             raise TraceError(f"provenance: {first_problem(problem)}") from None
-
-        def column(name: str, array: np.ndarray | None, expected: tuple[int, ...], dtype: type) -> np.ndarray | None:
-            if array is None:
-                return None
-            array = np.asarray(array)
-            if array.shape != expected:
-                raise TraceError(f"{name}: expected shape {expected}, got {array.shape}")
-            return array[rows].astype(dtype)
-
-        places = column("positions", positions, ids.shape[:1], np.int32)
-        routes = TokenRoutes(
-            ids=ids[rows].astype(storage_dtype(widest)),
-            document=document[rows].astype(np.int32),
-            positions=_order_within(document[rows]) if places is None else places,
-            token_ids=column("token_ids", token_ids, ids.shape[:1], np.int32),
-            phase=column("phase", phase, ids.shape[:1], np.uint8),
-            weights=column("weights", weights, ids.shape, np.float32),
-            logit_margins=column("margins", margins, ids.shape[:2], np.float32),
-            selection_margins=column("selection_margins", selection_margins, ids.shape[:2], np.float32),
-            scaled_margins=column("scaled_margins", scaled_margins, ids.shape[:2], np.float32),
-            kept=column("kept", kept, (*ids.shape[:2], len(NOISE_SCALES)), np.uint8),
-        )
-        validate_routes(routes, shape, where="ids")
-        return cls(shape=shape, provenance=dict(provenance or {}), control=control, loaded=(routes,))
+        return cls(shape=shape, provenance=dict(provenance or {}), control=control, vocabulary=dict(vocabulary or {}), loaded=(routes,))
 
     @classmethod
     def load(cls, path: str | Path) -> Trace:
@@ -219,9 +215,10 @@ class Trace:
         return cls(
             shape=manifest.shape,
             provenance=manifest.provenance,
-            vocabulary=_read_vocabulary(folder / VOCABULARY),
+            vocabulary=read_vocabulary(folder / VOCABULARY),
             path=folder,
             entries=manifest.shards,
+            seal=digest(manifest.model_dump(mode="json")),
         )
 
     def save(self, path: str | Path) -> Trace:
@@ -229,7 +226,7 @@ class Trace:
         folder = Path(path)
         writer = TraceWriter(folder, self.shape, self.provenance)
         # the last shard also answers for documents without tokens, so each shard is written when the next one is at hand
-        parts = iter(self)
+        parts = (piece for routes in self for piece in (pieces_of(routes, SHARD_TOKENS) if len(routes) else [routes]))
         routes = next(parts, None)
         while routes is not None:
             following = next(parts, None)
@@ -339,35 +336,7 @@ def _other_facts(one: Manifest, other: Manifest) -> list[str]:
     return [f"another {name}" for name in (*told, *(name for name in facts if one.provenance.get(name) != other.provenance.get(name)))]
 
 
-def join_traces(traces: Sequence[Trace], *, provenance: Mapping[str, Any]) -> Trace:
-    """One trace of the documents of several in memory, of the same model and domains, in order.
-
-    Args:
-        provenance: added to that of the first.
-    """
-    shapes = [trace.shape for trace in traces]
-    first = np.cumsum([0, *(len(shape.document_domain) for shape in shapes)])[:-1]
-    sources = None
-    if any(shape.document_source for shape in shapes):
-        sources = tuple(source for shape in shapes for source in shape.document_source or shape.document_ids)
-    return Trace(
-        shape=replace(
-            shapes[0],
-            document_domain=np.concatenate([shape.document_domain for shape in shapes]),
-            document_ids=tuple(document for shape in shapes for document in shape.document_ids),
-            document_source=sources,
-        ),
-        provenance={**traces[0].provenance, **provenance},
-        vocabulary={token: text for trace in traces for token, text in trace.vocabulary.items()},
-        loaded=tuple(
-            replace(routes, document=(routes.document + start).astype(np.int32))
-            for trace, start in zip(traces, first.tolist(), strict=True)
-            for routes in trace.loaded
-        ),
-    )
-
-
-def _read_vocabulary(path: Path) -> dict[int, TokenText]:
+def read_vocabulary(path: Path) -> dict[int, TokenText]:
     """Text of token ids; nothing where there is no such file."""
     return from_json(read_json(path, error=TraceError), where=path, error=TraceError) if path.exists() else {}
 
@@ -379,12 +348,3 @@ def _stamp(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_size, status.st_mtime_ns
-
-
-def _order_within(document: np.ndarray) -> np.ndarray:
-    """0, 1, 2, ... along each run of equal documents."""
-    if not len(document):
-        return np.zeros(0, np.int32)
-    starts = np.flatnonzero(np.r_[True, document[1:] != document[:-1]])
-    lengths = np.diff(np.r_[starts, len(document)])
-    return (np.arange(len(document)) - np.repeat(starts, lengths)).astype(np.int32)

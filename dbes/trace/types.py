@@ -7,6 +7,7 @@ Nothing here imports torch, so a trace can be read and scored on a machine witho
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -19,6 +20,10 @@ NOISE_SCALES = (1e-4, 1e-3, 1e-2, 1e-1)
 
 LOGIT_NOISE = (0.01, 0.1, 1.0)
 """Half-widths eps of the uniform noise of the published stability variant of RSS, in router logits."""
+
+
+PIECE_TOKENS = 4_096
+"""Tokens worked on at a time: bounds the memory of the pass and keeps them in the cache; changes no value."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +109,11 @@ class RoutingShape:
         return np.asarray([numbers.setdefault(pair, len(numbers)) for pair in pairs], np.int64)
 
     @property
+    def numbered(self) -> bool:
+        """Whether document ids are mere numbers, which say nothing of the documents."""
+        return self.document_ids == tuple(map(str, range(len(self.document_ids))))
+
+    @property
     def width(self) -> int:
         """Experts of the widest layer: the length of the experts axis of counts."""
         return max(self.experts)
@@ -117,3 +127,20 @@ class RoutingShape:
 def storage_dtype(experts: int) -> type[np.unsignedinteger]:
     """The smallest unsigned dtype that holds every expert id and the mark of a missing slot."""
     return np.uint8 if experts <= np.iinfo(np.uint8).max else np.uint16
+
+
+def pieces_of(routes: TokenRoutes, tokens: int = PIECE_TOKENS) -> Iterator[TokenRoutes]:
+    """The routes in pieces of whole documents, of at least one document and at most about ``tokens`` tokens."""
+    starts = document_starts(routes.document)
+    begin = 0
+    for end in [*starts[1:], len(routes)]:
+        following = starts[np.searchsorted(starts, end) :]
+        until = following[1] if len(following) > 1 else len(routes)
+        if end == len(routes) or until - begin > tokens:
+            yield routes.take(slice(begin, end))
+            begin = end
+
+
+def document_starts(document: np.ndarray) -> np.ndarray:
+    """Rows at which a document begins."""
+    return np.flatnonzero(np.r_[True, document[1:] != document[:-1]]) if len(document) else np.zeros(0, np.int64)

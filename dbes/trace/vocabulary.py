@@ -45,6 +45,20 @@ def joined(texts: Sequence[TokenText]) -> list[str]:
     return ["".join(_written(each)) for each in found]
 
 
+def joined_vocabularies(parts: Sequence[Mapping[int, TokenText]], *, error: type[DbesError]) -> dict[int, TokenText]:
+    """The texts of several vocabularies together.
+
+    Raises:
+        error: a token has another text in one than in another: they are of different tokenizers.
+    """
+    found: dict[int, TokenText] = {}
+    for part in parts:
+        for token, text in part.items():
+            if found.setdefault(token, text) != text:
+                raise error(f"token {token} is {shown(found[token])!r} in one and {shown(text)!r} in another: of different tokenizers")
+    return found
+
+
 def _length(first: int) -> int:
     """Bytes of a UTF-8 character by its first."""
     return 4 if first >= 0xF0 else 3 if first >= 0xE0 else 2 if first >= 0xC0 else 1
