@@ -16,11 +16,12 @@ import torch
 from safetensors.torch import load_file
 from testbed_mix import tiny_mix
 
+from dbes.models.losses import next_token_loss
 from dbes.testbed import training
 from dbes.testbed.heldout import measure
 from dbes.testbed.models import build_model
 from dbes.testbed.settings import MixSettings, ModelSettings, OptimizerSettings, RoutingSettings, TrainSettings
-from dbes.testbed.training import LOG, STATE, StateError, TrainingError, learning_rate, next_token_loss, train
+from dbes.testbed.training import LOG, STATE, StateError, TrainingError, learning_rate, train
 
 HERE = Path(__file__).parent
 

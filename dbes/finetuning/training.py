@@ -22,13 +22,14 @@ from dbes.finetuning.cells import TrainableCells
 from dbes.finetuning.checks import Checks
 from dbes.finetuning.choice import Choice, Found, Rise, Trial, risen
 from dbes.finetuning.encoding import Sample, collate
-from dbes.finetuning.evaluation import DomainScore, token_losses, tracked_scores
+from dbes.finetuning.evaluation import DomainScore, tracked_scores
 from dbes.finetuning.guard import Guard
 from dbes.finetuning.machine import memory_explained, refuse_sharding
 from dbes.finetuning.rate import ENOUGH, FALLBACK, find_rate, trial_steps
 from dbes.finetuning.reach import check_reach
 from dbes.finetuning.settings import FinetuneSettings, learning_rate
 from dbes.finetuning.state import LOG, STATE, append_log, load_state, save_state
+from dbes.models.losses import token_nats
 from dbes.schema import parse_json, validated
 
 
@@ -345,7 +346,8 @@ def _gradients(
     nats = torch.zeros((), dtype=torch.float64)
     for first in range(0, share, size):
         with accelerator.autocast():
-            losses = token_losses(model, collate(mine[first : first + size], padding=padding))
+            batch = collate(mine[first : first + size], padding=padding)
+            losses = token_nats(model, batch.inputs, batch.counted)
             loss = losses.sum() / total
         nats += losses.detach().double().sum().cpu()
         if loss.requires_grad:  # not when no token of this part was routed to a chosen expert

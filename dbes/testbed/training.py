@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from dbes.errors import DbesError
 from dbes.files import is_sealed, keep_log_before, read_bytes, refused_by_system, sealed, write_bytes
+from dbes.models.losses import next_token_loss
 from dbes.testbed.balancing import Processes, expert_shares
 from dbes.testbed.mix import Batch, Batches, Mix
 from dbes.testbed.models import build_model
@@ -52,44 +53,6 @@ class Trained:
     bias: Tensor
     log: list[dict[str, Any]]
     cpu_seconds: float
-
-
-class _MeanCrossEntropy(torch.autograd.Function):
-    """Mean next-token loss of a linear head without ever holding the logits of more than ``chunk`` tokens.
-
-    The gradients are computed on the way forward, which the mean allows: the same numbers as the plain way, a fraction of
-    the memory traffic, which is what a CPU spends most of its time on at these sizes.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, chunk: int) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        hidden_gradient, head_gradient = torch.empty_like(hidden), torch.zeros_like(head)
-        nats = torch.empty(len(hidden), device=hidden.device)
-        for start in range(0, len(hidden), chunk):
-            rows, target = hidden[start : start + chunk], labels[start : start + chunk, None]
-            logits = rows @ head.T
-            normaliser = logits.logsumexp(-1, keepdim=True)
-            nats[start : start + chunk] = (normaliser - logits.gather(1, target))[:, 0]
-            error = logits.sub_(normaliser).exp_()
-            error.scatter_add_(1, target, torch.full_like(target, -1, dtype=error.dtype)).div_(len(hidden))
-            hidden_gradient[start : start + chunk] = error @ head
-            head_gradient.addmm_(error.T, rows)
-        ctx.save_for_backward(hidden_gradient, head_gradient)
-        ctx.mark_non_differentiable(nats)
-        return nats.mean(), nats
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        hidden_gradient, head_gradient = ctx.saved_tensors
-        return hidden_gradient * gradient, head_gradient * gradient, None, None
-
-
-def next_token_loss(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean nats per predicted token, and the nats of each, [sequences, length - 1] (without gradient)."""
-    hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1]
-    head = cast(torch.nn.Linear, model.get_output_embeddings()).weight
-    loss, nats = _MeanCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), head, tokens[:, 1:].reshape(-1), 1024)  # pyright: ignore[reportGeneralTypeIssues]
-    return loss, nats.view(len(tokens), -1)
 
 
 def train(

@@ -239,14 +239,14 @@ def logged(folder):
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_state(run, monkeypatch, tmp_path):
-    real = training.token_losses
+    real = training.token_nats
     calls = []
 
     def broken(*arguments):
         calls.append(1)
         return real(*arguments) * (torch.nan if len(calls) == 4 else 1)
 
-    monkeypatch.setattr(training, "token_losses", broken)
+    monkeypatch.setattr(training, "token_nats", broken)
     with pytest.raises(FinetuneError, match=r"the loss is nan at step 3: training stopped; the last good state is kept in .*Lower --lr"):
         run(out=tmp_path, named={"checkpoint_seconds": 0})
     state = load_file(tmp_path / STATE)
@@ -267,10 +267,10 @@ def test_out_of_memory_names_the_remedies(run, monkeypatch, problem):
     def exhausted(*_):
         raise problem
 
-    monkeypatch.setattr(training, "token_losses", exhausted)
+    monkeypatch.setattr(training, "token_nats", exhausted)
     with pytest.raises(FinetuneError, match=r"out of memory .*micro_batch_size: 1, gradient_checkpointing: true"):
         run()
-    monkeypatch.setattr(training, "token_losses", lambda *_: 1 / 0)
+    monkeypatch.setattr(training, "token_nats", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run()
 
