@@ -1,4 +1,4 @@
-"""Settings of a run, from the command line and a file, and the learning rate they give at every step."""
+"""Settings of a run, from the command line and a file."""
 
 from __future__ import annotations
 
@@ -150,12 +150,3 @@ def read_settings(path: Path | None, **options: Any) -> FinetuneSettings:
 def _number(value: Any) -> Any:
     """The number in a text such as ``1e-3``, which YAML 1.1 takes for a word because it has no point."""
     return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d{1,3}", value) else value
-
-
-def learning_rate(settings: FinetuneSettings, step: int, steps: int, *, peak: float) -> float:
-    """Learning rate of a step, counted from 0, of a run of so many, whose highest is the peak."""
-    warm = math.ceil(settings.warmup * steps)
-    if step < warm:
-        return peak * (step + 1) / (warm + 1)
-    done = (step - warm) / max(1, steps - warm)
-    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))

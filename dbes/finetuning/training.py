@@ -27,9 +27,10 @@ from dbes.finetuning.guard import Guard
 from dbes.finetuning.machine import memory_explained, refuse_sharding
 from dbes.finetuning.rate import ENOUGH, FALLBACK, find_rate, trial_steps
 from dbes.finetuning.reach import check_reach
-from dbes.finetuning.settings import FinetuneSettings, learning_rate
-from dbes.finetuning.state import LOG, STATE, append_log, load_state, save_state
+from dbes.finetuning.settings import FinetuneSettings
+from dbes.finetuning.state import LOG, STATE, load_state, state_tensors
 from dbes.models.losses import token_nats
+from dbes.models.training import append_log, learning_rate, save_state
 from dbes.schema import parse_json, validated
 
 
@@ -140,7 +141,8 @@ def train(
     optimizer = make_optimizer(list(leaves.values()), settings)
     kept = {name: leaf.detach().to("cpu", copy=True) for name, leaf in leaves.items()} if validation else {}
     most = settings.total_steps(len(samples))
-    start, before, notes = load_state(folder, identity, leaves, optimizer, kept, steps=most) if folder else (0, 0.0, "")
+    tensors = state_tensors(leaves, optimizer, kept)
+    start, before, notes = load_state(folder, identity, tensors, steps=most) if folder else (0, 0.0, "")
     found = Found()
     if notes:
         where = f"{(folder or Path()) / STATE} (notes)"
@@ -151,8 +153,8 @@ def train(
     def save(step: int, *, forced: bool = False) -> None:
         nonlocal saved
         if folder and main and (forced or time.monotonic() - saved > checkpoint_seconds):
-            seconds = before + time.monotonic() - began
-            save_state(folder, identity, step, seconds, leaves, optimizer, kept, found.model_dump_json())
+            facts = {"step": str(step), "seconds": str(round(before + time.monotonic() - began, 1)), "notes": found.model_dump_json()}
+            save_state(folder / STATE, tensors, identity=identity, **facts)
             saved = time.monotonic()
 
     checks = Checks(
@@ -248,7 +250,8 @@ def _loop(
     step, settings = start, run.settings
     moved = bool(start)
     while step < run.steps and not run.checks.stalled:
-        record = _prepare(run, step, learning_rate(settings, step, run.steps, peak=run.found.peak))
+        warmup = math.ceil(settings.warmup * run.steps)
+        record = _prepare(run, step, learning_rate(step, peak=run.found.peak, warmup=warmup, last=run.steps, floor=0.1))
         failed = not _is_finite(record)
         if not failed:
             run.save(step)  # before the update: these weights have just given a loss and gradients that are numbers
@@ -301,7 +304,7 @@ def _tell(
     """Hand the record of a step, and what was measured after it, to the log, the trackers and the caller."""
     log.append(record)
     if folder:
-        append_log(folder, record)
+        append_log(folder / LOG, record)
     # the step is the trackers' own axis, and a name that some of them reserve
     numbers = {name: value for name, value in record.items() if isinstance(value, int | float) and name != "step"}
     accelerator.log(numbers, step=record["step"])
