@@ -6,8 +6,6 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import as_completed
-from concurrent.futures.process import BrokenProcessPool
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from dbes.files import locked, write_json
 from dbes.finetuning.output import refuse_untrainable
 from dbes.intervention.analysis import OUTCOME_SCHEMA, analyse
 from dbes.intervention.arms import SEARCH_SEED, Plan, evidence_of, plan_arms
-from dbes.intervention.data import ExperimentData, read_sources, tokenize
+from dbes.intervention.data import read_sources, tokenize
 from dbes.intervention.masking import MaskJob, execute_masks, plan_masks
 from dbes.intervention.records import EXPERIMENT_SCHEMA, check_curve, check_documents, read_about, read_mask_record, read_run_record
 from dbes.intervention.routing import prescription_facts, prescription_from, prescription_of, routable, routed
@@ -34,7 +32,7 @@ from dbes.paths.files import write_path
 from dbes.reporting.outcome import Outcome
 from dbes.schema import read_record
 from dbes.shipped import EMBEDDED_MODEL, EMBEDDED_NAME
-from dbes.testbed.grid import end_with_parent, worker_pool
+from dbes.testbed.runner import run_jobs
 
 EXPERIMENT, RUNS, MASKS, DATA, OUTCOME = "experiment.json", "runs", "masks", "data.safetensors", "intervention.json"
 
@@ -212,57 +210,41 @@ def _run_all(out: Path, runs: Iterable[Run], masks: Iterable[MaskJob], key: str,
         return
     began = time.monotonic()
 
-    def tell(done: int, told: str) -> None:
+    def tell(done: int, _: int, told: str) -> None:
         if done % 20 == 0 or done == len(pending):
             say(f"{done}/{len(pending)} ({time.monotonic() - began:.0f} s), last: {told}")
 
-    if processes == 1:
-        _load(where, str(out))
-        for done, (name, job) in enumerate(pending, 1):
-            tell(done, _do(name, job.model_dump(mode="json"), isinstance(job, Run)))
-        _STATE.clear()
+    if processes > 1:
+        run_jobs(_do, pending, processes=processes, tell=tell, error=InterventionError, begin=_load, given=(where, out))
         return
-    with worker_pool(processes, _begin, where, str(out)) as pool:
-        running = [pool.submit(_do, name, job.model_dump(mode="json"), isinstance(job, Run)) for name, job in pending]
-        for done, finished in enumerate(as_completed(running), 1):
-            try:
-                tell(done, finished.result())
-            except BrokenProcessPool:
-                raise InterventionError("a process was killed (out of memory?); the same command resumes") from None
+    _load(where, out)
+    for done, job in enumerate(pending, 1):
+        tell(done, done - 1, _do(*job))
+    _STATE.clear()
 
 
 _STATE: dict[str, Any] = {}
 """What a process keeps between its runs: the model, how it is routed, the data, the settings."""
 
 
-def _begin(where: str, out: str) -> None:
-    end_with_parent()
-    transformers.utils.logging.disable_progress_bar()
-    _load(where, out)
-
-
-def _load(where: str, out: str) -> None:
+def _load(where: str, out: Path) -> None:
     torch.set_num_threads(1)
-    about = read_about(Path(out))
-    data = load_data(Path(out) / DATA, domains=about["data"]["domains"], boundary=about["data"]["boundary"], digest=about["data"]["digest"])
-    _STATE.update(model=load_weights(where), data=data, settings=Settings.model_validate(about["settings"]), out=Path(out))
+    about = read_about(out)
+    facts = about["data"]
+    data = load_data(out / DATA, domains=facts["domains"], boundary=facts["boundary"], digest=facts["digest"])
+    _STATE.update(model=load_weights(where), data=data, settings=Settings.model_validate(about["settings"]), out=out)
     _STATE.update(prescription=prescription_from(about.get("prescribed")))
 
 
-def _do(name: str, job: dict[str, Any], trains: bool) -> str:
+def _do(name: str, job: Run | MaskJob) -> str:
     model, data, settings, out = (_STATE[part] for part in ("model", "data", "settings", "out"))
-    assert isinstance(data, ExperimentData)
-    if trains:
-        run = Run.model_validate(job)
-        with routed(model, _STATE["prescription"]) as prescribed:
-            record = execute(model, run, data, settings, prescribed=prescribed)
-        write_json(out / RUNS / f"{name}.json", record)
-        return f"{run.target}, {run.kind} {len(run.cells)} cells, rate {run.rate:g}: {record['error'] or record['losses'][-1]}"
-    mask = MaskJob.model_validate(job)
     with routed(model, _STATE["prescription"]) as prescribed:
-        masked = execute_masks(model, mask, data, prescribed=prescribed)
-    write_json(out / MASKS / f"{name}.json", masked)
-    return f"{mask.target}, masks of {mask.rule}"
+        if isinstance(job, MaskJob):
+            write_json(out / MASKS / f"{name}.json", execute_masks(model, job, data, prescribed=prescribed))
+            return f"{job.target}, masks of {job.rule}"
+        record = execute(model, job, data, settings, prescribed=prescribed)
+    write_json(out / RUNS / f"{name}.json", record)
+    return f"{job.target}, {job.kind} {len(job.cells)} cells, rate {job.rate:g}: {record['error'] or record['losses'][-1]}"
 
 
 def read_run(out: Path, run: Run, key: str) -> dict[str, Any]:

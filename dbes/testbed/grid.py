@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import platform
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from multiprocessing.connection import wait
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +19,7 @@ from dbes.testbed.mixes import prepare_mix
 from dbes.testbed.presets import PresetName, preset
 from dbes.testbed.records import GRID_SCHEMA, read_cell, read_grid_file, same_fields
 from dbes.testbed.routers import domain_experts
+from dbes.testbed.runner import run_jobs
 from dbes.testbed.training import TrainingError
 
 GRID_FILE = "grid.json"
@@ -102,45 +96,13 @@ def run_grid(
 
 def _train_cells(pending: Sequence[tuple[str, int, Cell, Path]], mix: Path, *, processes: int, say: Progress) -> None:
     began = time.monotonic()
-    with worker_pool(processes, end_with_parent) as pool:
-        running = {pool.submit(run_cell, cell, mix, folder): (arm, seed) for arm, seed, cell, folder in pending}
-        for done, finished in enumerate(as_completed(running), 1):
-            arm, seed = running[finished]
-            try:
-                record = finished.result()
-            except BrokenProcessPool:
-                raise TrainingError("a training process was killed (out of memory?); the same command resumes") from None
-            told = record["error"] or f"loss {record['training_loss']:.3f}"
-            say(f"{done}/{len(pending)} {arm}, seed {seed}: {told} ({time.monotonic() - began:.0f} s)")
 
+    def tell(done: int, place: int, record: dict[str, Any]) -> None:
+        arm, seed, *_ = pending[place]
+        told = record["error"] or f"loss {record['training_loss']:.3f}"
+        say(f"{done}/{len(pending)} {arm}, seed {seed}: {told} ({time.monotonic() - began:.0f} s)")
 
-@contextmanager
-def worker_pool(processes: int, initializer: Callable[..., None], *arguments: Any) -> Iterator[ProcessPoolExecutor]:
-    """Processes for the block; where it ends by an error or by Ctrl-C, what they are doing is broken off."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=processes, mp_context=context, initializer=initializer, initargs=arguments) as pool:
-        try:
-            yield pool
-        except BaseException:
-            for worker in multiprocessing.active_children():
-                worker.terminate()
-            raise
-
-
-def end_with_parent() -> None:
-    """End this worker when the process that started it is killed: it would go on writing beside the run that takes over.
-
-    Ctrl-C is the parent's affair.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    run_jobs(run_cell, [(cell, mix, folder) for *_, cell, folder in pending], processes=processes, tell=tell, error=TrainingError)
 
 
 def read_grid(out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
