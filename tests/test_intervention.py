@@ -21,7 +21,7 @@ from dbes.intervention.masking import plan_masks
 from dbes.intervention.runs import document_nats, execute
 from dbes.intervention.settings import EXTRA_ARMS, IDEAS, REPLAY, SLOWER, Run, Settings, run_key
 from dbes.intervention.storage import load_data, save_data
-from dbes.intervention.trainables import with_replay
+from dbes.intervention.trainables import protected_texts, with_replay
 from dbes.models import LoadedModel, load_model
 from dbes.paths.types import Cell
 
@@ -114,6 +114,10 @@ def test_data_round_trip_and_batches(data: ExperimentData, tmp_path: Path) -> No
     assert again.parts.keys() == data.parts.keys()
     for key, part in data.parts.items():
         assert all(np.array_equal(getattr(part, name), getattr(again.parts[key], name)) for name in ("tokens", "starts", "bytes"))
+    order = list(protected_texts(data, "law", length=32))
+    for _ in range(6):  # safetensors gives its arrays in another order each time
+        again = load_data(tmp_path / "data.safetensors", domains=data.domains, boundary=data.boundary, digest=data.digest)
+        assert list(protected_texts(again, "law", length=32)) == order
     part = data.parts["law", "train"]
     one, same, other = (training_batches(part, SETTINGS, boundary=data.boundary, seed=seed) for seed in (0, 0, 1))
     assert np.array_equal(one, same) and not np.array_equal(one, other)
