@@ -77,7 +77,7 @@ def test_no_source_stands_on_two_sides(tiny_task: Path, new_domain: Path, tmp_pa
     texts, _ = read_sources(f"task:{tiny_task}", ("law", f"new={new_domain}"), cache=tmp_path)
     for domain in texts.domains:
         training, tuning = tuning_split(texts.training[domain])
-        sides = [{text.source_document for text in side} for side in (training, tuning, texts.heldout[domain])]
+        sides = [{text.source for text in side} for side in (training, tuning, texts.heldout[domain])]
         assert all(sides) and sum(map(len, sides)) == len(set.union(*sides)), domain
 
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from dbes.errors import FinetuneError
 from dbes.files import read_bytes
@@ -25,6 +25,16 @@ HELD_OUT = 0.2
 
 JSON_BYTES = 2**28
 """Of a .json file, which is read as a whole; a .jsonl file is read line by line."""
+
+
+class Sourced(Protocol):
+    """What is parted by its source."""
+
+    @property
+    def source(self) -> str: ...
+
+
+Kept = TypeVar("Kept", bound=Sourced)
 
 
 @dataclass(frozen=True)
@@ -102,7 +112,7 @@ def prepare_data(source: str, *, tasks: str | Path = "embedded", limit: int | No
         raise FinetuneError(f"no domain is called {domain!r}; task {task.name!r} has {', '.join(task.domains)}")
     by_domain: dict[str, list[Entry]] = {name: [] for name in task.domains}
     for document in read_documents(task):
-        by_domain[document.domain].append(_entry_of_document(document))
+        by_domain[document.domain].append(entry_of_document(document))
     target = domain if domain is not None else TARGET
     if domain is None:
         by_domain = {target: read_entries(Path(source)), **by_domain}
@@ -136,8 +146,8 @@ def read_entries(path: Path) -> list[Entry]:
     return entries
 
 
-def hold_out(entries: Sequence[Entry], *, where: str) -> tuple[list[Entry], list[Entry]]:
-    """(training, held-out) entries: a fifth of the sources, the same ones in every run, whatever the order and the seed.
+def hold_out(entries: Sequence[Kept], *, where: str) -> tuple[list[Kept], list[Kept]]:
+    """(training, held-out) entries or texts: a fifth of the sources, the same ones in every run, whatever the order and the seed.
 
     Raises:
         FinetuneError: fewer than two sources.
@@ -156,7 +166,8 @@ def hold_out(entries: Sequence[Entry], *, where: str) -> tuple[list[Entry], list
     return training, heldout
 
 
-def _entry_of_document(document: Document) -> Entry:
+def entry_of_document(document: Document) -> Entry:
+    """The text of a document, its source and its item."""
     item = multiple_choice(document.question or "", document.choices, document.answer)
     return Entry(id=document.id, source=document.source_document or document.id, segments=((document.text, True),), item=item)
 

@@ -35,6 +35,11 @@ class Text:
     text: str
     item: Item | None = None
 
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"text {self.id!r} (domain {self.domain!r})"
+
 
 @dataclass(frozen=True, kw_only=True)
 class DomainTokens:
