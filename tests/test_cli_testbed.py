@@ -20,9 +20,9 @@ from typer.testing import CliRunner
 from dbes.cli import app
 from dbes.files import locked
 from dbes.testbed import grid as grid_module
-from dbes.testbed.cells import Cell
 from dbes.testbed.presets import Preset
 from dbes.testbed.runner import run_jobs
+from dbes.testbed.runs import Run
 from dbes.testbed.settings import parse_settings
 from dbes.testbed.training import TrainingError
 
@@ -155,16 +155,16 @@ def test_a_grid_of_two_processes_and_its_report(mix, tmp_path, monkeypatch):
     arms = {}
     for name, routing in (("aux_loss/global_batch", {}), ("frozen", {"router": "frozen", "balancing": "none", "coefficient": 0.0})):
         content = {**SETTINGS, "routing": routing, "optimizer": {"steps": 2, "warmup": 1}}
-        arms[name] = Cell(arm=name, settings=parse_settings(content, where="test"), documents=3, permutations=10)
+        arms[name] = Run(arm=name, settings=parse_settings(content, where="test"), documents=3, permutations=10)
     tiny = Preset(name="smoke", mix="embedded", seeds=1, vocabulary=300, arms=arms, experiments={"scope": list(arms)})
     monkeypatch.setattr(grid_module, "preset", lambda _: tiny)
     arguments = ("run", "--preset", "smoke", "--out", tmp_path / "grid", "--mix", mix, "--cache", tmp_path / "cache")
     done = run(*arguments)
     assert done.exit_code == 0, done.output
-    assert "0 of 2 cells are finished; 2 to train" in done.stderr
+    assert "0 of 2 runs are finished; 2 to train" in done.stderr
     assert Path(done.stdout.strip()) == tmp_path / "grid" / "report" / "index.html"
     again = run(*arguments)
-    assert "2 of 2 cells are finished; 0 to train" in again.stderr
+    assert "2 of 2 runs are finished; 0 to train" in again.stderr
     assert run("report", tmp_path / "grid").stdout == done.stdout
     assert run("run", "--out", tmp_path / "grid", "--only", "nothing", "--mix", mix, "--cache", tmp_path / "cache").exit_code == 2
 

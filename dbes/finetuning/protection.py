@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from dbes.errors import FinetuneError
-from dbes.finetuning.slots import Slot
+from dbes.finetuning.tensors import ExpertTensor
 from dbes.models.execution import forward
 
 Share = Callable[[Tensor], Tensor]
@@ -30,11 +30,11 @@ Share = Callable[[Tensor], Tensor]
 
 @torch.no_grad()
 def shape_updates(
-    model: nn.Module, slots: Sequence[Slot], texts: Mapping[str, Sequence[Tensor]], *, floor: float, share: Share | None = None
+    model: nn.Module, tensors: Sequence[ExpertTensor], texts: Mapping[str, Sequence[Tensor]], *, floor: float, share: Share | None = None
 ) -> None:
-    """Give every slot its S, measured on the protected domains' texts; from here on its leaf is U, zero.
+    """Give every tensor its S, measured on the protected domains' texts; from here on its leaf is U, zero.
 
-    The model must compute with these slots (the split bank is installed).
+    The model must compute with these tensors (the split bank is installed).
 
     Args:
         texts: token ids by domain, int64 [sequences, length] each; without padding, which would be routed and counted too.
@@ -49,8 +49,8 @@ def shape_updates(
         raise FinetuneError("protection needs texts of at least one other domain")
     was_training = model.training
     model.eval()
-    for slot in slots:
-        slot.measure_inputs()
+    for tensor in tensors:
+        tensor.measure_inputs()
     try:
         for name, batches in texts.items():
             tokens = 0
@@ -58,19 +58,19 @@ def shape_updates(
                 tokens += _forward(model, batch)
             if not tokens:
                 raise FinetuneError(f"protected domain {name}: it has no tokens")
-            for slot in slots:
-                slot.end_domain(tokens * len(texts))
+            for tensor in tensors:
+                tensor.end_domain(tokens * len(texts))
     finally:
         model.train(was_training)
-        moments = [slot.take_moment() for slot in slots]
-    for kind in dict.fromkeys(slot.kind for slot in slots):
-        mine = [(slot, moment) for slot, moment in zip(slots, moments, strict=True) if slot.kind == kind]
+        moments = [tensor.take_moment() for tensor in tensors]
+    for kind in dict.fromkeys(tensor.kind for tensor in tensors):
+        mine = [(tensor, moment) for tensor, moment in zip(tensors, moments, strict=True) if tensor.kind == kind]
         # a tensor that no protected token enters is trained as without protection, and counts as 0 here
         scale = floor * sum(float(moment.diagonal().mean()) for _, moment in mine if moment is not None) / len(mine)
-        for slot, moment in mine:
+        for tensor, moment in mine:
             if moment is not None and scale > 0:
                 shaping = inverse_root(moment, scale)
-                slot.shape_update(share(shaping) if share is not None else shaping)
+                tensor.shape_update(share(shaping) if share is not None else shaping)
 
 
 def inverse_root(moment: Tensor, scale: float) -> Tensor:

@@ -176,7 +176,7 @@ def _arm(
     name, budget = key
     own = curves[key]
     arms, records = [runs[seed][0] for seed in sorted(runs)], [runs[seed][1] for seed in sorted(runs)]
-    full = [curves[slot] for slot in ((FULL, None), *((name, None) for name in SLOWER)) if slot in curves]
+    full = [curves[key] for key in ((FULL, None), *((name, None) for name in SLOWER)) if key in curves]
     found: dict[str, Any] = {
         "arm": name,
         "budget": budget,

@@ -134,7 +134,7 @@ def execute(model: Any, run: Run, data: ExperimentData, settings: Settings, *, p
                     point |= measure_items(model, data.items, padding=data.boundary, prescribed=prescribed)
                 curve.append(point)
         states = optimizer.state.values() if optimizer is not None else ()
-        state = [value for slots in states for key, value in slots.items() if key != "step"]
+        state = [value for moments in states for key, value in moments.items() if key != "step"]
         record |= {
             "trainable_parameters": sum(parameter.numel() for parameter in chosen.parameters),
             "optimizer_bytes": sum(value.numel() * value.element_size() for value in state),

@@ -18,7 +18,7 @@ from dbes.models.windows import padded
 from dbes.recording.stiffness import Noise, logit_stiffness, noise_rows, selection_stiffness
 from dbes.testbed.mix import Batches, Mix, overlap_domains
 from dbes.testbed.models import routers_of
-from dbes.testbed.routers import Decision, Routing
+from dbes.testbed.routers import LayerRoutes, Routing
 from dbes.testbed.settings import MixSettings, RoutingSettings, TrainSettings
 from dbes.trace.store import Trace
 from dbes.trace.types import NOISE_SCALES
@@ -171,7 +171,7 @@ def training_routes(model: PreTrainedModel, mix: Mix, settings: TrainSettings, *
     )
 
 
-def _routes(decisions: list[Decision], rows: Tensor, noise: Noise, noise_at: np.ndarray) -> dict[str, np.ndarray]:
+def _routes(decisions: list[LayerRoutes], rows: Tensor, noise: Noise, noise_at: np.ndarray) -> dict[str, np.ndarray]:
     """The columns of a trace for some tokens of a batch: [rows, layers, ...]."""
     by_layer: dict[str, list[Tensor]] = defaultdict(list)
     for layer, made in enumerate(decisions):

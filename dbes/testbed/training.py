@@ -20,7 +20,7 @@ from dbes.files import keep_log_before, refused_by_system
 from dbes.models.losses import next_token_loss
 from dbes.models.training import append_log, copy_state, finite, learning_rate, read_state, save_state
 from dbes.testbed.balancing import Processes, expert_shares
-from dbes.testbed.mix import Batch, Batches, Mix
+from dbes.testbed.mix import DomainBatch, Batches, Mix
 from dbes.testbed.models import build_model
 from dbes.testbed.routers import Routing
 from dbes.testbed.settings import OptimizerSettings, TrainSettings
@@ -144,7 +144,7 @@ def train_step(
     model: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
     routing: Routing,
-    batch: Batch,
+    batch: DomainBatch,
     *,
     step: int,
     settings: TrainSettings,
@@ -173,7 +173,7 @@ def train_step(
 
 def _record(
     routing: Routing,
-    batch: Batch,
+    batch: DomainBatch,
     loss: float,
     nats: Tensor,
     balance: Tensor,
@@ -223,7 +223,7 @@ def _processes(accelerator: Any) -> Processes | None:
     )
 
 
-def _share_of_process(batch: Batch, accelerator: Any) -> Batch:
+def _share_of_process(batch: DomainBatch, accelerator: Any) -> DomainBatch:
     """Consecutive sequences of the global batch, so that a micro-batch lies within one process."""
     if accelerator is None or accelerator.num_processes == 1:
         return batch
@@ -232,7 +232,7 @@ def _share_of_process(batch: Batch, accelerator: Any) -> Batch:
         raise TrainingError(f"a batch of {len(batch.domain)} sequences cannot be shared by {processes} processes")
     share = len(batch.domain) // processes
     rows = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
-    return Batch(tokens=batch.tokens[rows], domain=batch.domain[rows])
+    return DomainBatch(tokens=batch.tokens[rows], domain=batch.domain[rows])
 
 
 def _save_state(
