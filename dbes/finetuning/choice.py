@@ -6,8 +6,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from dbes.errors import FinetuneError
 from dbes.finetuning.validation import best_step
-from dbes.schema import Strict
+from dbes.schema import Strict, parse_json, validated
 
 RETREAT = 1 / 3
 """By this the learning rate falls when a check refuses the state."""
@@ -149,3 +150,14 @@ class Found(BaseModel):
             none_keeps=self.none_keeps,
             retreats=self.retreats,
         )
+
+
+def read_found(notes: str, *, where: str) -> Found:
+    """What the state on disk says that a run has found so far; nothing where there are no notes.
+
+    Raises:
+        FinetuneError: the notes are not such.
+    """
+    if not notes:
+        return Found()
+    return validated(Found, parse_json(notes, where=where, error=FinetuneError), where=where, error=FinetuneError)

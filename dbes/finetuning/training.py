@@ -20,18 +20,17 @@ from dbes.errors import FinetuneError
 from dbes.files import keep_log_before
 from dbes.finetuning.cells import TrainableCells
 from dbes.finetuning.checks import Checks
-from dbes.finetuning.choice import Choice, Found, Rise, Trial, risen
+from dbes.finetuning.choice import Choice, Rise, Trial, read_found, risen
 from dbes.finetuning.encoding import Sample, collate
 from dbes.finetuning.evaluation import DomainScore, tracked_scores
 from dbes.finetuning.guard import Guard
-from dbes.finetuning.machine import memory_explained, refuse_sharding
+from dbes.finetuning.machine import memory_explained
 from dbes.finetuning.rate import ENOUGH, FALLBACK, find_rate, trial_steps
 from dbes.finetuning.reach import check_reach
 from dbes.finetuning.settings import FinetuneSettings
 from dbes.finetuning.state import LOG, STATE, load_state, state_tensors
 from dbes.models.losses import token_nats
 from dbes.models.training import append_log, learning_rate, save_state
-from dbes.schema import parse_json, validated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,25 +55,19 @@ class Trained:
 
 @dataclass(frozen=True, kw_only=True)
 class _Run:
-    """What is given to a run, and what changes in it: leaves, moments, and what it has found.
+    """What a run trains and on what, and what changes in it: leaves, moments, and what its checks have found.
 
     Attributes:
         kept: the leaves of the best check so far, on the CPU; none without validation text.
         save: writes the state with which a step begins, if it is due or forced.
     """
 
-    model: PreTrainedModel
     cells: TrainableCells
     samples: Sequence[Sample]
     checks: Checks
-    settings: FinetuneSettings
-    padding: int
-    accelerator: Any
-    steps: int
     leaves: dict[str, nn.Parameter]
     optimizer: torch.optim.AdamW
     kept: dict[str, Tensor]
-    found: Found
     save: Callable[..., None]
 
     def check(self, step: int) -> dict[str, Any]:
@@ -83,9 +76,9 @@ class _Run:
         if self.checks.is_best:
             for name, leaf in self.leaves.items():
                 self.kept[name].copy_(leaf.detach())
-        if rise is not None and not rise.is_kept and self.settings.lr == "auto":
+        if rise is not None and not rise.is_kept and self.checks.settings.lr == "auto":
             self.put_back()
-            self.found.retreats += 1
+            self.checks.found.retreats += 1
         return {"validation_loss": loss} | ({} if rise is None else {"worst_protected": rise.domain, "worst_rise": rise.change})
 
     @torch.no_grad()
@@ -133,7 +126,6 @@ def train(
         FinetuneError: no token of the data is routed to the cells; the loss or a gradient is not a number (a state on disk is from
             before that, and stays); out of memory; the folder holds another run; the batch cannot be shared by the processes.
     """
-    refuse_sharding(accelerator)
     main = accelerator.is_main_process
     if settings.batch_size % accelerator.num_processes:
         raise FinetuneError(f"batch_size {settings.batch_size} cannot be shared evenly by {accelerator.num_processes} processes")
@@ -143,10 +135,7 @@ def train(
     most = settings.total_steps(len(samples))
     tensors = state_tensors(leaves, optimizer, kept)
     start, before, notes = load_state(folder, identity, tensors, steps=most) if folder else (0, 0.0, "")
-    found = Found()
-    if notes:
-        where = f"{(folder or Path()) / STATE} (notes)"
-        found = validated(Found, parse_json(notes, where=where, error=FinetuneError), where=where, error=FinetuneError)
+    found = read_found(notes, where=f"{(folder or Path()) / STATE} (notes)")
     log = keep_log_before(folder / LOG, start) if folder and main else []
     began = saved = time.monotonic()
 
@@ -161,10 +150,7 @@ def train(
         model=model, validation=validation, guard=guard if validation else None, settings=settings, padding=padding,
         accelerator=accelerator, steps=most, found=found,
     )  # fmt: skip
-    run = _Run(
-        model=model, cells=cells, samples=samples, checks=checks, settings=settings, padding=padding, accelerator=accelerator,
-        steps=most, leaves=leaves, optimizer=optimizer, kept=kept, found=found, save=save,
-    )  # fmt: skip
+    run = _Run(cells=cells, samples=samples, checks=checks, leaves=leaves, optimizer=optimizer, kept=kept, save=save)
     with _training_mode(model, settings), memory_explained():
         if not start:
             check_reach(model, cells, samples, padding=padding, size=settings.micro_batch_size or settings.batch_size)
@@ -172,14 +158,13 @@ def train(
         steps, failure = _loop(run, start, evaluate, partial(_tell, log, folder if main else None, accelerator, progress))
     if failure is not None:
         raise FinetuneError(_failure(steps - 1, *failure, folder))
-    seconds = before + time.monotonic() - began
     save(steps, forced=True)
     if checks.every:
         run.put_back()
     return Trained(
         log=log,
         steps=steps,
-        seconds=seconds,
+        seconds=before + time.monotonic() - began,
         choice=checks.choice(steps),
         parameters=sum(leaf.numel() for leaf in leaves.values()),
         chosen_bytes=cells.chosen_bytes,
@@ -189,17 +174,17 @@ def train(
 
 def _find_rate(run: _Run, say: Callable[[str], None]) -> None:
     """Set the learning rate that the run will use, and the validation loss before any update."""
-    found = run.found
+    found = run.checks.found
     if run.checks.validation and not found.losses:
         run.check(0)
     if found.lr is not None:
         return
-    if run.settings.lr != "auto":
-        found.lr, found.source = run.settings.lr, "given"
+    if run.checks.settings.lr != "auto":
+        found.lr, found.source = run.checks.settings.lr, "given"
     elif not run.checks.validation:
         found.lr, found.source = FALLBACK, "fallback"
     else:
-        found.trial_steps = trial_steps(run.steps)
+        found.trial_steps = trial_steps(run.checks.steps)
 
         def attempt(rate: float) -> float:
             clock = time.monotonic()
@@ -247,11 +232,11 @@ def _loop(
     Returns:
         The number of updates, and (loss, norm of the gradient) where one of them is not a number.
     """
-    step, settings = start, run.settings
+    step, checks, settings = start, run.checks, run.checks.settings
+    warmup = math.ceil(settings.warmup * checks.steps)
     moved = bool(start)
-    while step < run.steps and not run.checks.stalled:
-        warmup = math.ceil(settings.warmup * run.steps)
-        record = _prepare(run, step, learning_rate(step, peak=run.found.peak, warmup=warmup, last=run.steps, floor=0.1))
+    while step < checks.steps and not checks.stalled:
+        record = _prepare(run, step, learning_rate(step, peak=checks.found.peak, warmup=warmup, last=checks.steps, floor=0.1))
         failed = not _is_finite(record)
         if not failed:
             run.save(step)  # before the update: these weights have just given a loss and gradients that are numbers
@@ -260,9 +245,9 @@ def _loop(
         run.optimizer.zero_grad()
         step += 1
         scores = None
-        if not failed and run.checks.every and (step % run.checks.every == 0 or step == run.steps):
+        if not failed and checks.every and (step % checks.every == 0 or step == checks.steps):
             record |= run.check(step)
-        if not failed and evaluate is not None and settings.eval_every and step % settings.eval_every == 0 and step < run.steps:
+        if not failed and evaluate is not None and settings.eval_every and step % settings.eval_every == 0 and step < checks.steps:
             scores = evaluate()
             record["bits_per_byte"] = {name: score.bits_per_byte for name, score in scores.items()}
         tell(record, scores)
@@ -276,7 +261,7 @@ def _loop(
 
 def _prepare(run: _Run, step: int, rate: float) -> dict[str, Any]:
     """Leave the gradients of a step in the leaves, and return its record; the update is the caller's."""
-    settings, accelerator = run.settings, run.accelerator
+    checks, settings, accelerator = run.checks, run.checks.settings, run.checks.accelerator
     clock = time.monotonic()
     for group in run.optimizer.param_groups:
         group["lr"] = rate
@@ -284,7 +269,7 @@ def _prepare(run: _Run, step: int, rate: float) -> dict[str, Any]:
     torch.manual_seed((settings.seed << 32) + step * accelerator.num_processes + accelerator.process_index)
     members = [run.samples[place] for place in batch_places(step, settings.batch_size, len(run.samples), settings.seed)]
     leaves = list(run.leaves.values())
-    loss = _gradients(run.model, members, settings, leaves, padding=run.padding, accelerator=accelerator)
+    loss = _gradients(checks.model, members, settings, leaves, padding=checks.padding, accelerator=accelerator)
     active = run.cells.drop_empty_gradients()
     norm = _clip(leaves, settings.clip)
     tokens = sum(int(sample.counted.sum()) for sample in members)

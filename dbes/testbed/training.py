@@ -20,7 +20,7 @@ from dbes.files import keep_log_before, refused_by_system
 from dbes.models.losses import next_token_loss
 from dbes.models.training import append_log, copy_state, finite, learning_rate, read_state, save_state
 from dbes.testbed.balancing import Processes, expert_shares
-from dbes.testbed.mix import DomainBatch, Batches, Mix
+from dbes.testbed.mix import Batches, DomainBatch, Mix
 from dbes.testbed.models import build_model
 from dbes.testbed.routers import Routing
 from dbes.testbed.settings import OptimizerSettings, TrainSettings
