@@ -24,6 +24,8 @@ from dbes.intervention.storage import load_data, save_data
 from dbes.intervention.trainables import protected_texts, with_replay
 from dbes.models import LoadedModel, load_model
 from dbes.paths.types import Cell
+from dbes.recording.record import record_documents
+from dbes.testbed.mix import Text
 
 RULES = ("target-load", "gradient", "random", "random-load-matched")
 SETTINGS = Settings(
@@ -90,6 +92,12 @@ def test_the_split_of_a_testbed_mix_is_the_one_its_models_were_trained_with(tmp_
     every = read_texts(EMBEDDED / "law.jsonl.gz")
     assert {t.id for t in texts.heldout["law"]} == {t.id for t in every if is_heldout(t.source, share=HELDOUT_SHARE)}
     assert len(texts.training["law"]) + len(texts.heldout["law"]) == len(every)
+
+
+def test_texts_of_one_source_are_one_document_of_the_evidence(loaded: LoadedModel) -> None:
+    one, other = (Text(id=name, domain="law", source="book", text=name * 9) for name in ("ut", "vel"))
+    recorded = record_documents(loaded, [one, other], domains=("law",), window=32, control=False, stiffness=False).trace
+    assert recorded.shape.document_source == ("book", "book")
 
 
 def test_two_files_must_not_share_a_text(tiny_task: Path, new_domain: Path, tmp_path: Path) -> None:

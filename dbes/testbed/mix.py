@@ -40,6 +40,11 @@ class Text:
         """For messages."""
         return f"text {self.id!r} (domain {self.domain!r})"
 
+    @property
+    def source_document(self) -> str:
+        """The name that a recording knows the source by, whose texts it counts as one document."""
+        return self.source
+
 
 @dataclass(frozen=True, kw_only=True)
 class DomainTokens:
