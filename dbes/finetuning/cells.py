@@ -16,6 +16,7 @@ from dbes.errors import FinetuneError
 from dbes.finetuning.bank import banks_installed, uses_interface
 from dbes.finetuning.protection import Share, shape_updates
 from dbes.finetuning.tensors import ExpertTensor, find_tensors
+from dbes.models.execution import frozen
 from dbes.models.sites import RoutingSite, find_sites
 from dbes.paths.types import Cell
 
@@ -74,9 +75,7 @@ class TrainableCells:
         if self._stack is not None:
             raise FinetuneError("these cells are in training already; a second block needs a TrainableCells of its own")
         with ExitStack() as stack:
-            flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
-            stack.callback(_restore_flags, flags)
-            self.model.requires_grad_(False)
+            stack.enter_context(frozen(self.model))
             in_place = self.method == "view_leaves"
             self._tensors = find_tensors(self.model, self._sites, self.cells, rank=self._rank, in_place=in_place, seed=self._seed)
             self._merged = False
@@ -264,11 +263,6 @@ def _method(sites: Iterable[RoutingSite], wanted: Method) -> Literal["split_bank
             f"{missing[0].name}: {type(missing[0].experts).__name__} has no experts interface, which split_bank needs; use view_leaves"
         )
     return "split_bank"
-
-
-def _restore_flags(flags: Iterable[tuple[nn.Parameter, bool]]) -> None:
-    for parameter, flag in flags:
-        parameter.requires_grad_(flag)
 
 
 def _collect(tensors: Iterable[ExpertTensor], parameter: Tensor) -> None:

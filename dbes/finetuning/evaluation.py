@@ -14,6 +14,7 @@ from torch import nn
 
 from dbes.errors import FinetuneError
 from dbes.finetuning.encoding import Sample, collate, encode, windows
+from dbes.models.execution import mode
 from dbes.models.losses import in_batches, token_nats
 from dbes.models.windows import embedding_rows, padding_id
 from dbes.tasks.entries import Entry, Item
@@ -83,13 +84,8 @@ def measure_texts(
     Raises:
         FinetuneError: the loss is NaN or infinite.
     """
-    was_training = model.training
-    model.eval()
-    try:
-        found = {name: _score(model, tokenizer, entries, length, batch_tokens, accelerator, name) for name, entries in heldout.items()}
-    finally:
-        model.train(was_training)
-    return found
+    with mode(model, training=False):
+        return {name: _score(model, tokenizer, entries, length, batch_tokens, accelerator, name) for name, entries in heldout.items()}
 
 
 def tracked_scores(measured: Mapping[str, DomainScore]) -> dict[str, float]:

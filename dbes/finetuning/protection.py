@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dbes.errors import FinetuneError
 from dbes.finetuning.tensors import ExpertTensor
-from dbes.models.execution import forward
+from dbes.models.execution import forward, mode
 
 Share = Callable[[Tensor], Tensor]
 
@@ -47,21 +47,19 @@ def shape_updates(
         raise FinetuneError(f"--protect {floor}: expected a number above 0; smaller protects more")
     if not texts:
         raise FinetuneError("protection needs texts of at least one other domain")
-    was_training = model.training
-    model.eval()
     for tensor in tensors:
         tensor.measure_inputs()
     try:
-        for name, batches in texts.items():
-            tokens = 0
-            for batch in batches:
-                tokens += _forward(model, batch)
-            if not tokens:
-                raise FinetuneError(f"protected domain {name}: it has no tokens")
-            for tensor in tensors:
-                tensor.end_domain(tokens * len(texts))
+        with mode(model, training=False):
+            for name, batches in texts.items():
+                for batch in batches:
+                    forward(model, input_ids=batch)
+                tokens = sum(batch.numel() for batch in batches)
+                if not tokens:
+                    raise FinetuneError(f"protected domain {name}: it has no tokens")
+                for tensor in tensors:
+                    tensor.end_domain(tokens * len(texts))
     finally:
-        model.train(was_training)
         moments = [tensor.take_moment() for tensor in tensors]
     for kind in dict.fromkeys(tensor.kind for tensor in tensors):
         mine = [(tensor, moment) for tensor, moment in zip(tensors, moments, strict=True) if tensor.kind == kind]
@@ -77,9 +75,3 @@ def inverse_root(moment: Tensor, scale: float) -> Tensor:
     r""":math:`(C / \lambda + I)^{-1/2}` of a symmetric matrix C that is not negative, [inputs, inputs], for :math:`\lambda > 0`."""
     values, vectors = torch.linalg.eigh(moment.double())
     return ((vectors * (values.clamp(min=0) / scale + 1).rsqrt()) @ vectors.T).to(moment.dtype)
-
-
-def _forward(model: nn.Module, batch: Tensor) -> int:
-    """One pass without logits; the number of its tokens."""
-    forward(model, input_ids=batch)
-    return batch.numel()

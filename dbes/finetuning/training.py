@@ -29,6 +29,7 @@ from dbes.finetuning.rate import ENOUGH, FALLBACK, find_rate, trial_steps
 from dbes.finetuning.reach import check_reach
 from dbes.finetuning.settings import FinetuneSettings
 from dbes.finetuning.state import LOG, STATE, load_state, state_tensors
+from dbes.models.execution import mode
 from dbes.models.losses import token_nats
 from dbes.models.training import append_log, learning_rate, save_state
 
@@ -364,19 +365,18 @@ def _clip(leaves: Any, most: float) -> float:
 @contextmanager
 def _training_mode(model: PreTrainedModel, settings: FinetuneSettings) -> Iterator[None]:
     """Dropout on, and activations recomputed where asked for; the model is left as it was."""
-    was_training = model.training
-    model.train()
-    try:
-        if settings.gradient_checkpointing:
-            try:
-                model.activation_checkpointing_enable()
-            except ValueError as problem:
-                raise FinetuneError(f"gradient_checkpointing: {problem}") from None
-        yield
-    finally:
-        if settings.gradient_checkpointing and model.supports_gradient_checkpointing:
+    with mode(model, training=True):
+        if not settings.gradient_checkpointing:
+            yield
+            return
+        try:
+            model.activation_checkpointing_enable()
+        except ValueError as problem:
+            raise FinetuneError(f"gradient_checkpointing: {problem}") from None
+        try:
+            yield
+        finally:
             model.activation_checkpointing_disable()
-        model.train(was_training)
 
 
 def _failure(step: int, loss: float, norm: float, folder: Path | None) -> str:

@@ -23,7 +23,7 @@ from dbes.finetuning.evaluation import encode_choices
 from dbes.intervention.settings import Settings
 from dbes.models.token_text import text_bytes
 from dbes.models.windows import refuse_unknown, token_ids
-from dbes.tasks.entries import Entry, entry_of_document, hold_out, read_entries
+from dbes.tasks.entries import Entry, by_hash, entry_of_document, hold_out, read_entries
 from dbes.testbed.mix import Text, is_heldout, read_texts
 from dbes.testbed.mixes import HELDOUT_SHARE, mix_files
 
@@ -253,8 +253,7 @@ def digest_of(parts: Mapping[tuple[str, str], Part], items: Mapping[str, Items])
 
 def tuning_split(texts: Sequence[Text]) -> tuple[list[Text], list[Text]]:
     """(training, tuning) texts: a tenth of the sources, at least one, in which learning rates are chosen."""
-    rank = {source: hashlib.sha256(f"tuning\0{source}".encode()).digest() for source in {text.source for text in texts}}
-    order = sorted(rank, key=rank.__getitem__)
+    order = by_hash({text.source for text in texts}, "tuning\0")
     if len(order) < 2:
         raise InterventionError(f"domain {texts[0].domain}: one source text only; some must be left to choose learning rates by")
     kept = set(order[: max(1, round(TUNING_SHARE * len(order)))])

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from dbes.finetuning.evaluation import choice_likelihoods, right_choices
+from dbes.finetuning.machine import status_bytes
 from dbes.intervention.data import ExperimentData, Items, Part, training_batches
 from dbes.intervention.routing import under
 from dbes.intervention.settings import Run, Settings
@@ -162,18 +163,10 @@ class PeakMemory:
         self._before: int | None = None
         try:
             Path("/proc/self/clear_refs").write_text("5")
-            self._before = _status_bytes("VmRSS")
+            self._before = status_bytes("VmRSS")
         except OSError:
             pass
 
     def added(self) -> int | None:
-        highest = _status_bytes("VmHWM") if self._before is not None else None
+        highest = status_bytes("VmHWM") if self._before is not None else None
         return None if highest is None or self._before is None else max(0, highest - self._before)
-
-
-def _status_bytes(name: str) -> int | None:
-    try:
-        lines = Path("/proc/self/status").read_text("ascii", errors="replace").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dbes.errors import PathError
+from dbes.models.execution import frozen
 from dbes.models.losses import in_batches, padded_nats
 from dbes.models.sites import expert_slices, expert_weights, find_sites
 
@@ -32,30 +33,28 @@ def gradient_norms(model: Any, windows: Windows, *, batch_tokens: int = 4096) ->
     """
     sites = find_sites(model)
     owned = [[expert_slices(site, expert) for expert in range(site.num_experts)] for site in sites]
-    wanted = {id(parameter) for layer in owned for slices in layer for parameter, _ in slices}
-    switched = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    wanted = {id(parameter): parameter for layer in owned for slices in layer for parameter, _ in slices}.values()
     predicted = sum(max(len(window) - 1, 0) for window in windows)
     if not predicted:
         raise PathError("gradient: no text with at least two tokens in this domain")
     norms = np.zeros((len(sites), max(site.num_experts for site in sites)))
-    try:
-        for parameter, _ in switched:
-            parameter.requires_grad_(id(parameter) in wanted)
-            parameter.grad = None
-        for nats in _summed_nats(model, windows, batch_tokens):
-            loss = nats / predicted
-            if not torch.isfinite(loss):
-                raise PathError("gradient: the loss on this domain is not a number; check the checkpoint")
-            loss.backward()
-        for row, layer in enumerate(owned):
-            for expert, slices in enumerate(layer):
-                # a parameter without gradient: no token of these texts reached it
-                gradients = [cut(parameter.grad) for parameter, cut in slices if parameter.grad is not None]
-                norms[row, expert] = sum(float(gradient.double().pow(2).sum()) for gradient in gradients)
-    finally:
-        for parameter, before in switched:
-            parameter.requires_grad_(before)
-            parameter.grad = None
+    with frozen(model):
+        model.zero_grad()
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+        try:
+            for nats in _summed_nats(model, windows, batch_tokens):
+                loss = nats / predicted
+                if not torch.isfinite(loss):
+                    raise PathError("gradient: the loss on this domain is not a number; check the checkpoint")
+                loss.backward()
+            for row, layer in enumerate(owned):
+                for expert, slices in enumerate(layer):
+                    # a parameter without gradient: no token of these texts reached it
+                    gradients = [cut(parameter.grad) for parameter, cut in slices if parameter.grad is not None]
+                    norms[row, expert] = sum(float(gradient.double().pow(2).sum()) for gradient in gradients)
+        finally:
+            model.zero_grad()
     return norms
 
 

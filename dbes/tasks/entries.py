@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -152,18 +152,22 @@ def hold_out(entries: Sequence[Kept], *, where: str) -> tuple[list[Kept], list[K
     Raises:
         FinetuneError: fewer than two sources.
     """
-    rank = {source: hashlib.sha256(source.encode()).hexdigest() for source in {entry.source for entry in entries}}
-    order = sorted(rank, key=lambda source: rank[source])
+    order = by_hash({entry.source for entry in entries})
     if len(order) < 2:
         raise FinetuneError(
             f"{where}: {len(order)} text; at least 2 are needed, because some are held out to measure on. "
             "Give one text per line of a .jsonl file"
         )
-    kept = set(order[: max(1, round(HELD_OUT * len(order)))])
+    kept = {source: rank for rank, source in enumerate(order[: max(1, round(HELD_OUT * len(order)))])}
     training = [entry for entry in entries if entry.source not in kept]
     # by the hash, so that a limit takes no particular part of the file
-    heldout = sorted((entry for entry in entries if entry.source in kept), key=lambda entry: rank[entry.source])
+    heldout = sorted((entry for entry in entries if entry.source in kept), key=lambda entry: kept[entry.source])
     return training, heldout
+
+
+def by_hash(sources: Collection[str], salt: str = "") -> list[str]:
+    """Source texts in an order that is the same in every run, and another with every salt: the first few are no particular part."""
+    return sorted(sources, key=lambda source: hashlib.sha256(f"{salt}{source}".encode()).digest())
 
 
 def entry_of_document(document: Document) -> Entry:

@@ -12,7 +12,7 @@ from dbes.errors import MixError
 from dbes.schema import Open, Real, Whole, read_record, read_versioned
 from dbes.text import clipped
 
-RUN_SCHEMA = GRID_SCHEMA = MIX_SCHEMA = 1
+RUN_SCHEMA = GRID_SCHEMA = 1
 
 Identity = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 """Part of a path below the grid's folder: a name, never a way out of it."""

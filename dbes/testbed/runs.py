@@ -18,7 +18,7 @@ from dbes.testbed.mix import Mix
 from dbes.testbed.mixes import Prepared, read_prepared
 from dbes.testbed.records import RUN_SCHEMA, read_run
 from dbes.testbed.settings import TrainSettings
-from dbes.testbed.training import LOG, STATE, StateError, Trained, TrainingError, train
+from dbes.testbed.training import STATE, StateError, Trained, TrainingError, train
 from dbes.testbed.upcycling import train_upcycled
 
 RUN_FILE = "cell.json"
@@ -173,7 +173,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float | np.floating):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     return int(value) if isinstance(value, np.integer) else value
-
-
-def log_path(folder: Path) -> Path:
-    return folder / LOG

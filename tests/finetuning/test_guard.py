@@ -134,7 +134,7 @@ def test_a_state_that_does_not_keep_is_gone_back_from_at_a_third_of_the_rate(run
     real, prepare, steps, peaks = Guard.rise, training._prepare, [0], {}
 
     def prepared(training_run, step, rate):
-        steps[:], peaks[step] = [step], training_run.found.lr and training_run.found.peak
+        steps[:], peaks[step] = [step], training_run.checks.found.lr and training_run.checks.found.peak
         if step == stop_at:
             raise KeyboardInterrupt
         return prepare(training_run, step, rate)
