@@ -21,9 +21,9 @@ from mock_remote_moe import MockMoeConfig, MockMoeForCausalLM
 from testbed_mix import tiny_mix
 
 from dbes.finetuning.cells import TrainableCells
+from dbes.finetuning.checks import check_reach
 from dbes.finetuning.encoding import Sample, collate
 from dbes.finetuning.evaluation import measure as bits_per_byte
-from dbes.finetuning.reach import check_reach
 from dbes.intervention.data import ExperimentData, Part
 from dbes.intervention.runs import document_nats, execute
 from dbes.intervention.settings import Run, Settings

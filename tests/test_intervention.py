@@ -14,12 +14,11 @@ from torch.nn import functional
 from dbes.errors import InterventionError, PathError
 from dbes.finetuning.cells import TrainableCells
 from dbes.intervention.arms import SEARCH_SEED, equal_rank, evidence_of, plan_arms
-from dbes.intervention.configuration import read_configuration
 from dbes.intervention.data import ExperimentData, joined_rows, read_sources, tokenize, training_batches, tuning_split
 from dbes.intervention.grid import EXPERIMENT, MASKS, OUTCOME, RUNS, best_rate, intervene
 from dbes.intervention.masking import plan_masks
 from dbes.intervention.runs import document_nats, execute
-from dbes.intervention.settings import EXTRA_ARMS, IDEAS, REPLAY, SLOWER, Run, Settings, run_key
+from dbes.intervention.settings import EXTRA_ARMS, IDEAS, REPLAY, SLOWER, Run, Settings, read_configuration, run_key
 from dbes.intervention.storage import load_data, save_data
 from dbes.intervention.trainables import protected_texts, with_replay
 from dbes.models import LoadedModel, load_model
@@ -381,5 +380,5 @@ def test_configuration_file_and_command_line(tmp_path: Path) -> None:
     with pytest.raises(PathError, match="above 0 and at most 1"):
         read_configuration(None, {"domains": ("a",), "budgets": (1.5,)})
     file.write_text("- 1")
-    with pytest.raises(InterventionError, match="expected settings by name"):
+    with pytest.raises(InterventionError, match="expected settings, one"):
         read_configuration(file, {"domains": ("a",)})

@@ -19,14 +19,12 @@ from transformers import PreTrainedModel
 from dbes.errors import FinetuneError
 from dbes.files import keep_log_before
 from dbes.finetuning.cells import TrainableCells
-from dbes.finetuning.checks import Checks
-from dbes.finetuning.choice import Choice, Rise, Trial, read_found, risen
+from dbes.finetuning.checks import Checks, check_reach
+from dbes.finetuning.choice import ENOUGH, FALLBACK, Choice, Rise, Trial, find_rate, read_found, risen, trial_steps
 from dbes.finetuning.encoding import Sample, collate
 from dbes.finetuning.evaluation import DomainScore, tracked_scores
 from dbes.finetuning.guard import Guard
 from dbes.finetuning.machine import memory_explained
-from dbes.finetuning.rate import ENOUGH, FALLBACK, find_rate, trial_steps
-from dbes.finetuning.reach import check_reach
 from dbes.finetuning.settings import FinetuneSettings
 from dbes.finetuning.state import LOG, STATE, load_state, state_tensors
 from dbes.models.execution import mode
@@ -117,7 +115,7 @@ def train(
         accelerator: an ``accelerate.Accelerator``; its processes take consecutive shares of each batch, and its trackers get the
             numbers of every record and every evaluation.
         validation: text by which a learning rate that is not given is found, and the end; without any, the rate is
-            ``rate.FALLBACK`` and all steps are made.
+            ``choice.FALLBACK`` and all steps are made.
         guard: texts of protected domains, which refuse rates and states that do not keep them; not used without validation text.
         folder: where log and state are kept; None keeps neither.
         evaluate: called every ``eval_every`` steps; nothing is chosen by it.

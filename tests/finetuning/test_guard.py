@@ -10,10 +10,9 @@ from test_validation import entries
 
 from dbes.finetuning import guard as guard_module
 from dbes.finetuning import training
-from dbes.finetuning.choice import Rise
+from dbes.finetuning.choice import RATES, Rise, find_rate
 from dbes.finetuning.encoding import Sample
 from dbes.finetuning.guard import FEWEST, KEPT, NOISE, TEXTS, Guard, split_protected
-from dbes.finetuning.rate import RATES, find_rate
 from dbes.finetuning.report import read_report
 from dbes.finetuning.summary import findings
 from dbes.finetuning.validation import best_step, stalled
