@@ -24,9 +24,9 @@ from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from dbes.finetuning.cells import TrainableCells
 from dbes.finetuning.encoding import Sample, collate
-from dbes.finetuning.evaluation import token_losses
 from dbes.finetuning.settings import FinetuneSettings
 from dbes.finetuning.training import make_optimizer
+from dbes.models.losses import token_nats
 
 ARMS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -67,7 +67,7 @@ def warm_up(arm: str) -> None:
         training = stack.enter_context(TrainableCells(model, [(0, 0), (0, 1)], **ARMS[arm])) if arm != "full" else None
         optimizer = make_optimizer(training.parameters() if training is not None else list(model.parameters()), SETTINGS)
         counted = np.arange(64) > 0
-        token_losses(model, collate([Sample(np.arange(64), counted, 64)], padding=0)).mean().backward()
+        token_nats(model, **vars(collate([Sample(np.arange(64), counted, 64)], padding=0))).mean().backward()
         optimizer.step()
 
 
@@ -99,7 +99,7 @@ def measure(arm: str, steps: int, *, sequences: int, length: int, large: bool, h
         for _ in range(steps):
             batch = collate([Sample(random.integers(0, VOCABULARY, length), counted, length) for _ in range(sequences)], padding=0)
             start, busy = time.perf_counter(), time.process_time()
-            token_losses(model, batch).mean().backward()
+            token_nats(model, batch.inputs, batch.counted).mean().backward()
             optimizer.step()
             optimizer.zero_grad()
             seconds.append(time.perf_counter() - start)

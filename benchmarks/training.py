@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from dbes.files import write_json
-from dbes.testbed.mix import Batch
+from dbes.testbed.mix import DomainBatch
 from dbes.testbed.models import build_model
 from dbes.testbed.routers import Routing
 from dbes.testbed.settings import MixSettings, ModelSettings, OptimizerSettings, RoutingSettings, TrainSettings
@@ -35,7 +35,7 @@ ROUTINGS = {
 }
 
 
-def plain_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
+def plain_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: DomainBatch) -> None:
     tokens = torch.from_numpy(batch.tokens)
     model(input_ids=tokens, labels=tokens).loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -60,7 +60,7 @@ def compare(size: str, rounds: int) -> dict[str, float]:
         optimizer=OptimizerSettings(steps=100),
     )
     generator = np.random.default_rng(0)
-    batch = Batch(tokens=generator.integers(2, VOCABULARY[size], (32, 128)), domain=np.repeat(np.arange(8), 4))
+    batch = DomainBatch(tokens=generator.integers(2, VOCABULARY[size], (32, 128)), domain=np.repeat(np.arange(8), 4))
     steps = {}
     model = build_model(settings.model, seed=0).train()
     optimizer = optimizer_of(model, settings.optimizer)

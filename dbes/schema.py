@@ -34,6 +34,12 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Finite(Strict):
+    """The same, with finite numbers."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+
 class Open(BaseModel):
     """The fields of a record that are read, frozen and with finite numbers; whatever else stands there is kept as it is."""
 
@@ -209,6 +215,20 @@ def read_yaml(path: Path, *, error: type[DbesError], missing: str | None = None)
     if _deeper(value, DEPTH):
         raise error(f"{path}: nested more than {DEPTH} deep")
     return value
+
+
+def read_named(path: Path, *, error: type[DbesError], missing: str | None = None) -> dict[str, Any]:
+    """The settings by name in a YAML file; none in an empty one.
+
+    Raises:
+        error: as `read_yaml`, or it holds something else.
+    """
+    content = read_yaml(path, error=error, missing=missing)
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise error(f"{path}: expected settings, one `name: value` a line")
+    return content
 
 
 def _unfolded(root: yaml.Node) -> int | None:

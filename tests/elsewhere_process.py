@@ -21,15 +21,15 @@ from mock_remote_moe import MockMoeConfig, MockMoeForCausalLM
 from testbed_mix import tiny_mix
 
 from dbes.finetuning.cells import TrainableCells
+from dbes.finetuning.checks import check_reach
 from dbes.finetuning.encoding import Sample, collate
 from dbes.finetuning.evaluation import measure as bits_per_byte
-from dbes.finetuning.evaluation import token_losses
-from dbes.finetuning.reach import check_reach
 from dbes.intervention.data import ExperimentData, Part
 from dbes.intervention.runs import document_nats, execute
 from dbes.intervention.settings import Run, Settings
 from dbes.models import load_model
 from dbes.models.doctor import examine
+from dbes.models.losses import next_token_loss, token_nats
 from dbes.paths.gradients import gradient_norms, masking_effects
 from dbes.paths.types import Cell
 from dbes.recording.record import record_documents
@@ -37,7 +37,6 @@ from dbes.tasks.entries import Entry, Item
 from dbes.testbed.heldout import measure, training_routes
 from dbes.testbed.models import build_model
 from dbes.testbed.settings import MixSettings, ModelSettings, OptimizerSettings, RoutingSettings, TrainSettings
-from dbes.testbed.training import next_token_loss
 
 LENGTH = 16
 DOMAINS = ("a", "b")
@@ -101,7 +100,7 @@ def reached(model: Any) -> Any:
     samples = [Sample(ids=row, counted=np.ones(len(row), bool), octets=len(row)) for row in windows()]
     with TrainableCells(model, CELLS) as cells:
         check_reach(model, cells, samples, padding=0, size=2)
-        token_losses(model, collate(samples, padding=0)).sum().backward()
+        token_nats(model, **vars(collate(samples, padding=0))).sum().backward()
         return [leaf.grad for leaf in cells.parameters()]
 
 

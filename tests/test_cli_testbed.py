@@ -20,9 +20,11 @@ from typer.testing import CliRunner
 from dbes.cli import app
 from dbes.files import locked
 from dbes.testbed import grid as grid_module
-from dbes.testbed.cells import Cell
 from dbes.testbed.presets import Preset
+from dbes.testbed.runner import run_jobs
+from dbes.testbed.runs import Run
 from dbes.testbed.settings import parse_settings
+from dbes.testbed.training import TrainingError
 
 WORDS = {
     "fruit": "apple banana cherry date elder fig grape honey iris juniper",
@@ -153,16 +155,16 @@ def test_a_grid_of_two_processes_and_its_report(mix, tmp_path, monkeypatch):
     arms = {}
     for name, routing in (("aux_loss/global_batch", {}), ("frozen", {"router": "frozen", "balancing": "none", "coefficient": 0.0})):
         content = {**SETTINGS, "routing": routing, "optimizer": {"steps": 2, "warmup": 1}}
-        arms[name] = Cell(arm=name, settings=parse_settings(content, where="test"), documents=3, permutations=10)
+        arms[name] = Run(arm=name, settings=parse_settings(content, where="test"), documents=3, permutations=10)
     tiny = Preset(name="smoke", mix="embedded", seeds=1, vocabulary=300, arms=arms, experiments={"scope": list(arms)})
     monkeypatch.setattr(grid_module, "preset", lambda _: tiny)
     arguments = ("run", "--preset", "smoke", "--out", tmp_path / "grid", "--mix", mix, "--cache", tmp_path / "cache")
     done = run(*arguments)
     assert done.exit_code == 0, done.output
-    assert "0 of 2 cells are finished; 2 to train" in done.stderr
+    assert "0 of 2 runs are finished; 2 to train" in done.stderr
     assert Path(done.stdout.strip()) == tmp_path / "grid" / "report" / "index.html"
     again = run(*arguments)
-    assert "2 of 2 cells are finished; 0 to train" in again.stderr
+    assert "2 of 2 runs are finished; 0 to train" in again.stderr
     assert run("report", tmp_path / "grid").stdout == done.stdout
     assert run("run", "--out", tmp_path / "grid", "--only", "nothing", "--mix", mix, "--cache", tmp_path / "cache").exit_code == 2
 
@@ -201,19 +203,25 @@ def test_a_folder_without_a_grid(tmp_path):
     assert done.exit_code == 2 and "no testbed run here" in done.stderr
 
 
+def test_a_worker_that_is_killed_is_an_error_that_says_so():
+    with pytest.raises(TrainingError, match=r"a process was killed \(out of memory\?\); the same command resumes"):
+        run_jobs(os._exit, [(1,)], processes=1, tell=lambda *_: None, error=TrainingError)
+    done = []
+    run_jobs(divmod, [(7, 2), (9, 5)], processes=1, tell=lambda *told: done.append(told), error=TrainingError)
+    assert [count for count, *_ in done] == [1, 2] and sorted(told for _, *told in done) == [[0, (3, 1)], [1, (1, 4)]]
+
+
 def test_workers_end_with_the_run_that_started_them(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(
-        "import multiprocessing, os, pathlib, sys, time\n"
-        "from concurrent.futures import ProcessPoolExecutor\n"
-        "from dbes.testbed.grid import end_with_parent\n"
+        "import os, pathlib, sys, time\n"
+        "from dbes.errors import DbesError\n"
+        "from dbes.testbed.runner import run_jobs\n"
         "def work(path):\n"
         "    pathlib.Path(path).write_text(str(os.getpid()))\n"
         "    time.sleep(600)\n"
         "if __name__ == '__main__':\n"
-        "    context = multiprocessing.get_context('spawn')\n"
-        "    with ProcessPoolExecutor(1, mp_context=context, initializer=end_with_parent) as pool:\n"
-        "        pool.submit(work, sys.argv[1]).result()\n"
+        "    run_jobs(work, [(sys.argv[1],)], processes=1, tell=print, error=DbesError)\n"
     )
     told = tmp_path / "pid"
     started = subprocess.Popen([sys.executable, str(script), str(told)])

@@ -14,16 +14,17 @@ from torch.nn import functional
 from dbes.errors import InterventionError, PathError
 from dbes.finetuning.cells import TrainableCells
 from dbes.intervention.arms import SEARCH_SEED, equal_rank, evidence_of, plan_arms
-from dbes.intervention.configuration import read_configuration
 from dbes.intervention.data import ExperimentData, joined_rows, read_sources, tokenize, training_batches, tuning_split
 from dbes.intervention.grid import EXPERIMENT, MASKS, OUTCOME, RUNS, best_rate, intervene
 from dbes.intervention.masking import plan_masks
 from dbes.intervention.runs import document_nats, execute
-from dbes.intervention.settings import EXTRA_ARMS, IDEAS, REPLAY, SLOWER, Run, Settings, run_key
+from dbes.intervention.settings import EXTRA_ARMS, IDEAS, REPLAY, SLOWER, Run, Settings, read_configuration, run_key
 from dbes.intervention.storage import load_data, save_data
-from dbes.intervention.trainables import with_replay
+from dbes.intervention.trainables import protected_texts, with_replay
 from dbes.models import LoadedModel, load_model
 from dbes.paths.types import Cell
+from dbes.recording.record import record_documents
+from dbes.testbed.mix import Text
 
 RULES = ("target-load", "gradient", "random", "random-load-matched")
 SETTINGS = Settings(
@@ -77,7 +78,7 @@ def test_no_source_stands_on_two_sides(tiny_task: Path, new_domain: Path, tmp_pa
     texts, _ = read_sources(f"task:{tiny_task}", ("law", f"new={new_domain}"), cache=tmp_path)
     for domain in texts.domains:
         training, tuning = tuning_split(texts.training[domain])
-        sides = [{text.source_document for text in side} for side in (training, tuning, texts.heldout[domain])]
+        sides = [{text.source for text in side} for side in (training, tuning, texts.heldout[domain])]
         assert all(sides) and sum(map(len, sides)) == len(set.union(*sides)), domain
 
 
@@ -90,6 +91,12 @@ def test_the_split_of_a_testbed_mix_is_the_one_its_models_were_trained_with(tmp_
     every = read_texts(EMBEDDED / "law.jsonl.gz")
     assert {t.id for t in texts.heldout["law"]} == {t.id for t in every if is_heldout(t.source, share=HELDOUT_SHARE)}
     assert len(texts.training["law"]) + len(texts.heldout["law"]) == len(every)
+
+
+def test_texts_of_one_source_are_one_document_of_the_evidence(loaded: LoadedModel) -> None:
+    one, other = (Text(id=name, domain="law", source="book", text=name * 9) for name in ("ut", "vel"))
+    recorded = record_documents(loaded, [one, other], domains=("law",), window=32, control=False, stiffness=False).trace
+    assert recorded.shape.document_source == ("book", "book")
 
 
 def test_two_files_must_not_share_a_text(tiny_task: Path, new_domain: Path, tmp_path: Path) -> None:
@@ -114,6 +121,10 @@ def test_data_round_trip_and_batches(data: ExperimentData, tmp_path: Path) -> No
     assert again.parts.keys() == data.parts.keys()
     for key, part in data.parts.items():
         assert all(np.array_equal(getattr(part, name), getattr(again.parts[key], name)) for name in ("tokens", "starts", "bytes"))
+    order = list(protected_texts(data, "law", length=32))
+    for _ in range(6):  # safetensors gives its arrays in another order each time
+        again = load_data(tmp_path / "data.safetensors", domains=data.domains, boundary=data.boundary, digest=data.digest)
+        assert list(protected_texts(again, "law", length=32)) == order
     part = data.parts["law", "train"]
     one, same, other = (training_batches(part, SETTINGS, boundary=data.boundary, seed=seed) for seed in (0, 0, 1))
     assert np.array_equal(one, same) and not np.array_equal(one, other)
@@ -369,5 +380,5 @@ def test_configuration_file_and_command_line(tmp_path: Path) -> None:
     with pytest.raises(PathError, match="above 0 and at most 1"):
         read_configuration(None, {"domains": ("a",), "budgets": (1.5,)})
     file.write_text("- 1")
-    with pytest.raises(InterventionError, match="expected settings by name"):
+    with pytest.raises(InterventionError, match="expected settings, one"):
         read_configuration(file, {"domains": ("a",)})

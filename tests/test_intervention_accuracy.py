@@ -117,7 +117,7 @@ def asked(data: ExperimentData, quiz: Path, tokenizer: Any) -> list[dict[str, An
 
 def test_items_follow_the_split_of_the_documents(data: ExperimentData, quiz: Path, tiny_task: Path, tmp_path: Path, loaded: Any) -> None:
     texts, _ = read_sources(f"task:{tiny_task}", (f"quiz={quiz}",), cache=tmp_path)
-    training = {text.source_document for text in texts.training["quiz"]}
+    training = {text.source for text in texts.training["quiz"]}
     rows = asked(data, quiz, loaded.tokenizer)
     assert len(rows) == SETTINGS.documents and not training & {row["source_document"] for row in rows}
     assert data.items.keys() == {"quiz"} and sorted(set(data.items["quiz"].choices.tolist())) == [2, 3, 4]

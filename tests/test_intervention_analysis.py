@@ -11,7 +11,7 @@ from intervention_records import BYTES, OTHERS, experiment
 from scipy import stats
 
 from dbes.intervention.analysis import analyse
-from dbes.intervention.outcomes import Curves, Measured, Strata, best_within, curves_of, figure, holm, log_ratio, matched, pareto, strata_of
+from dbes.intervention.outcomes import Curves, Measured, Strata, best_within, curves_of, figure, log_ratio, matched, pareto, strata_of
 from dbes.scoring.resampling import jackknife
 
 EQUAL = {
@@ -232,11 +232,6 @@ def test_matched_compares_where_neither_side_is_extrapolated() -> None:
     assert (gained[0], other[0], level[0]) == pytest.approx((0.5, 1.0, 0.1))
     assert matched(short, long, slow)[1][0] == pytest.approx(0.7), "the better of the two is what must be beaten"
     assert matched(line((-0.1, 0.3)), long)[2][0] == 0.0
-
-
-def test_holm_by_hand() -> None:
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([]) == []
 
 
 def test_pareto_by_hand() -> None:

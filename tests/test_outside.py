@@ -23,7 +23,7 @@ from dbes.cli import app
 from dbes.comparison.compare import compare
 from dbes.errors import DbesError
 from dbes.evaluation.pipeline import EMBEDDED_MODEL
-from dbes.intervention.configuration import read_configuration
+from dbes.intervention.settings import read_configuration
 from dbes.paths.files import read_esft, read_path
 from dbes.reporting.export import markdown_cell
 from dbes.reporting.leaderboard import render_terminal

@@ -1,4 +1,4 @@
-"""Cells, grid and report: finished cells are kept, failed ones recorded, claims decided by their intervals."""
+"""Runs, grid and report: finished runs are kept, failed ones recorded, claims decided by their intervals."""
 
 import json
 import math
@@ -14,10 +14,9 @@ from testbed_mix import tiny_mix
 
 from dbes.errors import MixError
 from dbes.scoring.score import score
-from dbes.testbed import cells as cells_module
 from dbes.testbed import grid as grid_module
+from dbes.testbed import runs as runs_module
 from dbes.testbed.analysis import TOKEN_CLASSES, conditional_information, domain_probe, forking_tokens, token_classes, topic_and_syntax
-from dbes.testbed.cells import CELL_FILE, Cell, run_cell
 from dbes.testbed.contrasts import Grid, interval
 from dbes.testbed.experiments import analyse
 from dbes.testbed.grid import read_grid, run_grid
@@ -26,6 +25,7 @@ from dbes.testbed.mixes import prepare_mix
 from dbes.testbed.models import build_model
 from dbes.testbed.presets import SCALE_STEPS, Preset, preset
 from dbes.testbed.report import interval_chart, write_report
+from dbes.testbed.runs import RUN_FILE, Run, execute
 from dbes.testbed.settings import MixSettings, ModelSettings, OptimizerSettings, RoutingSettings, TrainSettings
 from dbes.testbed.tables import TRUTH, explained_by, frozen_baseline, kendall_tau, metric_table
 from dbes.testbed.training import STATE, StateError, TrainingError
@@ -77,15 +77,15 @@ def test_a_folder_without_domains_is_no_mix(tmp_path):
 
 
 def test_a_finished_cell_is_read_back_and_its_state_removed(prepared, tmp_path, monkeypatch):
-    cell = Cell(arm="any", settings=settings(), documents=4, permutations=20, probe=True)
-    record = run_cell(cell, prepared.folder, tmp_path)
+    run = Run(arm="any", settings=settings(), documents=4, permutations=20, probe=True)
+    record = execute(run, prepared.folder, tmp_path)
     assert record["status"] == "ok"
     assert set(record["bits_per_byte"]) == set(WORDS)
     assert set(record["probe"]) == {"input", "experts", "chance"}
     assert record["calibrated"]["specialization_normalized"]["reference"] == pytest.approx(1, abs=0.05)
     assert not list(tmp_path.glob(f"**/{STATE}"))
-    monkeypatch.setattr(cells_module, "train", lambda *_, **__: pytest.fail("trained again"))
-    assert run_cell(cell, prepared.folder, tmp_path) == record
+    monkeypatch.setattr(runs_module, "train", lambda *_, **__: pytest.fail("trained again"))
+    assert execute(run, prepared.folder, tmp_path) == record
 
 
 def test_what_a_killed_cell_left_is_removed(tmp_path):
@@ -93,24 +93,24 @@ def test_what_a_killed_cell_left_is_removed(tmp_path):
         folder.mkdir(exist_ok=True)
         (folder / STATE).write_text("state")
         (folder / f".{STATE}.ab12.part").write_text("half")
-    cells_module.remove_state(tmp_path)
+    runs_module.remove_state(tmp_path)
     assert [path.name for path in tmp_path.rglob("*")] == ["seedling"]
 
 
 def test_a_state_that_cannot_be_resumed_is_no_diverged_cell(prepared, tmp_path):
-    cell = Cell(arm="any", settings=settings(), documents=4, permutations=20)
+    run = Run(arm="any", settings=settings(), documents=4, permutations=20)
     (tmp_path / STATE).write_bytes(b"damaged")
-    with pytest.raises(StateError, match="damaged or cut short; delete it"):
-        run_cell(cell, prepared.folder, tmp_path)
-    assert not (tmp_path / CELL_FILE).exists()
+    with pytest.raises(StateError, match=r"training state is damaged .*delete it"):
+        execute(run, prepared.folder, tmp_path)
+    assert not (tmp_path / RUN_FILE).exists()
 
 
 def test_a_diverged_cell_is_recorded_as_failed(prepared, tmp_path, monkeypatch):
     def diverges(*_, **__):
         raise TrainingError("the loss is nan at step 3")
 
-    monkeypatch.setattr(cells_module, "train", diverges)
-    record = run_cell(Cell(arm="any", settings=settings()), prepared.folder, tmp_path)
+    monkeypatch.setattr(runs_module, "train", diverges)
+    record = execute(Run(arm="any", settings=settings()), prepared.folder, tmp_path)
     assert (record["status"], record["error"]) == ("failed", "the loss is nan at step 3")
 
 
@@ -220,7 +220,7 @@ def test_analyses_see_what_is_there(prepared):
 
 def test_the_grid_trains_each_cell_once_and_names_what_it_lacks(prepared, tmp_path, monkeypatch):
     arms = {
-        name: Cell(arm=name, settings=settings(2, routing=routing), documents=3, permutations=10)
+        name: Run(arm=name, settings=settings(2, routing=routing), documents=3, permutations=10)
         for name, routing in (
             ("reference", RoutingSettings(router="reference")),
             ("frozen", RoutingSettings(router="frozen", balancing="none")),
@@ -232,30 +232,17 @@ def test_the_grid_trains_each_cell_once_and_names_what_it_lacks(prepared, tmp_pa
     monkeypatch.setattr(grid_module, "preset", lambda _: tiny)
     monkeypatch.setattr(grid_module, "prepare_mix", lambda *_, **__: prepared)
 
-    class AtOnce:
-        def __init__(self, **_):
-            pass
+    def at_once(work, jobs, *, tell, **_):
+        for place, job in enumerate(jobs):
+            tell(place + 1, place, work(*job))
 
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            return None
-
-        def submit(self, function, *arguments):
-            from concurrent.futures import Future
-
-            done = Future()
-            done.set_result(function(*arguments))
-            return done
-
-    monkeypatch.setattr(grid_module, "ProcessPoolExecutor", AtOnce)
+    monkeypatch.setattr(grid_module, "run_jobs", at_once)
     told = []
     run_grid("smoke", tmp_path, progress=told.append)
-    assert told[0] == "0 of 4 cells are finished; 4 to train"
+    assert told[0] == "0 of 4 runs are finished; 4 to train"
     told.clear()
     run_grid("smoke", tmp_path, progress=told.append)
-    assert told == ["4 of 4 cells are finished; 0 to train"]
+    assert told == ["4 of 4 runs are finished; 0 to train"]
     about, records = read_grid(tmp_path)
     assert [(record["arm"], record["seed"]) for record in records] == [(arm, seed) for seed in (0, 1) for arm in arms]
     assert about["mix_digest"] == prepared.mix.digest
@@ -282,9 +269,9 @@ def test_a_folder_without_a_grid_or_with_a_broken_one_is_named(tmp_path):
     (tmp_path / "grid.json").write_text('{"schema_version": 99}', "utf-8")
     with pytest.raises(MixError, match="schema_version 99; this dbes reads 1"):
         read_grid(tmp_path)
-    (tmp_path / CELL_FILE).write_text("[]", "utf-8")
+    (tmp_path / RUN_FILE).write_text("[]", "utf-8")
     with pytest.raises(MixError, match="expected a JSON object, found list"):
-        run_cell(Cell(arm="any", settings=settings()), tmp_path, tmp_path)
+        execute(Run(arm="any", settings=settings()), tmp_path, tmp_path)
 
 
 def test_interval_is_students():
@@ -295,13 +282,13 @@ def test_interval_is_students():
     assert interval([]).seeds == 0
 
 
-def record_of(arm, seed, cell, *, specialization, loss=2.0, utilization=0.95, rs=None):
+def record_of(arm, seed, run, *, specialization, loss=2.0, utilization=0.95, rs=None):
     generator = np.random.default_rng([seed, len(arm)])
     value = specialization + 0.005 * generator.standard_normal()
     calibrated = {name: {"corrected": value, "score": value, "value": value} for name in ("specialization_normalized", "der", "stiffness")}
     return {
         "status": "ok",
-        "cell": cell.model_dump(mode="json"),
+        "cell": run.model_dump(mode="json"),
         "arm": arm,
         "seed": seed,
         "error": None,
@@ -325,14 +312,14 @@ def synthetic_grid():
     grid = preset("standard")
     level = {"sequence": 0.05, "micro_batch": 0.06, "global_batch": 0.35}
     records = []
-    for arm, seed, cell in grid.cells():
+    for arm, seed, run in grid.runs():
         base = next((value for name, value in level.items() if arm.split("/")[1:2] == [name]), 0.25)
         base = 0.3 if arm.endswith("mixed order") else base
         base = 1.0 if arm == "reference" else 0.06 if arm.endswith("dropping") else 0.5 if "sequence level" in arm else base
         # A published value that follows load, not specialization.
         rs = {"frozen": 2.0, "aux_loss/sequence": 1.5, "aux_loss/global_batch": 0.4, "reference": 1.4}.get(arm)
         loss = 2.2 if "sequence" in arm else 2.3 if arm == "rerandomised" else 2.0
-        records.append(record_of(arm, seed, cell, specialization=base, rs=rs, loss=loss))
+        records.append(record_of(arm, seed, run, specialization=base, rs=rs, loss=loss))
     return {"preset": "standard", "mix": "packages", "domains": ["a", "b"], "experiments": grid.experiments}, records
 
 
@@ -421,8 +408,8 @@ def test_axes_have_round_numbers_and_hold_every_value(values: list[float], axis:
 def test_the_committed_findings_follow_from_the_committed_cells():
     folder = Path(__file__).parents[1] / "reports" / "testbed"
     about, records = read_grid(folder)
-    assert len(records) == len(about["cells"]) == len(list(preset("standard").cells()))
-    wanted = {cell.identity(about["mix_digest"]) for _, _, cell in preset("standard").cells()}
+    assert len(records) == len(about["cells"]) == len(list(preset("standard").runs()))
+    wanted = {run.identity(about["mix_digest"]) for _, _, run in preset("standard").runs()}
     assert {entry["identity"] for entry in about["cells"]} == wanted
     found = [vars(verdict) for verdict in analyse(about, records).verdicts]
     assert found == json.loads((folder / "report" / "verdicts.json").read_text("utf-8"))

@@ -17,6 +17,7 @@ from dbes.scoring.resampling import (
     domain_ratio,
     domain_scores,
     false_discovery_q,
+    holm,
     jackknife,
     left_out_ratios,
     left_out_scores,
@@ -291,6 +292,12 @@ def test_false_discovery_q_is_benjamini_hochberg_over_the_tests_that_were_made()
     by_hand = [min(ranked[j] * 4 / (j + 1) for j in range(i, 4)) for i in range(4)]
     np.testing.assert_allclose(np.sort(expected), by_hand)
     assert np.isnan(false_discovery_q(np.full(3, np.nan))).all()
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.03, math.nan, 0.01]) == pytest.approx([0.03, math.nan, 0.02], nan_ok=True), "a test that was not made does not count"
+    assert holm([0.5, 0.9]).tolist() == [1.0, 1.0] and holm([]).tolist() == []
 
 
 # ------------------------------------------------------------------------------------------------------------ one domain

@@ -39,9 +39,9 @@ def intervene(
     cache: Annotated[Path, typer.Option(help="Where built mixes are kept.")] = Path("build/testbed"),
 ) -> None:
     """Train every kind of expert path, and what it must beat, on held-out terms; say in words whether any paid."""
-    from dbes.intervention.configuration import read_configuration
     from dbes.intervention.grid import OUTCOME
     from dbes.intervention.grid import intervene as run
+    from dbes.intervention.settings import read_configuration
 
     given: dict[str, Any] = {"domains": tuple(name.partition("=")[0] for name in domain)}
     named = {"new": new, "budgets": budget, "rules": rules, "ideas": ideas, "protected": protected}

@@ -29,11 +29,11 @@ class PresetChoice(StrEnum):
 
 @app.command()
 def run(
-    out: Annotated[Path, typer.Option(help="Folder of the grid. Finished cells in it are not trained again.")],
+    out: Annotated[Path, typer.Option(help="Folder of the grid. Finished runs in it are not trained again.")],
     preset: Annotated[PresetChoice, typer.Option(help="smoke: the main contrast; standard: every experiment.")] = PresetChoice.smoke,
     mix: Annotated[str | None, typer.Option(help="embedded, packages, or a folder of JSONL files; the preset's own by default.")] = None,
     only: Annotated[str, typer.Option(help="Experiments to run, separated by commas; all by default.")] = "",
-    processes: Annotated[int, typer.Option(min=1, help="Cells trained at a time, one thread each.")] = 2,
+    processes: Annotated[int, typer.Option(min=1, help="Runs trained at a time, one thread each.")] = 2,
     cache: CacheOption = Path("build/testbed"),
 ) -> None:
     """Train and measure a grid of routers; the same command resumes an interrupted one."""
@@ -55,7 +55,7 @@ def run(
 
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(help="Folder of a grid.")]) -> None:
-    """Write tables, plots and the findings page of the cells that are finished."""
+    """Write tables, plots and the findings page of the runs that are finished."""
     from dbes.testbed.report import write_report
 
     with errors():

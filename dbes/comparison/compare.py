@@ -21,7 +21,7 @@ from dbes.comparison.accuracy import Accuracies, read_accuracies
 from dbes.comparison.entries import Apart, Entry, Replicates, read_entries
 from dbes.errors import ResultError
 from dbes.results import RESULT_FILE, Result
-from dbes.scoring.resampling import jackknife
+from dbes.scoring.resampling import holm, jackknife
 from dbes.scoring.score import REPLICATED
 from dbes.scoring.texts import DATA
 from dbes.text import labels
@@ -328,12 +328,7 @@ def depth_of(layers: int) -> np.ndarray:
 
 def _holm(tests: list[Difference]) -> list[Difference]:
     """The tests with p-values corrected after Holm: the chance of any false difference in the table stays below its level."""
-    order = sorted((index for index, test in enumerate(tests) if not math.isnan(test.p)), key=lambda index: tests[index].p)
-    adjusted, highest = [math.nan] * len(tests), 0.0
-    for position, index in enumerate(order):
-        highest = max(highest, min(1.0, tests[index].p * (len(order) - position)))
-        adjusted[index] = highest
-    return [replace(test, adjusted=value) for test, value in zip(tests, adjusted, strict=True)]
+    return [replace(test, adjusted=value) for test, value in zip(tests, holm([test.p for test in tests]).tolist(), strict=True)]
 
 
 def ranks_of(labels: list[str], pairs: Sequence[Difference]) -> dict[str, Rank]:

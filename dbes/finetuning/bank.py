@@ -19,7 +19,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from dbes.errors import FinetuneError
 from dbes.finetuning.frozen import FrozenExperts, SumOverSlots, activate, names, project
-from dbes.finetuning.slots import Slot
+from dbes.finetuning.tensors import ExpertTensor
 
 NAME = "dbes_split_bank"
 _BANK = "_dbes_bank"
@@ -31,13 +31,13 @@ class Bank:
 
     Attributes:
         previous: the experts implementation the model ran before; runs on where nothing is trained.
-        experts: the trained experts, and their slots by the name of the module's own parameter (``down_proj``, ...).
+        experts: the trained experts, and their tensors by the name of the module's own parameter (``down_proj``, ...).
         places: int64 [experts + 1], e where expert e is frozen, and number of experts + c for the c-th trained one, so that a sort
             puts the trained ones last. The last entry stands for ids beyond the experts.
     """
 
     previous: str | None
-    experts: Mapping[int, Mapping[str, Slot]]
+    experts: Mapping[int, Mapping[str, ExpertTensor]]
     places: Tensor
 
 
@@ -48,13 +48,13 @@ def uses_interface(module: nn.Module) -> bool:
 
 
 @contextmanager
-def banks_installed(model: nn.Module, slots: Sequence[Slot]) -> Iterator[None]:
-    """Inside the block every experts module of the model runs this implementation, those of the slots with their bank."""
+def banks_installed(model: nn.Module, tensors: Sequence[ExpertTensor]) -> Iterator[None]:
+    """Inside the block every experts module of the model runs this implementation, those of the tensors with their bank."""
     modules = {name: module for name, module in model.named_modules() if uses_interface(module)}
-    by_module: dict[str, dict[int, dict[str, Slot]]] = {name: {} for name in modules}
-    for slot in slots:
-        owner, _, own_name = slot.name.rpartition(".")
-        by_module[owner].setdefault(slot.cell.expert, {})[own_name] = slot
+    by_module: dict[str, dict[int, dict[str, ExpertTensor]]] = {name: {} for name in modules}
+    for tensor in tensors:
+        owner, _, own_name = tensor.name.rpartition(".")
+        by_module[owner].setdefault(tensor.cell.expert, {})[own_name] = tensor
     configs: dict[int, Any] = {id(module.config): module.config for module in modules.values()}
     before = {key: config._experts_implementation for key, config in configs.items()}
     if NAME in before.values():
@@ -100,10 +100,10 @@ def split_bank_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, to
         offsets = torch.cumsum(counts[:count], 0, dtype=torch.int32)
         outputs.append(_frozen(self, hidden_states, weights[:frozen], tokens[:frozen], places[:frozen], offsets))
     start = frozen
-    for slots, length in zip(bank.experts.values(), trained, strict=True):
+    for tensors, length in zip(bank.experts.values(), trained, strict=True):
         if length:  # an expert without a token has no part in the graph: no gradient, no weight decay, no momentum
             rows = hidden_states.index_select(0, tokens[start : start + length])
-            output = _trained(self, rows, weights[start : start + length], slots).to(outputs[0].dtype if outputs else rows.dtype)
+            output = _trained(self, rows, weights[start : start + length], tensors).to(outputs[0].dtype if outputs else rows.dtype)
             outputs.append(output * weights[start : start + length, None])
             start += length
     return cast(Tensor, SumOverSlots.apply(torch.cat(outputs), order, k)).to(hidden_states.dtype)
@@ -118,26 +118,26 @@ def _frozen(module: Any, hidden: Tensor, weights: Tensor, tokens: Tensor, ids: T
     return module.post_expert_norm(output) * weights[:, None]
 
 
-def _trained(module: Any, rows: Tensor, gates: Tensor, slots: Mapping[str, Slot]) -> Tensor:
+def _trained(module: Any, rows: Tensor, gates: Tensor, tensors: Mapping[str, ExpertTensor]) -> Tensor:
     """Outputs of one trained expert for the rows routed to it, not yet weighted by their gates."""
     up, down = names(module)
 
     def through(values: Tensor, name: str) -> Tensor:
-        if name in slots:
-            slots[name].see(values, gates, inputs_first=module.is_transposed)
-        if f"{name}_bias" in slots:
-            slots[f"{name}_bias"].see(torch.ones_like(values[:, :1]), gates, inputs_first=False)
-        weight, bias = _value(module, slots, name), _value(module, slots, f"{name}_bias") if module.has_bias else None
+        if name in tensors:
+            tensors[name].see(values, gates, inputs_first=module.is_transposed)
+        if f"{name}_bias" in tensors:
+            tensors[f"{name}_bias"].see(torch.ones_like(values[:, :1]), gates, inputs_first=False)
+        weight, bias = _value(module, tensors, name), _value(module, tensors, f"{name}_bias") if module.has_bias else None
         return functional.linear(values.to(weight.dtype), weight.T if module.is_transposed else weight, bias)
 
     return _normalised(module, through(activate(module, through(rows, up)), down))
 
 
-def _value(module: Any, slots: Mapping[str, Slot], name: str) -> Tensor:
+def _value(module: Any, tensors: Mapping[str, ExpertTensor], name: str) -> Tensor:
     """The trained value in the dtype the module computes in; the frozen rows where this tensor is not trained (biases at low rank)."""
-    if name in slots:
-        return slots[name].value().to(getattr(module, name).dtype)
-    return getattr(module, name).detach()[next(iter(slots.values())).cell.expert]
+    if name in tensors:
+        return tensors[name].value().to(getattr(module, name).dtype)
+    return getattr(module, name).detach()[next(iter(tensors.values())).cell.expert]
 
 
 def _normalised(module: Any, values: Tensor) -> Tensor:

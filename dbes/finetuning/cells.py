@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from dbes.errors import FinetuneError
 from dbes.finetuning.bank import banks_installed, uses_interface
 from dbes.finetuning.protection import Share, shape_updates
-from dbes.finetuning.slots import Slot, find_slots
+from dbes.finetuning.tensors import ExpertTensor, find_tensors
+from dbes.models.execution import frozen
 from dbes.models.sites import RoutingSite, find_sites
 from dbes.paths.types import Cell
 
@@ -65,7 +66,7 @@ class TrainableCells:
             raise FinetuneError(f"the rank is {rank}; it must be at least 1")
         self.method: Literal["split_bank", "view_leaves"] = _method(self._sites, method)
         self._rank, self._seed, self._train_router = rank, seed, train_router
-        self._slots: list[Slot] = []
+        self._tensors: list[ExpertTensor] = []
         self._routers: dict[str, tuple[nn.Parameter, Tensor]] = {}
         self._merged = False
         self._stack: ExitStack | None = None
@@ -74,17 +75,15 @@ class TrainableCells:
         if self._stack is not None:
             raise FinetuneError("these cells are in training already; a second block needs a TrainableCells of its own")
         with ExitStack() as stack:
-            flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
-            stack.callback(_restore_flags, flags)
-            self.model.requires_grad_(False)
+            stack.enter_context(frozen(self.model))
             in_place = self.method == "view_leaves"
-            self._slots = find_slots(self.model, self._sites, self.cells, rank=self._rank, in_place=in_place, seed=self._seed)
+            self._tensors = find_tensors(self.model, self._sites, self.cells, rank=self._rank, in_place=in_place, seed=self._seed)
             self._merged = False
             stack.callback(self._leave)
             if in_place:
                 self._watch(stack)
             else:
-                stack.enter_context(banks_installed(self.model, self._slots))
+                stack.enter_context(banks_installed(self.model, self._tensors))
             if self._train_router:
                 self._routers = self._trainable_routers()
             self._stack = stack.pop_all()
@@ -97,16 +96,16 @@ class TrainableCells:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Every leaf with a name that is the same in every run: parameter, expert, and ``.up`` or ``.down`` at low rank."""
-        for slot in self._slots:
-            for suffix, leaf in slot.leaves.items():
-                yield f"{slot.name}[{slot.cell.expert}]{suffix}", leaf
+        for tensor in self._tensors:
+            for suffix, leaf in tensor.leaves.items():
+                yield f"{tensor.name}[{tensor.cell.expert}]{suffix}", leaf
         for name, (parameter, _) in self._routers.items():
             yield name, parameter
 
     @property
     def labels(self) -> frozenset[str]:
         """What is trained of the experts, as ``parameter[expert]``."""
-        return frozenset(f"{slot.name}[{slot.cell.expert}]" for slot in self._slots)
+        return frozenset(f"{tensor.name}[{tensor.cell.expert}]" for tensor in self._tensors)
 
     def parameters(self) -> list[nn.Parameter]:
         """What an optimizer is to train."""
@@ -115,8 +114,8 @@ class TrainableCells:
     def by_layer(self) -> dict[int, list[nn.Parameter]]:
         """The experts' leaves by decoder layer."""
         found: dict[int, list[nn.Parameter]] = {}
-        for slot in self._slots:
-            found.setdefault(slot.cell.layer, []).extend(slot.leaves.values())
+        for tensor in self._tensors:
+            found.setdefault(tensor.cell.layer, []).extend(tensor.leaves.values())
         return found
 
     @property
@@ -149,12 +148,12 @@ class TrainableCells:
         if self.method != "split_bank" or self._rank is not None:
             what = "low-rank updates" if self._rank is not None else "experts without transformers' experts interface (view_leaves)"
             raise FinetuneError(f"protection is not made for {what}")
-        shape_updates(self.model, self._slots, texts, floor=floor, share=share)
+        shape_updates(self.model, self._tensors, texts, floor=floor, share=share)
 
     @property
     def protection_bytes(self) -> int:
         """Bytes of the matrices that shape protected updates; they are kept, not trained."""
-        return sum(slot.shaping.numel() * slot.shaping.element_size() for slot in self._slots if slot.shaping is not None)
+        return sum(tensor.shaping.numel() * tensor.shaping.element_size() for tensor in self._tensors if tensor.shaping is not None)
 
     def drop_empty_gradients(self) -> int:
         """Take the gradients away that are zero throughout, so that the optimizer skips their expert, and return how many are left.
@@ -173,8 +172,8 @@ class TrainableCells:
 
     def merge(self) -> None:
         """Write the trained values into the model's own tensors, where they stay; training may go on."""
-        for slot in self._slots:
-            slot.write()
+        for tensor in self._tensors:
+            tensor.write()
         self._merged = True
 
     def trained_slices(self) -> Mapping[str, dict[int, Tensor]]:
@@ -182,8 +181,8 @@ class TrainableCells:
         if not self._merged:
             raise FinetuneError("nothing was merged yet; call merge() first")
         found: dict[str, dict[int, Tensor]] = {}
-        for slot in self._slots:
-            found.setdefault(slot.name, {})[slot.cell.expert] = slot.rows.clone()
+        for tensor in self._tensors:
+            found.setdefault(tensor.name, {})[tensor.cell.expert] = tensor.rows.clone()
         return found
 
     def trained_routers(self) -> dict[str, Tensor]:
@@ -192,25 +191,25 @@ class TrainableCells:
 
     def _leave(self) -> None:
         if not self._merged:
-            for slot in self._slots:
-                slot.restore()
+            for tensor in self._tensors:
+                tensor.restore()
             for parameter, before in self._routers.values():
                 parameter.data.copy_(before)
         for parameter, _ in self._routers.values():
             parameter.grad = None
-        self._slots, self._routers = [], {}
+        self._tensors, self._routers = [], {}
 
     def _watch(self, stack: ExitStack) -> None:
         """Hooks that hand gradients to the leaves, and write leaves that do not share storage before each forward."""
-        by_parameter: dict[int, list[Slot]] = {}
-        for slot in self._slots:
-            by_parameter.setdefault(id(slot.parameter), []).append(slot)
-        for slots in by_parameter.values():
-            parameter = slots[0].parameter
+        by_parameter: dict[int, list[ExpertTensor]] = {}
+        for tensor in self._tensors:
+            by_parameter.setdefault(id(tensor.parameter), []).append(tensor)
+        for tensors in by_parameter.values():
+            parameter = tensors[0].parameter
             parameter.requires_grad_(True)
-            stack.callback(parameter.register_post_accumulate_grad_hook(partial(_collect, slots)).remove)
+            stack.callback(parameter.register_post_accumulate_grad_hook(partial(_collect, tensors)).remove)
         for site in self._sites:
-            written = [slot for slot in self._slots if slot.cell.layer == site.layer and not slot.shared]
+            written = [tensor for tensor in self._tensors if tensor.cell.layer == site.layer and not tensor.shared]
             if written:
                 stack.callback(site.block.register_forward_pre_hook(partial(_write, written)).remove)
 
@@ -266,20 +265,15 @@ def _method(sites: Iterable[RoutingSite], wanted: Method) -> Literal["split_bank
     return "split_bank"
 
 
-def _restore_flags(flags: Iterable[tuple[nn.Parameter, bool]]) -> None:
-    for parameter, flag in flags:
-        parameter.requires_grad_(flag)
-
-
-def _collect(slots: Iterable[Slot], parameter: Tensor) -> None:
+def _collect(tensors: Iterable[ExpertTensor], parameter: Tensor) -> None:
     gradient = parameter.grad
     if gradient is None:
         return
-    for slot in slots:
-        slot.collect(gradient)
+    for tensor in tensors:
+        tensor.collect(gradient)
     parameter.grad = None
 
 
-def _write(slots: Iterable[Slot], *_: Any) -> None:
-    for slot in slots:
-        slot.write()
+def _write(tensors: Iterable[ExpertTensor], *_: Any) -> None:
+    for tensor in tensors:
+        tensor.write()

@@ -1,4 +1,4 @@
-"""What a run measures to choose by: validation text of the target, and texts of the protected domains."""
+"""What a run measures to choose by, validation text of the target and texts of the protected domains; and whether it reaches its cells."""
 
 from __future__ import annotations
 
@@ -7,14 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from transformers import PreTrainedModel
 
 from dbes.errors import FinetuneError
+from dbes.finetuning.cells import TrainableCells
 from dbes.finetuning.choice import Choice, Found, Rise
-from dbes.finetuning.encoding import Sample
+from dbes.finetuning.encoding import Sample, collate
 from dbes.finetuning.guard import Guard
 from dbes.finetuning.settings import FinetuneSettings
 from dbes.finetuning.validation import best_step, bytes_per_token, check_every, stalled, validation_loss
+from dbes.models.execution import forward
+from dbes.models.hooks import Decision, watching
+from dbes.models.sites import find_sites
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +32,7 @@ class Checks:
         found: what the run has found so far; checks add to it.
     """
 
-    model: nn.Module
+    model: PreTrainedModel
     validation: Sequence[Sample]
     guard: Guard | None
     settings: FinetuneSettings
@@ -83,3 +88,33 @@ class Checks:
             self.steps, steps, check_every=self.every, sequences=len(self.validation), patience=self.settings.patience,
             guard_texts=self.guard.texts if self.guard else 0,
         )  # fmt: skip
+
+
+def check_reach(model: PreTrainedModel, cells: TrainableCells, samples: Sequence[Sample], *, padding: int, size: int) -> None:
+    """Look no further than the first token that is routed to one of the cells.
+
+    Args:
+        size: samples per forward.
+
+    Raises:
+        FinetuneError: no token of the data is routed to any of them.
+    """
+    wanted = {layer: torch.tensor([cell.expert for cell in cells.cells if cell.layer == layer]) for layer, _ in cells.cells}
+    sites = [site for site in find_sites(model) if site.layer in wanted]
+    found: list[bool] = []
+
+    def observe(index: int, decision: Decision) -> None:
+        chosen = torch.isin(decision.ids, wanted[sites[index].layer].to(decision.ids.device)) & (decision.weights != 0)
+        found.append(bool((chosen.any(-1) & real.to(chosen.device)).any()))
+
+    for first in range(0, len(samples), size):
+        batch = collate(samples[first : first + size], padding=padding)
+        real = batch.inputs.get("attention_mask", torch.ones_like(batch.inputs["input_ids"])).flatten().bool()
+        with torch.no_grad(), watching(sites, observe, scores=False, stop=True):
+            forward(model, whole=True, **batch.inputs)
+        if any(found):
+            return
+    raise FinetuneError(
+        f"no token of the data is routed to any of the {len(cells.cells)} chosen experts, so training would change nothing; "
+        "choose a path of the data's own domain, or other data"
+    )

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor, nn
+from torch import nn
 
 from dbes.errors import FinetuneError
-from dbes.finetuning.encoding import Batch, Sample, collate, encode, windows
-from dbes.models.execution import logits_of
+from dbes.finetuning.encoding import Sample, collate, encode, windows
+from dbes.models.execution import mode
+from dbes.models.losses import in_batches, token_nats
 from dbes.models.windows import embedding_rows, padding_id
 from dbes.tasks.entries import Entry, Item
 
@@ -83,13 +84,8 @@ def measure_texts(
     Raises:
         FinetuneError: the loss is NaN or infinite.
     """
-    was_training = model.training
-    model.eval()
-    try:
-        found = {name: _score(model, tokenizer, entries, length, batch_tokens, accelerator, name) for name, entries in heldout.items()}
-    finally:
-        model.train(was_training)
-    return found
+    with mode(model, training=False):
+        return {name: _score(model, tokenizer, entries, length, batch_tokens, accelerator, name) for name, entries in heldout.items()}
 
 
 def tracked_scores(measured: Mapping[str, DomainScore]) -> dict[str, float]:
@@ -99,15 +95,6 @@ def tracked_scores(measured: Mapping[str, DomainScore]) -> dict[str, float]:
         if score.accuracy is not None and score.accuracy_per_byte is not None:
             found |= {f"accuracy/{name}": score.accuracy, f"accuracy_per_byte/{name}": score.accuracy_per_byte}
     return found
-
-
-def token_losses(model: nn.Module, batch: Batch) -> Tensor:
-    """float32 nats of every counted token of the batch, in order; differentiable."""
-    logits = logits_of(model, **batch.inputs)
-    wanted = batch.counted[:, 1:].to(logits.device)
-    # only rows that count are widened to float32: at large vocabularies the logits are the largest tensor of all
-    rows, labels = logits[:, :-1][wanted], batch.inputs["input_ids"][:, 1:].to(logits.device)[wanted]
-    return nn.functional.cross_entropy(rows.float(), labels, reduction="none")
 
 
 def _score(
@@ -183,9 +170,10 @@ def sample_nats(
     count, index = (accelerator.num_processes, accelerator.process_index) if accelerator is not None else (1, 0)
     nats = np.zeros(len(samples))
     mine = range(index, len(samples), count)
-    for places in _batches([len(samples[place].ids) for place in mine], batch_tokens):
-        members = [mine[place] for place in places]
-        losses = token_losses(model, collate([samples[place] for place in members], padding=padding)).cpu()
+    lengths = [len(sample.ids) for sample in samples]
+    for members in in_batches(lengths, batch_tokens, order=sorted(mine, key=lambda place: (lengths[place], place))):
+        batch = collate([samples[place] for place in members], padding=padding)
+        losses = token_nats(model, batch.inputs, batch.counted).cpu()
         parts = losses.split([int(samples[place].counted.sum()) for place in members])
         nats[members] = [float(part.double().sum()) for part in parts]
     # every place is 0 in all processes but one, so that their sum is exact in any order
@@ -219,14 +207,3 @@ def _ending(sample: Sample, length: int, *, octets: int) -> Sample:
     counted = sample.counted[-length:].copy()
     counted[:1] = False
     return Sample(sample.ids[-length:], counted, octets)
-
-
-def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    members: list[int] = []
-    for place in sorted(range(len(lengths)), key=lambda place: (lengths[place], place)):
-        if members and lengths[place] * (len(members) + 1) > batch_tokens:
-            yield members
-            members = []
-        members.append(place)
-    if members:
-        yield members

@@ -13,7 +13,6 @@ never the held-out ones of a report, and not those that the matrices of protecti
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from dbes.finetuning.choice import Rise
 from dbes.finetuning.encoding import Sample, encode, windows
 from dbes.finetuning.settings import FinetuneSettings
 from dbes.finetuning.validation import eval_nats
-from dbes.tasks.entries import Entry
+from dbes.tasks.entries import Entry, by_hash
 
 KEPT = 0.1
 """The most that a protected domain may rise, as a share of the target's fall."""
@@ -108,7 +107,7 @@ def split_protected(
         first: dict[str, Entry] = {}
         for entry in part:
             first.setdefault(entry.source, entry)
-        order = sorted(first, key=lambda source: hashlib.sha256(f"guard {source}".encode()).hexdigest())
+        order = by_hash(first, "guard ")
         enough = len(order) >= FEWEST
         apart = order[: min(TEXTS, len(order) // 4)] if enough else order[:TEXTS]
         matrices[name] = [entry for entry in part if entry.source not in apart] if enough else list(part)

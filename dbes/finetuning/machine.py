@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,3 +52,12 @@ def memory_explained() -> Iterator[None]:
             f"out of memory ({first}). In this order, in the file of --config: micro_batch_size: 1, gradient_checkpointing: true, "
             "a shorter seq_len, bf16: true, a lora_rank; or a path with a smaller budget"
         ) from problem
+
+
+def status_bytes(name: str) -> int | None:
+    """A line of what Linux says of this process's memory (``VmRSS``: now, ``VmHWM``: at most); None elsewhere."""
+    try:
+        lines = Path("/proc/self/status").read_text("ascii", errors="replace").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)

@@ -22,19 +22,19 @@ import torch
 from torch import Tensor, nn
 
 from dbes.errors import FinetuneError
-from dbes.finetuning.slots import Slot
-from dbes.models.execution import forward
+from dbes.finetuning.tensors import ExpertTensor
+from dbes.models.execution import forward, mode
 
 Share = Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
 def shape_updates(
-    model: nn.Module, slots: Sequence[Slot], texts: Mapping[str, Sequence[Tensor]], *, floor: float, share: Share | None = None
+    model: nn.Module, tensors: Sequence[ExpertTensor], texts: Mapping[str, Sequence[Tensor]], *, floor: float, share: Share | None = None
 ) -> None:
-    """Give every slot its S, measured on the protected domains' texts; from here on its leaf is U, zero.
+    """Give every tensor its S, measured on the protected domains' texts; from here on its leaf is U, zero.
 
-    The model must compute with these slots (the split bank is installed).
+    The model must compute with these tensors (the split bank is installed).
 
     Args:
         texts: token ids by domain, int64 [sequences, length] each; without padding, which would be routed and counted too.
@@ -47,39 +47,31 @@ def shape_updates(
         raise FinetuneError(f"--protect {floor}: expected a number above 0; smaller protects more")
     if not texts:
         raise FinetuneError("protection needs texts of at least one other domain")
-    was_training = model.training
-    model.eval()
-    for slot in slots:
-        slot.measure_inputs()
+    for tensor in tensors:
+        tensor.measure_inputs()
     try:
-        for name, batches in texts.items():
-            tokens = 0
-            for batch in batches:
-                tokens += _forward(model, batch)
-            if not tokens:
-                raise FinetuneError(f"protected domain {name}: it has no tokens")
-            for slot in slots:
-                slot.end_domain(tokens * len(texts))
+        with mode(model, training=False):
+            for name, batches in texts.items():
+                for batch in batches:
+                    forward(model, input_ids=batch)
+                tokens = sum(batch.numel() for batch in batches)
+                if not tokens:
+                    raise FinetuneError(f"protected domain {name}: it has no tokens")
+                for tensor in tensors:
+                    tensor.end_domain(tokens * len(texts))
     finally:
-        model.train(was_training)
-        moments = [slot.take_moment() for slot in slots]
-    for kind in dict.fromkeys(slot.kind for slot in slots):
-        mine = [(slot, moment) for slot, moment in zip(slots, moments, strict=True) if slot.kind == kind]
+        moments = [tensor.take_moment() for tensor in tensors]
+    for kind in dict.fromkeys(tensor.kind for tensor in tensors):
+        mine = [(tensor, moment) for tensor, moment in zip(tensors, moments, strict=True) if tensor.kind == kind]
         # a tensor that no protected token enters is trained as without protection, and counts as 0 here
         scale = floor * sum(float(moment.diagonal().mean()) for _, moment in mine if moment is not None) / len(mine)
-        for slot, moment in mine:
+        for tensor, moment in mine:
             if moment is not None and scale > 0:
                 shaping = inverse_root(moment, scale)
-                slot.shape_update(share(shaping) if share is not None else shaping)
+                tensor.shape_update(share(shaping) if share is not None else shaping)
 
 
 def inverse_root(moment: Tensor, scale: float) -> Tensor:
     r""":math:`(C / \lambda + I)^{-1/2}` of a symmetric matrix C that is not negative, [inputs, inputs], for :math:`\lambda > 0`."""
     values, vectors = torch.linalg.eigh(moment.double())
     return ((vectors * (values.clamp(min=0) / scale + 1).rsqrt()) @ vectors.T).to(moment.dtype)
-
-
-def _forward(model: nn.Module, batch: Tensor) -> int:
-    """One pass without logits; the number of its tokens."""
-    forward(model, input_ids=batch)
-    return batch.numel()

@@ -17,6 +17,7 @@ from dbes.errors import FinetuneError
 from dbes.files import sha256_of, write_json
 from dbes.finetuning.choice import Choice
 from dbes.finetuning.evaluation import DomainScore, Measured
+from dbes.finetuning.machine import status_bytes
 from dbes.finetuning.settings import FinetuneSettings
 from dbes.paths.types import Cell
 from dbes.schema import Strict, read_versioned
@@ -171,11 +172,8 @@ def peak_memory() -> int | None:
     """Bytes: the most an accelerator's tensors took, or the most memory this process had; None where it cannot be told."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
-    status = Path("/proc/self/status")
-    if status.is_file():
-        line = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM")), None)
-        if line is not None:
-            return int(line.split()[1]) * 1024
+    if (most := status_bytes("VmHWM")) is not None:
+        return most
     try:
         import resource
     except ImportError:

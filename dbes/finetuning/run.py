@@ -7,6 +7,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from dbes.errors import FinetuneError, PathError
 from dbes.finetuning.cells import TrainableCells
-from dbes.finetuning.checkpoint import refuse_full_disk
+from dbes.finetuning.checkpoint import Checkpoint, refuse_full_disk
 from dbes.finetuning.encoding import full_rows
 from dbes.finetuning.evaluation import Measured, measure_texts, scores, tracked_scores
 from dbes.finetuning.guard import Guard, split_protected
@@ -25,7 +26,7 @@ from dbes.finetuning.output import Rows, base_checkpoint, claimed, refuse_untrai
 from dbes.finetuning.report import FinetuneReport, changes, peak_memory, read_report, refuse_damaged, versions, write_report
 from dbes.finetuning.settings import FinetuneSettings
 from dbes.finetuning.summary import warnings_after, warnings_before
-from dbes.finetuning.training import train
+from dbes.finetuning.training import Trained, train
 from dbes.finetuning.validation import Split, split_validation
 from dbes.models import LoadedModel, load_model
 from dbes.models.sites import find_sites
@@ -39,7 +40,7 @@ from dbes.tasks.entries import Data, Entry, prepare_data
 Say = Callable[[str], None]
 
 GUARD = "guarded by protected texts"
-"""In the identity of a protected run: one of before rates were guarded made another choice, and is not gone on with."""
+"""In the identity of a protected run: one of before rates were guarded made another choice, and is not resumed."""
 
 
 def finetune(
@@ -61,7 +62,7 @@ def finetune(
 ) -> FinetuneReport:
     """Train only the experts of a path, and report what that did to the target domain and to all others.
 
-    The same call goes on with an interrupted run, and returns the report of a finished one. Under ``accelerate launch`` every
+    The same call resumes an interrupted run, and returns the report of a finished one. Under ``accelerate launch`` every
     process calls it.
 
     Args:
@@ -84,126 +85,128 @@ def finetune(
     started = accelerator is not None
     accelerator = accelerator if accelerator is not None else _accelerator(settings, out)
     with claimed(out, where, save=save) if accelerator.is_main_process else nullcontext():
-        return _run(
-            where, name, paths, data, out, settings, found=found, tasks=tasks, limit=limit, save=save, revision=revision,
-            trust_remote_code=trust_remote_code, accelerator=accelerator, started=started, checkpoint_seconds=checkpoint_seconds,
-            say=say, progress=progress,
+        say("loading")
+        place = {"": accelerator.device} if accelerator.num_processes > 1 and accelerator.device.type != "cpu" else None
+        with memory_explained():
+            loaded = load_model(where, name=name, revision=revision, device_map=place, trust_remote_code=trust_remote_code)
+        path = checked_path(paths, loaded)
+        facts = (GUARD,) if settings.protect is not None else ()
+        identity = settings.identity(loaded.revision, path.cells, found.digest, tasks, limit, save, *facts)
+        finished = read_report(out)
+        if finished is not None:
+            if finished.identity != identity:
+                raise FinetuneError(f"{out}: holds another run (model, path, data or settings differ); choose another --out folder")
+            if accelerator.is_main_process:
+                refuse_damaged(finished, out)
+            return finished
+        checkpoint = base_checkpoint(where, out, revision=getattr(loaded.model.config, "_commit_hash", None) or revision)
+        if accelerator.is_main_process and save == "model":
+            refuse_full_disk(out, checkpoint.bytes)
+        split = split_validation(found.training, loaded.tokenizer, settings, known=embedding_rows(loaded.model))
+        texts, guard = protection(found, loaded, settings, split)
+        for warning in warnings_before(split, settings, guard):
+            say(f"warning: {warning}")
+        if not started:
+            _start_tracker(accelerator, settings, out)
+        run = _Run(
+            loaded=loaded, path=path, data=found, split=split, texts=texts, guard=guard, settings=settings, out=out, identity=identity,
+            accelerator=accelerator, checkpoint_seconds=checkpoint_seconds, say=say, progress=progress,
+        )  # fmt: skip
+        named = data if data.startswith("task:") else Path(data).name
+        report = _trained(run, checkpoint, save=save, named=named)
+        _end_trackers(accelerator, settings)
+        return report
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What a run is given.
+
+    Attributes:
+        texts: token ids of what is protected, by domain; guard: the texts by which rates and states are refused.
+    """
+
+    loaded: LoadedModel
+    path: ExpertPath
+    data: Data
+    split: Split
+    texts: dict[str, list[Tensor]]
+    guard: Guard | None
+    settings: FinetuneSettings
+    out: Path
+    identity: str
+    accelerator: Any
+    checkpoint_seconds: float
+    say: Say
+    progress: Callable[[dict[str, Any]], None] | None
+
+    def measure(self) -> dict[str, Measured]:
+        """The held-out texts of every domain as the model now predicts them."""
+        model, length = self.loaded.model, self.settings.seq_len
+        with memory_explained(), self.accelerator.autocast():
+            return measure_texts(model, self.loaded.tokenizer, self.data.heldout, length=length, accelerator=self.accelerator)
+
+    def train(self, cells: TrainableCells) -> Trained:
+        model = self.loaded.model
+        if self.settings.protect is not None:
+            self.say("measuring what other domains need")
+            with memory_explained():
+                cells.protect(self.texts, floor=self.settings.protect, share=broadcast if self.accelerator.num_processes > 1 else None)
+        return train(
+            model, cells, self.split.training, self.settings, validation=self.split.validation, guard=self.guard,
+            padding=padding_id(self.loaded.tokenizer, embedding_rows(model)), accelerator=self.accelerator, folder=self.out,
+            identity=self.identity, evaluate=lambda: scores(self.measure()), progress=self.progress, say=self.say,
+            checkpoint_seconds=self.checkpoint_seconds,
         )  # fmt: skip
 
 
-def _run(
-    where: str,
-    name: str | None,
-    paths: str | Path | ExpertPath,
-    data: str,
-    out: Path,
-    settings: FinetuneSettings,
-    *,
-    found: Data,
-    tasks: str | Path,
-    limit: int | None,
-    save: Literal["model", "delta"],
-    revision: str | None,
-    trust_remote_code: bool,
-    accelerator: Any,
-    started: bool,
-    checkpoint_seconds: float,
-    say: Say,
-    progress: Callable[[dict[str, Any]], None] | None,
-) -> FinetuneReport:
-    say("loading")
-    place = {"": accelerator.device} if accelerator.num_processes > 1 and accelerator.device.type != "cpu" else None
-    with memory_explained():
-        loaded = load_model(where, name=name, revision=revision, device_map=place, trust_remote_code=trust_remote_code)
-    path = checked_path(paths, loaded)
-    facts = (GUARD,) if settings.protect is not None else ()
-    identity = settings.identity(loaded.revision, path.cells, found.digest, tasks, limit, save, *facts)
-    finished = read_report(out)
-    if finished is not None:
-        if finished.identity != identity:
-            raise FinetuneError(f"{out}: holds another run (model, path, data or settings differ); choose another --out folder")
-        if accelerator.is_main_process:
-            refuse_damaged(finished, out)
-        return finished
-    checkpoint = base_checkpoint(where, out, revision=getattr(loaded.model.config, "_commit_hash", None) or revision)
-    if accelerator.is_main_process and save == "model":
-        refuse_full_disk(out, checkpoint.bytes)
-    known = embedding_rows(loaded.model)
-    split = split_validation(found.training, loaded.tokenizer, settings, known=known)
-    texts, guard = protection(found, loaded, settings, split)
-    for warning in warnings_before(split, settings, guard):
-        say(f"warning: {warning}")
+def _trained(run: _Run, checkpoint: Checkpoint, *, save: Literal["model", "delta"], named: str) -> FinetuneReport:
+    """Measure, train, measure again, and save.
 
-    def evaluate() -> dict[str, Measured]:
-        with memory_explained(), accelerator.autocast():
-            return measure_texts(loaded.model, loaded.tokenizer, found.heldout, length=settings.seq_len, accelerator=accelerator)
-
-    if not started:
-        _start_tracker(accelerator, settings, out)
+    Args:
+        named: the data, as the report calls it.
+    """
+    loaded, settings, accelerator, say = run.loaded, run.settings, run.accelerator, run.say
     say("measuring before")
-    before = evaluate()
+    before = run.measure()
     accelerator.log(tracked_scores(scores(before)), step=0)
     say("training")
     with TrainableCells(
-        loaded.model,
-        path.cells,
-        method=settings.method,
-        rank=settings.lora_rank,
-        train_router=settings.train_router,
+        loaded.model, run.path.cells, method=settings.method, rank=settings.lora_rank, train_router=settings.train_router,
         seed=settings.seed,
-    ) as cells:
+    ) as cells:  # fmt: skip
         rows = Rows(loaded.model, checkpoint, cells.cells, tuple(cells.trained_routers()))
         digest = rows.digest(loaded=True) if accelerator.is_main_process else ""
-        if settings.protect is not None:
-            say("measuring what other domains need")
-            with memory_explained():
-                share = broadcast if accelerator.num_processes > 1 else None
-                cells.protect(texts, floor=settings.protect, share=share)
-        trained = train(
-            loaded.model,
-            cells,
-            split.training,
-            settings,
-            validation=split.validation,
-            guard=guard,
-            padding=padding_id(loaded.tokenizer, known),
-            accelerator=accelerator,
-            folder=out,
-            identity=identity,
-            evaluate=lambda: scores(evaluate()),
-            progress=progress,
-            say=say,
-            checkpoint_seconds=checkpoint_seconds,
-        )
+        trained = run.train(cells)
         cells.merge()
         values = round_rows(loaded.model, cells, rows)
         method, protection_bytes = cells.method, cells.protection_bytes
     say("measuring after")
-    after = evaluate()
+    after = run.measure()
     accelerator.log(tracked_scores(scores(after)), step=trained.steps)
     report = FinetuneReport(
-        identity=identity,
+        identity=run.identity,
         model=loaded.name,
         revision=loaded.revision,
-        path_domain=path.domain,
-        path_rule=path.rule,
-        cells=path.cells,
-        share=path.share,
-        data=data if data.startswith("task:") else Path(data).name,
-        data_sha256=found.digest,
-        sequences=len(split.training),
-        target=found.target,
+        path_domain=run.path.domain,
+        path_rule=run.path.rule,
+        cells=run.path.cells,
+        share=run.path.share,
+        data=named,
+        data_sha256=run.data.digest,
+        sequences=len(run.split.training),
+        target=run.data.target,
         settings=settings,
         method=method,
         steps=trained.steps,
         train_loss=(trained.log[0]["loss"], trained.log[-1]["loss"]),
         before=scores(before),
         after=scores(after),
-        **changes(before, after, found.target),
-        validation_unit=split.unit,
+        **changes(before, after, run.data.target),
+        validation_unit=run.split.unit,
         choice=trained.choice,
-        passes=settings.passes(trained.choice.best_step, len(split.training)),
-        warnings=warnings_after(split, settings, trained.steps, guard, trained.choice),
+        passes=settings.passes(trained.choice.best_step, len(run.split.training)),
+        warnings=warnings_after(run.split, settings, trained.steps, run.guard, trained.choice),
         parameters=trained.parameters,
         chosen_bytes=trained.chosen_bytes,
         optimizer_bytes=trained.optimizer_bytes,
@@ -218,14 +221,13 @@ def _run(
     )
     if accelerator.is_main_process:
         say("saving")
-        files = write_output(rows, values, out, save=save, model=loaded.name, revision=loaded.revision, base_digest=digest)
+        files = write_output(rows, values, run.out, save=save, model=loaded.name, revision=loaded.revision, base_digest=digest)
         if save == "model" and checkpoint.left_out:
             say(f"not copied, because they would stay as they were before training: {', '.join(checkpoint.left_out)}")
         report = report.model_copy(update={"files": files})
-        write_report(report, out)
-        tidy(out)
+        write_report(report, run.out)
+        tidy(run.out)
     accelerator.wait_for_everyone()
-    _end_trackers(accelerator, settings)
     return report
 
 

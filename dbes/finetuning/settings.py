@@ -1,4 +1,4 @@
-"""Settings of a run, from the command line and a file, and the learning rate they give at every step."""
+"""Settings of a run, from the command line and a file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from dbes.errors import FinetuneError
-from dbes.schema import read_yaml, told
+from dbes.schema import read_named, told
 from dbes.text import clipped
 
 Tracker = Literal["none", "tensorboard", "wandb", "trackio"]
@@ -44,7 +44,7 @@ class FinetuneSettings(BaseModel):
     Attributes:
         steps, epochs: how long at most, one of them; a step is one update on ``batch_size`` sequences. Neither: ``PASSES`` epochs.
         lr: peak learning rate; linear warm-up over ``warmup`` of the steps, then a cosine down to a tenth. ``auto``: found by a
-            range test (`dbes.finetuning.rate`).
+            range test (`dbes.finetuning.choice`).
         early_stopping: set part of the training texts apart, end when their loss has not fallen for ``patience`` checks, and keep
             the weights of the lowest one (`dbes.finetuning.validation`).
         micro_batch_size: sequences per forward; fewer save memory and change no result (gradients are accumulated).
@@ -132,11 +132,8 @@ def read_settings(path: Path | None, **options: Any) -> FinetuneSettings:
     Raises:
         FinetuneError: the file cannot be read, is no mapping, or a setting is unknown or wrong.
     """
-    content = read_yaml(path, error=FinetuneError, missing=f"{path}: there is no such file of settings") if path is not None else {}
-    if content is None:
-        content = {}
-    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-        raise FinetuneError(f"{path}: expected settings, one `name: value` a line, such as `lora_rank: 8`")
+    missing = f"{path}: there is no such file of settings"
+    content = read_named(path, error=FinetuneError, missing=missing) if path is not None else {}
     given = {name: value for name, value in options.items() if value is not None}
     try:
         return make_settings(**{name: _number(value) for name, value in content.items()} | given)
@@ -150,12 +147,3 @@ def read_settings(path: Path | None, **options: Any) -> FinetuneSettings:
 def _number(value: Any) -> Any:
     """The number in a text such as ``1e-3``, which YAML 1.1 takes for a word because it has no point."""
     return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d{1,3}", value) else value
-
-
-def learning_rate(settings: FinetuneSettings, step: int, steps: int, *, peak: float) -> float:
-    """Learning rate of a step, counted from 0, of a run of so many, whose highest is the peak."""
-    warm = math.ceil(settings.warmup * steps)
-    if step < warm:
-        return peak * (step + 1) / (warm + 1)
-    done = (step - warm) / max(1, steps - warm)
-    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))

@@ -19,17 +19,17 @@ from transformers import PreTrainedModel
 from dbes.errors import FinetuneError
 from dbes.files import keep_log_before
 from dbes.finetuning.cells import TrainableCells
-from dbes.finetuning.checks import Checks
-from dbes.finetuning.choice import Choice, Found, Rise, Trial, risen
+from dbes.finetuning.checks import Checks, check_reach
+from dbes.finetuning.choice import ENOUGH, FALLBACK, Choice, Rise, Trial, find_rate, read_found, risen, trial_steps
 from dbes.finetuning.encoding import Sample, collate
-from dbes.finetuning.evaluation import DomainScore, token_losses, tracked_scores
+from dbes.finetuning.evaluation import DomainScore, tracked_scores
 from dbes.finetuning.guard import Guard
-from dbes.finetuning.machine import memory_explained, refuse_sharding
-from dbes.finetuning.rate import ENOUGH, FALLBACK, find_rate, trial_steps
-from dbes.finetuning.reach import check_reach
-from dbes.finetuning.settings import FinetuneSettings, learning_rate
-from dbes.finetuning.state import LOG, STATE, append_log, load_state, save_state
-from dbes.schema import parse_json, validated
+from dbes.finetuning.machine import memory_explained
+from dbes.finetuning.settings import FinetuneSettings
+from dbes.finetuning.state import LOG, STATE, load_state, state_tensors
+from dbes.models.execution import mode
+from dbes.models.losses import token_nats
+from dbes.models.training import append_log, learning_rate, save_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,25 +54,19 @@ class Trained:
 
 @dataclass(frozen=True, kw_only=True)
 class _Run:
-    """What is given to a run, and what changes in it: leaves, moments, and what it has found.
+    """What a run trains and on what, and what changes in it: leaves, moments, and what its checks have found.
 
     Attributes:
         kept: the leaves of the best check so far, on the CPU; none without validation text.
         save: writes the state with which a step begins, if it is due or forced.
     """
 
-    model: PreTrainedModel
     cells: TrainableCells
     samples: Sequence[Sample]
     checks: Checks
-    settings: FinetuneSettings
-    padding: int
-    accelerator: Any
-    steps: int
     leaves: dict[str, nn.Parameter]
     optimizer: torch.optim.AdamW
     kept: dict[str, Tensor]
-    found: Found
     save: Callable[..., None]
 
     def check(self, step: int) -> dict[str, Any]:
@@ -81,9 +75,9 @@ class _Run:
         if self.checks.is_best:
             for name, leaf in self.leaves.items():
                 self.kept[name].copy_(leaf.detach())
-        if rise is not None and not rise.is_kept and self.settings.lr == "auto":
+        if rise is not None and not rise.is_kept and self.checks.settings.lr == "auto":
             self.put_back()
-            self.found.retreats += 1
+            self.checks.found.retreats += 1
         return {"validation_loss": loss} | ({} if rise is None else {"worst_protected": rise.domain, "worst_rise": rise.change})
 
     @torch.no_grad()
@@ -121,7 +115,7 @@ def train(
         accelerator: an ``accelerate.Accelerator``; its processes take consecutive shares of each batch, and its trackers get the
             numbers of every record and every evaluation.
         validation: text by which a learning rate that is not given is found, and the end; without any, the rate is
-            ``rate.FALLBACK`` and all steps are made.
+            ``choice.FALLBACK`` and all steps are made.
         guard: texts of protected domains, which refuse rates and states that do not keep them; not used without validation text.
         folder: where log and state are kept; None keeps neither.
         evaluate: called every ``eval_every`` steps; nothing is chosen by it.
@@ -131,7 +125,6 @@ def train(
         FinetuneError: no token of the data is routed to the cells; the loss or a gradient is not a number (a state on disk is from
             before that, and stays); out of memory; the folder holds another run; the batch cannot be shared by the processes.
     """
-    refuse_sharding(accelerator)
     main = accelerator.is_main_process
     if settings.batch_size % accelerator.num_processes:
         raise FinetuneError(f"batch_size {settings.batch_size} cannot be shared evenly by {accelerator.num_processes} processes")
@@ -139,29 +132,24 @@ def train(
     optimizer = make_optimizer(list(leaves.values()), settings)
     kept = {name: leaf.detach().to("cpu", copy=True) for name, leaf in leaves.items()} if validation else {}
     most = settings.total_steps(len(samples))
-    start, before, notes = load_state(folder, identity, leaves, optimizer, kept, steps=most) if folder else (0, 0.0, "")
-    found = Found()
-    if notes:
-        where = f"{(folder or Path()) / STATE} (notes)"
-        found = validated(Found, parse_json(notes, where=where, error=FinetuneError), where=where, error=FinetuneError)
+    tensors = state_tensors(leaves, optimizer, kept)
+    start, before, notes = load_state(folder, identity, tensors, steps=most) if folder else (0, 0.0, "")
+    found = read_found(notes, where=f"{(folder or Path()) / STATE} (notes)")
     log = keep_log_before(folder / LOG, start) if folder and main else []
     began = saved = time.monotonic()
 
     def save(step: int, *, forced: bool = False) -> None:
         nonlocal saved
         if folder and main and (forced or time.monotonic() - saved > checkpoint_seconds):
-            seconds = before + time.monotonic() - began
-            save_state(folder, identity, step, seconds, leaves, optimizer, kept, found.model_dump_json())
+            facts = {"step": str(step), "seconds": str(round(before + time.monotonic() - began, 1)), "notes": found.model_dump_json()}
+            save_state(folder / STATE, tensors, identity=identity, **facts)
             saved = time.monotonic()
 
     checks = Checks(
         model=model, validation=validation, guard=guard if validation else None, settings=settings, padding=padding,
         accelerator=accelerator, steps=most, found=found,
     )  # fmt: skip
-    run = _Run(
-        model=model, cells=cells, samples=samples, checks=checks, settings=settings, padding=padding, accelerator=accelerator,
-        steps=most, leaves=leaves, optimizer=optimizer, kept=kept, found=found, save=save,
-    )  # fmt: skip
+    run = _Run(cells=cells, samples=samples, checks=checks, leaves=leaves, optimizer=optimizer, kept=kept, save=save)
     with _training_mode(model, settings), memory_explained():
         if not start:
             check_reach(model, cells, samples, padding=padding, size=settings.micro_batch_size or settings.batch_size)
@@ -169,14 +157,13 @@ def train(
         steps, failure = _loop(run, start, evaluate, partial(_tell, log, folder if main else None, accelerator, progress))
     if failure is not None:
         raise FinetuneError(_failure(steps - 1, *failure, folder))
-    seconds = before + time.monotonic() - began
     save(steps, forced=True)
     if checks.every:
         run.put_back()
     return Trained(
         log=log,
         steps=steps,
-        seconds=seconds,
+        seconds=before + time.monotonic() - began,
         choice=checks.choice(steps),
         parameters=sum(leaf.numel() for leaf in leaves.values()),
         chosen_bytes=cells.chosen_bytes,
@@ -186,17 +173,17 @@ def train(
 
 def _find_rate(run: _Run, say: Callable[[str], None]) -> None:
     """Set the learning rate that the run will use, and the validation loss before any update."""
-    found = run.found
+    found = run.checks.found
     if run.checks.validation and not found.losses:
         run.check(0)
     if found.lr is not None:
         return
-    if run.settings.lr != "auto":
-        found.lr, found.source = run.settings.lr, "given"
+    if run.checks.settings.lr != "auto":
+        found.lr, found.source = run.checks.settings.lr, "given"
     elif not run.checks.validation:
         found.lr, found.source = FALLBACK, "fallback"
     else:
-        found.trial_steps = trial_steps(run.steps)
+        found.trial_steps = trial_steps(run.checks.steps)
 
         def attempt(rate: float) -> float:
             clock = time.monotonic()
@@ -244,10 +231,11 @@ def _loop(
     Returns:
         The number of updates, and (loss, norm of the gradient) where one of them is not a number.
     """
-    step, settings = start, run.settings
+    step, checks, settings = start, run.checks, run.checks.settings
+    warmup = math.ceil(settings.warmup * checks.steps)
     moved = bool(start)
-    while step < run.steps and not run.checks.stalled:
-        record = _prepare(run, step, learning_rate(settings, step, run.steps, peak=run.found.peak))
+    while step < checks.steps and not checks.stalled:
+        record = _prepare(run, step, learning_rate(step, peak=checks.found.peak, warmup=warmup, last=checks.steps, floor=0.1))
         failed = not _is_finite(record)
         if not failed:
             run.save(step)  # before the update: these weights have just given a loss and gradients that are numbers
@@ -256,9 +244,9 @@ def _loop(
         run.optimizer.zero_grad()
         step += 1
         scores = None
-        if not failed and run.checks.every and (step % run.checks.every == 0 or step == run.steps):
+        if not failed and checks.every and (step % checks.every == 0 or step == checks.steps):
             record |= run.check(step)
-        if not failed and evaluate is not None and settings.eval_every and step % settings.eval_every == 0 and step < run.steps:
+        if not failed and evaluate is not None and settings.eval_every and step % settings.eval_every == 0 and step < checks.steps:
             scores = evaluate()
             record["bits_per_byte"] = {name: score.bits_per_byte for name, score in scores.items()}
         tell(record, scores)
@@ -272,7 +260,7 @@ def _loop(
 
 def _prepare(run: _Run, step: int, rate: float) -> dict[str, Any]:
     """Leave the gradients of a step in the leaves, and return its record; the update is the caller's."""
-    settings, accelerator = run.settings, run.accelerator
+    checks, settings, accelerator = run.checks, run.checks.settings, run.checks.accelerator
     clock = time.monotonic()
     for group in run.optimizer.param_groups:
         group["lr"] = rate
@@ -280,7 +268,7 @@ def _prepare(run: _Run, step: int, rate: float) -> dict[str, Any]:
     torch.manual_seed((settings.seed << 32) + step * accelerator.num_processes + accelerator.process_index)
     members = [run.samples[place] for place in batch_places(step, settings.batch_size, len(run.samples), settings.seed)]
     leaves = list(run.leaves.values())
-    loss = _gradients(run.model, members, settings, leaves, padding=run.padding, accelerator=accelerator)
+    loss = _gradients(checks.model, members, settings, leaves, padding=checks.padding, accelerator=accelerator)
     active = run.cells.drop_empty_gradients()
     norm = _clip(leaves, settings.clip)
     tokens = sum(int(sample.counted.sum()) for sample in members)
@@ -300,7 +288,7 @@ def _tell(
     """Hand the record of a step, and what was measured after it, to the log, the trackers and the caller."""
     log.append(record)
     if folder:
-        append_log(folder, record)
+        append_log(folder / LOG, record)
     # the step is the trackers' own axis, and a name that some of them reserve
     numbers = {name: value for name, value in record.items() if isinstance(value, int | float) and name != "step"}
     accelerator.log(numbers, step=record["step"])
@@ -345,7 +333,8 @@ def _gradients(
     nats = torch.zeros((), dtype=torch.float64)
     for first in range(0, share, size):
         with accelerator.autocast():
-            losses = token_losses(model, collate(mine[first : first + size], padding=padding))
+            batch = collate(mine[first : first + size], padding=padding)
+            losses = token_nats(model, batch.inputs, batch.counted)
             loss = losses.sum() / total
         nats += losses.detach().double().sum().cpu()
         if loss.requires_grad:  # not when no token of this part was routed to a chosen expert
@@ -374,19 +363,18 @@ def _clip(leaves: Any, most: float) -> float:
 @contextmanager
 def _training_mode(model: PreTrainedModel, settings: FinetuneSettings) -> Iterator[None]:
     """Dropout on, and activations recomputed where asked for; the model is left as it was."""
-    was_training = model.training
-    model.train()
-    try:
-        if settings.gradient_checkpointing:
-            try:
-                model.activation_checkpointing_enable()
-            except ValueError as problem:
-                raise FinetuneError(f"gradient_checkpointing: {problem}") from None
-        yield
-    finally:
-        if settings.gradient_checkpointing and model.supports_gradient_checkpointing:
+    with mode(model, training=True):
+        if not settings.gradient_checkpointing:
+            yield
+            return
+        try:
+            model.activation_checkpointing_enable()
+        except ValueError as problem:
+            raise FinetuneError(f"gradient_checkpointing: {problem}") from None
+        try:
+            yield
+        finally:
             model.activation_checkpointing_disable()
-        model.train(was_training)
 
 
 def _failure(step: int, loss: float, norm: float, folder: Path | None) -> str:

@@ -5,7 +5,6 @@ The held-out texts that a report measures before and after are others; nothing i
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ from torch import nn
 from dbes.finetuning.encoding import Sample, training_samples
 from dbes.finetuning.evaluation import sample_nats
 from dbes.finetuning.settings import FinetuneSettings
-from dbes.tasks.entries import Entry
+from dbes.models.execution import mode
+from dbes.tasks.entries import Entry, by_hash
 
 SHARE = 0.1
 TEXTS = 20
@@ -65,8 +65,7 @@ def split_validation(entries: Sequence[Entry], tokenizer: Any, settings: Finetun
     sources = {entry.source for entry in entries}
     chooses = settings.early_stopping or settings.lr == "auto"
     if chooses and len(sources) >= TEXTS:
-        order = sorted(sources, key=lambda source: hashlib.sha256(f"validation {source}".encode()).hexdigest())
-        apart = set(order[: min(MOST_TEXTS, max(2, round(SHARE * len(order))))])
+        apart = set(by_hash(sources, "validation ")[: min(MOST_TEXTS, max(2, round(SHARE * len(sources))))])
         kept = [entry for entry in entries if entry.source in apart]
         return Split(
             training=samples([entry for entry in entries if entry.source not in apart]),
@@ -93,13 +92,8 @@ def validation_loss(model: nn.Module, samples: Sequence[Sample], *, padding: int
 
 def eval_nats(model: nn.Module, samples: Sequence[Sample], *, padding: int, accelerator: Any) -> np.ndarray:
     """Nats of every sample, float64 [samples], measured without dropout; the model is left as it was."""
-    was_training = model.training
-    model.eval()
-    try:
-        with accelerator.autocast():
-            return sample_nats(model, samples, padding=padding, accelerator=accelerator)
-    finally:
-        model.train(was_training)
+    with mode(model, training=False), accelerator.autocast():
+        return sample_nats(model, samples, padding=padding, accelerator=accelerator)
 
 
 def bytes_per_token(samples: Sequence[Sample]) -> float:

@@ -18,7 +18,6 @@ from dbes.intervention.outcomes import (
     accuracy_figure,
     curves_of,
     figure,
-    holm,
     log_ratio,
     matched,
     pareto,
@@ -26,6 +25,7 @@ from dbes.intervention.outcomes import (
 )
 from dbes.intervention.settings import CONTROL, EXTRA_ARMS, FULL, FULL_REPLAY, LOAD, PROTECTED, REPLAY, SLOWER, Arm, Settings, run_of
 from dbes.intervention.verdicts import overall_verdict, target_verdict
+from dbes.scoring.resampling import holm
 
 OUTCOME_SCHEMA = 1
 Records = Sequence[tuple[Arm, dict[str, Any]]]
@@ -176,7 +176,7 @@ def _arm(
     name, budget = key
     own = curves[key]
     arms, records = [runs[seed][0] for seed in sorted(runs)], [runs[seed][1] for seed in sorted(runs)]
-    full = [curves[slot] for slot in ((FULL, None), *((name, None) for name in SLOWER)) if slot in curves]
+    full = [curves[key] for key in ((FULL, None), *((name, None) for name in SLOWER)) if key in curves]
     found: dict[str, Any] = {
         "arm": name,
         "budget": budget,
@@ -295,7 +295,7 @@ def _compared(
         )
     for outcome in ("matched", "gain"):
         tested = [row for row in rows if row[outcome].p is not None]
-        for row, adjusted in zip(tested, holm([row[outcome].p for row in tested]), strict=True):
+        for row, adjusted in zip(tested, holm([row[outcome].p for row in tested]).tolist(), strict=True):
             row[f"{outcome}_holm"] = adjusted
     return [{**row, "matched": row["matched"].as_json(), "gain": row["gain"].as_json()} for row in rows]
 

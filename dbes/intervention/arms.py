@@ -10,7 +10,7 @@ import numpy as np
 
 from dbes.errors import InterventionError, PathError
 from dbes.finetuning.cells import TrainableCells
-from dbes.intervention.data import SourceText, Texts, tuning_split
+from dbes.intervention.data import Texts, tuning_split
 from dbes.intervention.routing import under
 from dbes.intervention.settings import (
     ALL,
@@ -41,6 +41,7 @@ from dbes.paths.search import chosen_cells, expert_sizes, find_path
 from dbes.paths.selection import cells_of, choose
 from dbes.paths.types import Cell, ExpertPath
 from dbes.recording.record import record_documents
+from dbes.testbed.mix import Text
 from dbes.testbed.prescribed import Prescribed
 from dbes.trace.joining import join_traces
 from dbes.trace.store import Trace
@@ -86,8 +87,7 @@ def evidence_of(
         for text in own:
             if total >= settings.evidence_tokens:
                 break
-            name = f"text {text.id!r} (domain {domain!r})"
-            length = len(token_ids(loaded.tokenizer, [text.text], names=lambda _, name=name: name, error=InterventionError)[0])
+            length = len(token_ids(loaded.tokenizer, [text.text], names=lambda _, text=text: text.name, error=InterventionError)[0])
             if length:
                 documents.append(text)
                 total += length
@@ -115,11 +115,11 @@ def evidence_of(
 
 
 def _recorded(
-    loaded: LoadedModel, documents: Sequence[SourceText], domains: Sequence[str], settings: Settings, prescribed: Prescribed | None
+    loaded: LoadedModel, documents: Sequence[Text], domains: Sequence[str], settings: Settings, prescribed: Prescribed | None
 ) -> Trace:
     """The routing of the documents, in order of domains; where it is prescribed one recording per domain, put together."""
 
-    def record(some: Sequence[SourceText]) -> Trace:
+    def record(some: Sequence[Text]) -> Trace:
         return record_documents(loaded, some, domains=domains, window=settings.length, control=False, stiffness=False).trace
 
     if prescribed is None:

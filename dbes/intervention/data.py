@@ -23,36 +23,20 @@ from dbes.finetuning.evaluation import encode_choices
 from dbes.intervention.settings import Settings
 from dbes.models.token_text import text_bytes
 from dbes.models.windows import refuse_unknown, token_ids
-from dbes.tasks.entries import Entry, Item, hold_out, multiple_choice, read_entries
-from dbes.testbed.mix import is_heldout, read_texts
+from dbes.tasks.entries import Entry, by_hash, entry_of_document, hold_out, read_entries
+from dbes.testbed.mix import Text, is_heldout, read_texts
 from dbes.testbed.mixes import HELDOUT_SHARE, mix_files
 
 TASK, MIX = "task:", "mix:"
 TUNING_SHARE = 0.1
-PARTS = ("train", "tuning", "heldout", "protected")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceText:
-    """A text, what it was cut from, and the multiple-choice question in it, if any."""
-
-    id: str
-    domain: str
-    source_document: str
-    text: str
-    item: Item | None = None
-
-    @property
-    def name(self) -> str:
-        return f"text {self.id!r} (domain {self.domain!r})"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Texts:
     """Training and held-out texts by domain."""
 
-    training: Mapping[str, tuple[SourceText, ...]]
-    heldout: Mapping[str, tuple[SourceText, ...]]
+    training: Mapping[str, tuple[Text, ...]]
+    heldout: Mapping[str, tuple[Text, ...]]
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -159,8 +143,8 @@ def read_sources(texts: str, domains: Sequence[str], *, cache: Path) -> tuple[Te
         else:
             training[name], heldout[name] = entries, [_plain(entry, name, paths[1]) for entry in read_entries(Path(paths[1]))]
             # a text that names no source has its id for one, which is unique only within its file
-            both = {one.source_document for one in training[name] if one.source_document != one.id}
-            both &= {one.source_document for one in heldout[name]}
+            both = {one.source for one in training[name] if one.source != one.id}
+            both &= {one.source for one in heldout[name]}
             both |= {one.text for one in training[name]} & {one.text for one in heldout[name]}
             if both:
                 raise InterventionError(f"{given}: {len(both)} texts or sources are in both files; held-out texts must be others")
@@ -169,19 +153,16 @@ def read_sources(texts: str, domains: Sequence[str], *, cache: Path) -> tuple[Te
     ), tuple(names)
 
 
-Sides = tuple[dict[str, list[SourceText]], dict[str, list[SourceText]]]
+Sides = tuple[dict[str, list[Text]], dict[str, list[Text]]]
 
 
 def _of_mix(name: str, cache: Path) -> Sides:
-    training: dict[str, list[SourceText]] = {}
-    heldout: dict[str, list[SourceText]] = {}
+    training: dict[str, list[Text]] = {}
+    heldout: dict[str, list[Text]] = {}
     for domain, path in mix_files(name, cache).items():
         for side, kept in ((training, False), (heldout, True)):
-            side[domain] = [
-                SourceText(id=text.id, domain=domain, source_document=text.source, text=text.text, item=text.item)
-                for text in read_texts(path)
-                if is_heldout(text.source, share=HELDOUT_SHARE) is kept
-            ]
+            own = (replace(text, domain=domain) for text in read_texts(path))
+            side[domain] = [text for text in own if is_heldout(text.source, share=HELDOUT_SHARE) is kept]
             if not side[domain]:
                 raise MixError(f"{path}: no {'held-out' if kept else 'training'} documents; add documents of other sources")
     return training, heldout
@@ -189,38 +170,25 @@ def _of_mix(name: str, cache: Path) -> Sides:
 
 def _of_task(name: str) -> Sides:
     benchmark = read_benchmark(name)
-    training: dict[str, list[SourceText]] = {}
-    heldout: dict[str, list[SourceText]] = {}
+    training: dict[str, list[Text]] = {}
+    heldout: dict[str, list[Text]] = {}
     for domain in benchmark.domains:
-        own = [
-            SourceText(
-                id=document.id,
-                domain=domain,
-                source_document=document.source_document or document.id,
-                text=document.text,
-                item=multiple_choice(document.question or "", document.choices, document.answer),
-            )
-            for document in benchmark.documents
-            if document.domain == domain
-        ]
+        own = [_plain(entry_of_document(document), domain, name) for document in benchmark.documents if document.domain == domain]
         training[domain], heldout[domain] = _held_out(own, where=f"{name}: {domain}")
     return training, heldout
 
 
-def _held_out(texts: Sequence[SourceText], *, where: str) -> tuple[list[SourceText], list[SourceText]]:
-    by_id = {text.id: text for text in texts}
-    if len(by_id) != len(texts):
+def _held_out(texts: Sequence[Text], *, where: str) -> tuple[list[Text], list[Text]]:
+    if len({text.id for text in texts}) != len(texts):
         raise InterventionError(f"{where}: two texts have the same id")
-    entries = [Entry(id=text.id, source=text.source_document, segments=((text.text, True),)) for text in texts]
-    training, heldout = hold_out(entries, where=where)
-    return [by_id[entry.id] for entry in training], [by_id[entry.id] for entry in heldout]
+    return hold_out(texts, where=where)
 
 
-def _plain(entry: Entry, domain: str, path: str) -> SourceText:
+def _plain(entry: Entry, domain: str, path: str) -> Text:
     if not entry.segments:
         raise FinetuneError(f"{path}: text {entry.id} is a conversation; the experiment measures plain text: give rows with a text")
     text = "".join(text for text, _ in entry.segments)
-    return SourceText(id=entry.id, domain=domain, source_document=entry.source, text=text, item=entry.item)
+    return Text(id=entry.id, domain=domain, source=entry.source, text=text, item=entry.item)
 
 
 def tokenize(texts: Texts, tokenizer: Any, *, targets: Sequence[str], settings: Settings, known: int | None = None) -> ExperimentData:
@@ -283,22 +251,21 @@ def digest_of(parts: Mapping[tuple[str, str], Part], items: Mapping[str, Items])
     return digest.hexdigest()
 
 
-def tuning_split(texts: Sequence[SourceText]) -> tuple[list[SourceText], list[SourceText]]:
+def tuning_split(texts: Sequence[Text]) -> tuple[list[Text], list[Text]]:
     """(training, tuning) texts: a tenth of the sources, at least one, in which learning rates are chosen."""
-    rank = {source: hashlib.sha256(f"tuning\0{source}".encode()).digest() for source in {text.source_document for text in texts}}
-    order = sorted(rank, key=rank.__getitem__)
+    order = by_hash({text.source for text in texts}, "tuning\0")
     if len(order) < 2:
         raise InterventionError(f"domain {texts[0].domain}: one source text only; some must be left to choose learning rates by")
     kept = set(order[: max(1, round(TUNING_SHARE * len(order)))])
-    return [text for text in texts if text.source_document not in kept], [text for text in texts if text.source_document in kept]
+    return [text for text in texts if text.source not in kept], [text for text in texts if text.source in kept]
 
 
-def _in_order(texts: Sequence[SourceText]) -> list[SourceText]:
+def _in_order(texts: Sequence[Text]) -> list[Text]:
     """By a hash of source and id, so that the first few are no particular part of a file."""
-    return sorted(texts, key=lambda text: hashlib.sha256(f"{text.source_document}\0{text.id}".encode()).digest())
+    return sorted(texts, key=lambda text: hashlib.sha256(f"{text.source}\0{text.id}".encode()).digest())
 
 
-def _items(texts: Sequence[SourceText], encode: _Encoder, *, length: int) -> Items:
+def _items(texts: Sequence[Text], encode: _Encoder, *, length: int) -> Items:
     """The items of some texts, at least one, every question with a choice in ``length`` tokens at most."""
     items, samples = [], []
     for text in texts:
@@ -322,14 +289,14 @@ class _Encoder:
     tokenizer: Any
     known: int | None
 
-    def __call__(self, text: SourceText) -> np.ndarray:
+    def __call__(self, text: Text) -> np.ndarray:
         (ids,) = token_ids(self.tokenizer, [text.text], names=lambda _: text.name, error=InterventionError)
         if self.known is not None:
             refuse_unknown(ids, self.known, self.tokenizer, name=text.name, error=InterventionError)
         return ids
 
 
-def _cut(texts: Sequence[SourceText], encode: _Encoder, *, count: int, length: int, where: str, least: int = 2) -> Part:
+def _cut(texts: Sequence[Text], encode: _Encoder, *, count: int, length: int, where: str, least: int = 2) -> Part:
     """The beginnings of documents of at least two tokens, spread over sources by a hash."""
     documents = []
     for text in _in_order(texts):
@@ -343,7 +310,7 @@ def _cut(texts: Sequence[SourceText], encode: _Encoder, *, count: int, length: i
     return _part(documents, [text_bytes(encode.tokenizer, ids[1:].tolist()) for ids in documents])
 
 
-def _whole(texts: Sequence[SourceText], encode: _Encoder, *, tokens: int) -> Part:
+def _whole(texts: Sequence[Text], encode: _Encoder, *, tokens: int) -> Part:
     order = sorted(texts, key=lambda text: hashlib.sha256(text.id.encode()).digest())
     documents, total = [], 0
     for text in order:

@@ -6,8 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import as_completed
-from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from dbes.files import locked, write_json
 from dbes.finetuning.output import refuse_untrainable
 from dbes.intervention.analysis import OUTCOME_SCHEMA, analyse
 from dbes.intervention.arms import SEARCH_SEED, Plan, evidence_of, plan_arms
-from dbes.intervention.data import ExperimentData, read_sources, tokenize
+from dbes.intervention.data import ExperimentData, Texts, read_sources, tokenize
 from dbes.intervention.masking import MaskJob, execute_masks, plan_masks
 from dbes.intervention.records import EXPERIMENT_SCHEMA, check_curve, check_documents, read_about, read_mask_record, read_run_record
 from dbes.intervention.routing import prescription_facts, prescription_from, prescription_of, routable, routed
@@ -34,7 +33,8 @@ from dbes.paths.files import write_path
 from dbes.reporting.outcome import Outcome
 from dbes.schema import read_record
 from dbes.shipped import EMBEDDED_MODEL, EMBEDDED_NAME
-from dbes.testbed.grid import end_with_parent, worker_pool
+from dbes.testbed.prescribed import Prescription
+from dbes.testbed.runner import run_jobs
 
 EXPERIMENT, RUNS, MASKS, DATA, OUTCOME = "experiment.json", "runs", "masks", "data.safetensors", "intervention.json"
 
@@ -97,33 +97,18 @@ def _intervene(
     torch.set_num_threads(1)
     where = str(EMBEDDED_MODEL) if model == "embedded" else model
     prescription = prescription_of(where, settings)
-    prescribed_facts = None if prescription is None else prescription_facts(prescription)
     refuse_untrainable(where)
     loaded = load_model(where, name=EMBEDDED_NAME if model == "embedded" else None)
-    sources, names = read_sources(texts, targets or settings.domains, cache=cache)
-    if names != settings.domains:
-        raise InterventionError(f"targets {list(names)} are not the settings' domains {list(settings.domains)}")
-    unknown = sorted(set(settings.new) - set(sources.domains))
-    if unknown:
-        raise InterventionError(f"new domains {unknown}: the texts have {', '.join(sources.domains)}")
-    sources, left_out = routable(sources, prescription)
-    if left_out:
-        say(f"left out, as the model has no block of experts for them: {', '.join(left_out)}")
-    data = tokenize(sources, loaded.tokenizer, targets=names, settings=settings, known=embedding_rows(loaded.model))
-    for name in names:
+    sources = _sources(texts, targets or settings.domains, settings, prescription, cache=cache, say=say)
+    data = tokenize(sources, loaded.tokenizer, targets=settings.domains, settings=settings, known=embedding_rows(loaded.model))
+    for name in settings.domains:
         if not [other for other in data.domains if other not in (name, *settings.new)]:
             raise InterventionError(f"domain {name!r}: no other domain is left to measure forgetting on")
-    key = run_key(settings, model=loaded.revision, data=data.digest, prescribed=prescribed_facts)
-    plain = data.without_items()
-    plain_key = run_key(settings, model=loaded.revision, data=plain.digest, prescribed=prescribed_facts)
-    if data.items and (out / EXPERIMENT).is_file() and read_about(out)["key"] == plain_key:
-        # begun before items were measured: its finished runs know no accuracy
-        say("this experiment was begun without accuracy and goes on without; choose another --out to measure it")
-        data, key = plain, plain_key
-    _check_folder(out, key)
+    facts = None if prescription is None else prescription_facts(prescription)
+    data, key = _checked_folder(out, data, partial(run_key, settings, model=loaded.revision, prescribed=facts), say=say)
     say(f"finding paths in {len(data.domains)} domains")
     with routed(loaded.model, prescription) as prescribed:
-        evidence = evidence_of(loaded, sources, targets=names, settings=settings, prescribed=prescribed)
+        evidence = evidence_of(loaded, sources, targets=settings.domains, settings=settings, prescribed=prescribed)
         base = measure(loaded.model, {domain: data.parts[domain, "heldout"] for domain in data.domains}, prescribed)
     plan = plan_arms(evidence, loaded.model, settings)
     masks = plan_masks(evidence, plan, settings)
@@ -138,9 +123,7 @@ def _intervene(
         "model": {"name": loaded.name, "revision": loaded.revision, "parameters": loaded.parameters, "where": model},
         "texts": texts,
         "given": list(targets or settings.domains),
-        "data": {"digest": data.digest, "domains": list(data.domains), "boundary": data.boundary},
-        "bytes": {domain: data.parts[domain, "heldout"].bytes.tolist() for domain in data.domains},
-        "tokens": {domain: np.diff(data.parts[domain, "heldout"].starts).tolist() for domain in data.domains},
+        **_measured_on(data),
         "base": base,
         "settings": settings.model_dump(mode="json"),
         "arms": [arm.model_dump(mode="json") for arm in plan.arms],
@@ -154,8 +137,8 @@ def _intervene(
             "python": platform.python_version(),
         },
     }
-    if prescribed_facts is not None:
-        about["prescribed"] = prescribed_facts
+    if facts is not None:
+        about["prescribed"] = facts
     if data.items:
         choices = {domain: items.choices.tolist() for domain, items in data.items.items()}
         with routed(loaded.model, prescription) as prescribed:
@@ -169,6 +152,53 @@ def _intervene(
     outcome = analyse(*read_experiment(out))
     write_json(out / OUTCOME, outcome)
     return outcome
+
+
+def _sources(
+    texts: str, targets: Sequence[str], settings: Settings, prescription: Prescription | None, *, cache: Path, say: Progress
+) -> Texts:
+    """The texts of all domains that the model can be routed by."""
+    sources, names = read_sources(texts, targets, cache=cache)
+    if names != settings.domains:
+        raise InterventionError(f"targets {list(names)} are not the settings' domains {list(settings.domains)}")
+    unknown = sorted(set(settings.new) - set(sources.domains))
+    if unknown:
+        raise InterventionError(f"new domains {unknown}: the texts have {', '.join(sources.domains)}")
+    sources, left_out = routable(sources, prescription)
+    if left_out:
+        say(f"left out, as the model has no block of experts for them: {', '.join(left_out)}")
+    return sources
+
+
+def _checked_folder(out: Path, data: ExperimentData, key_of: Callable[..., str], *, say: Progress) -> tuple[ExperimentData, str]:
+    """The data and key of the experiment: with items, unless the folder's was begun without them.
+
+    More rules, budgets or seeds of the same experiment are welcome.
+
+    Raises:
+        InterventionError: the folder holds another experiment.
+    """
+    key = key_of(data=data.digest)
+    earlier = read_about(out)["key"] if (out / EXPERIMENT).is_file() else key
+    plain = data.without_items()
+    if data.items and earlier == key_of(data=plain.digest):
+        # begun before items were measured: its finished runs know no accuracy
+        say("this experiment was begun without accuracy and resumes without; choose another --out to measure it")
+        return plain, earlier
+    if earlier != key:
+        raise InterventionError(
+            f"{out}: holds an experiment with another model, other texts, targets, training or routing; choose another --out"
+        )
+    return data, key
+
+
+def _measured_on(data: ExperimentData) -> dict[str, Any]:
+    heldout = {domain: data.parts[domain, "heldout"] for domain in data.domains}
+    return {
+        "data": {"digest": data.digest, "domains": list(data.domains), "boundary": data.boundary},
+        "bytes": {domain: part.bytes.tolist() for domain, part in heldout.items()},
+        "tokens": {domain: np.diff(part.starts).tolist() for domain, part in heldout.items()},
+    }
 
 
 def search_rates(
@@ -212,57 +242,41 @@ def _run_all(out: Path, runs: Iterable[Run], masks: Iterable[MaskJob], key: str,
         return
     began = time.monotonic()
 
-    def tell(done: int, told: str) -> None:
+    def tell(done: int, _: int, told: str) -> None:
         if done % 20 == 0 or done == len(pending):
             say(f"{done}/{len(pending)} ({time.monotonic() - began:.0f} s), last: {told}")
 
-    if processes == 1:
-        _load(where, str(out))
-        for done, (name, job) in enumerate(pending, 1):
-            tell(done, _do(name, job.model_dump(mode="json"), isinstance(job, Run)))
-        _STATE.clear()
+    if processes > 1:
+        run_jobs(_do, pending, processes=processes, tell=tell, error=InterventionError, begin=_load, given=(where, out))
         return
-    with worker_pool(processes, _begin, where, str(out)) as pool:
-        running = [pool.submit(_do, name, job.model_dump(mode="json"), isinstance(job, Run)) for name, job in pending]
-        for done, finished in enumerate(as_completed(running), 1):
-            try:
-                tell(done, finished.result())
-            except BrokenProcessPool:
-                raise InterventionError("a process was killed (out of memory?); the same command resumes") from None
+    _load(where, out)
+    for done, job in enumerate(pending, 1):
+        tell(done, done - 1, _do(*job))
+    _STATE.clear()
 
 
 _STATE: dict[str, Any] = {}
 """What a process keeps between its runs: the model, how it is routed, the data, the settings."""
 
 
-def _begin(where: str, out: str) -> None:
-    end_with_parent()
-    transformers.utils.logging.disable_progress_bar()
-    _load(where, out)
-
-
-def _load(where: str, out: str) -> None:
+def _load(where: str, out: Path) -> None:
     torch.set_num_threads(1)
-    about = read_about(Path(out))
-    data = load_data(Path(out) / DATA, domains=about["data"]["domains"], boundary=about["data"]["boundary"], digest=about["data"]["digest"])
-    _STATE.update(model=load_weights(where), data=data, settings=Settings.model_validate(about["settings"]), out=Path(out))
+    about = read_about(out)
+    facts = about["data"]
+    data = load_data(out / DATA, domains=facts["domains"], boundary=facts["boundary"], digest=facts["digest"])
+    _STATE.update(model=load_weights(where), data=data, settings=Settings.model_validate(about["settings"]), out=out)
     _STATE.update(prescription=prescription_from(about.get("prescribed")))
 
 
-def _do(name: str, job: dict[str, Any], trains: bool) -> str:
+def _do(name: str, job: Run | MaskJob) -> str:
     model, data, settings, out = (_STATE[part] for part in ("model", "data", "settings", "out"))
-    assert isinstance(data, ExperimentData)
-    if trains:
-        run = Run.model_validate(job)
-        with routed(model, _STATE["prescription"]) as prescribed:
-            record = execute(model, run, data, settings, prescribed=prescribed)
-        write_json(out / RUNS / f"{name}.json", record)
-        return f"{run.target}, {run.kind} {len(run.cells)} cells, rate {run.rate:g}: {record['error'] or record['losses'][-1]}"
-    mask = MaskJob.model_validate(job)
     with routed(model, _STATE["prescription"]) as prescribed:
-        masked = execute_masks(model, mask, data, prescribed=prescribed)
-    write_json(out / MASKS / f"{name}.json", masked)
-    return f"{mask.target}, masks of {mask.rule}"
+        if isinstance(job, MaskJob):
+            write_json(out / MASKS / f"{name}.json", execute_masks(model, job, data, prescribed=prescribed))
+            return f"{job.target}, masks of {job.rule}"
+        record = execute(model, job, data, settings, prescribed=prescribed)
+    write_json(out / RUNS / f"{name}.json", record)
+    return f"{job.target}, {job.kind} {len(job.cells)} cells, rate {job.rate:g}: {record['error'] or record['losses'][-1]}"
 
 
 def read_run(out: Path, run: Run, key: str) -> dict[str, Any]:
@@ -310,14 +324,6 @@ def read_experiment(out: Path) -> tuple[dict[str, Any], list[tuple[Arm, dict[str
                 check_documents(file, nats, about["bytes"], about["data"]["domains"])
             masks.append(mask)
     return about, records, masks
-
-
-def _check_folder(out: Path, key: str) -> None:
-    """Refuse a folder with another experiment; more rules, budgets or seeds of the same one are welcome."""
-    if (out / EXPERIMENT).is_file() and read_about(out)["key"] != key:
-        raise InterventionError(
-            f"{out}: holds an experiment with another model, other texts, targets, training or routing; choose another --out"
-        )
 
 
 def _path_facts(path: Any) -> dict[str, Any]:

@@ -10,17 +10,18 @@ from dbes.errors import PathError
 from dbes.intervention.arms import Plan
 from dbes.intervention.data import ExperimentData
 from dbes.intervention.runs import RUN_SCHEMA, measure
-from dbes.intervention.settings import Settings, Strict
+from dbes.intervention.settings import Settings
 from dbes.paths.evidence import Evidence
 from dbes.paths.gradients import masked
 from dbes.paths.selection import cells_of, mask_of, random_load_matched
 from dbes.paths.types import Cell
+from dbes.schema import Finite
 from dbes.testbed.prescribed import Prescribed
 
 MASKED_RULES = ("specialization", "target-load", "gradient", "causal", "lift")
 
 
-class MaskJob(Strict):
+class MaskJob(Finite):
     """One set of cells to mask, and the sets it is compared with.
 
     Attributes:

@@ -206,16 +206,6 @@ def matched(one: Curves, *others: Curves) -> tuple[np.ndarray, np.ndarray, np.nd
     return best_within(one, level), np.max([best_within(other, level) for other in others], axis=0), level
 
 
-def holm(p: Sequence[float]) -> list[float]:
-    """Holm's step-down adjusted p-values (Holm 1979)."""
-    order = sorted(range(len(p)), key=lambda index: p[index])
-    adjusted, highest = [0.0] * len(p), 0.0
-    for rank, index in enumerate(order):
-        highest = max(highest, min(1.0, (len(p) - rank) * p[index]))
-        adjusted[index] = highest
-    return adjusted
-
-
 def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
     """Whether no other point (gain, forgetting) gains at least as much and forgets at most as much, one of them strictly."""
     return [

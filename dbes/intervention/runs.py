@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from dbes.finetuning.evaluation import choice_likelihoods, right_choices
+from dbes.finetuning.machine import status_bytes
 from dbes.intervention.data import ExperimentData, Items, Part, training_batches
 from dbes.intervention.routing import under
 from dbes.intervention.settings import Run, Settings
 from dbes.intervention.trainables import protected_texts, trainable, with_replay
-from dbes.models.execution import logits_of
+from dbes.models.losses import in_batches, padded_nats, token_nats
 from dbes.testbed.prescribed import Prescribed
 
 RUN_SCHEMA = 1
@@ -30,20 +31,9 @@ EVALUATION_TOKENS = 4096
 def document_nats(model: Any, documents: Sequence[np.ndarray], *, batch_tokens: int = EVALUATION_TOKENS) -> np.ndarray:
     """Nats summed over the predicted tokens (all but the first) of each document, float64 [documents]."""
     nats = np.zeros(len(documents))
-    order = sorted(range(len(documents)), key=lambda index: -len(documents[index]))
-    while order:
-        width = len(documents[order[0]])
-        members, order = order[: max(1, batch_tokens // width)], order[max(1, batch_tokens // width) :]
-        ids = np.zeros((len(members), width), np.int64)
-        for row, index in enumerate(members):
-            ids[row, : len(documents[index])] = documents[index]
-        tokens = torch.from_numpy(ids)
-        # padded on the right: causal attention never looks there
-        logits = logits_of(model, input_ids=tokens)[:, :-1].float()
-        labels = tokens[:, 1:].to(logits.device)
-        losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none").double().cpu().numpy()
-        lengths = np.asarray([len(documents[index]) for index in members])
-        nats[members] = np.where(np.arange(1, width)[None] < lengths[:, None], losses, 0.0).sum(axis=1)
+    for members in in_batches(list(map(len, documents)), batch_tokens):
+        losses, real = padded_nats(model, [documents[index] for index in members], masked=False)
+        nats[members] = np.where(real.cpu().numpy(), losses.double().cpu().numpy(), 0.0).sum(axis=1)
     return nats
 
 
@@ -120,11 +110,8 @@ def execute(model: Any, run: Run, data: ExperimentData, settings: Settings, *, p
                 optimizer, parameters, before = _optimizer(groups, settings), [one for group, _ in groups for one in group], step - 1
             for group in optimizer.param_groups:
                 group["lr"] = run.rate * group["factor"] * min(1.0, (step - before) / (settings.warmup + 1))
-            tokens = torch.from_numpy(batch)
             with under(prescribed, run.target):
-                logits = logits_of(model, input_ids=tokens)[:, :-1]
-            labels = tokens[:, 1:].reshape(-1).to(logits.device)
-            loss = nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), labels)
+                loss = token_nats(model, {"input_ids": torch.from_numpy(batch)}, reduction="mean")
             value = float(loss.detach())
             if not math.isfinite(value):
                 record |= {"status": "failed", "error": f"the loss is no number at step {step}"}
@@ -148,7 +135,7 @@ def execute(model: Any, run: Run, data: ExperimentData, settings: Settings, *, p
                     point |= measure_items(model, data.items, padding=data.boundary, prescribed=prescribed)
                 curve.append(point)
         states = optimizer.state.values() if optimizer is not None else ()
-        state = [value for slots in states for key, value in slots.items() if key != "step"]
+        state = [value for moments in states for key, value in moments.items() if key != "step"]
         record |= {
             "trainable_parameters": sum(parameter.numel() for parameter in chosen.parameters),
             "optimizer_bytes": sum(value.numel() * value.element_size() for value in state),
@@ -176,18 +163,10 @@ class PeakMemory:
         self._before: int | None = None
         try:
             Path("/proc/self/clear_refs").write_text("5")
-            self._before = _status_bytes("VmRSS")
+            self._before = status_bytes("VmRSS")
         except OSError:
             pass
 
     def added(self) -> int | None:
-        highest = _status_bytes("VmHWM") if self._before is not None else None
+        highest = status_bytes("VmHWM") if self._before is not None else None
         return None if highest is None or self._before is None else max(0, highest - self._before)
-
-
-def _status_bytes(name: str) -> int | None:
-    try:
-        lines = Path("/proc/self/status").read_text("ascii", errors="replace").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from dbes.errors import InterventionError
 from dbes.paths.rules import RULES
+from dbes.paths.selection import check_budget
 from dbes.paths.types import Cell
+from dbes.schema import Finite, read_named, validated
 
 Kind = Literal["cells", "full", "router"]
 """``cells``: chosen experts (whole, or low-rank updates of them); ``full``: every parameter; ``router``: the routers' weights."""
@@ -35,11 +39,7 @@ IDEAS = (DOWN, PATH_LORA, LAYERED, ROUTER_FIRST, LAYER_RATES)
 DEFAULT_RULES = tuple(rule for rule in RULES if rule != ALL)
 
 
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Settings(Strict):
+class Settings(Finite):
     """What an experiment does; part of the identity of its results.
 
     Attributes:
@@ -146,7 +146,7 @@ class Settings(Strict):
         return bool(self.protected) or bool({ALL_PROTECTED, FULL_PROTECTED, *REPLAY} & set(self.extras))
 
 
-class Arm(Strict):
+class Arm(Finite):
     """One way of training, for one target and seed.
 
     Attributes:
@@ -181,7 +181,7 @@ class Arm(Strict):
     coverage: float | None = None
 
 
-class Run(Strict):
+class Run(Finite):
     """One training run. Arms that choose the same cells share it: the identity leaves names of arms and rules out.
 
     Attributes:
@@ -230,3 +230,17 @@ def run_key(settings: Settings, *, model: str, data: str, prescribed: Mapping[st
     kept = settings.model_dump(mode="json", exclude=left_out)
     content = [model, data, kept, *([prescribed] if prescribed is not None else [])]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def read_configuration(file: Path | None, given: Mapping[str, Any]) -> Settings:
+    """The settings of a YAML file (all defaults without one), with those given on the command line on top.
+
+    Raises:
+        InterventionError: the file cannot be read, or a setting is unknown or wrong.
+        PathError: a budget that is no share.
+    """
+    content = read_named(file, error=InterventionError) if file is not None else {}
+    settings = validated(Settings, {**content, **given}, where=file or "settings", error=InterventionError)
+    for budget in settings.budgets:
+        check_budget(budget)
+    return settings

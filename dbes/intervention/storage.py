@@ -34,8 +34,8 @@ def load_data(path: Path, *, domains: Sequence[str], boundary: int, digest: str)
     arrays = read_safetensors(path, error=InterventionError, hint=again)[1]
     parts, items = {}, {}
     try:
-        for key in arrays:
-            index, name, column = key.split(".")
+        # safetensors gives them in another order each time; what is drawn from several domains depends on theirs
+        for index, name, column in sorted((key.split(".") for key in arrays), key=lambda key: (int(key[0]), *key[1:])):
             domain = domains[int(index)]
             if name == "items":
                 items[domain] = Items(**{column: arrays[f"{index}.items.{column}"] for column in ITEM_COLUMNS})

@@ -14,6 +14,7 @@ from dbes.errors import InterventionError
 from dbes.finetuning.cells import TrainableCells
 from dbes.intervention.data import ExperimentData, joined_rows
 from dbes.intervention.settings import Run
+from dbes.models.execution import frozen
 from dbes.models.sites import expert_slices, find_sites
 from dbes.paths.types import Cell
 
@@ -113,16 +114,10 @@ def protected_texts(data: ExperimentData, target: str, *, length: int) -> dict[s
 @contextmanager
 def _switched_on(model: Any, chosen: Sequence[nn.Parameter]) -> Iterator[None]:
     """Inside the block only these of the model's own parameters can be trained; they are as before when it ends."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.requires_grad_(False)
-    try:
-        with _put_back(chosen):
-            for parameter in chosen:
-                parameter.requires_grad_(True)
-            yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+    with frozen(model), _put_back(chosen):
+        for parameter in chosen:
+            parameter.requires_grad_(True)
+        yield
 
 
 @contextmanager

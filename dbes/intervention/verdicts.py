@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dbes.intervention.outcomes import holm
 from dbes.intervention.settings import CONTROL, EXTRA_ARMS, LOAD, PROTECTED
+from dbes.scoring.resampling import holm
 from dbes.wording import counted, share
 
 SIGNIFICANT = 0.05
@@ -34,9 +34,9 @@ def target_verdict(target: str, arms: Rows, contrasts: Rows) -> dict[str, Any]:
     candidates = [arm for arm in arms if "matched" in arm and not _uninformed(arm) and arm["arm"] not in EXTRA_ARMS]
     tested = [arm for arm in candidates if arm["matched"]["ratio"] is not None and arm["matched"]["ratio"]["p"] is not None]
     beats_full, large = [], []
-    for arm, passed in zip(tested, _holm_passed([arm["matched"]["ratio"]["p"] for arm in tested]), strict=True):
+    for arm, adjusted in zip(tested, holm([arm["matched"]["ratio"]["p"] for arm in tested]), strict=True):
         ratio = arm["matched"]["ratio"]
-        if passed and ratio["low"] is not None and ratio["low"] > 1:
+        if adjusted <= SIGNIFICANT and ratio["low"] is not None and ratio["low"] > 1:
             beats_full.append(_name(arm))
             if ratio["value"] >= CLEAR_RATIO:
                 large.append(_name(arm))
@@ -117,10 +117,6 @@ def _rule(name: str) -> str:
 
 def _uninformed(row: Mapping[str, Any]) -> bool:
     return _rule(row["arm"]) in UNINFORMED
-
-
-def _holm_passed(p: Sequence[float]) -> list[bool]:
-    return [adjusted <= SIGNIFICANT for adjusted in holm(p)]
 
 
 def _name(row: Mapping[str, Any]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -58,3 +60,26 @@ def logits_of(model: nn.Module, **inputs: Tensor) -> Tensor:
 
 def _call(module: nn.Module, device: torch.device, inputs: dict[str, Tensor]) -> Any:
     return module(**{name: value.to(device) for name, value in inputs.items()}, use_cache=False)
+
+
+@contextmanager
+def mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Inside the block the model trains (dropout on) or does not; it is left as it was."""
+    before = model.training
+    model.train(training)
+    try:
+        yield
+    finally:
+        model.train(before)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Inside the block only parameters that are told to again ask for gradients; at its end all ask for them as before."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)

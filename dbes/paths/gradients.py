@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dbes.errors import PathError
-from dbes.models.execution import logits_of
+from dbes.models.execution import frozen
+from dbes.models.losses import in_batches, padded_nats
 from dbes.models.sites import expert_slices, expert_weights, find_sites
 
 Windows = Sequence[np.ndarray]
@@ -27,35 +28,33 @@ def gradient_norms(model: Any, windows: Windows, *, batch_tokens: int = 4096) ->
     matter. Cells that a narrow layer does not have are 0. Nothing of the model changes; its gradients are dropped.
 
     Raises:
-        PathError: no window has two tokens; the loss is no number.
+        PathError: no window has two tokens; the loss is not a number.
         ModelError: the weights of one expert cannot be told from those of the others.
     """
     sites = find_sites(model)
     owned = [[expert_slices(site, expert) for expert in range(site.num_experts)] for site in sites]
-    wanted = {id(parameter) for layer in owned for slices in layer for parameter, _ in slices}
-    switched = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    wanted = {id(parameter): parameter for layer in owned for slices in layer for parameter, _ in slices}.values()
     predicted = sum(max(len(window) - 1, 0) for window in windows)
     if not predicted:
         raise PathError("gradient: no text with at least two tokens in this domain")
     norms = np.zeros((len(sites), max(site.num_experts for site in sites)))
-    try:
-        for parameter, _ in switched:
-            parameter.requires_grad_(id(parameter) in wanted)
-            parameter.grad = None
-        for batch in _batches(windows, batch_tokens):
-            loss = _summed_loss(model, batch) / predicted
-            if not torch.isfinite(loss):
-                raise PathError("gradient: the loss on this domain is no number; check the checkpoint")
-            loss.backward()
-        for row, layer in enumerate(owned):
-            for expert, slices in enumerate(layer):
-                # a parameter without gradient: no token of these texts reached it
-                gradients = [cut(parameter.grad) for parameter, cut in slices if parameter.grad is not None]
-                norms[row, expert] = sum(float(gradient.double().pow(2).sum()) for gradient in gradients)
-    finally:
-        for parameter, before in switched:
-            parameter.requires_grad_(before)
-            parameter.grad = None
+    with frozen(model):
+        model.zero_grad()
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+        try:
+            for nats in _summed_nats(model, windows, batch_tokens):
+                loss = nats / predicted
+                if not torch.isfinite(loss):
+                    raise PathError("gradient: the loss on this domain is not a number; check the checkpoint")
+                loss.backward()
+            for row, layer in enumerate(owned):
+                for expert, slices in enumerate(layer):
+                    # a parameter without gradient: no token of these texts reached it
+                    gradients = [cut(parameter.grad) for parameter, cut in slices if parameter.grad is not None]
+                    norms[row, expert] = sum(float(gradient.double().pow(2).sum()) for gradient in gradients)
+        finally:
+            model.zero_grad()
     return norms
 
 
@@ -80,7 +79,7 @@ def masking_effects(model: Any, windows: Sequence[Windows], *, batch_tokens: int
 def mean_loss(model: Any, windows: Windows, *, batch_tokens: int = 8192) -> float:
     """Nats per predicted token over windows; NaN where there is nothing to predict."""
     predicted = sum(max(len(window) - 1, 0) for window in windows)
-    total = sum(float(_summed_loss(model, batch)) for batch in _batches(windows, batch_tokens))
+    total = sum(map(float, _summed_nats(model, windows, batch_tokens)))
     return total / predicted if predicted else float("nan")
 
 
@@ -113,29 +112,9 @@ def expert_parameters(model: Any) -> np.ndarray:
     return np.asarray([sum(view.numel() for view in expert_weights(site, 0)) for site in find_sites(model)], np.int64)
 
 
-def _summed_loss(model: Any, batch: list[np.ndarray]) -> Tensor:
-    """Nats summed over the predicted tokens of a batch, padded on the right (causal attention never looks there)."""
-    lengths = np.asarray([len(window) for window in batch])
-    ids = np.zeros((len(batch), int(lengths.max())), np.int64)
-    for row, window in enumerate(batch):
-        ids[row, : len(window)] = window
-    tokens = torch.from_numpy(ids)
-    real = torch.from_numpy(np.arange(1, ids.shape[1])[None] < lengths[:, None])
-    inputs = {"input_ids": tokens}
-    if lengths.min() != lengths.max():
-        inputs["attention_mask"] = torch.from_numpy((np.arange(ids.shape[1])[None] < lengths[:, None]).astype(np.int64))
-    logits = logits_of(model, **inputs)[:, :-1].float()
-    losses = nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:].to(logits.device), reduction="none")
-    return losses[real.to(losses.device)].sum()
-
-
-def _batches(windows: Windows, batch_tokens: int) -> Iterator[list[np.ndarray]]:
-    """Windows of at least two tokens, longest first, in batches of at most about ``batch_tokens`` tokens with padding."""
-    batch: list[np.ndarray] = []
-    for window in sorted((window for window in windows if len(window) > 1), key=len, reverse=True):
-        if batch and (len(batch) + 1) * len(batch[0]) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(window)
-    if batch:
-        yield batch
+def _summed_nats(model: Any, windows: Windows, batch_tokens: int) -> Iterator[Tensor]:
+    """Nats of all predicted tokens, batch by batch."""
+    kept = [window for window in windows if len(window) > 1]
+    for members in in_batches(list(map(len, kept)), batch_tokens):
+        losses, real = padded_nats(model, [kept[place] for place in members], masked=True)
+        yield losses[real].sum()

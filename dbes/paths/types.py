@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from dbes.schema import Finite
 
 PATH_SCHEMA = 1
 
@@ -16,11 +18,7 @@ class Cell(NamedTuple):
     expert: int
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Trajectory(_Strict):
+class Trajectory(Finite):
     r"""One expert per MoE layer, e_1 -> ... -> e_L, that the domain follows more than all domains together do.
 
     .. math:: \ln\frac{p_d(e_1)}{\bar p(e_1)} + \sum_l \ln\frac{p_d(e_{l+1} | e_l)}{\bar p(e_{l+1} | e_l)}
@@ -42,7 +40,7 @@ class Trajectory(_Strict):
     high: float | None = None
 
 
-class Overlap(_Strict):
+class Overlap(Finite):
     """How much another domain uses the same cells.
 
     Attributes:
@@ -54,7 +52,7 @@ class Overlap(_Strict):
     jaccard: float | None = None
 
 
-class Provenance(_Strict):
+class Provenance(Finite):
     """What a path was found on; ``finetuning`` refuses a path of another model."""
 
     model: str
@@ -66,7 +64,7 @@ class Provenance(_Strict):
     seed: int = 0
 
 
-class ExpertPath(_Strict):
+class ExpertPath(Finite):
     """A set of cells for one domain.
 
     Attributes:

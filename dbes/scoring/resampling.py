@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.special import entr
 from scipy.stats import false_discovery_control
 
@@ -413,4 +414,13 @@ def false_discovery_q(p: np.ndarray) -> np.ndarray:
     made = ~np.isnan(p)
     if made.any():
         result[made] = false_discovery_control(p[made], method="bh")
+    return result
+
+
+def holm(p: ArrayLike) -> np.ndarray:
+    """Step-down adjusted p-values of one family of tests (Holm 1979), [tests]; NaN, a test that was not made, stays NaN."""
+    p = np.asarray(p, np.float64)
+    result = np.full(p.shape, np.nan)
+    order = np.argsort(p, kind="stable")[: np.count_nonzero(~np.isnan(p))]
+    result[order] = np.maximum.accumulate(np.minimum(1.0, p[order] * np.arange(len(order), 0, -1)))
     return result

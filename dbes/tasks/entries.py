@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from dbes.errors import FinetuneError
 from dbes.files import read_bytes
@@ -25,6 +25,16 @@ HELD_OUT = 0.2
 
 JSON_BYTES = 2**28
 """Of a .json file, which is read as a whole; a .jsonl file is read line by line."""
+
+
+class Sourced(Protocol):
+    """What is parted by its source."""
+
+    @property
+    def source(self) -> str: ...
+
+
+Kept = TypeVar("Kept", bound=Sourced)
 
 
 @dataclass(frozen=True)
@@ -102,7 +112,7 @@ def prepare_data(source: str, *, tasks: str | Path = "embedded", limit: int | No
         raise FinetuneError(f"no domain is called {domain!r}; task {task.name!r} has {', '.join(task.domains)}")
     by_domain: dict[str, list[Entry]] = {name: [] for name in task.domains}
     for document in read_documents(task):
-        by_domain[document.domain].append(_entry_of_document(document))
+        by_domain[document.domain].append(entry_of_document(document))
     target = domain if domain is not None else TARGET
     if domain is None:
         by_domain = {target: read_entries(Path(source)), **by_domain}
@@ -136,27 +146,32 @@ def read_entries(path: Path) -> list[Entry]:
     return entries
 
 
-def hold_out(entries: Sequence[Entry], *, where: str) -> tuple[list[Entry], list[Entry]]:
-    """(training, held-out) entries: a fifth of the sources, the same ones in every run, whatever the order and the seed.
+def hold_out(entries: Sequence[Kept], *, where: str) -> tuple[list[Kept], list[Kept]]:
+    """(training, held-out) entries or texts: a fifth of the sources, the same ones in every run, whatever the order and the seed.
 
     Raises:
         FinetuneError: fewer than two sources.
     """
-    rank = {source: hashlib.sha256(source.encode()).hexdigest() for source in {entry.source for entry in entries}}
-    order = sorted(rank, key=lambda source: rank[source])
+    order = by_hash({entry.source for entry in entries})
     if len(order) < 2:
         raise FinetuneError(
             f"{where}: {len(order)} text; at least 2 are needed, because some are held out to measure on. "
             "Give one text per line of a .jsonl file"
         )
-    kept = set(order[: max(1, round(HELD_OUT * len(order)))])
+    kept = {source: rank for rank, source in enumerate(order[: max(1, round(HELD_OUT * len(order)))])}
     training = [entry for entry in entries if entry.source not in kept]
     # by the hash, so that a limit takes no particular part of the file
-    heldout = sorted((entry for entry in entries if entry.source in kept), key=lambda entry: rank[entry.source])
+    heldout = sorted((entry for entry in entries if entry.source in kept), key=lambda entry: kept[entry.source])
     return training, heldout
 
 
-def _entry_of_document(document: Document) -> Entry:
+def by_hash(sources: Collection[str], salt: str = "") -> list[str]:
+    """Source texts in an order that is the same in every run, and another with every salt: the first few are no particular part."""
+    return sorted(sources, key=lambda source: hashlib.sha256(f"{salt}{source}".encode()).digest())
+
+
+def entry_of_document(document: Document) -> Entry:
+    """The text of a document, its source and its item."""
     item = multiple_choice(document.question or "", document.choices, document.answer)
     return Entry(id=document.id, source=document.source_document or document.id, segments=((document.text, True),), item=item)
 

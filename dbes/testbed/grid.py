@@ -1,18 +1,11 @@
-"""Runs a preset: every cell of the grid once, several at a time, and never again when it is finished."""
+"""Runs a preset: every run of the grid once, several at a time, and never again when it is finished."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import platform
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from multiprocessing.connection import wait
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +14,16 @@ import transformers
 
 from dbes.errors import MixError
 from dbes.files import check_writable, locked, write_json
-from dbes.testbed.cells import CELL_FILE, Cell, remove_state, run_cell
 from dbes.testbed.mixes import prepare_mix
 from dbes.testbed.presets import PresetName, preset
-from dbes.testbed.records import GRID_SCHEMA, read_cell, read_grid_file, same_fields
+from dbes.testbed.records import GRID_SCHEMA, read_grid_file, read_run, same_fields
 from dbes.testbed.routers import domain_experts
+from dbes.testbed.runner import run_jobs
+from dbes.testbed.runs import RUN_FILE, Run, execute, remove_state
 from dbes.testbed.training import TrainingError
 
 GRID_FILE = "grid.json"
-CELLS = "cells"
+RUNS = "cells"
 
 Progress = Callable[[str], None]
 
@@ -44,11 +38,11 @@ def run_grid(
     only: tuple[str, ...] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Train and measure every cell of a preset that ``out`` does not hold yet, and return what ``grid.json`` says.
+    """Train and measure every run of a preset that ``out`` does not hold yet, and return what ``grid.json`` says.
 
     Args:
         mix: another mix than the preset's: ``embedded``, ``packages`` or a folder of JSONL files.
-        processes: cells at a time, one thread each; two of them beat one process of two threads.
+        processes: runs at a time, one thread each; two of them beat one process of two threads.
         only: experiments to run; all of them when empty.
 
     Raises:
@@ -66,11 +60,11 @@ def run_grid(
     if not (out / GRID_FILE).is_file():
         check_writable(out / GRID_FILE)
     prepared = prepare_mix(mix or grid.mix, vocabulary=grid.vocabulary, max_positions=512, cache=cache)
-    cells = [(arm, seed, cell) for arm, seed, cell in grid.cells() if arm in wanted]
-    for _, _, cell in cells:
-        if cell.settings.routing.router == "reference":
-            domains = len(cell.settings.mix.domains or prepared.mix.domains)
-            domain_experts(domains, cell.settings.model.experts, cell.settings.model.top_k)
+    runs = [(arm, seed, run) for arm, seed, run in grid.runs() if arm in wanted]
+    for _, _, run in runs:
+        if run.settings.routing.router == "reference":
+            domains = len(run.settings.mix.domains or prepared.mix.domains)
+            domain_experts(domains, run.settings.model.experts, run.settings.model.top_k)
     about = {
         "schema_version": GRID_SCHEMA,
         "preset": name,
@@ -78,91 +72,59 @@ def run_grid(
         "mix_digest": prepared.mix.digest,
         "domains": list(prepared.mix.domains),
         "experiments": grid.experiments,
-        "cells": [{"arm": arm, "seed": seed, "identity": cell.identity(prepared.mix.digest)} for arm, seed, cell in grid.cells()],
+        "cells": [{"arm": arm, "seed": seed, "identity": run.identity(prepared.mix.digest)} for arm, seed, run in grid.runs()],
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()},
     }
-    folders = [(arm, seed, cell, out / CELLS / cell.identity(prepared.mix.digest)) for arm, seed, cell in cells]
-    done = sum((folder / CELL_FILE).is_file() for *_, folder in folders)
+    folders = [(arm, seed, run, out / RUNS / run.identity(prepared.mix.digest)) for arm, seed, run in runs]
+    done = sum((folder / RUN_FILE).is_file() for *_, folder in folders)
     _check_claim(out, about)
-    if done == len(cells) and not os.access(out, os.W_OK):  # a finished grid on a read-only disk can still be read
-        say(f"{done} of {len(cells)} cells are finished; 0 to train")
+    if done == len(runs) and not os.access(out, os.W_OK):  # a finished grid on a read-only disk can still be read
+        say(f"{done} of {len(runs)} runs are finished; 0 to train")
         return about
     with locked(out):
         write_json(out / GRID_FILE, about)
         for *_, folder in folders:
-            if (folder / CELL_FILE).is_file():
+            if (folder / RUN_FILE).is_file():
                 remove_state(folder)  # of a run that was killed between the two
-        pending = [job for job in folders if not (job[3] / CELL_FILE).is_file()]
-        say(f"{len(cells) - len(pending)} of {len(cells)} cells are finished; {len(pending)} to train")
-        # expensive cells first, so that no process is left alone with a long one at the end
+        pending = [job for job in folders if not (job[3] / RUN_FILE).is_file()]
+        say(f"{len(runs) - len(pending)} of {len(runs)} runs are finished; {len(pending)} to train")
+        # expensive runs first, so that no process is left alone with a long one at the end
         pending.sort(key=lambda job: -_cost(job[2]))
-        _train_cells(pending, prepared.folder, processes=processes, say=say)
+        _train(pending, prepared.folder, processes=processes, say=say)
     return about
 
 
-def _train_cells(pending: Sequence[tuple[str, int, Cell, Path]], mix: Path, *, processes: int, say: Progress) -> None:
+def _train(pending: Sequence[tuple[str, int, Run, Path]], mix: Path, *, processes: int, say: Progress) -> None:
     began = time.monotonic()
-    with worker_pool(processes, end_with_parent) as pool:
-        running = {pool.submit(run_cell, cell, mix, folder): (arm, seed) for arm, seed, cell, folder in pending}
-        for done, finished in enumerate(as_completed(running), 1):
-            arm, seed = running[finished]
-            try:
-                record = finished.result()
-            except BrokenProcessPool:
-                raise TrainingError("a training process was killed (out of memory?); the same command resumes") from None
-            told = record["error"] or f"loss {record['training_loss']:.3f}"
-            say(f"{done}/{len(pending)} {arm}, seed {seed}: {told} ({time.monotonic() - began:.0f} s)")
 
+    def tell(done: int, place: int, record: dict[str, Any]) -> None:
+        arm, seed, *_ = pending[place]
+        told = record["error"] or f"loss {record['training_loss']:.3f}"
+        say(f"{done}/{len(pending)} {arm}, seed {seed}: {told} ({time.monotonic() - began:.0f} s)")
 
-@contextmanager
-def worker_pool(processes: int, initializer: Callable[..., None], *arguments: Any) -> Iterator[ProcessPoolExecutor]:
-    """Processes for the block; where it ends by an error or by Ctrl-C, what they are doing is broken off."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=processes, mp_context=context, initializer=initializer, initargs=arguments) as pool:
-        try:
-            yield pool
-        except BaseException:
-            for worker in multiprocessing.active_children():
-                worker.terminate()
-            raise
-
-
-def end_with_parent() -> None:
-    """End this worker when the process that started it is killed: it would go on writing beside the run that takes over.
-
-    Ctrl-C is the parent's affair.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    run_jobs(execute, [(run, mix, folder) for *_, run, folder in pending], processes=processes, tell=tell, error=TrainingError)
 
 
 def read_grid(out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What a folder's grid is, and the records of its finished cells with their arm and seed.
+    """What a folder's grid is, and the records of its finished runs with their arm and seed.
 
     Raises:
-        MixError: no grid there, of another version, or a cell that cannot be read.
+        MixError: no grid there, of another version, or a run that cannot be read.
     """
     about = read_grid_file(out / GRID_FILE)
     records, files = [], []
     for entry in about["cells"]:
-        cell = out / CELLS / entry["identity"] / CELL_FILE
-        if cell.exists():
-            records.append({**read_cell(cell, identity=entry["identity"]), "arm": entry["arm"], "seed": entry["seed"]})
-            files.append(cell)
+        run = out / RUNS / entry["identity"] / RUN_FILE
+        if run.exists():
+            records.append({**read_run(run, identity=entry["identity"]), "arm": entry["arm"], "seed": entry["seed"]})
+            files.append(run)
     done = {str(file): record for file, record in zip(files, records, strict=True) if record["status"] == "ok"}
     same_fields(done, "published", "calibrated")
     return about, records
 
 
 def _check_claim(out: Path, about: dict[str, Any]) -> None:
-    """Refuse a folder that holds another grid. Cells of an earlier version of the preset stay, unused."""
+    """Refuse a folder that holds another grid. Runs of an earlier version of the preset stay, unused."""
     path = out / GRID_FILE
     if path.exists():
         earlier = read_grid_file(path)
@@ -170,6 +132,6 @@ def _check_claim(out: Path, about: dict[str, Any]) -> None:
             raise MixError(f"{out}: holds a run of preset {earlier.get('preset')!r} on another mix or preset; choose another folder")
 
 
-def _cost(cell: Cell) -> float:
-    weight = {"1m": 1.0, "4m": 2.5, "12m": 5.0}[cell.settings.model.size]
-    return weight * cell.settings.optimizer.steps * cell.settings.mix.tokens_per_step
+def _cost(run: Run) -> float:
+    weight = {"1m": 1.0, "4m": 2.5, "12m": 5.0}[run.settings.model.size]
+    return weight * run.settings.optimizer.steps * run.settings.mix.tokens_per_step

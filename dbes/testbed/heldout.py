@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dbes.models.execution import forward, input_device, logits_of
+from dbes.models.execution import forward, input_device
+from dbes.models.losses import in_batches, predictions
+from dbes.models.windows import padded
 from dbes.recording.stiffness import Noise, logit_stiffness, noise_rows, selection_stiffness
 from dbes.testbed.mix import Batches, Mix, overlap_domains
 from dbes.testbed.models import routers_of
-from dbes.testbed.routers import Decision, Routing
+from dbes.testbed.routers import LayerRoutes, Routing
 from dbes.testbed.settings import MixSettings, RoutingSettings, TrainSettings
 from dbes.trace.store import Trace
 from dbes.trace.types import NOISE_SCALES
@@ -90,20 +92,17 @@ def measure(
     noise = Noise.drawn(classes=experts, slots=slots, seed=seed).to(device)
     columns: dict[str, list[np.ndarray]] = defaultdict(list)
     totals = np.zeros((3, len(mix.domains)))
-    order = sorted(range(len(chosen)), key=lambda document: len(chosen[document][2]))
+    lengths = [len(row) for _, _, row in chosen]
+    order = sorted(range(len(chosen)), key=lambda document: (-lengths[document], -document))
     with Routing(model, routing, domains=len(mix.domains), seed=seed, training=False) as session:
         if bias is not None:
             session.bias.copy_(bias)
-        while order:
-            width = len(chosen[order[-1]][2])
-            members = [order.pop() for _ in range(min(len(order), max(1, batch_tokens // width)))]
-            tokens = np.ones((len(members), width), np.int64)
-            for row, document in enumerate(members):
-                tokens[row, : len(chosen[document][2])] = chosen[document][2]
-            real = np.arange(width) < np.asarray([len(chosen[document][2]) for document in members])[:, None]
+        for members in in_batches(lengths, batch_tokens, order=order):
+            tokens, mask = padded([chosen[document][2] for document in members], padding=1)
+            real, width = mask.astype(bool), tokens.shape[1]
             domain = np.asarray([chosen[document][0] for document in members])
             session.begin(torch.from_numpy(tokens).to(device), torch.from_numpy(domain).to(device), step=step)
-            losses, entropy = _predictions(model, torch.from_numpy(tokens))
+            losses, entropy = predictions(model, torch.from_numpy(tokens))
             predicted = real[:, 1:]
             for total, values in zip(totals, (losses, predicted, mix.token_bytes[tokens[:, 1:]]), strict=True):
                 np.add.at(total, domain, np.where(predicted, values, 0).sum(1))
@@ -112,9 +111,7 @@ def measure(
             columns["positions"].append(np.tile(np.arange(width), len(members))[flat])
             columns["token_ids"].append(tokens.reshape(-1)[flat])
             columns["entropy"].append(entropy.reshape(-1)[flat])
-            rows = np.concatenate(
-                [noise_rows(names[document], np.arange(len(chosen[document][2])), layers) for document in members], axis=1
-            )
+            rows = np.concatenate([noise_rows(names[document], np.arange(lengths[document]), layers) for document in members], axis=1)
             for name, values in _routes(session.decisions, torch.from_numpy(flat).to(device), noise, rows).items():
                 columns[name].append(values)
             if keep_inputs:
@@ -174,15 +171,7 @@ def training_routes(model: PreTrainedModel, mix: Mix, settings: TrainSettings, *
     )
 
 
-def _predictions(model: PreTrainedModel, tokens: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Nats of every next token, [sequences, length - 1], and the entropy of every prediction, [sequences, length]."""
-    logarithms = logits_of(model, input_ids=tokens).float().log_softmax(-1)
-    entropy = -(logarithms.exp() * logarithms).sum(-1)
-    losses = -logarithms[:, :-1].gather(2, tokens[:, 1:, None].to(logarithms.device))[..., 0]
-    return losses.cpu().numpy(), entropy.cpu().numpy()
-
-
-def _routes(decisions: list[Decision], rows: Tensor, noise: Noise, noise_at: np.ndarray) -> dict[str, np.ndarray]:
+def _routes(decisions: list[LayerRoutes], rows: Tensor, noise: Noise, noise_at: np.ndarray) -> dict[str, np.ndarray]:
     """The columns of a trace for some tokens of a batch: [rows, layers, ...]."""
     by_layer: dict[str, list[Tensor]] = defaultdict(list)
     for layer, made in enumerate(decisions):

@@ -35,6 +35,16 @@ class Text:
     text: str
     item: Item | None = None
 
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"text {self.id!r} (domain {self.domain!r})"
+
+    @property
+    def source_document(self) -> str:
+        """The name that a recording knows the source by, whose texts it counts as one document."""
+        return self.source
+
 
 @dataclass(frozen=True, kw_only=True)
 class DomainTokens:
@@ -93,7 +103,7 @@ class Mix:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
+class DomainBatch:
     """One global batch: every sequence has one domain and no padding.
 
     Attributes:
@@ -218,13 +228,13 @@ class Batches:
             for length in set(settings.lengths):
                 self._sequences(domain, length, 0)
 
-    def __call__(self, step: int) -> Batch:
+    def __call__(self, step: int) -> DomainBatch:
         length = self.settings.lengths[step % len(self.settings.lengths)]
         rows = []
         for domain, index in zip(self._plan[step], self._index[step], strict=True):
             row = self._sequence(int(domain), length, int(index))
             rows.append(self._overlapped(row, int(domain), step, len(rows)) if self.settings.overlap else row)
-        return Batch(tokens=np.stack(rows).astype(np.int64), domain=self._plan[step].astype(np.int64))
+        return DomainBatch(tokens=np.stack(rows).astype(np.int64), domain=self._plan[step].astype(np.int64))
 
     def _sequence(self, domain: int, length: int, index: int) -> np.ndarray:
         per_pass = len(self._passes[domain, length][1])
@@ -240,8 +250,8 @@ class Batches:
             self._passes[domain, length] = (turn, sequences)
         return self._passes[domain, length][1]
 
-    def _overlapped(self, row: np.ndarray, domain: int, step: int, slot: int) -> np.ndarray:
-        generator = np.random.default_rng([self.seed, 1, step, slot])
+    def _overlapped(self, row: np.ndarray, domain: int, step: int, place: int) -> np.ndarray:
+        generator = np.random.default_rng([self.seed, 1, step, place])
         return overlap_domains(row, self.mix.training, domain, self.settings, generator)
 
 

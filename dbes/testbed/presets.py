@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dbes.testbed.cells import Cell
+from dbes.testbed.runs import Run
 from dbes.testbed.settings import (
     MixSettings,
     ModelSettings,
@@ -42,15 +42,15 @@ class Preset:
     mix: str
     seeds: int
     vocabulary: int
-    arms: dict[str, Cell] = field(default_factory=dict)
+    arms: dict[str, Run] = field(default_factory=dict)
     experiments: dict[str, list[str]] = field(default_factory=dict)
 
-    def cells(self) -> Iterator[tuple[str, int, Cell]]:
-        """Every (arm, seed, cell); all arms of a seed see the same data in the same order."""
+    def runs(self) -> Iterator[tuple[str, int, Run]]:
+        """Every (arm, seed, run); all arms of a seed see the same data in the same order."""
         for seed in range(self.seeds):
-            for arm, cell in self.arms.items():
-                settings = cell.settings.model_copy(update={"seed": seed, "data_seed": seed})
-                yield arm, seed, cell.model_copy(update={"settings": settings})
+            for arm, run in self.arms.items():
+                settings = run.settings.model_copy(update={"seed": seed, "data_seed": seed})
+                yield arm, seed, run.model_copy(update={"settings": settings})
 
 
 def preset(name: PresetName) -> Preset:
@@ -177,4 +177,4 @@ def _add(grid: Preset, experiment: str, arm: str, settings: TrainSettings, routi
     if arm not in grid.arms:
         # Checked again as a whole: a copy with changed parts is not validated by itself.
         whole = TrainSettings.model_validate({**settings.model_dump(), "routing": routing.model_dump()})
-        grid.arms[arm] = Cell(arm=arm, settings=whole, **extra)
+        grid.arms[arm] = Run(arm=arm, settings=whole, **extra)

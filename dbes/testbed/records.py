@@ -1,4 +1,4 @@
-"""What a grid's files say, checked as they are read: its plan, and the record of each finished cell."""
+"""What a grid's files say, checked as they are read: its plan, and the record of each finished run."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from dbes.errors import MixError
 from dbes.schema import Open, Real, Whole, read_record, read_versioned
 from dbes.text import clipped
 
-CELL_SCHEMA = GRID_SCHEMA = MIX_SCHEMA = 1
+RUN_SCHEMA = GRID_SCHEMA = 1
 
 Identity = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 """Part of a path below the grid's folder: a name, never a way out of it."""
 
 
-class PlannedCell(Open):
+class PlannedRun(Open):
     arm: str
     seed: Whole
     identity: Identity
@@ -31,11 +31,11 @@ class GridFile(Open):
     mix_digest: str
     domains: Annotated[tuple[str, ...], Field(min_length=1)]
     experiments: dict[str, tuple[str, ...]]
-    cells: tuple[PlannedCell, ...]
+    cells: tuple[PlannedRun, ...]
 
     @model_validator(mode="after")
     def _each_once(self) -> Self:
-        if len({(cell.arm, cell.seed) for cell in self.cells}) != len(self.cells):
+        if len({(run.arm, run.seed) for run in self.cells}) != len(self.cells):
             raise ValueError("cells: an arm with the same seed is named twice")
         return self
 
@@ -77,25 +77,25 @@ class Probe(Open):
         return self
 
 
-class CellSettings(Open):
+class RunSettings(Open):
     mix: dict[str, Any]
     model: dict[str, Any]
     optimizer: dict[str, Any]
 
 
-class CellFacts(Open):
-    settings: CellSettings
+class RunFacts(Open):
+    settings: RunSettings
 
 
-class CellState(Open):
+class RunState(Open):
     schema_version: Literal[1]
     status: Literal["ok", "failed"]
     error: str | None
     identity: Identity
-    cell: CellFacts
+    cell: RunFacts
 
 
-class Measured(CellState):
+class Measured(RunState):
     parameters: Whole
     tokens: Whole
     cpu_seconds: Annotated[Real, Field(gt=0)]
@@ -143,25 +143,25 @@ def read_grid_file(path: Path) -> dict[str, Any]:
     return read_record(path, GridFile, error=MixError, versions=(GRID_SCHEMA,), missing=missing)
 
 
-def read_cell(path: Path, *, identity: str | None = None) -> dict[str, Any]:
-    """The record of a finished cell.
+def read_run(path: Path, *, identity: str | None = None) -> dict[str, Any]:
+    """The record of a finished run.
 
     Args:
-        identity: of the cell it must be, if known.
+        identity: of the run it must be, if known.
 
     Raises:
-        MixError: not a cell record of this version, damaged, or of another cell.
+        MixError: not a run record of this version, damaged, or of another run.
     """
-    hint = "remove it to train this cell again"
-    state = read_versioned(path, CellState, error=MixError, versions=(CELL_SCHEMA,), hint=hint)
+    hint = "remove it to train this run again"
+    state = read_versioned(path, RunState, error=MixError, versions=(RUN_SCHEMA,), hint=hint)
     if identity is not None and state.identity != identity:
-        raise MixError(f"{path}: the record of another cell ({state.identity}); {hint}")
-    record = read_record(path, Measured if state.status == "ok" else CellState, error=MixError, versions=(CELL_SCHEMA,), hint=hint)
+        raise MixError(f"{path}: the record of another run ({state.identity}); {hint}")
+    record = read_record(path, Measured if state.status == "ok" else RunState, error=MixError, versions=(RUN_SCHEMA,), hint=hint)
     return record
 
 
 def same_fields(records: Mapping[str, Mapping[str, Any]], *names: str) -> None:
-    """Refuse cells of one grid whose mappings do not name the same things.
+    """Refuse runs of one grid whose mappings do not name the same things.
 
     Args:
         records: by file.
@@ -173,5 +173,5 @@ def same_fields(records: Mapping[str, Mapping[str, Any]], *names: str) -> None:
     for where, record in records.items():
         for name in names:
             if (known := first.setdefault(name, set(record[name]))) != set(record[name]):
-                told = f"{name} has {clipped(sorted(record[name]))}, other cells have {clipped(sorted(known))}"
-                raise MixError(f"{where}: {told}; remove it to train this cell again")
+                told = f"{name} has {clipped(sorted(record[name]))}, other runs have {clipped(sorted(known))}"
+                raise MixError(f"{where}: {told}; remove it to train this run again")

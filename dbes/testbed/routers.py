@@ -23,7 +23,7 @@ from dbes.trace.baselines import expert_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decision:
+class LayerRoutes:
     """What one layer decided for the tokens of a batch.
 
     Attributes:
@@ -75,7 +75,7 @@ class Routing:
     """Replaces or just watches the decisions of every router of a model while the block lasts.
 
     Attributes:
-        decisions: one Decision per layer since the last ``begin``.
+        decisions: one LayerRoutes per layer since the last ``begin``.
         bias: float [layers, experts], the loss-free bias where the architecture has no place for it.
         training: while False, nothing is balanced: routers choose their top-k, as a plain checkpoint would.
     """
@@ -92,7 +92,7 @@ class Routing:
     ) -> None:
         self.settings = settings
         self.training = training
-        self.decisions: list[Decision] = []
+        self.decisions: list[LayerRoutes] = []
         self.seed = seed
         self._routers = routers_of(model)
         if not self._routers:
@@ -159,7 +159,7 @@ class Routing:
                 kept = self._kept(ids)
                 weights = weights * kept
                 dropped = 1.0 - float(kept.float().mean())
-            made = Decision(
+            made = LayerRoutes(
                 inputs=arguments[0].reshape(len(logits), -1),
                 logits=logits,
                 scores=scores,

@@ -10,7 +10,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from dbes.errors import MixError
-from dbes.schema import Strict, read_yaml, validated
+from dbes.schema import Strict, read_named, validated
 
 Scope = Literal["sequence", "micro_batch", "global_batch"]
 RouterKind = Literal["learned", "frozen", "rerandomised", "hash", "reference", "sequence"]
@@ -155,12 +155,9 @@ def read_settings(path: Path) -> TrainSettings:
     Raises:
         MixError: no such file, not YAML, unknown or impossible settings; the message names file and field.
     """
-    content = read_yaml(path, error=MixError)
-    return parse_settings({} if content is None else content, where=str(path))
+    return parse_settings(read_named(path, error=MixError), where=str(path))
 
 
 def parse_settings(content: object, *, where: str) -> TrainSettings:
     """Settings from plain values; raises MixError naming the first field that is wrong."""
-    if not isinstance(content, dict):
-        raise MixError(f"{where}: settings: expected them by name, found {type(content).__name__}")
     return validated(TrainSettings, content, where=where, error=MixError)

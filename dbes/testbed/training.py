@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from dbes.errors import DbesError
-from dbes.files import is_sealed, keep_log_before, read_bytes, refused_by_system, sealed, write_bytes
+from dbes.files import keep_log_before, refused_by_system
+from dbes.models.losses import next_token_loss
+from dbes.models.training import append_log, copy_state, finite, learning_rate, read_state, save_state
 from dbes.testbed.balancing import Processes, expert_shares
-from dbes.testbed.mix import Batch, Batches, Mix
+from dbes.testbed.mix import Batches, DomainBatch, Mix
 from dbes.testbed.models import build_model
 from dbes.testbed.routers import Routing
 from dbes.testbed.settings import OptimizerSettings, TrainSettings
@@ -52,44 +51,6 @@ class Trained:
     bias: Tensor
     log: list[dict[str, Any]]
     cpu_seconds: float
-
-
-class _MeanCrossEntropy(torch.autograd.Function):
-    """Mean next-token loss of a linear head without ever holding the logits of more than ``chunk`` tokens.
-
-    The gradients are computed on the way forward, which the mean allows: the same numbers as the plain way, a fraction of
-    the memory traffic, which is what a CPU spends most of its time on at these sizes.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, chunk: int) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        hidden_gradient, head_gradient = torch.empty_like(hidden), torch.zeros_like(head)
-        nats = torch.empty(len(hidden), device=hidden.device)
-        for start in range(0, len(hidden), chunk):
-            rows, target = hidden[start : start + chunk], labels[start : start + chunk, None]
-            logits = rows @ head.T
-            normaliser = logits.logsumexp(-1, keepdim=True)
-            nats[start : start + chunk] = (normaliser - logits.gather(1, target))[:, 0]
-            error = logits.sub_(normaliser).exp_()
-            error.scatter_add_(1, target, torch.full_like(target, -1, dtype=error.dtype)).div_(len(hidden))
-            hidden_gradient[start : start + chunk] = error @ head
-            head_gradient.addmm_(error.T, rows)
-        ctx.save_for_backward(hidden_gradient, head_gradient)
-        ctx.mark_non_differentiable(nats)
-        return nats.mean(), nats
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        hidden_gradient, head_gradient = ctx.saved_tensors
-        return hidden_gradient * gradient, head_gradient * gradient, None, None
-
-
-def next_token_loss(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean nats per predicted token, and the nats of each, [sequences, length - 1] (without gradient)."""
-    hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1]
-    head = cast(torch.nn.Linear, model.get_output_embeddings()).weight
-    loss, nats = _MeanCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), head, tokens[:, 1:].reshape(-1), 1024)  # pyright: ignore[reportGeneralTypeIssues]
-    return loss, nats.view(len(tokens), -1)
 
 
 def train(
@@ -145,13 +106,12 @@ def train(
             failed = not math.isfinite(loss)
             if step % log_every == 0 or step == steps - 1 or failed:
                 record = _record(routing, batch, loss, nats, balance, norm, names=batches.mix.domains, processes=processes)
-                record = {"step": step, **record, "learning_rate": round(learning_rate(settings.optimizer, step), 7)}
+                record = {"step": step, **record, "learning_rate": round(_rate(settings.optimizer, step), 7)}
                 elapsed = time.monotonic() - began
                 record["tokens_per_second"] = round(settings.mix.tokens_per_step / elapsed)
-                log.append(_finite(record))
+                log.append(finite(record))
                 if folder and (accelerator is None or accelerator.is_main_process):
-                    with refused_by_system(folder / LOG), (folder / LOG).open("a", encoding="utf-8") as written:
-                        written.write(json.dumps(log[-1], allow_nan=False) + "\n")
+                    append_log(folder / LOG, log[-1])
                 if progress:
                     progress(log[-1])
             if failed:
@@ -175,20 +135,16 @@ def keep_freed_memory() -> None:
     mallopt(top_pad, 2**26)
 
 
-def learning_rate(settings: OptimizerSettings, step: int) -> float:
-    """Linear warm-up, then a cosine down to ``final_share`` of the peak at the last step."""
-    if step < settings.warmup:
-        return settings.learning_rate * (step + 1) / (settings.warmup + 1)
-    done = (step - settings.warmup) / max(1, settings.steps - 1 - settings.warmup)
-    share = settings.final_share + (1 - settings.final_share) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-    return settings.learning_rate * share
+def _rate(settings: OptimizerSettings, step: int) -> float:
+    last = settings.steps - 1
+    return learning_rate(step, peak=settings.learning_rate, warmup=settings.warmup, last=last, floor=settings.final_share)
 
 
 def train_step(
     model: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
     routing: Routing,
-    batch: Batch,
+    batch: DomainBatch,
     *,
     step: int,
     settings: TrainSettings,
@@ -196,7 +152,7 @@ def train_step(
 ) -> tuple[float, Tensor, Tensor, Tensor]:
     """One step on one batch: the loss over all processes, this one's nats per token, the balancing loss, the gradient's norm."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(settings.optimizer, step)
+        group["lr"] = _rate(settings.optimizer, step)
     device = next(model.parameters()).device
     tokens, domain = torch.from_numpy(batch.tokens).to(device), torch.from_numpy(batch.domain).to(device)
     routing.begin(tokens, domain, step=step)
@@ -217,7 +173,7 @@ def train_step(
 
 def _record(
     routing: Routing,
-    batch: Batch,
+    batch: DomainBatch,
     loss: float,
     nats: Tensor,
     balance: Tensor,
@@ -238,7 +194,7 @@ def _record(
         if (batch.domain == index).any()
     }
     return {
-        "loss": loss,
+        "loss": round(loss, 5),
         "loss_by_domain": by_domain,
         "balancing_loss": round(float(balance) / len(routing.decisions), 5),
         "load_entropy": [round(float(value), 4) for value in entropy],
@@ -267,7 +223,7 @@ def _processes(accelerator: Any) -> Processes | None:
     )
 
 
-def _share_of_process(batch: Batch, accelerator: Any) -> Batch:
+def _share_of_process(batch: DomainBatch, accelerator: Any) -> DomainBatch:
     """Consecutive sequences of the global batch, so that a micro-batch lies within one process."""
     if accelerator is None or accelerator.num_processes == 1:
         return batch
@@ -276,7 +232,7 @@ def _share_of_process(batch: Batch, accelerator: Any) -> Batch:
         raise TrainingError(f"a batch of {len(batch.domain)} sequences cannot be shared by {processes} processes")
     share = len(batch.domain) // processes
     rows = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
-    return Batch(tokens=batch.tokens[rows], domain=batch.domain[rows])
+    return DomainBatch(tokens=batch.tokens[rows], domain=batch.domain[rows])
 
 
 def _save_state(
@@ -288,56 +244,33 @@ def _save_state(
     optimizer: torch.optim.Optimizer,
     routing: Routing,
 ) -> None:
-    state = {"routing.bias": routing.bias}
-    for name, value in (*model.named_parameters(), *_kept_buffers(model)):
-        state[f"model.{name}"] = value.detach()
+    state = {"routing.bias": routing.bias, **_model_tensors(model)}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
-            state[f"optimizer.{key}.{name}"] = torch.as_tensor(value).detach()
-    metadata = {"identity": identity, "step": str(step), "cpu_seconds": str(round(cpu_seconds, 1))}
-    content = save({name: value.contiguous().cpu() for name, value in state.items()}, metadata)
-    write_bytes(folder / STATE, sealed(content))
+            state[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
+    facts = {"step": str(step), "cpu_seconds": str(round(cpu_seconds, 1))}
+    save_state(folder / STATE, state, identity=identity, **facts)
 
 
 def _restore(folder: Path, identity: str, model: PreTrainedModel, optimizer: torch.optim.Optimizer, routing: Routing) -> tuple[int, float]:
     """Load the state of this very run, if there is one, and return the step to go on with and the CPU time spent so far."""
     with refused_by_system(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    path = folder / STATE
-    if not path.is_file():
+    read = read_state(folder / STATE, identity=identity, error=StateError)
+    if read is None:
         return 0, 0.0
-    if not is_sealed(read_bytes(path)):
-        raise StateError(f"{path}: damaged or cut short; delete it to train from the beginning, or choose another folder")
-    with safe_open(path, "pt") as state:
-        metadata = state.metadata() or {}
-        if metadata.get("identity") != identity:
-            raise StateError(f"{folder}: holds the state of another run (settings or data differ); choose another folder")
-        with torch.no_grad():
-            routing.bias.copy_(state.get_tensor("routing.bias"))
-            for name, value in (*model.named_parameters(), *_kept_buffers(model)):
-                value.copy_(state.get_tensor(f"model.{name}"))
-        stored = set(state.keys())
-        for name, parameter in model.named_parameters():
-            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"optimizer.{key}.{name}" in stored]
-            if keys:
-                optimizer.state[parameter] = {key: state.get_tensor(f"optimizer.{key}.{name}") for key in keys}
-        return int(metadata["step"]), float(metadata["cpu_seconds"])
+    facts, tensors = read
+    moments = {name: tensors.pop(name) for name in list(tensors) if name.startswith("optimizer.")}
+    copy_state(folder / STATE, tensors, {"routing.bias": routing.bias, **_model_tensors(model)}, StateError)
+    for name, parameter in model.named_parameters():
+        keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"optimizer.{key}.{name}" in moments]
+        if keys:
+            optimizer.state[parameter] = {key: moments[f"optimizer.{key}.{name}"] for key in keys}
+    return int(facts["step"]), float(facts["cpu_seconds"])
 
 
-def _kept_buffers(model: PreTrainedModel) -> list[tuple[str, Tensor]]:
-    """Buffers that are part of a checkpoint (the loss-free bias of architectures that have one)."""
+def _model_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Parameters, and buffers that are part of a checkpoint (the loss-free bias of architectures that have one)."""
     kept = model.state_dict()
-    return [(name, value) for name, value in model.named_buffers() if name in kept]
-
-
-def _finite(record: dict[str, Any]) -> dict[str, Any]:
-    """The record with numbers that are none as null, so that the log stays strict JSON."""
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: clean(part) for key, part in value.items()}
-        if isinstance(value, list):
-            return [clean(part) for part in value]
-        return None if isinstance(value, float) and not np.isfinite(value) else value
-
-    return {key: round(clean(value), 5) if key == "loss" and clean(value) is not None else clean(value) for key, value in record.items()}
+    found = (*model.named_parameters(), *((name, value) for name, value in model.named_buffers() if name in kept))
+    return {f"model.{name}": value.detach() for name, value in found}

@@ -13,7 +13,7 @@ from test_validation import Alone
 
 from dbes.errors import FinetuneError
 from dbes.finetuning import checks, training
-from dbes.finetuning.rate import FALLBACK
+from dbes.finetuning.choice import FALLBACK
 from dbes.finetuning.report import read_report
 from dbes.finetuning.run import finetune
 from dbes.finetuning.state import STATE

@@ -10,10 +10,9 @@ from test_validation import entries
 
 from dbes.finetuning import guard as guard_module
 from dbes.finetuning import training
-from dbes.finetuning.choice import Rise
+from dbes.finetuning.choice import RATES, Rise, find_rate
 from dbes.finetuning.encoding import Sample
 from dbes.finetuning.guard import FEWEST, KEPT, NOISE, TEXTS, Guard, split_protected
-from dbes.finetuning.rate import RATES, find_rate
 from dbes.finetuning.report import read_report
 from dbes.finetuning.summary import findings
 from dbes.finetuning.validation import best_step, stalled
@@ -134,7 +133,7 @@ def test_a_state_that_does_not_keep_is_gone_back_from_at_a_third_of_the_rate(run
     real, prepare, steps, peaks = Guard.rise, training._prepare, [0], {}
 
     def prepared(training_run, step, rate):
-        steps[:], peaks[step] = [step], training_run.found.lr and training_run.found.peak
+        steps[:], peaks[step] = [step], training_run.checks.found.lr and training_run.checks.found.peak
         if step == stop_at:
             raise KeyboardInterrupt
         return prepare(training_run, step, rate)

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from dbes.cli import app
 from dbes.errors import FileError, FinetuneError
 from dbes.files import locked
-from dbes.finetuning import checkpoint, output, state
+from dbes.finetuning import checkpoint, output
 from dbes.finetuning.checkpoint import local_folder, read_checkpoint, refuse_quantized
 from dbes.finetuning.delta import DELTA, DELTA_FACTS
 from dbes.finetuning.output import MERGING, Rows, merge_delta
@@ -32,6 +32,7 @@ from dbes.finetuning.run import finetune
 from dbes.finetuning.state import LOG, STATE
 from dbes.models import load_weights
 from dbes.models.sites import expert_slices, find_sites
+from dbes.models.training import save_state
 from dbes.paths.types import Cell
 
 
@@ -381,7 +382,10 @@ def rewritten(path, change, *, checksum=True):
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     tensors, metadata = change(tensors, metadata) or (tensors, metadata)
     kept = {name: value for name, value in metadata.items() if name != "sha256"}
-    save_file(tensors, path, kept | {"sha256": state._digest(kept, tensors)} if checksum else metadata)
+    if checksum:
+        save_state(path, tensors, **kept)
+    else:
+        save_file(tensors, path, metadata)
 
 
 def flip(content):
@@ -421,7 +425,7 @@ def stopped(run, tmp_path_factory):
 def test_a_damaged_training_state_is_refused(run, stopped, tmp_path, damage):
     shutil.copytree(stopped, tmp_path / "out")
     damage(tmp_path / "out" / STATE)
-    with pytest.raises(FinetuneError, match=r"training state is damaged \(.*delete it to train from the start, or choose another --out"):
+    with pytest.raises(FinetuneError, match=r"training state is damaged \(.*delete it to train from the start, or choose another folder"):
         run(out=tmp_path / "out")
 
 

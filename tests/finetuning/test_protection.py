@@ -64,10 +64,10 @@ def test_the_shape_is_the_inverse_root_of_the_naive_second_moment():
         training.protect(texts(), floor=FLOOR)
         for position, kind in enumerate(("gate_up_proj", "down_proj")):
             scale = FLOOR * np.mean([moments[cell][position].diagonal().mean() for cell in cells])
-            for slot in (slot for slot in training._slots if slot.kind == kind):
-                moment = moments[slot.cell.layer, slot.cell.expert][position]
+            for tensor in (tensor for tensor in training._tensors if tensor.kind == kind):
+                moment = moments[tensor.cell.layer, tensor.cell.expert][position]
                 expected = scipy.linalg.inv(scipy.linalg.sqrtm(moment / scale + np.eye(len(moment))))
-                np.testing.assert_allclose(slot.shaping.numpy(), expected, atol=2e-5)
+                np.testing.assert_allclose(tensor.shaping.numpy(), expected, atol=2e-5)
 
 
 def test_inverse_root_of_a_diagonal_and_of_any_matrix():
@@ -116,25 +116,25 @@ def test_the_change_on_protected_text_keeps_the_bound(family):
     cells = used_cells(model, protected["a"][0], per_layer=1, layers=1)
     with TrainableCells(model, cells) as training:
         inputs = {}
-        for slot in training._slots:
-            slot.see = lambda values, gates, slot=slot, **_: inputs.setdefault(slot, []).append(values * gates[:, None])
+        for tensor in training._tensors:
+            tensor.see = lambda values, gates, tensor=tensor, **_: inputs.setdefault(tensor, []).append(values * gates[:, None])
         with torch.no_grad():
             model(input_ids=protected["a"][0])
-        for slot in training._slots:
-            del slot.see
+        for tensor in training._tensors:
+            del tensor.see
         training.protect(protected, floor=FLOOR)
         generator = torch.Generator().manual_seed(0)
-        for slot in training._slots:
+        for tensor in training._tensors:
             with torch.no_grad():
-                slot.leaves[""].normal_(generator=generator)
-                change, entering = slot.value() - slot.rows, torch.cat(inputs[slot])
+                tensor.leaves[""].normal_(generator=generator)
+                change, entering = tensor.value() - tensor.rows, torch.cat(inputs[tensor])
                 if change.ndim == 1:
                     change = change[:, None]
-                elif slot._inputs_first:
+                elif tensor._inputs_first:
                     change = change.T
                 felt = float((entering @ change.T).pow(2).sum()) / protected["a"][0].numel()
                 energy = float(entering.pow(2).sum()) / protected["a"][0].numel() / entering.shape[1]
-                assert 0 < felt <= FLOOR * energy * float(slot.leaves[""].pow(2).sum()) * (1 + 1e-4)
+                assert 0 < felt <= FLOOR * energy * float(tensor.leaves[""].pow(2).sum()) * (1 + 1e-4)
 
 
 def test_protected_text_is_kept_and_the_target_is_learned_all_the_same():
@@ -174,8 +174,8 @@ def test_an_expert_that_no_protected_token_uses_is_trained_as_without():
     layer = used[0][0]
     with TrainableCells(model, [(layer, expert) for expert in range(8)]) as training:
         training.protect({"few": [few]}, floor=FLOOR)
-        shaped = {slot.cell.expert: slot.shaping is not None for slot in training._slots}
-        free = next(slot for slot in training._slots if not shaped[slot.cell.expert])
+        shaped = {tensor.cell.expert: tensor.shaping is not None for tensor in training._tensors}
+        free = next(tensor for tensor in training._tensors if not shaped[tensor.cell.expert])
         assert torch.equal(free.leaves[""], free.rows)
     assert shaped[used[0][1]] and 2 <= sum(shaped.values()) <= 4
 

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from dbes.errors import FinetuneError
-from dbes.finetuning.rate import FEWEST, MOST, RATES, find_rate, trial_steps
+from dbes.finetuning.choice import FEWEST, MOST, RATES, find_rate, trial_steps
 
 
 def walk(losses, before=4.0, known=None):

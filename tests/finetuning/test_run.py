@@ -1,6 +1,7 @@
 """A whole run: what is saved, that nothing else moved, and that it goes on after a kill, over processes, and not on bad input."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -25,7 +26,7 @@ from dbes.finetuning import machine, training
 from dbes.finetuning.output import merge_delta
 from dbes.finetuning.report import read_report
 from dbes.finetuning.run import checked_path, finetune
-from dbes.finetuning.settings import Tracker, learning_rate, make_settings
+from dbes.finetuning.settings import Tracker, make_settings
 from dbes.finetuning.state import LOG, STATE
 from dbes.models import load_model
 from dbes.paths.files import write_esft, write_path
@@ -239,14 +240,14 @@ def logged(folder):
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_state(run, monkeypatch, tmp_path):
-    real = training.token_losses
+    real = training.token_nats
     calls = []
 
     def broken(*arguments):
         calls.append(1)
         return real(*arguments) * (torch.nan if len(calls) == 4 else 1)
 
-    monkeypatch.setattr(training, "token_losses", broken)
+    monkeypatch.setattr(training, "token_nats", broken)
     with pytest.raises(FinetuneError, match=r"the loss is nan at step 3: training stopped; the last good state is kept in .*Lower --lr"):
         run(out=tmp_path, named={"checkpoint_seconds": 0})
     state = load_file(tmp_path / STATE)
@@ -267,10 +268,10 @@ def test_out_of_memory_names_the_remedies(run, monkeypatch, problem):
     def exhausted(*_):
         raise problem
 
-    monkeypatch.setattr(training, "token_losses", exhausted)
+    monkeypatch.setattr(training, "token_nats", exhausted)
     with pytest.raises(FinetuneError, match=r"out of memory .*micro_batch_size: 1, gradient_checkpointing: true"):
         run()
-    monkeypatch.setattr(training, "token_losses", lambda *_: 1 / 0)
+    monkeypatch.setattr(training, "token_nats", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run()
 
@@ -340,10 +341,11 @@ def test_settings_that_cannot_be_are_refused(values, message):
         make_settings(**values)
 
 
-def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
-    rates = [learning_rate(settings(warmup=0.1), step, 100, peak=1.0) for step in range(100)]
-    assert rates[0] == pytest.approx(1 / 11) and max(rates) == rates[10] == 1.0
-    assert rates[-1] == pytest.approx(0.1, abs=1e-3)
+def test_the_learning_rate_warms_up_and_falls_to_a_tenth(run):
+    _, folder = run(steps=20, warmup=0.1, lr=1e-3, data="task:law")
+    rates = [line["lr"] for line in logged(folder)]
+    cosine = [0.1 + 0.9 * (1 + math.cos(math.pi * step / 18)) / 2 for step in range(18)]
+    assert rates == pytest.approx([1e-3 * share for share in (1 / 3, 2 / 3, *cosine)])
 
 
 def test_every_epoch_takes_every_sample_once():

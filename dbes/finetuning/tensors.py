@@ -13,7 +13,7 @@ from dbes.models.sites import RoutingSite, expert_slices
 from dbes.paths.types import Cell
 
 
-class Slot:
+class ExpertTensor:
     """A tensor of one expert that is trained.
 
     Attributes:
@@ -23,7 +23,7 @@ class Slot:
         leaves: what the optimizer trains, by suffix: ``{"": rows}``, or ``{".up": [a, r], ".down": [r, b]}`` of the low-rank update
             ``up @ down`` that is added to the rows [a, b].
         shared: the leaf is the rows themselves (same storage), so a step of the optimizer changes the model at once.
-        shaping: S of a protected slot (`dbes.finetuning.protection`): the value is the base plus ``leaf @ S``.
+        shaping: S of a protected tensor (`dbes.finetuning.protection`): the value is the base plus ``leaf @ S``.
     """
 
     def __init__(
@@ -138,10 +138,10 @@ class Slot:
             _add(down, up.detach().T @ rows)
 
 
-def find_slots(
+def find_tensors(
     model: nn.Module, sites: Sequence[RoutingSite], cells: Sequence[Cell], *, rank: int | None, in_place: bool, seed: int
-) -> list[Slot]:
-    """The slots of the cells, in the order of the cells; of low rank only matrices have one, not vectors such as biases.
+) -> list[ExpertTensor]:
+    """The tensors of the cells, in the order of the cells; of low rank only matrices have one, not vectors such as biases.
 
     Raises:
         FinetuneError: the weights are quantized or offloaded; low rank, and the experts have no matrices.
@@ -149,7 +149,7 @@ def find_slots(
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     by_layer = {site.layer: site for site in sites}
     generator = torch.Generator("cpu").manual_seed(seed)
-    slots: list[Slot] = []
+    tensors: list[ExpertTensor] = []
     for cell in cells:
         for parameter, cut in expert_slices(by_layer[cell.layer], cell.expert):
             name = names[id(parameter)]
@@ -159,11 +159,11 @@ def find_slots(
                 raise FinetuneError(f"{name}: weights of type {parameter.dtype} (quantized) cannot be trained; load the model dequantized")
             if rank is not None and cut(parameter.data).ndim != 2:
                 continue
-            made = Slot(name=name, parameter=parameter, cut=cut, cell=cell, rank=rank, in_place=in_place, generator=generator)
-            slots.append(made)
-    if not slots:
+            made = ExpertTensor(name=name, parameter=parameter, cut=cut, cell=cell, rank=rank, in_place=in_place, generator=generator)
+            tensors.append(made)
+    if not tensors:
         raise FinetuneError("a low-rank update needs experts with matrices, and these have vectors only; train them without a rank")
-    return slots
+    return tensors
 
 
 def _add(leaf: nn.Parameter, gradient: Tensor) -> None:

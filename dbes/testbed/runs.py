@@ -1,4 +1,4 @@
-"""One cell of the grid: train one arm with one seed, measure it on held-out documents, and keep what was found as JSON."""
+"""One run of the grid: train one arm with one seed, measure it on held-out documents, and keep what was found as JSON."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from dbes.testbed.analysis import domain_probe, forking_tokens, token_classes, t
 from dbes.testbed.heldout import measure, training_routes
 from dbes.testbed.mix import Mix
 from dbes.testbed.mixes import Prepared, read_prepared
-from dbes.testbed.records import CELL_SCHEMA, read_cell
+from dbes.testbed.records import RUN_SCHEMA, read_run
 from dbes.testbed.settings import TrainSettings
-from dbes.testbed.training import LOG, STATE, StateError, Trained, TrainingError, train
+from dbes.testbed.training import STATE, StateError, Trained, TrainingError, train
 from dbes.testbed.upcycling import train_upcycled
 
-CELL_FILE = "cell.json"
+RUN_FILE = "cell.json"
 
 METRICS = (
     "specialization_normalized",
@@ -33,16 +33,16 @@ METRICS = (
     "ngram_expertise_5",
     "ngram_expertise_10",
 )
-"""Calibrated metrics kept for every cell."""
+"""Calibrated metrics kept for every run."""
 
 COMPANIONS = ("utilization", "max_violation", "load_entropy", "dead_experts", "within_domain_similarity", "scaled_margin")
 
 
-class Cell(Strict):
+class Run(Strict):
     """One arm of the grid with one seed.
 
     Attributes:
-        arm: name of the arm; cells of one arm differ in their seed only.
+        arm: name of the arm; runs of one arm differ in their seed only.
         method: ``train``: from scratch; ``upcycle``: domain models trained apart, merged as experts, then trained on.
         probe: also ask how well the domain can be read from the routers' input.
     """
@@ -55,46 +55,46 @@ class Cell(Strict):
     permutations: int = 200
 
     def identity(self, mix_digest: str) -> str:
-        """Equal for cells that would give the same result; the arm's name is not part of it."""
+        """Equal for runs that would give the same result; the arm's name is not part of it."""
         probe = "-probe" if self.probe else ""
         return f"{self.settings.identity(mix_digest)}-{self.method}{probe}-{self.documents}-{self.permutations}"
 
 
-def run_cell(cell: Cell, mix_folder: Path, folder: Path) -> dict[str, Any]:
-    """The record of a cell; a finished one is read back, an interrupted one goes on, a diverged one is recorded as failed."""
-    path = folder / CELL_FILE
+def execute(run: Run, mix_folder: Path, folder: Path) -> dict[str, Any]:
+    """The record of a run; a finished one is read back, an interrupted one goes on, a diverged one is recorded as failed."""
+    path = folder / RUN_FILE
     if path.exists():
-        return read_cell(path)
+        return read_run(path)
     prepared = read_prepared(mix_folder)
     record: dict[str, Any] = {
-        "schema_version": CELL_SCHEMA,
+        "schema_version": RUN_SCHEMA,
         "status": "ok",
         "error": None,
-        "identity": cell.identity(prepared.mix.digest),
-        "cell": cell.model_dump(mode="json"),
+        "identity": run.identity(prepared.mix.digest),
+        "cell": run.model_dump(mode="json"),
     }
     try:
-        trained = (train_upcycled if cell.method == "upcycle" else train)(cell.settings, prepared.mix, folder=folder)
+        trained = (train_upcycled if run.method == "upcycle" else train)(run.settings, prepared.mix, folder=folder)
     except StateError:
         raise
     except TrainingError as problem:
         record |= {"status": "failed", "error": str(problem)}
     else:
-        record |= _measured(cell, trained, prepared)
+        record |= _measured(run, trained, prepared)
     write_json(path, _plain(record))
     remove_state(folder)
-    return read_cell(path)
+    return read_run(path)
 
 
 def remove_state(folder: Path) -> None:
-    """Remove what only an unfinished cell needs: the training state, and temporary files of a killed run."""
+    """Remove what only an unfinished run needs: the training state, and temporary files of a killed run."""
     for path in (folder, *(inner for inner in folder.iterdir() if inner.is_dir())):
         discard(path / STATE)
         remove_abandoned(path)
 
 
-def _measured(cell: Cell, trained: Trained, prepared: Prepared) -> dict[str, Any]:
-    settings = cell.settings
+def _measured(run: Run, trained: Trained, prepared: Prepared) -> dict[str, Any]:
+    settings = run.settings
     mix = prepared.mix.only(settings.mix.domains)
     heldout = measure(
         trained.model,
@@ -104,11 +104,11 @@ def _measured(cell: Cell, trained: Trained, prepared: Prepared) -> dict[str, Any
         seed=settings.seed,
         step=settings.optimizer.steps,
         length=max(settings.mix.lengths),
-        documents=cell.documents,
+        documents=run.documents,
         overlap=settings.mix,
-        keep_inputs=cell.probe,
+        keep_inputs=run.probe,
     )
-    result = score(heldout.trace, permutations=cell.permutations, seed=0)
+    result = score(heldout.trace, permutations=run.permutations, seed=0)
     dropped = [entry["dropped"] for entry in trained.log if entry.get("dropped") is not None]
     return {
         "parameters": trained.model.num_parameters(),
@@ -120,20 +120,20 @@ def _measured(cell: Cell, trained: Trained, prepared: Prepared) -> dict[str, Any
         "nats_per_token": dict(zip(mix.domains, heldout.nats_per_token.tolist(), strict=True)),
         "calibrated": _calibrated(result),
         "published": _published(result),
-        "as_trained": _as_trained(cell, trained, mix),
+        "as_trained": _as_trained(run, trained, mix),
         "companions": {name: result.companions["model"].get(name) for name in COMPANIONS},
         "information": topic_and_syntax(heldout, token_classes(prepared.tokenizer)),
         "forking": forking_tokens(heldout),
-        "probe": domain_probe(heldout) if cell.probe else None,
+        "probe": domain_probe(heldout) if run.probe else None,
     }
 
 
-def _as_trained(cell: Cell, trained: Trained, mix: Mix) -> dict[str, Any] | None:
+def _as_trained(run: Run, trained: Trained, mix: Mix) -> dict[str, Any] | None:
     """Specialization and utilization with the assignment that training makes; None where that is no other than the checkpoint's."""
-    routing = cell.settings.routing
+    routing = run.settings.routing
     if routing.balancing in ("none", "aux_loss") and routing.capacity is None:
         return None
-    result = score(training_routes(trained.model, mix, cell.settings, bias=trained.bias), permutations=cell.permutations, seed=0)
+    result = score(training_routes(trained.model, mix, run.settings, bias=trained.bias), permutations=run.permutations, seed=0)
     specialization = result.record("specialization_normalized")
     return {
         "specialization_normalized": {"corrected": specialization.corrected, "score": specialization.score},
@@ -173,7 +173,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float | np.floating):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     return int(value) if isinstance(value, np.integer) else value
-
-
-def log_path(folder: Path) -> Path:
-    return folder / LOG
