@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Build the wheel, install it with its dependencies alone in a new environment, and use it from a folder of its own.
+#
+#     tests/wheel.sh PYTHON
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+python=$(command -v "$1")
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
+unset PYTHONPATH
+
+"$python" -m pip wheel --quiet --no-deps --wheel-dir "$work" "$root"
+wheel=$(echo "$work"/dbes-*.whl)
+size=$(wc -c < "$wheel")
+echo "$(basename "$wheel"): $size bytes"
+test "$size" -lt 12000000
+
+"$python" -m venv "$work/venv"
+"$work/venv/bin/pip" install --quiet --no-compile --disable-pip-version-check --constraint "$root/constraints.txt" "$wheel"
+mkdir "$work/elsewhere"
+cd "$work/elsewhere"
+"$work/venv/bin/python" - "$root" "$work/venv" << 'END'
+import sys
+from importlib.metadata import distribution
+from importlib.resources import files
+from pathlib import Path
+
+import dbes
+
+root, venv = map(Path, sys.argv[1:])
+assert Path(dbes.__file__).is_relative_to(venv), dbes.__file__
+assert not [place for place in sys.path if place and Path(place).is_relative_to(root)], sys.path
+assert files("dbes").joinpath("py.typed").is_file()
+names = {file.name for file in distribution("dbes").files}
+assert {"LICENSE", "CARD.md", "smoke.yaml"} <= names, sorted(names)
+END
+
+dbes() { echo "dbes $*"; "$work/venv/bin/dbes" "$@"; }
+dbes tasks > tasks.txt
+grep --quiet smoke tasks.txt && grep --quiet embedded tasks.txt
+dbes doctor embedded
+dbes evaluate --tasks smoke --output-path results
+result=$(dirname "$(find results -name result.json)")
+test -s "$result/report.html"
+dbes paths "$result" --domain law --out law.json
+dbes finetune --paths law.json --data task:law --out tuned --steps 2 --lr 1e-3 --seq-len 64 --tasks smoke --limit 2
+test -s tuned/finetune.json
+dbes testbed run --preset smoke --out testbed
+echo "the wheel works"
