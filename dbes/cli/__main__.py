@@ -1,3 +1,5 @@
+"""`python -m dbes.cli` is `dbes`."""
+
 from dbes.cli import main
 
 main()
