@@ -35,7 +35,7 @@ def inside(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def results(tiny_checkpoint: Path, tiny_task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("results")
-    done = run("evaluate", "--model", tiny_checkpoint, "--tasks", tiny_task, "--output-path", folder, "--permutations", "50")
+    done = inside("evaluate", "--model", tiny_checkpoint, "--tasks", tiny_task, "--output-path", folder, "--permutations", "50")
     assert done.returncode == 0, done.stderr
     assert "Layers: score" in done.stdout and "verdict" in done.stdout and "Written:" in done.stdout
     assert "recording" in done.stderr and "recording" not in done.stdout.split("Written")[0].split("Layers")[0]
@@ -146,7 +146,8 @@ def test_score_refuses_the_folder_of_an_evaluation_and_one_that_is_written_to(re
 
 def test_score_of_a_baseline(results: Path, tmp_path: Path) -> None:
     trace = next(results.rglob("trace"))
-    done = run("score", trace, "--router", "reference", "--permutations", "50", "--format", "json", "--output-path", tmp_path / "reference")
+    settings = ("--router", "reference", "--permutations", "50", "--format", "json")
+    done = inside("score", trace, *settings, "--output-path", tmp_path / "reference")
     assert done.returncode == 0, done.stderr
     scores = {(row["metric"], row["layer"], row["domain"]): row for row in json.loads(done.stdout)["calibrated"]}
     for metric in ("specialization", "der", "domain_isolation"):
@@ -155,14 +156,14 @@ def test_score_of_a_baseline(results: Path, tmp_path: Path) -> None:
 
 
 def test_score_of_a_folder_without_a_trace(tmp_path: Path) -> None:
-    done = run("score", tmp_path)
+    done = inside("score", tmp_path)
     assert done.returncode == 1
     assert "not a trace folder" in done.stderr and not done.stdout
 
 
 def test_failed_evaluation_exits_1_and_is_written(tiny_task: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    done = run("evaluate", "--model", tmp_path / "empty", "--tasks", tiny_task, "--output-path", tmp_path / "results")
+    done = inside("evaluate", "--model", tmp_path / "empty", "--tasks", tiny_task, "--output-path", tmp_path / "results")
     assert done.returncode == 1
     assert "Traceback" not in done.stderr and "config.json" in done.stderr
     written = json.loads(next((tmp_path / "results").rglob("result.json")).read_text())
@@ -183,23 +184,23 @@ def test_failed_evaluation_exits_1_and_is_written(tiny_task: Path, tmp_path: Pat
     ],
 )
 def test_wrong_usage_exits_2(arguments: list[str]) -> None:
-    done = run(*arguments)
+    done = inside(*arguments)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
 
 
 def test_tasks_are_listed_and_validated(tiny_task: Path, tmp_path: Path) -> None:
-    listed = run("tasks")
+    listed = inside("tasks")
     assert listed.returncode == 0 and "embedded" in listed.stdout and "smoke" in listed.stdout
-    valid = run("tasks", "validate", tiny_task)
+    valid = inside("tasks", "validate", tiny_task)
     assert valid.returncode == 0 and "law" in valid.stdout
     (tmp_path / "bad.yaml").write_text("name: bad\nversion: 1\ncolour: blue\ndomains: {}\n")
-    refused = run("tasks", "validate", tmp_path / "bad.yaml")
+    refused = inside("tasks", "validate", tmp_path / "bad.yaml")
     assert refused.returncode == 2 and "colour" in refused.stderr
 
 
 def test_doctor(tiny_checkpoint: Path) -> None:
-    done = run("doctor", tiny_checkpoint, "--format", "json")
+    done = inside("doctor", tiny_checkpoint, "--format", "json")
     assert done.returncode == 0, done.stderr
     diagnosis = json.loads(done.stdout)
     assert diagnosis["ok"] and [layer["layer"] for layer in diagnosis["layers"]] == [0, 1, 2]

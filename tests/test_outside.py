@@ -35,7 +35,7 @@ from dbes.testbed.settings import read_settings
 from dbes.text import HIDDEN, labels, printable
 
 REPORTS = Path(__file__).parents[1] / "reports"
-PART, LARGE_PART = 60, 600
+PART, LARGE_PART = 20, 600
 """Damaged versions of a file that every run tries, and that the slow ones do; a kind has up to some hundred thousand."""
 
 
@@ -245,7 +245,7 @@ EXPENSIVE = ("result", "outcome", "outcome with items", "grid", "cell")
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_damaged_json_is_one_line(kind: str, result: Path, tmp_path: Path) -> None:
-    tried(kind, result, tmp_path, 4 if kind in EXPENSIVE else PART)
+    tried(kind, result, tmp_path, 2 if kind in EXPENSIVE else PART)
 
 
 @pytest.mark.slow

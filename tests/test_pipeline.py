@@ -144,6 +144,7 @@ def test_batch_size_changes_no_count(
     assert again.record("specialization").value == pytest.approx(result.record("specialization").value, rel=1e-3)
 
 
+@pytest.mark.slow  # recording alone: test_recording
 def test_killed_recording_goes_on_and_ends_the_same(tiny_checkpoint: Path, tiny_task: Path, tmp_path: Path) -> None:
     """SIGKILL in the middle of the recording, with shards made small so that there are several."""
     script = (

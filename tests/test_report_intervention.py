@@ -257,21 +257,23 @@ def test_missing_pieces_are_gaps_not_errors(content: dict[str, Any]) -> None:
 
 
 def test_hostile_names_are_escaped(content: dict[str, Any]) -> None:
-    for name in HOSTILE:
-        name = name[:5000]
-        text = json.loads(json.dumps(content))
-        text["targets"] = {name: {**text["targets"]["a"], "others": [name]}}
-        text["targets"][name]["verdict"]["text"] = text["verdict"] = text["texts"] = name
-        text["targets"][name]["arms"][0]["arm"] = text["targets"][name]["contrasts"][0]["control"] = name
-        text["model"], text["settings"], text["versions"] = {"name": name}, {name: name}, {name: name}
-        text["skipped"] = [{"target": name, "arm": name, "budget": None, "reason": name}]
-        text["masks"][0]["rule"], text["domains"] = name, [name]
-        read = Outcome.model_validate(text)
-        body = re.split(r"<script", render_outcome(read))[0]
-        assert "<img" not in body and "onmouseover='" not in body and "window.hacked = 1</script" not in body and "\u202e" not in body
-        card = outcome_card(read)
-        assert "<script" not in card.partition("```")[0] and "\u202e" not in card
-        json.dumps(outcome_payload(read), allow_nan=False)
+    names = [name[:5000] for name in HOSTILE]
+    every = " ".join(names)
+    text = json.loads(json.dumps(content))
+    text["targets"] = {name: {**json.loads(json.dumps(text["targets"]["a"])), "others": [name]} for name in names}
+    for name, target in text["targets"].items():
+        target["verdict"]["text"] = target["arms"][0]["arm"] = target["contrasts"][0]["control"] = name
+    text["verdict"] = text["texts"] = every
+    text["model"], text["settings"] = {"name": every}, dict(zip(names, names, strict=True))
+    text["versions"] = text["settings"]
+    text["skipped"] = [{"target": name, "arm": name, "budget": None, "reason": name} for name in names]
+    text["masks"][0]["rule"], text["domains"] = every, names
+    read = Outcome.model_validate(text)
+    body = re.split(r"<script", render_outcome(read))[0]
+    assert "<img" not in body and "onmouseover='" not in body and "window.hacked = 1</script" not in body and "\u202e" not in body
+    card = outcome_card(read)
+    assert "<script" not in card.partition("```")[0] and "\u202e" not in card
+    json.dumps(outcome_payload(read), allow_nan=False)
 
 
 @pytest.mark.parametrize(

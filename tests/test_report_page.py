@@ -145,7 +145,7 @@ def test_page_is_one_file_without_requests(page: str) -> None:
 
 def test_page_of_48_layers_and_128_experts_stays_small(tmp_path: Path) -> None:
     domains = tuple(f"domain {index}" for index in range(8))
-    trace = simulated_trace(domains=domains, layers=48, experts=128, top_k=8, tokens=(60, 120))
+    trace = simulated_trace(domains=domains, layers=48, experts=128, top_k=8, documents=6, tokens=(60, 120))
     path = write_page(write_result(tmp_path, trace, permutations=5))
     shown = unpacked(path.read_text("utf-8"))
     assert len(shown["heat"]["hits"]) == 8 * 48 * 128 and len(shown["text"]) == 8
