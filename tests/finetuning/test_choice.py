@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from test_run import command, logged, path_of, same_weights, settings, tensors
+from test_run import command, logged, path_of, same_weights, settings, slow, tensors
 from test_validation import Alone
 
 from dbes.errors import FinetuneError
@@ -92,10 +92,11 @@ def scripted(monkeypatch):
 
 
 LOW_RANK = {"lora_rank": 2}
-WAYS = [{}, {"method": "view_leaves"}, LOW_RANK, LOW_RANK | {"method": "view_leaves"}, {"train_router": True}, {"protect": 0.03}]
+PROTECTED = {"protect": 0.03}
+WAYS = [{}, {"method": "view_leaves"}, LOW_RANK, LOW_RANK | {"method": "view_leaves"}, {"train_router": True}, PROTECTED]
 
 
-@pytest.mark.parametrize("changes", WAYS, ids=str)
+@pytest.mark.parametrize("changes", [way if way in ({}, PROTECTED) else slow(way) for way in WAYS], ids=str)
 def test_every_way_of_training_keeps_the_step_of_the_lowest_loss(run, scripted, tiny_checkpoint, tiny_task, changes):
     real = scripted([5, 4.5, 4, 4.2, 4.1, 0, 0])
     report, folder = run(steps=60, lr=1e-2, patience=2, **changes)
@@ -107,7 +108,7 @@ def test_every_way_of_training_keeps_the_step_of_the_lowest_loss(run, scripted, 
     assert min(abs(saved - other) for other in (*real[:2], *real[3:])) > 1e-4
 
 
-@pytest.mark.parametrize("changes", WAYS[1:], ids=str)
+@pytest.mark.parametrize("changes", [slow(way) if way in ({"method": "view_leaves"}, LOW_RANK) else way for way in WAYS[1:]], ids=str)
 def test_every_way_of_training_finds_a_rate(run, tiny_checkpoint, tiny_task, changes):
     report, folder = run(steps=8, **changes)
     assert report.choice.source == "range test" and len(report.choice.trials) >= 3
@@ -160,7 +161,7 @@ def test_too_little_text_is_said_and_takes_the_fixed_rate(run, tmp_path):
     assert any(warning in line for line in report.warnings) and any(warning in line for line in said)
 
 
-@pytest.mark.parametrize("at", [2, 7, 14, 17], ids=lambda at: f"forward {at}")
+@pytest.mark.parametrize("at", [slow(2), 7, slow(14), 17], ids=lambda at: f"forward {at}")
 def test_an_interrupted_run_makes_no_other_choice(run, finished, monkeypatch, tmp_path, at):
     """Interrupted in the first trial, in the second, in the last, and in the run itself."""
     real, calls = training._gradients, []

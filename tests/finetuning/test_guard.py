@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 from test_choice import run  # noqa: F401
-from test_run import same_weights, settings
+from test_run import same_weights, settings, slow
 from test_validation import entries
 
 from dbes.finetuning import guard as guard_module
@@ -128,7 +128,8 @@ def test_a_given_rate_is_used_and_steps_are_guarded_all_the_same(run, planted): 
     assert free.choice.guard_texts == 0 and not free.choice.rises
 
 
-def test_a_state_that_does_not_keep_is_gone_back_from_at_a_third_of_the_rate(run, monkeypatch, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("interrupted", [False, slow(True)])
+def test_a_state_that_does_not_keep_is_gone_back_from_at_a_third_of_the_rate(run, monkeypatch, tmp_path, interrupted):  # noqa: F811
     """The second check refuses: the third starts from the first, and a run that is interrupted after it ends alike."""
     real, prepare, steps, peaks = Guard.rise, training._prepare, [0], {}
 
@@ -149,6 +150,8 @@ def test_a_state_that_does_not_keep_is_gone_back_from_at_a_third_of_the_rate(run
     refused = [step for step, one in choice.rises if not one.is_kept]
     assert refused and choice.retreats == len(refused) and choice.best_step not in refused
     assert peaks[refused[0] - 1] == choice.lr and peaks[refused[-1]] == pytest.approx(choice.lr / 3 ** len(refused))
+    if not interrupted:
+        return
     stop_at = refused[-1] + 2
     with pytest.raises(KeyboardInterrupt):
         run(out=tmp_path, steps=60, protect=0.03, named={"checkpoint_seconds": 0})
@@ -157,7 +160,7 @@ def test_a_state_that_does_not_keep_is_gone_back_from_at_a_third_of_the_rate(run
     assert same_weights(tmp_path, folder) and again.choice.rises == choice.rises
 
 
-@pytest.mark.parametrize("at", [2, 7, 25], ids=lambda at: f"forward {at}")
+@pytest.mark.parametrize("at", [slow(2), slow(7), 25], ids=lambda at: f"forward {at}")
 def test_an_interrupted_protected_run_makes_no_other_choice(run, monkeypatch, tmp_path, at):  # noqa: F811
     whole, folder = run(steps=12, protect=0.03)
     real, calls = training._gradients, []

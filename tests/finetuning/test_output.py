@@ -16,7 +16,7 @@ import torch
 from families import NOT_CAUSAL, composites, discovered, tiny_composite, tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_run import CELLS, command, path_of, same_weights, settings
+from test_run import CELLS, command, path_of, same_weights, settings, slow
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -429,30 +429,30 @@ def test_a_damaged_training_state_is_refused(run, stopped, tmp_path, damage):
         run(out=tmp_path / "out")
 
 
-def test_a_run_stopped_while_it_wrote_is_finished_by_the_same_command(run, stopped, tmp_path, monkeypatch):
+@pytest.mark.parametrize("break_at", [0, slow(1), slow(2), slow(3), slow(4), 5])
+def test_a_run_stopped_while_it_wrote_is_finished_by_the_same_command(run, stopped, tmp_path, monkeypatch, break_at):
     report, whole = run()
-    for break_at in range(6):
-        out = tmp_path / str(break_at)
-        shutil.copytree(stopped, out)
-        real, calls = Path.replace, []
+    out = tmp_path / "out"
+    shutil.copytree(stopped, out)
+    real, calls = Path.replace, []
 
-        def replace(path, target, real=real, calls=calls, break_at=break_at):
-            if path.name.endswith(".part") and Path(target).name not in (LOG, STATE):
-                calls.append(target)
-                if len(calls) > break_at:
-                    raise KeyboardInterrupt
-            return real(path, target)
+    def replace(path, target):
+        if path.name.endswith(".part") and Path(target).name not in (LOG, STATE):
+            calls.append(target)
+            if len(calls) > break_at:
+                raise KeyboardInterrupt
+        return real(path, target)
 
-        with monkeypatch.context() as patch:
-            patch.setattr(Path, "replace", replace)
-            with pytest.raises(KeyboardInterrupt):
-                run(out=out)
-        (out / ".x.json.part").write_text("litter")
-        (out / ".saving-abc").mkdir()
-        (out / ".saving-abc" / "model.safetensors").write_text("litter")
-        again, _ = run(out=out)
-        assert again.after == report.after and same_weights(out, whole)
-        assert not list(out.glob(".*")) and not (out / STATE).exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", replace)
+        with pytest.raises(KeyboardInterrupt):
+            run(out=out)
+    (out / ".x.json.part").write_text("litter")
+    (out / ".saving-abc").mkdir()
+    (out / ".saving-abc" / "model.safetensors").write_text("litter")
+    again, _ = run(out=out)
+    assert again.after == report.after and same_weights(out, whole)
+    assert not list(out.glob(".*")) and not (out / STATE).exists()
 
 
 def test_state_and_litter_beside_a_finished_run_are_removed(run, stopped):

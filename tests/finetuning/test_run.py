@@ -457,6 +457,11 @@ def test_tensorboard_events_hold_loss_rate_and_evaluations(run, tmp_path):
     assert sorted(out.rglob("events*")) == files, "a finished run leaves no empty one behind"
 
 
+def slow(value):
+    """A case for the slow tests alone, of a behaviour that others show in the default ones."""
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 def command(checkpoint, task, folder, out, steps, pause=0, protect=None, rate=1e-2):
     script = Path(__file__).parent / "finetune_process.py"
     path = write_path(path_of(checkpoint), folder / "paths.json")
