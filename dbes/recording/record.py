@@ -89,7 +89,7 @@ def record_documents(
 
     Args:
         domains: names of the domains, in the benchmark's order.
-        output_path: folder of the trace. An interrupted recording of the same thing in it is gone on with, from the last whole
+        output_path: folder of the trace. An interrupted recording of the same thing in it resumes from the last whole
             shard. None keeps the trace in memory.
         batch_size: windows per batch; "auto" fills a budget of tokens, halved when memory runs out.
         seed: of the random-router control and of the noise of the stability measures.
