@@ -264,7 +264,7 @@ def test_a_rate_that_breaks_the_loss_is_recorded_and_never_chosen(loaded: Loaded
         Run(target="law", kind="full", cells=(), rank=None, only=None, rate=rate, seed=SEARCH_SEED, tuning=True) for rate in (1e-3, 1e30)
     ]
     records = [execute(loaded.model, run, data, SETTINGS) for run in runs]
-    assert records[1]["status"] == "failed" and "no number at step" in records[1]["error"]
+    assert records[1]["status"] == "failed" and "not a number at step" in records[1]["error"]
     assert best_rate(records) == 1e-3
     with pytest.raises(InterventionError, match="give lower --rates"):
         best_rate(records[1:])
