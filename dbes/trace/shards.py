@@ -15,7 +15,7 @@ from dbes.errors import DbesError, TraceError
 from dbes.files import read_bytes, regular
 from dbes.text import clipped
 from dbes.trace.manifest import ShardEntry
-from dbes.trace.types import GENERATED, LOGIT_NOISE, NOISE_SCALES, RoutingShape, TokenRoutes
+from dbes.trace.types import GENERATED, LOGIT_NOISE, NOISE_SCALES, UNKNOWN, RoutingShape, TokenRoutes
 
 REQUIRED = ("ids", "document", "positions")
 KNOWN = tuple(column.name for column in fields(TokenRoutes))
@@ -23,9 +23,6 @@ KNOWN = tuple(column.name for column in fields(TokenRoutes))
 PER_TOKEN = ("document", "positions", "token_ids", "phase")
 KINDS = {"ids": "u", "document": "iu", "positions": "iu", "token_ids": "iu", "phase": "u", "logit_stable": "u", "kept": "u"}
 """numpy kinds of each array; all others are floats."""
-
-UNKNOWN = 255
-"""Mark of ``kept`` and ``logit_stable`` where a row had no score."""
 
 
 def check_header(path: Path, entry: ShardEntry) -> None:
