@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Literal
 
 import altair as alt
 import numpy as np
 from altair.utils.schemapi import debug_mode
 from scipy.cluster.hierarchy import dendrogram, linkage
 
-from dbes.results import Result
 from dbes.scoring.resolution import SIGNIFICANCE
 
 Spec = dict[str, Any]
@@ -51,32 +50,12 @@ TIMES = alt.Legend(orient="top", gradientLength=160, labelExpr="format(pow(2, da
 """Legend of a colour that shows the logarithm of a ratio, labelled with the ratio."""
 
 
+LIFT = ("lift against the mean", "of the domains (log2)")
+
+
 def unchecked() -> AbstractContextManager[None]:
     """Inside, Altair makes its objects without looking each of them up in the schema."""
     return debug_mode(False)
-
-
-def curve_rows(result: Result) -> list[Row]:
-    """One row per metric, domain (None: all) and layer, with the numbers of its calibrated record."""
-    return [
-        {"metric": record.metric, "domain": record.domain, "layer": record.layer}
-        | {name: _known(getattr(record, name)) for name in CURVE_FIELDS}
-        for record in result.calibrated
-        if record.layer is not None
-    ]
-
-
-def domain_rows(result: Result) -> list[Row]:
-    """One row per metric and domain: the means over layers."""
-    return [
-        {"metric": record.metric, "domain": record.domain} | {name: _known(getattr(record, name)) for name in CURVE_FIELDS}
-        for record in result.calibrated
-        if record.layer is None and record.domain is not None
-    ]
-
-
-def _known(number: float) -> float | None:
-    return None if np.isnan(number) else float(number)
 
 
 def layer_axis(layers: Sequence[int]) -> alt.Axis:
@@ -119,23 +98,23 @@ def _curve(axis: alt.Axis, value: str, low: str, high: str, second: str, *, also
     if also is not None:
         layers.insert(0, base.mark_line(strokeDash=[1, 3], style="bound").encode(y=alt.Y(f"{also}:Q", title=None)))
     for level in rules:
-        layers.insert(0, alt.Chart(alt.InlineData([{"level": level}])).mark_rule(style="bound" if level else "zero").encode(y="level:Q"))
-    return _finished(alt.layer(*layers).properties(height=170, width="container"))
+        layers.insert(0, _rule(level).encode(y="level:Q"))
+    return _finished(alt.layer(*layers), 170)
 
 
 def domain_spec(domains: int) -> Spec:
     """Score of every domain with its interval, the random router beside it."""
     y = alt.Y("domain:N", title=None, sort=alt.SortField("score", order="descending"))
     base = alt.Chart(ROWS).encode(y=y)
-    tooltip = ["domain:N", *(alt.Tooltip(f"{name}:Q", format=".4f") for name in ("score", "score_low", "score_high", "control", "p"))]
+    tooltip = ["domain:N", *_numbers("score", "score_low", "score_high", "control", "p")]
     layers = [
-        alt.Chart(alt.InlineData([{"level": 0}])).mark_rule(style="zero").encode(x="level:Q"),
+        _rule(0).encode(x="level:Q"),
         base.mark_rule(strokeWidth=3, style="interval").encode(x=alt.X("score_low:Q", title="score"), x2="score_high:Q"),
         base.mark_tick(thickness=3, size=18, style="second-tick").encode(x="control:Q"),
         base.mark_point(size=80, filled=True, opacity=1).encode(x="score:Q", tooltip=tooltip),
         base.mark_text(dy=-11, fontSize=11).encode(x="score:Q", text="label:N"),
     ]
-    return _finished(alt.layer(*layers).properties(width="container", height=38 * domains))
+    return _finished(alt.layer(*layers), 38 * domains)
 
 
 def heat_spec(domains: int) -> Spec:
@@ -157,15 +136,9 @@ def heat_spec(domains: int) -> Spec:
         alt.Tooltip("q:Q", title="q-value", format=".2g"),
         alt.Tooltip("kind:N", title="test"),
     ]
-    colour = alt.Color(
-        "shade:Q",
-        title=["lift against the mean", "of the domains (log2)"],
-        scale=alt.Scale(range="diverging", domain=[-2, 0, 2], clamp=True, interpolate="lab"),
-        legend=TIMES,
-    )
-    cells = base.mark_rect().encode(color=colour, tooltip=tooltip)
+    cells = base.mark_rect().encode(color=_shade(LIFT), tooltip=tooltip)
     marks = base.mark_point(shape="circle", size=26, filled=True, style="mark").transform_filter("datum.kind == 'specialist'")
-    return _finished(alt.layer(cells, marks.encode(tooltip=tooltip)).properties(width="container", height=26 * domains))
+    return _finished(alt.layer(cells, marks.encode(tooltip=tooltip)), 26 * domains)
 
 
 def similarity_spec(domains: int) -> Spec:
@@ -186,7 +159,7 @@ def similarity_spec(domains: int) -> Spec:
         text="label:N",
         color=alt.condition("datum.strong", alt.value("#ffffff"), alt.value("#10151c")),
     )
-    return _finished(alt.layer(cells, numbers).resolve_scale(color="independent").properties(width="container", height=34 * domains))
+    return _finished(alt.layer(cells, numbers).resolve_scale(color="independent"), 34 * domains)
 
 
 def dendrogram_rows(similarity: np.ndarray, domains: list[str]) -> tuple[list[Row], list[str]]:
@@ -209,8 +182,7 @@ def dendrogram_spec(order: list[str]) -> Spec:
     x = alt.X("distance:Q", title="distance (1 - cosine)", scale=alt.Scale(reverse=True, nice=True), axis=alt.Axis(tickCount=4, grid=False))
     brackets = alt.Chart(ROWS).mark_line(strokeWidth=1.8).encode(x=x, y=y, detail="bracket:N", order="corner:Q")
     labels = names.mark_text(align="left", dx=6, fontSize=12).encode(x=x, y=y, text="domain:N")
-    padded = alt.layer(brackets, labels).properties(width="container", height=max(120, 30 * len(order)))
-    return _finished(padded)
+    return _finished(alt.layer(brackets, labels), max(120, 30 * len(order)))
 
 
 def load_spec() -> Spec:
@@ -218,18 +190,13 @@ def load_spec() -> Spec:
     chart = alt.Chart(ROWS).mark_rect().encode(
         x=alt.X("layer:O", title="layer", axis=alt.Axis(labelOverlap=True, labelAngle=0)),
         y=alt.Y("rank:O", title="experts by load", axis=alt.Axis(labels=False, ticks=False), sort="descending"),
-        color=alt.Color(
-            "shade:Q",
-            title=["load against an", "even load (log2)"],
-            scale=alt.Scale(range="diverging", domain=[-2, 0, 2], clamp=True, interpolate="lab"),
-            legend=TIMES,
-        ),
+        color=_shade(["load against an", "even load (log2)"]),
         tooltip=[
             alt.Tooltip("layer:O"), alt.Tooltip("expert:O"), alt.Tooltip("load:Q", title="share of all choices", format=".3%"),
             alt.Tooltip("relative:Q", title="times an even load", format=".2f"),
         ],
     )  # fmt: skip
-    return _finished(chart.properties(width="container", height=240))
+    return _finished(chart, 240)
 
 
 def utilization_spec(layers: Sequence[int]) -> Spec:
@@ -244,7 +211,7 @@ def utilization_spec(layers: Sequence[int]) -> Spec:
     y = alt.Y("utilization:Q", title=None, axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1]))
     line = base.mark_line(strokeWidth=2).encode(y=y)
     points = base.mark_point(size=40, filled=True, opacity=1).encode(y=y, tooltip=tooltip)
-    return _finished(alt.layer(line, points).properties(width="container", height=170))
+    return _finished(alt.layer(line, points), 170)
 
 
 def trajectory_spec(layers: Sequence[int]) -> Spec:
@@ -267,9 +234,7 @@ def trajectory_spec(layers: Sequence[int]) -> Spec:
         .encode(
             x=x, y=y, detail="move:N", order="layer:Q", tooltip=tooltip,
             strokeWidth=alt.StrokeWidth("share:Q", legend=None, scale=alt.Scale(range=[1, 14], zero=True)),
-            color=alt.Color("shade:Q", title=["lift against the mean", "of the domains (log2)"],
-                            scale=alt.Scale(range="ramp", domain=[-2, 0, 2], clamp=True, interpolate="lab"),
-                            legend=TIMES),
+            color=_shade(LIFT, colours="ramp"),
         )
     )  # fmt: skip
     nodes = (
@@ -282,7 +247,7 @@ def trajectory_spec(layers: Sequence[int]) -> Spec:
         nodes.mark_point(size=420, filled=True, opacity=1, style="node"),
         nodes.mark_text(fontSize=11, style="label").encode(text="expert:N"),
     )
-    return _finished(chart.properties(width="container", height=360))
+    return _finished(chart, 360)
 
 
 def scatter_spec() -> Spec:
@@ -296,52 +261,35 @@ def scatter_spec() -> Spec:
         base.mark_point(size=90, filled=True, opacity=1).encode(x="score:Q", tooltip=tooltip),
         base.mark_text(dy=-12, fontSize=11).encode(x="score:Q", y=alt.Y("label_at:Q", title="accuracy"), text="model:N"),
     ]
-    return _finished(alt.layer(*layers).properties(width="container", height=280))
+    return _finished(alt.layer(*layers), 280)
 
 
 def overlay_spec() -> Spec:
     """Scores of several models against relative depth (0 first, 1 last MoE layer), told apart by colour, dash and shape."""
-    base = alt.Chart(ROWS).encode(
-        x=alt.X(
-            "depth:Q",
-            title="relative depth of the layer",
-            scale=alt.Scale(domain=[0, 1]),
-            axis=alt.Axis(format="%", grid=False, tickCount=5),
-        ),
-        y=alt.Y("score:Q", title=None),
-        color=alt.Color("model:N", legend=MODELS),
-    )
-    tooltip = ["model:N", "layer:Q", *(alt.Tooltip(f"{name}:Q", format=".4f") for name in ("score", "score_low", "score_high"))]
-    layers = [
-        base.mark_area(opacity=0.12).encode(y=alt.Y("score_low:Q", title=None), y2="score_high:Q"),
-        base.mark_line(strokeWidth=2).encode(strokeDash=alt.StrokeDash("model:N", legend=None)),
-        base.mark_point(size=50, filled=True, opacity=1).encode(shape=alt.Shape("model:N", legend=None), tooltip=tooltip),
-        _labels(base),
-    ]
-    return _finished(alt.layer(*layers).properties(width="container", height=300))
-
-
-def _labels(base: alt.Chart) -> alt.Chart:
-    """Names of the models right of their lines' ends, where the page has put ``label_at``: so far apart that none covers another."""
-    marks = base.mark_text(align="left", dx=9, fontSize=11).transform_filter("isValid(datum.label_at)")
-    return marks.encode(y=alt.Y("label_at:Q", title=None), text="model:N")
+    axis = alt.Axis(format="%", grid=False, tickCount=5)
+    x = alt.X("depth:Q", title="relative depth of the layer", scale=alt.Scale(domain=[0, 1]), axis=axis)
+    base = alt.Chart(ROWS).encode(x=x, y=alt.Y("score:Q", title=None), color=alt.Color("model:N", legend=MODELS))
+    area = base.mark_area(opacity=0.12).encode(y=alt.Y("score_low:Q", title=None), y2="score_high:Q")
+    return _finished(alt.layer(area, *_model_lines(base, "layer:Q", size=50)), 300)
 
 
 def parallel_spec() -> Spec:
     """The five scores of several models as one line each."""
-    base = alt.Chart(ROWS).encode(
-        x=alt.X("metric:N", title=None, sort=None, axis=alt.Axis(labelAngle=-20, grid=True)),
-        y=alt.Y("score:Q", title="score"),
-        color=alt.Color("model:N", legend=MODELS),
-        detail="model:N",
-    )
-    tooltip = ["model:N", "metric:N", *(alt.Tooltip(f"{name}:Q", format=".4f") for name in ("score", "score_low", "score_high"))]
-    layers = [
+    x = alt.X("metric:N", title=None, sort=None, axis=alt.Axis(labelAngle=-20, grid=True))
+    colour = alt.Color("model:N", legend=MODELS)
+    base = alt.Chart(ROWS).encode(x=x, y=alt.Y("score:Q", title="score"), color=colour, detail="model:N")
+    return _finished(alt.layer(*_model_lines(base, "metric:N", size=60)), 300)
+
+
+def _model_lines(base: alt.Chart, where: str, *, size: int) -> list[alt.Chart]:
+    """A line with points for each model, and its name right of its end, at ``label_at``, which the page sets: no name covers another."""
+    tooltip = ["model:N", where, *_numbers("score", "score_low", "score_high")]
+    names = base.mark_text(align="left", dx=9, fontSize=11).transform_filter("isValid(datum.label_at)")
+    return [
         base.mark_line(strokeWidth=2).encode(strokeDash=alt.StrokeDash("model:N", legend=None)),
-        base.mark_point(size=60, filled=True, opacity=1).encode(shape=alt.Shape("model:N", legend=None), tooltip=tooltip),
-        _labels(base),
+        base.mark_point(size=size, filled=True, opacity=1).encode(shape=alt.Shape("model:N", legend=None), tooltip=tooltip),
+        names.encode(y=alt.Y("label_at:Q", title=None), text="model:N"),
     ]
-    return _finished(alt.layer(*layers).properties(width="container", height=300))
 
 
 def plane_spec(groups: Sequence[str]) -> Spec:
@@ -367,10 +315,9 @@ def plane_spec(groups: Sequence[str]) -> Spec:
     tooltip = [
         alt.Tooltip("arm:N"), alt.Tooltip("gain:N"), alt.Tooltip("forgetting:N"), alt.Tooltip("ratio:N", title="times full, matched"),
     ]  # fmt: skip
-    zero = alt.InlineData([{"level": 0}])
     layers: list[Any] = [
-        alt.Chart(zero).mark_rule(style="zero", clip=True).encode(x=alt.X("level:Q", scale=x_scale)),
-        alt.Chart(zero).mark_rule(style="zero", clip=True).encode(y=alt.Y("level:Q", scale=y_scale)),
+        _rule(0, clip=True).encode(x=alt.X("level:Q", scale=x_scale)),
+        _rule(0, clip=True).encode(y=alt.Y("level:Q", scale=y_scale)),
         base.transform_filter("datum.mark === 'front'")
         .mark_line(interpolate="step-after", style="bound", strokeWidth=2, clip=True)
         .encode(x=x, y=y, order="order:Q"),
@@ -378,12 +325,7 @@ def plane_spec(groups: Sequence[str]) -> Spec:
             detail="arm:N", order="step:Q", strokeDash=alt.StrokeDash("arm:N", legend=None, scale=alt.Scale(range=[[1, 0], [7, 4], [2, 3]]))
         ),
         path.mark_point(style="second-tick", size=22, filled=True, opacity=1, clip=True).encode(
-            tooltip=[
-                "arm:N",
-                "step:Q",
-                alt.Tooltip("y:Q", title="gain", format=".4f"),
-                alt.Tooltip("x:Q", title="forgetting", format=".4f"),
-            ]
+            tooltip=["arm:N", "step:Q", *_numbers("y", "x", titles=("gain", "forgetting"))]
         ),
         arms.mark_rule(opacity=0.4, clip=True).encode(x=alt.X("x_low:Q", scale=x_scale), x2="x_high:Q", y=y),
         arms.mark_rule(opacity=0.4, clip=True).encode(x=x, y=alt.Y("y_low:Q", scale=y_scale), y2="y_high:Q"),
@@ -401,7 +343,7 @@ def plane_spec(groups: Sequence[str]) -> Spec:
         ),
         names.mark_text(fontSize=11, baseline="middle").encode(text="label:N"),
     ]
-    return _finished(alt.layer(*layers).add_params(*ends.values()).properties(width="container", height=430))
+    return _finished(alt.layer(*layers).add_params(*ends.values()), 430)
 
 
 def interval_spec(title: str, series: Sequence[str]) -> Spec:
@@ -414,19 +356,34 @@ def interval_spec(title: str, series: Sequence[str]) -> Spec:
     domain = alt.Scale(domain=list(series))
     shapes = alt.Scale(domain=list(series), range=["circle", "square", "triangle-up", "diamond"][: len(series)])
     colour = alt.Color("series:N", scale=domain, legend=legend)
-    tooltip = ["label:N", "series:N", *(alt.Tooltip(f"{name}:Q", format=".4f") for name in ("value", "low", "high"))]
+    tooltip = ["label:N", "series:N", *_numbers("value", "low", "high")]
     layers = [
-        alt.Chart(alt.InlineData([{"level": 0}])).mark_rule(style="zero").encode(x="level:Q"),
+        _rule(0).encode(x="level:Q"),
         base.mark_rule(strokeWidth=2.4, opacity=0.55).encode(x=alt.X("low:Q", title=title), x2="high:Q", color=colour),
         base.mark_point(size=62, filled=True, opacity=1).encode(
             x=alt.X("value:Q", title=title), color=colour, shape=alt.Shape("series:N", scale=shapes, legend=legend), tooltip=tooltip
         ),
     ]
-    return _finished(alt.layer(*layers).properties(width="container", height=200))
+    return _finished(alt.layer(*layers), 200)
 
 
-def _finished(chart: Any) -> Spec:
-    """The chart as a checked dict; Altair's own theme is taken out, the page brings one for dark and one for light."""
-    spec = chart.to_dict(validate=False)
+def _numbers(*names: str, titles: Sequence[str] = ()) -> list[alt.Tooltip]:
+    named = [{"title": title} for title in titles] or [{}] * len(names)
+    return [alt.Tooltip(f"{name}:Q", format=".4f", **title) for name, title in zip(names, named, strict=True)]
+
+
+def _rule(level: float, **mark: Any) -> alt.Chart:
+    return alt.Chart(alt.InlineData([{"level": level}])).mark_rule(style="bound" if level else "zero", **mark)
+
+
+def _shade(title: Sequence[str], *, colours: Literal["diverging", "ramp"] = "diverging") -> alt.Color:
+    """Colour of a ratio's logarithm to base 2, cut at a quarter and at four times."""
+    scale = alt.Scale(range=colours, domain=[-2, 0, 2], clamp=True, interpolate="lab")
+    return alt.Color("shade:Q", title=list(title), scale=scale, legend=TIMES)
+
+
+def _finished(chart: Any, height: int) -> Spec:
+    """The chart as a dict, as wide as its place; Altair's own theme is taken out, the page brings one for dark and one for light."""
+    spec = chart.properties(width="container", height=height).to_dict(validate=False)
     spec.pop("config", None)
     return spec | {"autosize": {"type": "fit-x", "contains": "padding"}}

@@ -135,7 +135,6 @@ def model_payload(result: Result, *, usage: pd.DataFrame | None, arrays: dict[st
     domains = list(named.values())
     similarity = _similarity(result, arrays)
     tree, order = charts.dendrogram_rows(similarity[-1], domains)
-    rows = [{**row, "domain": named.get(row["domain"])} for row in charts.curve_rows(result)]
     specialists = result.specialists[:SPECIALIST_ROWS]
     places = contexts(sample, specialists)
     text = documents(sample, named) if sample is not None else []
@@ -149,10 +148,8 @@ def model_payload(result: Result, *, usage: pd.DataFrame | None, arrays: dict[st
         "domains": domains,
         "order": order,
         "metrics": {name: title for name, (title, _) in charts.METRICS.items()},
-        "curves": columns(rows, ("metric", "domain", "layer", *charts.CURVE_FIELDS)),
-        "curve_domains": columns(
-            [{**row, "domain": named.get(row["domain"])} for row in charts.domain_rows(result)], ("metric", "domain", *charts.CURVE_FIELDS)
-        ),
+        "curves": columns(_scores(result, named, by_layer=True), ("metric", "domain", "layer", *charts.CURVE_FIELDS)),
+        "curve_domains": columns(_scores(result, named, by_layer=False), ("metric", "domain", *charts.CURVE_FIELDS)),
         "heat": heat_columns(usage, result) if usage is not None else None,
         "similarity": [[[_short(cell) for cell in row] for row in layer] for layer in similarity],
         "dendrogram": tree,
@@ -183,6 +180,16 @@ def model_payload(result: Result, *, usage: pd.DataFrame | None, arrays: dict[st
         "weights": any(document["weights"] for document in text), "more_specialists": len(result.specialists) > SPECIALIST_ROWS,
     }  # fmt: skip
     return payload
+
+
+def _scores(result: Result, named: dict[str, str], *, by_layer: bool) -> list[dict[str, Any]]:
+    """The calibrated records of every layer and domain (None: all), or of every domain over all layers."""
+    return [
+        {"metric": record.metric, "domain": None if record.domain is None else named[record.domain], "layer": record.layer}
+        | {name: getattr(record, name) for name in charts.CURVE_FIELDS}
+        for record in result.calibrated
+        if (record.layer is not None if by_layer else record.layer is None and record.domain is not None)
+    ]
 
 
 def _specs(result: Result, order: list[str]) -> dict[str, Any]:
