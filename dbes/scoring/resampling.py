@@ -204,10 +204,8 @@ def left_out_scores(
         sizes: [layers], experts of each layer; the length of the last axis by default.
     """
     documents, layers, experts = hits.shape
-    sums = np.zeros((domains, layers, experts))
-    tokens = np.zeros((domains, layers))
-    np.add.at(sums, document_domain, hits)
-    np.add.at(tokens, document_domain, active)
+    inside = [document_domain == domain for domain in range(domains)]
+    sums, tokens = (np.stack([part[each].sum(axis=0, dtype=np.float64) for each in inside]) for part in (hits, active))
     slots = sums.sum(axis=-1)
     usage = usage_of(sums)
     entropy = entr(usage).sum(axis=-1)
