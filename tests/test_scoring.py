@@ -18,7 +18,7 @@ from sklearn.metrics.pairwise import cosine_similarity
 
 from dbes.errors import TraceError
 from dbes.results import PublishedMetric, RecordingFacts, Result
-from dbes.scoring.resampling import permuted_labels
+from dbes.scoring.permutation import permuted_labels
 from dbes.scoring.score import Scores, score, score_tables
 from dbes.trace.baselines import ideal_trace, imitate, one_layer_each
 from dbes.trace.store import Trace

@@ -14,9 +14,9 @@ from scipy import stats
 
 from dbes.scoring.counts import Counts
 from dbes.scoring.metrics import grams
+from dbes.scoring.permutation import NullDraws, permutation_null, permuted_labels, permuted_scores
 from dbes.scoring.resampling import (
     DomainScores,
-    NullDraws,
     domain_ratio,
     domain_scores,
     false_discovery_q,
@@ -24,10 +24,7 @@ from dbes.scoring.resampling import (
     jackknife,
     left_out_ratios,
     left_out_scores,
-    permutation_null,
     permutation_p,
-    permuted_labels,
-    permuted_scores,
     pooled_p,
     sign_flip_p,
     studentized_difference,
@@ -101,9 +98,10 @@ def test_permutation_p_by_hand(value: float, null: list[float], expected: float)
     assert permutation_p(np.array(value), np.array(null, float)) == pytest.approx(expected, nan_ok=True)
 
 
-@pytest.mark.parametrize("cells", [1 << 22, 200])
-def test_permutation_null_is_the_metric_of_every_labelling(monkeypatch: pytest.MonkeyPatch, cells: int) -> None:
+@pytest.mark.parametrize(("cells", "many"), [(1 << 22, 16), (200, 16), (1 << 22, 2)])
+def test_permutation_null_is_the_metric_of_every_labelling(monkeypatch: pytest.MonkeyPatch, cells: int, many: int) -> None:
     monkeypatch.setattr("dbes.scoring.resampling.PERMUTATION_CELLS", cells)
+    monkeypatch.setattr("dbes.scoring.permutation.MANY_DOMAINS", many)
     hits, active, domain = drawn(1)
     labels = permuted_labels(domain, permutations=9, seed=2)
     found = null_of(hits, active, labels, domain, 3).scores
@@ -112,6 +110,19 @@ def test_permutation_null_is_the_metric_of_every_labelling(monkeypatch: pytest.M
         for field in FIELDS:
             within = 1e-6 if field == "effective_rank" else 1e-9
             np.testing.assert_allclose(getattr(found, field)[draw], getattr(expected, field), rtol=0, atol=within)
+
+
+def test_the_null_of_many_domains_is_the_same_whether_documents_are_added_up_or_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    hits, active, domain = drawn(2)
+    hits[0, :, 0] += 3000  # so that the sums of squares are no longer exact in float32, and are multiplied
+    labels = permuted_labels(domain, permutations=40, seed=2)
+    multiplied = null_of(hits, active, labels, domain, 3)
+    monkeypatch.setattr("dbes.scoring.permutation.MANY_DOMAINS", 3)
+    added = null_of(hits, active, labels, domain, 3)
+    for field in FIELDS:
+        np.testing.assert_array_equal(getattr(added.scores, field), getattr(multiplied.scores, field))
+    np.testing.assert_allclose(added.z, multiplied.z, rtol=1e-4)
+    np.testing.assert_allclose(added.specialist_p, multiplied.specialist_p, atol=0.01)
 
 
 def test_without_permutations_there_is_no_draw_but_the_statistic_of_the_specialist_test() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from dbes.scoring import metrics
 from dbes.scoring.layer_counts import LayerCounts
-from dbes.scoring.resampling import permuted_labels
+from dbes.scoring.permutation import permuted_labels
 from dbes.scoring.sampling import TokenSample
 from dbes.trace.types import RoutingShape
 

@@ -15,7 +15,8 @@ from dbes.scoring.counts import Counts
 from dbes.scoring.descriptive import random_halves, split_half_similarity
 from dbes.scoring.estimates import NGRAMS, Estimate, Measured, estimate, measure_layer, reference_scores
 from dbes.scoring.layer_counts import LayerCounts, joined_layers
-from dbes.scoring.resampling import DomainScores, clustered_usage, permutation_null, permuted_labels, permuted_scores, sign_flip_p
+from dbes.scoring.permutation import permutation_null, permuted_labels, permuted_scores
+from dbes.scoring.resampling import DomainScores, clustered_usage, sign_flip_p
 from dbes.scoring.specialists import SpecialistTable, joined, layer_specialists
 
 

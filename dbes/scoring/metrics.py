@@ -11,6 +11,7 @@ natural (nats). Domains weigh the same, so that the size of a domain cannot driv
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -253,10 +254,10 @@ def shuffled_ratio(primaries: np.ndarray, size: int) -> np.ndarray:
         primaries: [..., experts], how many tokens of the document have each expert as primary.
     """
     total = primaries.sum(axis=-1).astype(np.float64)
-    product = np.ones(primaries.shape, np.float64)
-    for index in range(size):
-        with np.errstate(invalid="ignore", divide="ignore"):
-            product *= np.clip(primaries - index, 0, None) / (total - index)[..., None]
+    product = np.zeros(primaries.shape, np.float64)
+    often = np.nonzero(primaries >= size)  # elsewhere a factor is 0
+    count, tokens = primaries[often], total[often[:-1]]
+    product[often] = math.prod(((count - index) / (tokens - index) for index in range(size)), start=np.ones(count.shape))
     return np.where(total >= size, product.sum(axis=-1), np.nan)
 
 

@@ -79,15 +79,11 @@ def domain_scores(counts: np.ndarray, tokens: np.ndarray, *, experts: np.ndarray
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Permutation null
-
-
-def permuted_labels(document_domain: np.ndarray, *, permutations: int, seed: int) -> np.ndarray:
-    """Domain labels shuffled over documents, int16 [permutations, documents]; every domain keeps its number of documents."""
-    rng = np.random.default_rng(seed)
-    labels = np.tile(document_domain.astype(np.int16), (permutations, 1))
-    return rng.permuted(labels, axis=1, out=labels)
+def batches(labels: np.ndarray, elements_each: int) -> Iterator[np.ndarray]:
+    """The labels [permutations, documents], as many at a time as ``PERMUTATION_CELLS`` allows."""
+    size = max(1, PERMUTATION_CELLS // max(elements_each, 1))
+    for start in range(0, len(labels), size):
+        yield labels[start : start + size]
 
 
 def permutation_p(value: np.ndarray, null: np.ndarray) -> np.ndarray:
@@ -95,98 +91,6 @@ def permutation_p(value: np.ndarray, null: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore"):
         reached = (null >= value - TIE).sum(axis=0)
     return np.where(np.isnan(value), np.nan, (1 + reached) / (1 + len(null)))
-
-
-@dataclass(frozen=True, kw_only=True)
-class NullDraws:
-    """What the permutations gave: the scores of every draw, and the p-values of the specialist test.
-
-    Attributes:
-        scores: DomainScores with a leading [permutations] axis.
-        specialist_p: [domains, layers, experts]; NaN where the test cannot be made.
-        z: [domains, layers, experts], the studentized difference that was tested.
-    """
-
-    scores: DomainScores
-    specialist_p: np.ndarray
-    z: np.ndarray
-
-
-def permutation_null(sums: LayerCounts, labels: np.ndarray) -> NullDraws:
-    """Scores of the documents under permuted domain labels.
-
-    Args:
-        sums: of one layer.
-        labels: [permutations, documents], see ``permuted_labels``.
-    """
-    shape = sums.shape
-    domains, experts = len(shape.domains), shape.width
-    columns = _moment_columns(sums.hits[:, 0], sums.active[:, 0])
-    observed = _layer_moments(_domain_sums(shape.document_domain[None], columns, domains), experts)
-    z = studentized_difference(*observed.parts)[0]
-    scores = [domain_scores(np.zeros((0, domains, 1, experts)), np.zeros((0, domains, 1)), exact=False)]
-    null_z: list[np.ndarray] = []
-    for batch in _batches(labels, domains * (columns.shape[1] + len(columns))):
-        drawn = _layer_moments(_domain_sums(batch, columns, domains), experts)
-        scores.append(domain_scores(drawn.hits[..., None, :], drawn.tokens[..., None], exact=False))
-        null_z.append(studentized_difference(*drawn.parts).astype(np.float32))
-    p = pooled_p(z, np.concatenate(null_z), expected=observed.hits[0].sum(axis=0)) if null_z else np.full(z.shape, np.nan)
-    return NullDraws(scores=DomainScores.stack(scores, axis=0), specialist_p=p[:, None], z=z[:, None])
-
-
-def permuted_scores(sums: LayerCounts, labels: np.ndarray) -> DomainScores:
-    """The scores of ``permutation_null`` alone, for a router whose specialists are not asked for."""
-    shape = sums.shape
-    domains, scores = len(shape.domains), []
-    columns = np.concatenate([sums.hits[:, 0], sums.active.astype(np.float32)], axis=1)
-    for batch in _batches(labels, domains * (columns.shape[1] + len(columns))):
-        drawn = _domain_sums(batch, columns, domains).astype(np.float64)
-        scores.append(domain_scores(drawn[..., None, :-1], drawn[..., -1:], exact=False))
-    return DomainScores.stack(scores or [domain_scores(np.zeros((0, domains, 1, shape.width)), np.zeros((0, domains, 1)))], axis=0)
-
-
-@dataclass(frozen=True)
-class _Moments:
-    """Per domain: sums over documents of h, h^2, h s, and of s, s^2, tokens, 1 (h hits of an expert, s slots of the document)."""
-
-    hits: np.ndarray
-    hits_squared: np.ndarray
-    hits_slots: np.ndarray
-    slots: np.ndarray
-    slots_squared: np.ndarray
-    tokens: np.ndarray
-    documents: np.ndarray
-
-    @property
-    def parts(self) -> tuple[np.ndarray, ...]:
-        return self.hits, self.hits_squared, self.hits_slots, self.slots, self.slots_squared, self.documents
-
-
-def _moment_columns(hits: np.ndarray, active: np.ndarray) -> np.ndarray:
-    """The per-document columns whose domain sums give every moment by one matrix product: [documents, 3 experts + 4]."""
-    hits = hits.astype(np.float32)
-    slots = hits.sum(axis=-1, keepdims=True)
-    ran = (slots > 0).astype(np.float32)
-    return np.concatenate([hits, hits**2, hits * slots, slots, slots**2, active[:, None].astype(np.float32), ran], axis=1)
-
-
-def _layer_moments(sums: np.ndarray, experts: int) -> _Moments:
-    sums = sums.astype(np.float64)
-    thirds = [sums[..., index * experts : (index + 1) * experts] for index in range(3)]
-    return _Moments(*thirds, *(sums[..., 3 * experts + index] for index in range(4)))
-
-
-def _domain_sums(labels: np.ndarray, columns: np.ndarray, domains: int) -> np.ndarray:
-    """Sums of columns [documents, columns] per domain under each labelling [permutations, documents], as one matrix product."""
-    one_hot = (labels[:, None, :] == np.arange(domains, dtype=labels.dtype)[:, None]).astype(np.float32)
-    sums = one_hot.reshape(-1, labels.shape[1]) @ columns
-    return sums.reshape(len(labels), domains, -1)
-
-
-def _batches(labels: np.ndarray, elements_each: int) -> Iterator[np.ndarray]:
-    size = max(1, PERMUTATION_CELLS // max(elements_each, 1))
-    for start in range(0, len(labels), size):
-        yield labels[start : start + size]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -204,10 +108,8 @@ def left_out_scores(
         sizes: [layers], experts of each layer; the length of the last axis by default.
     """
     documents, layers, experts = hits.shape
-    sums = np.zeros((domains, layers, experts))
-    tokens = np.zeros((domains, layers))
-    np.add.at(sums, document_domain, hits)
-    np.add.at(tokens, document_domain, active)
+    inside = [document_domain == domain for domain in range(domains)]
+    sums, tokens = (np.stack([part[each].sum(axis=0, dtype=np.float64) for each in inside]) for part in (hits, active))
     slots = sums.sum(axis=-1)
     usage = usage_of(sums)
     entropy = entr(usage).sum(axis=-1)
@@ -339,7 +241,7 @@ def sign_flip_p(share: np.ndarray, document_domain: np.ndarray, domains: int, *,
     members = [np.flatnonzero(document_domain == domain) for domain in range(domains)]
     observed = with_means(np.stack([share[each].sum(axis=0) for each in members]))
     reached = np.zeros(observed.shape, np.int64)
-    for batch in _batches(np.zeros((permutations, 0)), len(flat) + observed.size):
+    for batch in batches(np.zeros((permutations, 0)), len(flat) + observed.size):
         signs = rng.integers(0, 2, size=(len(batch), len(flat))).astype(np.float64) * 2 - 1
         drawn = np.stack([(signs[:, each] @ flat[each]).T for each in members]).reshape(domains, *share.shape[1:], len(batch))
         reached += (with_means(drawn) >= observed[..., None] - TIE).sum(axis=-1)

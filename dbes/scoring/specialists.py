@@ -14,7 +14,8 @@ from dbes.scoring.counts import Counts
 from dbes.scoring.descriptive import random_halves
 from dbes.scoring.layer_counts import LayerCounts, side_by_side
 from dbes.scoring.metrics import usage_of
-from dbes.scoring.resampling import NullDraws, clustered_usage, false_discovery_q, permutation_null, permuted_labels
+from dbes.scoring.permutation import NullDraws, permutation_null, permuted_labels
+from dbes.scoring.resampling import clustered_usage, false_discovery_q
 
 FALSE_DISCOVERY_RATE = 0.05
 
