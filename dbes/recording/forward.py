@@ -79,7 +79,7 @@ class ForwardEngine:
     batch_size: int | None = None
     batching: Batching = "padded"
 
-    @cached_property
+    @property
     def contents(self) -> Contents:
         return Contents(
             layers=tuple(site.layer for site in self.sites),
@@ -132,10 +132,14 @@ class ForwardEngine:
         return len(self.before) + len(self.after)
 
     @cached_property
+    def slots(self) -> int:
+        return self.contents.slots
+
+    @cached_property
     def noise(self) -> Noise:
         # one class more than there are experts: some routers can choose to skip
         classes = max(site.num_experts + site.zero_experts for site in self.sites) + 1
-        return Noise.drawn(classes=classes, slots=self.contents.slots, seed=self.seed)
+        return Noise.drawn(classes=classes, slots=self.slots, seed=self.seed)
 
     @cached_property
     def proven(self) -> dict[tuple[int, int], int]:
@@ -312,7 +316,7 @@ def _columns(engine: ForwardEngine, index: int, decision: Decision, kept_rows: T
     device = decision.ids.device
     rows = kept_rows.to(device, non_blocking=True)
     ids, weights = decision.ids[rows], decision.weights[rows]
-    wide = (0, engine.contents.slots - site.top_k)
+    wide = (0, engine.slots - site.top_k)
     found = {
         "ids": torch.nn.functional.pad(ids.masked_fill(weights == 0, SKIPPED), wide, value=SKIPPED).to(torch.int32),
         "weights": torch.nn.functional.pad(weights, wide).to(torch.float16),

@@ -144,7 +144,7 @@ class Assembly:
         came[repeated] = True
         if came.any():
             row, column = np.argwhere(came)[0]
-            raise self.error(f"{self.where}: {self._token(rows[row])}, came twice at layer {block.layers[column]}")
+            raise self.error(f"{self.where}: {self._token(int(rows[row]))}, came twice at layer {block.layers[column]}")
         self._seen[spots] = True
         self._token_ids[rows], self._phase[rows] = block.token_ids, block.phase
         self._place(self._routes, block.routes, rows, columns, spots)
@@ -182,7 +182,7 @@ class Assembly:
         return routes, control if self._control_came else None
 
     def _token(self, row: int) -> str:
-        return f"document {self.work.document_ids[self._document[row]]!r}, token {self._positions[row]}"
+        return f"document {self.work.document_ids[int(self._document[row])]!r}, token {self._positions[row]}"
 
     def _columns(self, block: Block) -> list[int]:
         places = {layer: column for column, layer in enumerate(self.contents.layers)}
@@ -196,12 +196,12 @@ class Assembly:
         check_values(about, self.contents.slots, where=self.where, error=self.error)
         document, last = block.document - self.work.first, len(self.work.texts) - 1
         if document.min(initial=0) < 0 or document.max(initial=0) > last:
-            wrong = int(block.document[(document < 0) | (document > last)][0])
-            raise self.error(f"{self.where}: a block of document {wrong}, asked were {self.work.first} to {self.work.first + last}")
+            outside = block.document[(document < 0) | (document > last)]
+            raise self.error(f"{self.where}: a block of document {outside[0]}, asked were {self.work.first} to {self.work.first + last}")
         beyond = (block.positions < 0) | (block.positions >= self._room[document])
         if beyond.any():
             row = np.flatnonzero(beyond)[0]
-            name, room = self.work.document_ids[document[row]], self._room[document[row]]
+            name, room = self.work.document_ids[int(document[row])], self._room[document[row]]
             raise self.error(f"{self.where}: document {name!r}: a token at {block.positions[row]}, expected no more than {room} tokens")
         rows = self._starts[document] + block.positions
         known, phase = self._token_ids[rows], self._phase[rows]
@@ -239,7 +239,7 @@ class Assembly:
                 if not np.isfinite(array).all():
                     row, column, _ = np.argwhere(~np.isfinite(array))[0]
                     raise error(
-                        f"layer {layers[column]}: NaN or infinity in the router's output, in {self._token(rows[row])}; "
+                        f"layer {layers[column]}: NaN or infinity in the router's output, in {self._token(int(rows[row]))}; "
                         "the checkpoint is damaged, or overflows in its dtype: try another dtype"
                     )
                 array = np.where(ran, array, 0)
