@@ -25,7 +25,6 @@ from dbes.trace.types import NOISE_SCALES, PROMPT
 Batching = Literal["padded", "equal lengths", "one at a time"]
 """What may share a batch without changing the routing: any windows, windows of one length, or none."""
 
-
 ACTIVATION_BYTES = 16 * 2**20
 """On a CPU a batch is as large as lets the experts' inputs (tokens x slots x hidden, float32) stay near the caches: measured on a
 260 M-parameter OLMoE, 1,024 tokens are 1.5 times as fast as 4,096; a 4 M-parameter one is fastest with 8,192."""

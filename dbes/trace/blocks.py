@@ -34,7 +34,7 @@ class Contents:
     Attributes:
         layers: the model's own numbers of its MoE layers, ascending.
         experts, top_k: of each of these layers.
-        zero_experts: of each layer; ids in [experts, experts + zero_experts) ran nothing and are stored as missing. None: no such ids.
+        zero_experts: of each layer; ids in [experts, experts + zero_experts) ran nothing and are stored as missing. None: there are none.
         gives: names of what is given besides ids, of ``STORED``.
         control: the random router's ids and weights are given too.
         answer: tokens that may follow each text, at most.
@@ -55,11 +55,15 @@ class Contents:
     @property
     def bytes_per_token(self) -> int:
         """Bytes of one token in a trace, its control included."""
-        ids = self.slots * np.dtype(storage_dtype(max(self.experts))).itemsize
-        sizes = {name: np.dtype(dtype).itemsize for name, (dtype, _) in STORED.items()}
-        sizes |= {"weights": sizes["weights"] * self.slots, "kept": len(NOISE_SCALES)}
-        control = ids + sizes["weights"] if self.control else 0
-        return len(self.layers) * (ids + control + sum(sizes[name] for name in self.gives)) + 13
+        return 13 + sum(array.nbytes for given in (self.empty(1), self.empty(1, control=True)) for array in given.values())
+
+    def empty(self, tokens: int, *, control: bool = False) -> dict[str, np.ndarray]:
+        """Arrays of a trace [tokens, layers, ...] that hold what means missing; those of the random router where there is one."""
+        if control and not self.control:
+            return {}
+        dtype, last = storage_dtype(max(self.experts)), {"ids": (self.slots,), "weights": (self.slots,), "kept": (len(NOISE_SCALES),)}
+        kinds = {"ids": (dtype, np.iinfo(dtype).max), **{name: STORED[name] for name in ({"weights"} if control else self.gives)}}
+        return {name: np.full((tokens, len(self.layers), *last.get(name, ())), mark, kind) for name, (kind, mark) in kinds.items()}
 
 
 @dataclass(frozen=True)
@@ -117,15 +121,8 @@ class Assembly:
         self._token_ids[self._wanted] = np.concatenate([*work.texts, np.zeros(0, np.int32)])
         self._phase = np.where(self._wanted, UNKNOWN, GENERATED).astype(np.uint8)
         self._seen = np.zeros((tokens, layers), bool)
-        self._routes = self._empty(tokens, contents.gives)
-        self._control = self._empty(tokens, {"weights"}) if contents.control else {}
+        self._routes, self._control = contents.empty(tokens), contents.empty(tokens, control=True)
         self._control_came = False
-
-    def _empty(self, tokens: int, names: frozenset[str] | set[str]) -> dict[str, np.ndarray]:
-        per_layer, dtype = (tokens, len(self.contents.layers)), storage_dtype(max(self.contents.experts))
-        last = {"ids": (self.contents.slots,), "weights": (self.contents.slots,), "kept": (len(NOISE_SCALES),)}
-        kinds = {"ids": (dtype, np.iinfo(dtype).max), **{name: STORED[name] for name in names}}
-        return {name: np.full((*per_layer, *last.get(name, ())), mark, kind) for name, (kind, mark) in kinds.items()}
 
     def add(self, block: Block) -> int:
         """Take a block.
