@@ -207,7 +207,7 @@ class Assembly:
             ("phase", (phase != block.phase) & (phase != UNKNOWN)),
         ):
             if wrong.any():
-                raise self.error(f"{self.where}: {self._token(rows[np.flatnonzero(wrong)[0]])}, has another {name} than before")
+                raise self.error(f"{self.where}: {self._token(int(rows[np.flatnonzero(wrong)[0]]))}, has another {name} than before")
         return rows
 
     def _place(
