@@ -25,7 +25,6 @@ from dbes.trace.types import NOISE_SCALES, PROMPT
 Batching = Literal["padded", "equal lengths", "one at a time"]
 """What may share a batch without changing the routing: any windows, windows of one length, or none."""
 
-
 ACTIVATION_BYTES = 16 * 2**20
 """On a CPU a batch is as large as lets the experts' inputs (tokens x slots x hidden, float32) stay near the caches: measured on a
 260 M-parameter OLMoE, 1,024 tokens are 1.5 times as fast as 4,096; a 4 M-parameter one is fastest with 8,192."""
@@ -79,7 +78,7 @@ class ForwardEngine:
     batch_size: int | None = None
     batching: Batching = "padded"
 
-    @cached_property
+    @property
     def contents(self) -> Contents:
         return Contents(
             layers=tuple(site.layer for site in self.sites),
@@ -132,10 +131,14 @@ class ForwardEngine:
         return len(self.before) + len(self.after)
 
     @cached_property
+    def slots(self) -> int:
+        return self.contents.slots
+
+    @cached_property
     def noise(self) -> Noise:
         # one class more than there are experts: some routers can choose to skip
         classes = max(site.num_experts + site.zero_experts for site in self.sites) + 1
-        return Noise.drawn(classes=classes, slots=self.contents.slots, seed=self.seed)
+        return Noise.drawn(classes=classes, slots=self.slots, seed=self.seed)
 
     @cached_property
     def proven(self) -> dict[tuple[int, int], int]:
@@ -312,7 +315,7 @@ def _columns(engine: ForwardEngine, index: int, decision: Decision, kept_rows: T
     device = decision.ids.device
     rows = kept_rows.to(device, non_blocking=True)
     ids, weights = decision.ids[rows], decision.weights[rows]
-    wide = (0, engine.contents.slots - site.top_k)
+    wide = (0, engine.slots - site.top_k)
     found = {
         "ids": torch.nn.functional.pad(ids.masked_fill(weights == 0, SKIPPED), wide, value=SKIPPED).to(torch.int32),
         "weights": torch.nn.functional.pad(weights, wide).to(torch.float16),

@@ -159,23 +159,26 @@ def record_with(
     facts = {**engine.identity, **dict(provenance or {}), **engine.settings}
     target = _Destination(output_path, shape, facts, control=contents.control)
     tally = _Tally(len(contents.layers), target.routes())
-    total, first = sum(map(len, texts)), tally.tokens
-    where, started = str(engine.identity.get("model")), time.perf_counter()
+    total, first, started = sum(map(len, texts)), tally.tokens, time.perf_counter()
     for low, high in _shards([len(text) + contents.answer for text in texts], contents.bytes_per_token):
-        if low < target.next_document:
-            continue
-        work = Work(low, shape.document_ids[low:high], texts[low:high])
-        assembly, cells = Assembly(contents, work, where=where, error=RecordingError), 0
-        for block in engine.blocks(work):
-            cells += assembly.add(block)
-            if progress is not None:
-                progress(tally.tokens + cells // len(contents.layers), total)
-        routes, control = assembly.finish()
-        target.write(routes, control, last_document=high - 1)
-        tally.add(routes)
+        if low >= target.next_document:
+            work = Work(low, shape.document_ids[low:high], texts[low:high])
+            _record_work(engine, work, target, tally, None if progress is None else lambda done: progress(done, total))
     seconds = time.perf_counter() - started
     trace = target.finish(vocabulary=spelled(sorted(tally.seen)), provenance=tally.facts(engine))
     return Recording(trace=trace, documents=len(documents), tokens=tally.tokens - first, seconds=seconds)
+
+
+def _record_work(engine: Engine, work: Work, target: _Destination, tally: _Tally, tell: Callable[[int], None] | None) -> None:
+    """One shard; nothing of it stays in memory where there is a folder."""
+    assembly, cells = Assembly(engine.contents, work, where=str(engine.identity.get("model")), error=RecordingError), 0
+    for block in engine.blocks(work):
+        cells += assembly.add(block)
+        if tell is not None:
+            tell(tally.tokens + cells // len(engine.contents.layers))
+    routes, control = assembly.finish()
+    target.write(routes, control, last_document=work.first + len(work.texts) - 1)
+    tally.add(routes)
 
 
 def _placed(documents: Sequence[TextDocument], domains: Sequence[str]) -> np.ndarray:

@@ -34,7 +34,7 @@ class Contents:
     Attributes:
         layers: the model's own numbers of its MoE layers, ascending.
         experts, top_k: of each of these layers.
-        zero_experts: of each layer; ids in [experts, experts + zero_experts) ran nothing and are stored as missing. None: no such ids.
+        zero_experts: of each layer; ids in [experts, experts + zero_experts) ran nothing and are stored as missing. None: there are none.
         gives: names of what is given besides ids, of ``STORED``.
         control: the random router's ids and weights are given too.
         answer: tokens that may follow each text, at most.
@@ -55,11 +55,15 @@ class Contents:
     @property
     def bytes_per_token(self) -> int:
         """Bytes of one token in a trace, its control included."""
-        ids = self.slots * np.dtype(storage_dtype(max(self.experts))).itemsize
-        sizes = {name: np.dtype(dtype).itemsize for name, (dtype, _) in STORED.items()}
-        sizes |= {"weights": sizes["weights"] * self.slots, "kept": len(NOISE_SCALES)}
-        control = ids + sizes["weights"] if self.control else 0
-        return len(self.layers) * (ids + control + sum(sizes[name] for name in self.gives)) + 13
+        return 13 + sum(array.nbytes for given in (self.empty(1), self.empty(1, control=True)) for array in given.values())
+
+    def empty(self, tokens: int, *, control: bool = False) -> dict[str, np.ndarray]:
+        """Arrays of a trace [tokens, layers, ...] that hold what means missing; those of the random router where there is one."""
+        if control and not self.control:
+            return {}
+        dtype, last = storage_dtype(max(self.experts)), {"ids": (self.slots,), "weights": (self.slots,), "kept": (len(NOISE_SCALES),)}
+        kinds = {"ids": (dtype, np.iinfo(dtype).max), **{name: STORED[name] for name in ({"weights"} if control else self.gives)}}
+        return {name: np.full((tokens, len(self.layers), *last.get(name, ())), mark, kind) for name, (kind, mark) in kinds.items()}
 
 
 @dataclass(frozen=True)
@@ -117,15 +121,8 @@ class Assembly:
         self._token_ids[self._wanted] = np.concatenate([*work.texts, np.zeros(0, np.int32)])
         self._phase = np.where(self._wanted, UNKNOWN, GENERATED).astype(np.uint8)
         self._seen = np.zeros((tokens, layers), bool)
-        self._routes = self._empty(tokens, contents.gives)
-        self._control = self._empty(tokens, {"weights"}) if contents.control else {}
+        self._routes, self._control = contents.empty(tokens), contents.empty(tokens, control=True)
         self._control_came = False
-
-    def _empty(self, tokens: int, names: frozenset[str] | set[str]) -> dict[str, np.ndarray]:
-        per_layer, dtype = (tokens, len(self.contents.layers)), storage_dtype(max(self.contents.experts))
-        last = {"ids": (self.contents.slots,), "weights": (self.contents.slots,), "kept": (len(NOISE_SCALES),)}
-        kinds = {"ids": (dtype, np.iinfo(dtype).max), **{name: STORED[name] for name in names}}
-        return {name: np.full((*per_layer, *last.get(name, ())), mark, kind) for name, (kind, mark) in kinds.items()}
 
     def add(self, block: Block) -> int:
         """Take a block.
@@ -144,7 +141,7 @@ class Assembly:
         came[repeated] = True
         if came.any():
             row, column = np.argwhere(came)[0]
-            raise self.error(f"{self.where}: {self._token(rows[row])}, came twice at layer {block.layers[column]}")
+            raise self.error(f"{self.where}: {self._token(int(rows[row]))}, came twice at layer {block.layers[column]}")
         self._seen[spots] = True
         self._token_ids[rows], self._phase[rows] = block.token_ids, block.phase
         self._place(self._routes, block.routes, rows, columns, spots)
@@ -182,7 +179,7 @@ class Assembly:
         return routes, control if self._control_came else None
 
     def _token(self, row: int) -> str:
-        return f"document {self.work.document_ids[self._document[row]]!r}, token {self._positions[row]}"
+        return f"document {self.work.document_ids[int(self._document[row])]!r}, token {self._positions[row]}"
 
     def _columns(self, block: Block) -> list[int]:
         places = {layer: column for column, layer in enumerate(self.contents.layers)}
@@ -196,12 +193,12 @@ class Assembly:
         check_values(about, self.contents.slots, where=self.where, error=self.error)
         document, last = block.document - self.work.first, len(self.work.texts) - 1
         if document.min(initial=0) < 0 or document.max(initial=0) > last:
-            wrong = int(block.document[(document < 0) | (document > last)][0])
-            raise self.error(f"{self.where}: a block of document {wrong}, asked were {self.work.first} to {self.work.first + last}")
+            outside = block.document[(document < 0) | (document > last)]
+            raise self.error(f"{self.where}: a block of document {outside[0]}, asked were {self.work.first} to {self.work.first + last}")
         beyond = (block.positions < 0) | (block.positions >= self._room[document])
         if beyond.any():
             row = np.flatnonzero(beyond)[0]
-            name, room = self.work.document_ids[document[row]], self._room[document[row]]
+            name, room = self.work.document_ids[int(document[row])], self._room[document[row]]
             raise self.error(f"{self.where}: document {name!r}: a token at {block.positions[row]}, expected no more than {room} tokens")
         rows = self._starts[document] + block.positions
         known, phase = self._token_ids[rows], self._phase[rows]
@@ -210,7 +207,7 @@ class Assembly:
             ("phase", (phase != block.phase) & (phase != UNKNOWN)),
         ):
             if wrong.any():
-                raise self.error(f"{self.where}: {self._token(rows[np.flatnonzero(wrong)[0]])}, has another {name} than before")
+                raise self.error(f"{self.where}: {self._token(int(rows[np.flatnonzero(wrong)[0]]))}, has another {name} than before")
         return rows
 
     def _place(
@@ -239,7 +236,7 @@ class Assembly:
                 if not np.isfinite(array).all():
                     row, column, _ = np.argwhere(~np.isfinite(array))[0]
                     raise error(
-                        f"layer {layers[column]}: NaN or infinity in the router's output, in {self._token(rows[row])}; "
+                        f"layer {layers[column]}: NaN or infinity in the router's output, in {self._token(int(rows[row]))}; "
                         "the checkpoint is damaged, or overflows in its dtype: try another dtype"
                     )
                 array = np.where(ran, array, 0)
