@@ -23,8 +23,8 @@ from tokenizers.models import WordLevel
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
 from dbes.models import LoadedModel, find_sites, load_model
-from dbes.recording.forward import Recorder, Window
-from dbes.recording.record import automatic_budget, batches, record_documents
+from dbes.recording.forward import ForwardEngine, Window, automatic_budget, batches
+from dbes.recording.record import record_documents
 
 VOCABULARY = 50_304
 
@@ -82,14 +82,15 @@ def usual_loop(loaded: LoadedModel, documents: list[Document]) -> None:
 @torch.inference_mode()
 def plain_forward(loaded: LoadedModel, documents: list[Document], *, with_head: bool) -> None:
     """The batches that recording makes, through the model alone."""
-    recorder = Recorder(loaded=loaded, sites=find_sites(loaded.model), before=(), after=(), seed=0, control=False, stiffness=False)
+    sites = find_sites(loaded.model)
+    engine = ForwardEngine(loaded=loaded, sites=sites, before=(), after=(), seed=0, control=False, stiffness=False, window=2048)
     windows = []
     for index, document in enumerate(documents):
         ids = np.asarray(loaded.tokenizer(document.text)["input_ids"], np.int32)
         windows += [Window(index, document.id, start, ids[start : start + 2048]) for start in range(0, len(ids), 2048)]
-    budget = automatic_budget(loaded, recorder.sites)
+    budget = automatic_budget(loaded, engine.sites)
     for batch in batches(windows, budget, by_count=False, batching="padded", extra=0):
-        inputs, _ = recorder.inputs(batch)
+        inputs, _ = engine.inputs(batch)
         (loaded.model if with_head else loaded.model.model)(**inputs, use_cache=False)
 
 

@@ -26,8 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from dbes.trace.store import TraceWriter
 from dbes.trace.types import RoutingShape, TokenRoutes, storage_dtype
+from dbes.trace.writer import TraceWriter
 
 SHARD_TOKENS = 1 << 16
 

@@ -15,4 +15,3 @@ TASKS = ROOT / "tasks"
 EMBEDDED_MODEL = ROOT / "benchmark_data" / "model"
 EMBEDDED_NAME = "dbes-embedded"
 EMBEDDED_MIX = ROOT / "benchmark_data" / "mix"
-

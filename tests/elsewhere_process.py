@@ -97,7 +97,7 @@ def finetuning_measured(model: Any) -> Any:
 
 
 def reached(model: Any) -> Any:
-    samples = [Sample(ids=row, counted=np.ones(len(row), bool), octets=len(row)) for row in windows()]
+    samples = [Sample(ids=row, counted=np.ones(len(row), bool), text_bytes=len(row)) for row in windows()]
     with TrainableCells(model, CELLS) as cells:
         check_reach(model, cells, samples, padding=0, size=2)
         token_nats(model, **vars(collate(samples, padding=0))).sum().backward()

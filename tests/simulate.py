@@ -9,16 +9,17 @@ Every document has its own usage, drawn around its domain's (Dirichlet): its tok
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import naive
 import numpy as np
 
 from dbes.scoring.counting import count_routes
-from dbes.scoring.counts import LayerCounts, StiffnessSums
-from dbes.scoring.estimates import Estimate, estimate_all, reference_scores
-from dbes.scoring.resampling import DomainScores, permuted_labels
+from dbes.scoring.counts import Counts, LayerCounts, StiffnessSums
+from dbes.scoring.estimates import Estimate, reference_scores
+from dbes.scoring.layers import score_layers
+from dbes.scoring.resampling import DomainScores
 from dbes.trace.store import Trace
 from dbes.trace.types import LOGIT_NOISE, NOISE_SCALES, RoutingShape
 
@@ -153,11 +154,16 @@ def draw_trace(about: Population, random: np.random.Generator, *, documents: int
     )
 
 
-def estimates(statistics: LayerCounts, *, permutations: int, seed: int, reference: DomainScores | None = None) -> dict[str, Estimate]:
+def estimates(
+    statistics: LayerCounts, *, permutations: int, seed: int, reference: Callable[[int], DomainScores] | None = None
+) -> dict[str, Estimate]:
     """The estimates of one draw; the reference, which only scales scores, may be that of another draw."""
-    reference = reference_scores(statistics, seed=seed) if reference is None else reference
-    labels = permuted_labels(statistics.shape.document_domain, permutations=permutations, seed=seed)
-    return estimate_all(statistics, labels, reference, sign_flips=0, seed=seed).by_metric
+    return score_layers(Counts.of(statistics), permutations=permutations, sign_flips=0, seed=seed, reference=reference).estimates
+
+
+def reference_of(about: Population, *, documents: int, tokens: float, seed: int) -> Callable[[int], DomainScores]:
+    """The reference of one draw, for all."""
+    return reference_scores(Counts.of(draw_statistics(about, np.random.default_rng(seed), documents=documents, tokens=tokens)), seed=seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +189,7 @@ def coverage(
     corrected: dict[str, list[float]] = {name: [] for name in true}
     values: dict[str, list[float]] = {name: [] for name in true}
     widths: dict[str, list[float]] = {name: [] for name in true}
-    reference = reference_scores(draw_statistics(about, np.random.default_rng(seed), documents=documents, tokens=tokens), seed=seed)
+    reference = reference_of(about, documents=documents, tokens=tokens, seed=seed)
     for run in range(runs):
         random = np.random.default_rng((seed, run))
         statistics = draw_statistics(about, random, documents=documents, tokens=tokens)
@@ -221,7 +227,7 @@ def null_p(*, runs: int, permutations: int = 200, seed: int = 0, documents: int 
     """p-values of the domain metrics on shuffled traces of a router that does specialize, [runs] (model), [runs, ...] (cells)."""
     about = population(3, domains=4, layers=3, experts=24, top_k=3, effect=effect)
     found: dict[str, list[np.ndarray]] = {}
-    reference = reference_scores(draw_statistics(about, np.random.default_rng(seed), documents=documents, tokens=50), seed=seed)
+    reference = reference_of(about, documents=documents, tokens=50, seed=seed)
     for run in range(runs):
         random = np.random.default_rng((seed, run, 1))
         statistics = shuffled(draw_statistics(about, random, documents=documents, tokens=50), random)
@@ -236,9 +242,7 @@ def ngram_p(*, runs: int, permutations: int = 200, seed: int = 0, documents: int
     found: dict[str, list[np.ndarray]] = {}
     for run in range(runs):
         trace = draw_trace(about, np.random.default_rng((seed, run, 2)), documents=documents, tokens=tokens)
-        statistics = count_routes(trace).whole()
-        nothing = permuted_labels(statistics.shape.document_domain, permutations=0, seed=0)
-        made = estimate_all(statistics, nothing, reference_scores(statistics, seed=0), sign_flips=permutations, seed=run).by_metric
+        made = score_layers(count_routes(trace), permutations=0, sign_flips=permutations, seed=run).estimates
         for name, estimate in made.items():
             if name.startswith("ngram"):
                 found.setdefault(name, []).append(estimate.p)

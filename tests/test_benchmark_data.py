@@ -25,8 +25,10 @@ FILES = {domain: DATA / "embedded" / f"{domain}.jsonl.gz" for domain in DOMAINS}
 
 @pytest.fixture(scope="module")
 def rows() -> dict[str, list[dict]]:
-    return {domain: [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode("utf-8").split("\n") if line]
-            for domain, path in FILES.items()}
+    return {
+        domain: [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode("utf-8").split("\n") if line]
+        for domain, path in FILES.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -144,8 +146,11 @@ def test_training_text_when_it_is_there(domain, rows, builder):
 
 
 def test_generated_items_are_made_again_the_same(rows, builder):
-    families = {"finance": builder.generated_finance.FINANCE, "law": builder.generated_law.LAW,
-                "medicine": builder.generated_medicine.MEDICINE}
+    families = {
+        "finance": builder.generated_finance.FINANCE,
+        "law": builder.generated_law.LAW,
+        "medicine": builder.generated_medicine.MEDICINE,
+    }
     for domain, named in families.items():
         made = {item.text: item for item in builder.items(named, each=builder.GENERATED_EACH, shortest=450, longest=900)}
         found = [row for row in rows[domain] if row.get("synthetic")]

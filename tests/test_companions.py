@@ -12,7 +12,6 @@ from naive import Recording
 
 from dbes.scoring import descriptive
 from dbes.scoring.counting import count_routes
-from dbes.scoring.counts import Counts
 from dbes.scoring.descriptive import (
     coactivation,
     random_halves,
@@ -164,9 +163,8 @@ def test_halves_split_every_domain_evenly() -> None:
 
 def test_split_half_similarity_by_plain_loops() -> None:
     recording = naive.random_recording(3, documents=(4, 5), length=(20, 30))
-    statistics = count_routes(recording.trace())
-    found = split_half_similarity(statistics, seed=1)
     half = random_halves(recording.domain, seed=1)
+    found = split_half_similarity(count_routes(recording.trace()).whole(), half)
     hits = np.array(naive.hits(recording))
     for domain in range(2):
         for layer in range(3):
@@ -179,9 +177,9 @@ def test_split_half_similarity_by_plain_loops() -> None:
 
 def test_halves_of_one_router_are_alike_without_bias() -> None:
     about = simulate.population(1, domains=2, layers=2, experts=16, top_k=2, effect=0.5, concentration=1e6)
-    found = [
-        split_half_similarity(Counts.of(simulate.draw_statistics(about, np.random.default_rng(run), documents=6, tokens=30)), seed=run)
-        for run in range(40)
-    ]
+    found = []
+    for run in range(40):
+        sums = simulate.draw_statistics(about, np.random.default_rng(run), documents=6, tokens=30)
+        found.append(split_half_similarity(sums, random_halves(sums.shape.document_domain, seed=run)))
     assert np.mean(found) == pytest.approx(1.0, abs=0.01)
     assert np.isfinite(unbiased_norms(np.array(0.2), np.array(50), np.array(100)))

@@ -47,8 +47,7 @@ from dbes.reporting.leaderboard import curve_rows, render_leaderboard, render_te
 from dbes.reporting.page import unpacked
 from dbes.results import CalibratedRecord, Result, load_result
 from dbes.scoring.counts import PHASES
-from dbes.scoring.estimates import estimate_all, reference_scores
-from dbes.scoring.resampling import jackknife, permuted_labels
+from dbes.scoring.resampling import jackknife
 
 
 @pytest.fixture(scope="module")
@@ -132,8 +131,7 @@ def simulated_entry(label: str, effect: float, seed: int, *, documents: int = 25
     """A model whose truth depends on ``effect`` alone, on documents drawn with ``seed``."""
     about = simulate.population(3, domains=3, layers=1, experts=16, top_k=2, effect=effect)
     statistics = simulate.draw_statistics(about, np.random.default_rng(seed), documents=documents)
-    labels = permuted_labels(statistics.shape.document_domain, permutations=20, seed=seed)
-    estimate = estimate_all(statistics, labels, reference_scores(statistics, seed=0), sign_flips=0, seed=0).by_metric["specialization"]
+    estimate = simulate.estimates(statistics, permutations=20, seed=seed)["specialization"]
     rest = {name: math.nan for name in CalibratedRecord.model_fields if name not in ("metric", "layer", "domain", "score")}
     domains = (*statistics.shape.domains, None)
     records = tuple(
@@ -148,7 +146,7 @@ def simulated_entry(label: str, effect: float, seed: int, *, documents: int = 25
     ).model_copy(update={"calibrated": records})  # fmt: skip
     replicates = Replicates(
         documents=statistics.shape.document_ids, document_domain=statistics.shape.document_domain,
-        by_metric={"specialization": estimate.left_out_score[:, -1]},
+        by_metric={"specialization": estimate.replicates},
     )  # fmt: skip
     return Entry(result=result, folder=Path(), label=label, replicates=replicates)
 

@@ -470,6 +470,8 @@ def test_impossible_counts_are_refused(change: dict[str, Any], words: str) -> No
         "top_k": 2,
     }  # fmt: skip
     assert Counts.from_arrays(**right).tokens.tolist() == [3, 1]
+    shortest = {name: value for name, value in right.items() if name not in ("layers", "experts")}
+    assert Counts.from_arrays(**shortest).shape.experts == (3,)
     with pytest.raises(TraceError, match=words):
         Counts.from_arrays(**right | change)
 

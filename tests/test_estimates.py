@@ -12,9 +12,10 @@ import simulate
 from scipy import stats
 
 from dbes.scoring.counting import count_routes
-from dbes.scoring.estimates import Z95, estimate_all, reference_scores, with_means
+from dbes.scoring.estimates import Z95, reference_scores
+from dbes.scoring.layers import score_layers
 from dbes.scoring.metrics import effective_rank_of_gram, usage_of
-from dbes.scoring.resampling import jackknife, left_out_scores, permuted_labels
+from dbes.scoring.resampling import jackknife, left_out_scores
 from dbes.scoring.score import score
 
 DOMAIN_METRICS = ("specialization", "der", "domain_isolation")
@@ -26,9 +27,12 @@ def within(count: int, runs: int, share: float, *, tail: float = 0.0005) -> bool
 
 
 def test_means_are_unweighted_over_domains_and_layers() -> None:
-    found = with_means(np.array([[1.0, 2.0], [3.0, 6.0]]))
-    assert found.tolist() == [[1, 2, 1.5], [3, 6, 4.5], [2, 4, 3]]
-    assert np.isnan(with_means(np.array([[np.nan, 2.0]]))[0]).tolist() == [True, False, True]
+    about = simulate.population(1, domains=3, layers=2, experts=16, top_k=2, effect=0.6)
+    statistics = simulate.draw_statistics(about, np.random.default_rng(0), documents=6)
+    found = simulate.estimates(statistics, permutations=9, seed=0)["specialization"]
+    for array in (found.value, found.null, found.reference):
+        np.testing.assert_allclose(array[-1], array[:-1].mean(axis=0))
+        np.testing.assert_allclose(array[:, -1], array[:, :-1].mean(axis=1))
 
 
 def test_rank_interval_runs_from_below_the_lower_to_above_the_higher_of_two_estimates() -> None:
@@ -63,13 +67,12 @@ def test_the_rank_interval_reaches_zero_when_the_test_does_not_reject_it() -> No
 
 def test_the_reference_scores_one_against_itself() -> None:
     recording = naive.random_recording(1, documents=(6, 6, 6), length=(60, 90), experts=12)
-    statistics = count_routes(recording.trace()).whole()
-    reference = reference_scores(statistics, seed=0)
-    assert reference.information.shape == (3,)
-    np.testing.assert_allclose(reference.information, math.log(3))
-    np.testing.assert_allclose(reference.isolation, 1.0)
-    labels = permuted_labels(recording.domain, permutations=20, seed=0)
-    found = estimate_all(statistics, labels, reference, sign_flips=0, seed=0).by_metric
+    counts = count_routes(recording.trace())
+    reference = reference_scores(counts, seed=0)
+    for column in range(3):
+        np.testing.assert_allclose(reference(column).information, math.log(3))
+        np.testing.assert_allclose(reference(column).isolation, 1.0)
+    found = score_layers(counts, permutations=20, sign_flips=0, seed=0).estimates
     assert np.isnan(found["ngram_expertise_2"].p).all()
     normalized = found["specialization_normalized"].value / found["specialization"].value
     np.testing.assert_allclose(normalized, 1 / math.log(3))

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from click.testing import Result
+from rounding import assert_rounding_only, exact
 from torch import Tensor, nn
 from torch.nn import functional
 from typer.testing import CliRunner
@@ -220,7 +221,8 @@ def test_a_forward_is_that_of_a_model_with_the_block_of_its_domain_only(
         by_position = loaded.model(ids).logits
         embedded = loaded.model(inputs_embeds=loaded.model.get_input_embeddings()(ids)).logits
     with torch.no_grad():
-        torch.testing.assert_close(found, naive(loaded.model, domain)(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+        plain, truth = (naive(model, domain)(input_ids=ids).logits for model in (loaded.model, exact(loaded.model)))
+        assert_rounding_only(found, plain, truth)
         assert (found - loaded.model(input_ids=ids).logits).abs().max() > 1e-3, "the model's own router chooses otherwise"
     assert torch.equal(found, by_position) and torch.equal(found, embedded)
     assert hooks(loaded.model) == before
@@ -295,8 +297,9 @@ def test_every_text_is_measured_under_its_own_domain(loaded: LoadedModel, prescr
         found = measure(loaded.model, parts, prescribed)
     assert list(found) == list(parts)
     for name, part in parts.items():
-        alone = document_nats(naive(loaded.model, name), [part.document(index) for index in range(len(part))])
-        np.testing.assert_allclose(found[name], alone, rtol=1e-4)
+        texts = [part.document(index) for index in range(len(part))]
+        plain, truth = (torch.tensor(document_nats(naive(model, name), texts)) for model in (loaded.model, exact(loaded.model)))
+        assert_rounding_only(torch.tensor(found[name]), plain.float(), truth.double(), name)
     assert found != measure(loaded.model, parts)
 
 

@@ -256,10 +256,6 @@ def test_above_chance_by_hand(ratio: float, chance: float, expected: float) -> N
     assert metrics.above_chance(np.array(ratio), np.array(chance)) == pytest.approx(expected, nan_ok=True)
 
 
-def test_primary_ratio_without_windows_is_nan() -> None:
-    np.testing.assert_array_equal(metrics.primary_ratio(np.array([1, 0]), np.array([4, 0])), [0.25, np.nan])
-
-
 @pytest.mark.parametrize(
     ("measure", "rows", "expected"),
     [

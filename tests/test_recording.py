@@ -23,9 +23,11 @@ from dbes.errors import ModelError, RecordingError, TraceError
 from dbes.models import LoadedModel, load_model
 from dbes.models.hooks import watching
 from dbes.models.sites import base_of, find_sites
+from dbes.recording import forward
 from dbes.recording import record as recording
-from dbes.recording.forward import Recorder, Window, record_batch
+from dbes.recording.forward import ForwardEngine, Window, record_batch
 from dbes.recording.record import record_documents, special_tokens
+from dbes.trace.blocks import Block
 from dbes.trace.store import Trace
 from dbes.trace.types import TokenRoutes
 
@@ -206,18 +208,19 @@ def test_the_control_is_a_frozen_random_router() -> None:
     np.testing.assert_array_equal(joined(one).ids, joined(again).ids)
     assert (joined(one).ids != joined(other).ids).mean() > 0.3
     loaded = loaded_model("olmoe")
-    recorder = Recorder(loaded=loaded, sites=find_sites(loaded.model), before=(1,), after=(), seed=0, control=True, stiffness=False)
+    sites = find_sites(loaded.model)
+    engine = ForwardEngine(loaded=loaded, sites=sites, before=(1,), after=(), seed=0, control=True, stiffness=False, window=40)
     hidden = torch.zeros(1, 32)
-    matrix = recorder.random_router(0, hidden)
-    assert matrix.shape == (32, EXPERTS) and not torch.equal(matrix, recorder.random_router(1, hidden))
-    assert float(matrix.std() / recorder.sites[0].router.weight.data.std()) == pytest.approx(1, abs=0.15)
+    matrix = engine.random_router(0, hidden)
+    assert matrix.shape == (32, EXPERTS) and not torch.equal(matrix, engine.random_router(1, hidden))
+    assert float(matrix.std() / engine.sites[0].router.weight.data.std()) == pytest.approx(1, abs=0.15)
     # the choice is the top-k of the product with the router's own input
     seen: list[Any] = []
-    with torch.inference_mode(), watching(recorder.sites, lambda index, decision: seen.append(decision) if index == 0 else None):
+    with torch.inference_mode(), watching(engine.sites, lambda index, decision: seen.append(decision) if index == 0 else None):
         base_of(loaded.model)(input_ids=torch.tensor([[1, *range(10, 30)]]), use_cache=False)
     expected = (seen[0].hidden @ matrix).topk(TOP_K, dim=-1)[1][1:]
-    arrays = record_batch(recorder, [Window(0, "x", 0, np.arange(10, 30, dtype=np.int32))])
-    np.testing.assert_array_equal(np.sort(arrays["control_ids"][:, 0]), np.sort(expected.numpy()))
+    block = record_batch(engine, [Window(0, "x", 0, np.arange(10, 30, dtype=np.int32))])
+    np.testing.assert_array_equal(np.sort(block.control["ids"][:, 0]), np.sort(expected.numpy()))
 
 
 def test_more_tokens_than_positions_are_cut_into_windows_of_one_document() -> None:
@@ -332,11 +335,12 @@ sys.path.insert(0, sys.argv[1])
 import test_recording as tests
 tests.torch.set_num_threads(1)
 tests.recording.SHARD_TOKENS = 200
-real = tests.recording.record_within_memory
+forward = tests.forward
+real = forward.record_within_memory
 def slowly(*given):
     time.sleep(0.2)
     yield from real(*given)
-tests.recording.record_within_memory = slowly
+forward.record_within_memory = slowly
 tests.record("olmoe", tests.written(40), output_path=sys.argv[2])
 """
 
@@ -368,23 +372,21 @@ def test_a_killed_recording_resumes_and_ends_with_the_identical_trace(tmp_path: 
 
 
 def test_memory_running_out_halves_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dbes.recording import forward
-
     real = forward.record_batch
 
-    def limited(recorder: Recorder, windows: Sequence[Window]) -> dict[str, np.ndarray]:
+    def limited(engine: ForwardEngine, windows: Sequence[Window]) -> Block:
         if len(windows) > 2:
             raise torch.OutOfMemoryError("out of memory")
-        return real(recorder, windows)
+        return real(engine, windows)
 
     expected = record("olmoe", written()).trace
     monkeypatch.setattr(forward, "record_batch", limited)
     assert_same_routes(expected, record("olmoe", written()).trace)
 
-    def hopeless(recorder: Recorder, windows: Sequence[Window]) -> dict[str, np.ndarray]:
-        if recorder.control:
+    def hopeless(engine: ForwardEngine, windows: Sequence[Window]) -> Block:
+        if engine.control:
             raise torch.OutOfMemoryError("out of memory")
-        return real(recorder, windows)
+        return real(engine, windows)
 
     monkeypatch.setattr(forward, "record_batch", hopeless)
     with pytest.raises(RecordingError, match=r"one window of \d+ tokens does not fit in memory"):
@@ -450,7 +452,7 @@ class TestErrors:
     def test_a_layer_with_wrong_ids(self) -> None:
         model = tiny_model("deepseek_v4")
         model.model.layers[0].mlp.gate.tid2eid.zero_()
-        with pytest.raises(RecordingError, match=r"layer 0 .*no expert twice in a row"):
+        with pytest.raises(RecordingError, match=r"expert 0 stands twice in row \d+ at layer 0"):
             record_documents(load_model(model, tokenizer=character_tokenizer()), written(), domains=("a", "b"), window=8)
 
 

@@ -12,19 +12,14 @@ import simulate
 from scipy import stats
 
 from dbes.scoring.counting import count_routes
-from dbes.scoring.counts import LayerCounts
+from dbes.scoring.counts import Counts, LayerCounts
 from dbes.scoring.descriptive import random_halves
-from dbes.scoring.resampling import permutation_null, permuted_labels
+from dbes.scoring.resampling import clustered_usage
 from dbes.scoring.specialists import RARE_HITS, SpecialistTable, find_specialists, lift_interval
 
 
 def examined(statistics: LayerCounts, *, permutations: int = 60, seed: int = 0) -> SpecialistTable:
-    shape = statistics.shape
-    labels = permuted_labels(shape.document_domain, permutations=permutations, seed=seed)
-    null = permutation_null(
-        statistics.hits, statistics.active, labels, shape.document_domain, len(shape.domains), sizes=np.asarray(shape.experts)
-    )
-    return find_specialists(statistics, null, seed=seed)
+    return find_specialists(Counts.of(statistics), permutations=permutations, seed=seed)
 
 
 def noise(seed: int, *, documents: int = 20, domains: int = 4, layers: int = 2, experts: int = 32) -> LayerCounts:
@@ -87,8 +82,7 @@ def test_table_by_plain_loops() -> None:
 def test_lift_interval_by_plain_loops() -> None:
     recording = naive.random_recording(5, documents=(6, 5, 6), length=(40, 60))
     statistics = count_routes(recording.trace()).whole()
-    lift = examined(statistics).lift
-    low, high = lift_interval(statistics, lift)
+    low, high = lift_interval(*clustered_usage(statistics))
     hits = np.array(naive.hits(recording))
     for layer in range(3):
         shares, spreads = np.zeros((3, 8)), np.zeros((3, 8))
@@ -182,8 +176,6 @@ def test_lift_intervals_hold_the_true_lift() -> None:
     held = []
     for run in range(400):
         statistics = simulate.draw_statistics(about, np.random.default_rng((run, 5)), documents=40)
-        hits = statistics.by_domain(statistics.hits)
-        share = hits / hits.sum(axis=-1, keepdims=True)
-        low, high = lift_interval(statistics, share / share.mean(axis=0))
+        low, high = lift_interval(*clustered_usage(statistics))
         held.append(((low <= true) & (true <= high)).mean())
     assert 0.92 <= np.mean(held) <= 0.98

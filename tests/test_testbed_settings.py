@@ -69,9 +69,9 @@ def test_identity_holds_everything_that_can_change_a_result():
 @pytest.mark.parametrize("name", ["smoke", "standard"])
 def test_presets_are_whole(name):
     grid = preset(name)
-    cells = list(grid.cells())
-    assert len(cells) == grid.seeds * len(grid.arms)
-    assert len({cell.identity("mix") for _, _, cell in cells}) == len(cells), "no two cells are the same run"
+    runs = list(grid.runs())
+    assert len(runs) == grid.seeds * len(grid.arms)
+    assert len({run.identity("mix") for _, _, run in runs}) == len(runs), "no two runs are the same"
     assert all(arm in grid.arms for arms in grid.experiments.values() for arm in arms)
     for experiment in grid.experiments.values():
         if name == "smoke":

@@ -21,8 +21,9 @@ from dbes.errors import DbesError, TraceError
 from dbes.scoring.score import score
 from dbes.trace.manifest import MANIFEST, SEAL, ShardEntry, digest
 from dbes.trace.shards import validate_routes
-from dbes.trace.store import CONTROL, VOCABULARY, Trace, TraceWriter
+from dbes.trace.store import CONTROL, Trace
 from dbes.trace.types import TokenRoutes, storage_dtype
+from dbes.trace.writer import VOCABULARY, TraceWriter
 
 
 def arrays(**changes: Any) -> dict[str, Any]:
@@ -148,7 +149,7 @@ def test_slots_of_a_layer_are_never_more_than_its_experts() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        pytest.param(lambda routes: {"ids": routes.ids[:, :1]}, "ids have shape", id="a layer too few"),
+        pytest.param(lambda routes: {"ids": routes.ids[:, :1]}, "ids has shape", id="a layer too few"),
         pytest.param(lambda routes: {"positions": routes.positions[:2]}, r"positions has shape \(2,\)", id="rows that do not fit"),
         pytest.param(lambda _: {"weights": np.ones((4, 2, 1), np.float16)}, r"weights has shape \(4, 2, 1\)", id="weights that do not fit"),
         pytest.param(lambda routes: {"document": routes.document[::-1].copy()}, "must ascend", id="documents out of order"),
@@ -323,7 +324,7 @@ def rewritten(folder: Path, **changes: Callable[[np.ndarray], np.ndarray] | np.n
         (lambda f: rewritten(f, positions=lambda a: a - 1), "positions must ascend"),
         (lambda f: rewritten(f, document=lambda a: a + 1), "rows of documents 1 to 2, the manifest says 0 to 1"),
         (lambda f: rewritten(f, ids=lambda a: a.astype(np.int64)), "ids has dtype int64"),
-        (lambda f: rewritten(f, ids=lambda a: a[..., :1]), "ids have shape"),
+        (lambda f: rewritten(f, ids=lambda a: a[..., :1]), "ids has shape"),
         (lambda f: rewritten(f, weights=lambda a: a * np.float32("nan")), "weights hold NaN"),
         (lambda f: rewritten(f, token_ids=lambda a: a - 10**6), "token_ids below 0"),
         (lambda f: rewritten(f, phase=np.full(2, 2, np.uint8)), "phase has shape"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import permutations
 
 import naive
@@ -11,9 +12,11 @@ import pytest
 import simulate
 from scipy import stats
 
+from dbes.scoring.counts import Counts
 from dbes.scoring.metrics import grams
 from dbes.scoring.resampling import (
     DomainScores,
+    NullDraws,
     domain_ratio,
     domain_scores,
     false_discovery_q,
@@ -24,6 +27,7 @@ from dbes.scoring.resampling import (
     permutation_null,
     permutation_p,
     permuted_labels,
+    permuted_scores,
     pooled_p,
     sign_flip_p,
     studentized_difference,
@@ -39,6 +43,23 @@ def drawn(seed: int, *, documents: int = 6, domains: int = 3, layers: int = 2) -
     about = simulate.population(seed, domains=domains, layers=layers, experts=12, top_k=3, effect=0.5)
     statistics = simulate.draw_statistics(about, np.random.default_rng(seed), documents=documents, tokens=40)
     return statistics.hits, statistics.active, statistics.shape.document_domain
+
+
+def null_of(hits: np.ndarray, active: np.ndarray, labels: np.ndarray, domain: np.ndarray, domains: int) -> NullDraws:
+    """What the permutations give for each layer, side by side."""
+    sums = simulate.of_hits(hits, active[:, 0], domain, domains=domains, top_k=3)
+    counts = Counts.of(replace(sums, active=active))
+    found = [permutation_null(sums, labels) for sums in counts.layers()]
+    assert all(
+        np.array_equal(getattr(permuted_scores(sums, labels), field), getattr(each.scores, field), equal_nan=True)
+        for sums, each in zip(counts.layers(), found, strict=True)
+        for field in FIELDS
+    )
+    return NullDraws(
+        scores=DomainScores.stack([each.scores for each in found], axis=-1),
+        specialist_p=np.concatenate([each.specialist_p for each in found], axis=1),
+        z=np.concatenate([each.z for each in found], axis=1),
+    )
 
 
 def scores_of(hits: np.ndarray, active: np.ndarray, domain: np.ndarray, domains: int) -> DomainScores:
@@ -85,7 +106,7 @@ def test_permutation_null_is_the_metric_of_every_labelling(monkeypatch: pytest.M
     monkeypatch.setattr("dbes.scoring.resampling.PERMUTATION_CELLS", cells)
     hits, active, domain = drawn(1)
     labels = permuted_labels(domain, permutations=9, seed=2)
-    found = permutation_null(hits, active, labels, domain, 3).scores
+    found = null_of(hits, active, labels, domain, 3).scores
     for draw, row in enumerate(labels):
         expected = scores_of(hits, active, row, 3)
         for field in FIELDS:
@@ -95,7 +116,7 @@ def test_permutation_null_is_the_metric_of_every_labelling(monkeypatch: pytest.M
 
 def test_without_permutations_there_is_no_draw_but_the_statistic_of_the_specialist_test() -> None:
     hits, active, domain = drawn(1)
-    found = permutation_null(hits, active, permuted_labels(domain, permutations=0, seed=0), domain, 3)
+    found = null_of(hits, active, permuted_labels(domain, permutations=0, seed=0), domain, 3)
     assert len(found.scores.information) == 0 and np.isnan(found.specialist_p).all()
     assert np.isfinite(found.z).all()
 
@@ -107,7 +128,7 @@ def test_exhaustive_permutation_p_is_a_rank_among_all_labellings() -> None:
     values = np.array([scores_of(hits, active, row, 2).information.mean() for row in every])
     observed = scores_of(hits, active, domain, 2).information.mean()
     labels = permuted_labels(domain, permutations=3000, seed=0)
-    null = permutation_null(hits, active, labels, domain, 2).scores.information.mean(axis=-1)
+    null = null_of(hits, active, labels, domain, 2).scores.information.mean(axis=-1)
     assert permutation_p(np.array(observed), null) == pytest.approx((values >= observed - 1e-12).mean(), abs=0.03)
 
 
@@ -214,16 +235,30 @@ def test_without_each_expert_drops_one_column() -> None:
 
 
 def test_sign_flips_of_an_effect_in_every_document_reach_the_least_p() -> None:
-    differences = np.full((12, 2), 0.1)
-    differences[:, 1] *= np.where(np.arange(12) % 2, 1, -1)
-    p = sign_flip_p(differences, permutations=999, seed=0)
-    assert p[0] <= 0.003 and p[1] > 0.3
+    share = np.full((12, 2), 0.1)
+    share[:, 1] *= np.where(np.arange(12) % 2, 1, -1)
+    p = sign_flip_p(share, np.zeros(12, int), 1, permutations=999, seed=0)
+    assert p[0, 0] <= 0.003 and p[0, 1] > 0.3
 
 
 def test_sign_flips_of_four_documents_are_exhaustive() -> None:
-    differences = np.array([1.0, 2.0, 3.0, 4.0])[:, None]
-    assert sign_flip_p(differences, permutations=4000, seed=0)[0] == pytest.approx(1 / 16, abs=0.015)
-    assert np.isnan(sign_flip_p(np.full((3, 1), np.nan), permutations=10, seed=0)).all()
+    share, one = np.array([1.0, 2.0, 3.0, 4.0])[:, None], np.zeros(4, int)
+    assert sign_flip_p(share, one, 1, permutations=4000, seed=0)[0, 0] == pytest.approx(1 / 16, abs=0.015)
+    assert np.isnan(sign_flip_p(np.full((4, 1), np.nan), one, 1, permutations=10, seed=0)).all()
+
+
+def test_sign_flips_are_the_same_for_domains_layers_and_their_means() -> None:
+    domain, draws = np.array([0, 1, 0, 1, 1, 0, 0]), 50
+    share = np.random.default_rng(3).normal(0.2, 1, (7, 2, 3))
+    signs = np.random.default_rng(5).integers(0, 2, (draws, 7)) * 2 - 1
+    found = sign_flip_p(share, domain, 2, permutations=draws, seed=5)
+    assert found.shape == (3, 3, 3)
+    for size in range(3):
+        cells = np.array([[[share[domain == d, layer, size] @ row[domain == d] for row in (np.ones(7), *signs)]
+                           for layer in range(2)] for d in range(2)])  # fmt: skip
+        for row, column in np.ndindex(3, 3):
+            drawn = cells[[row] if row < 2 else [0, 1]][:, [column] if column < 2 else [0, 1]].mean(axis=(0, 1))
+            assert found[row, column, size] == pytest.approx((1 + (drawn[1:] >= drawn[0] - 1e-12).sum()) / (1 + draws))
 
 
 # ------------------------------------------------------------------------------------------------------------ specialists

@@ -176,15 +176,6 @@ class TrainableCells:
             tensor.write()
         self._merged = True
 
-    def trained_slices(self) -> Mapping[str, dict[int, Tensor]]:
-        """The merged rows by parameter and expert, copies in the parameter's dtype: all that differs from the base model."""
-        if not self._merged:
-            raise FinetuneError("nothing was merged yet; call merge() first")
-        found: dict[str, dict[int, Tensor]] = {}
-        for tensor in self._tensors:
-            found.setdefault(tensor.name, {})[tensor.cell.expert] = tensor.rows.clone()
-        return found
-
     def trained_routers(self) -> dict[str, Tensor]:
         """The routers' parameters, where they are trained too; copies."""
         return {name: parameter.detach().clone() for name, (parameter, _) in self._routers.items()}

@@ -71,7 +71,9 @@ class Checks:
         if not math.isfinite(loss):
             raise FinetuneError(f"the loss on validation text is {loss} after {step} updates; lower --lr, or look at the weights")
         if rise is not None and rise.change is None:
-            raise FinetuneError(f"the loss on texts of {rise.domain} is no number after {step} updates; lower --lr, or look at the weights")
+            raise FinetuneError(
+                f"the loss on texts of {rise.domain} is not a number after {step} updates; lower --lr, or look at the weights"
+            )
         self.found.losses.append((step, loss))
         if rise is not None and step:
             self.found.rises.append((step, rise))

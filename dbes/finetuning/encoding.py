@@ -24,12 +24,12 @@ class Sample:
     Attributes:
         ids: int64 [tokens].
         counted: bool [tokens], whether the prediction of this token counts; never the first.
-        octets: UTF-8 bytes of the text that the counted tokens stand for.
+        text_bytes: UTF-8 bytes of the text that the counted tokens stand for.
     """
 
     ids: np.ndarray
     counted: np.ndarray
-    octets: int
+    text_bytes: int
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,10 @@ def encode(entry: Entry, tokenizer: Any, *, end: bool, known: int | None = None)
     if known is not None:
         refuse_unknown(whole, known, tokenizer, name=entry.name, error=FinetuneError)
     counted = np.asarray([False] * len(before) + marks, bool)
-    octets = sum(len(text.encode()) for text, marked in segments if marked)
+    text_bytes = sum(len(text.encode()) for text, marked in segments if marked)
     if len(counted) and counted[0]:
-        counted[0], octets = False, octets - first  # nothing stands before the first token, so it cannot be predicted
-    return Sample(whole, counted, max(octets, 0))
+        counted[0], text_bytes = False, text_bytes - first  # nothing stands before the first token, so it cannot be predicted
+    return Sample(whole, counted, max(text_bytes, 0))
 
 
 def windows(sample: Sample, length: int) -> list[Sample]:
@@ -94,7 +94,7 @@ def windows(sample: Sample, length: int) -> list[Sample]:
         counted = sample.counted[start : start + length].copy()
         counted[0] = False
         if counted.any():
-            found.append(Sample(sample.ids[start : start + length], counted, round(sample.octets * int(counted.sum()) / total)))
+            found.append(Sample(sample.ids[start : start + length], counted, round(sample.text_bytes * int(counted.sum()) / total)))
     return found
 
 
@@ -104,14 +104,14 @@ def pack(samples: Iterable[Sample], length: int) -> list[Sample]:
     if not kept:
         return []
     joined = Sample(
-        np.concatenate([sample.ids for sample in kept]), np.concatenate([sample.counted for sample in kept]), sum(s.octets for s in kept)
+        np.concatenate([sample.ids for sample in kept]),
+        np.concatenate([sample.counted for sample in kept]),
+        sum(s.text_bytes for s in kept),
     )
     return windows(joined, length)
 
 
-def training_samples(
-    entries: Sequence[Entry], tokenizer: Any, *, length: int, packing: bool, known: int | None = None
-) -> list[Sample]:
+def training_samples(entries: Sequence[Entry], tokenizer: Any, *, length: int, packing: bool, known: int | None = None) -> list[Sample]:
     """What is trained on: plain texts packed or each in runs of its own; conversations and completions always by themselves.
 
     Raises:

@@ -48,13 +48,13 @@ class Measured:
 
     Attributes:
         sources: source text of every held-out entry.
-        bits: to predict each with, float64 [entries]; octets: its UTF-8 bytes, float64 [entries].
+        bits: to predict each with, float64 [entries]; text_bytes: its UTF-8 bytes, float64 [entries].
     """
 
     score: DomainScore
     sources: tuple[str, ...]
     bits: np.ndarray
-    octets: np.ndarray
+    text_bytes: np.ndarray
 
 
 def measure(model: nn.Module, tokenizer: Any, heldout: Mapping[str, Sequence[Entry]], **named: Any) -> dict[str, DomainScore]:
@@ -106,7 +106,7 @@ def _score(
     samples = [sample for part in parts for sample in part]
     owner = np.repeat(np.arange(len(entries)), [len(part) for part in parts])
     nats = sample_nats(model, samples, padding=padding, batch_tokens=batch_tokens, accelerator=accelerator)
-    octets = np.asarray([sample.octets for sample in samples], np.int64)
+    text_bytes = np.asarray([sample.text_bytes for sample in samples], np.int64)
     tokens = sum(int(sample.counted.sum()) for sample in samples)
     asking = [(entry, entry.item) for entry in entries if entry.item is not None]
     items = [item for _, item in asking]
@@ -116,19 +116,19 @@ def _score(
     ]  # fmt: skip
     right = right_choices(
         -sample_nats(model, choices, padding=padding, batch_tokens=batch_tokens, accelerator=accelerator),
-        octets=[choice.octets for choice in choices],
+        text_bytes=[choice.text_bytes for choice in choices],
         choices=[len(item.choices) for item in items],
         right=[item.right for item in items],
     ).sum(axis=1)
     total = float(nats.sum())
     if not math.isfinite(total):
         raise FinetuneError(f"domain {name}: the model's loss on held-out texts is {total}; its weights or logits are not numbers")
-    if not octets.sum() or not tokens:
+    if not text_bytes.sum() or not tokens:
         raise FinetuneError(f"domain {name}: its held-out texts have no token to predict")
     score = DomainScore(
         entries=len(entries),
         tokens=tokens,
-        bits_per_byte=total / math.log(2) / int(octets.sum()),
+        bits_per_byte=total / math.log(2) / int(text_bytes.sum()),
         nats_per_token=total / tokens,
         items=len(items),
         accuracy=int(right[0]) / len(items) if items else None,
@@ -138,12 +138,12 @@ def _score(
         score=score,
         sources=tuple(entry.source for entry in entries),
         bits=np.bincount(owner, nats / math.log(2), len(entries)),
-        octets=np.bincount(owner, octets, len(entries)),
+        text_bytes=np.bincount(owner, text_bytes, len(entries)),
     )
 
 
 def encode_choices(item: Item, tokenizer: Any, *, length: int, known: int | None = None, where: str = "") -> list[Sample]:
-    """The question with every one of its choices, of which only the choice counts; ``octets`` are the bytes of the choice, at least 1.
+    """The question with every one of its choices, of which only the choice counts; ``text_bytes`` are the bytes of the choice, at least 1.
 
     Args:
         length: tokens at most; a longer question loses its beginning, and so does a choice that is longer by itself.
@@ -153,7 +153,7 @@ def encode_choices(item: Item, tokenizer: Any, *, length: int, known: int | None
     question, samples = (item.question.rstrip(), False), []
     for choice in map(str.strip, item.choices):
         whole = encode(Entry(id="", source="", where=where, segments=(question, (f" {choice}", True))), tokenizer, end=False, known=known)
-        samples.append(_ending(whole, length, octets=len(choice.encode()) or 1))
+        samples.append(_ending(whole, length, text_bytes=len(choice.encode()) or 1))
     return samples
 
 
@@ -184,26 +184,26 @@ def _summed(values: np.ndarray, accelerator: Any) -> np.ndarray:
     return accelerator.reduce(torch.from_numpy(values).to(accelerator.device), "sum").cpu().numpy()
 
 
-def right_choices(likelihood: np.ndarray, *, octets: Sequence[int], choices: Sequence[int], right: Sequence[int]) -> np.ndarray:
+def right_choices(likelihood: np.ndarray, *, text_bytes: Sequence[int], choices: Sequence[int], right: Sequence[int]) -> np.ndarray:
     """Whether the right choice of every item is the most likely, and the most likely per byte: bool [2, items].
 
     Args:
         likelihood: nats of all choices of all items, one item after the other.
-        octets: bytes of every choice.
+        text_bytes: bytes of every choice.
         choices: number of choices of every item.
         right: index of the right choice among those of its item.
     """
     found, start = np.zeros((2, len(choices)), bool), 0
     for place, (count, index) in enumerate(zip(choices, right, strict=True)):
         rows = likelihood[start : start + count]
-        per_byte = rows / np.asarray(octets[start : start + count])
+        per_byte = rows / np.asarray(text_bytes[start : start + count])
         found[:, place] = rows.argmax() == index, per_byte.argmax() == index
         start += count
     return found
 
 
-def _ending(sample: Sample, length: int, *, octets: int) -> Sample:
+def _ending(sample: Sample, length: int, *, text_bytes: int) -> Sample:
     """The last ``length`` tokens: a question is shortened from its beginning."""
     counted = sample.counted[-length:].copy()
     counted[:1] = False
-    return Sample(sample.ids[-length:], counted, octets)
+    return Sample(sample.ids[-length:], counted, text_bytes)

@@ -73,14 +73,14 @@ class Guard:
         """
         found = []
         for name, part in self.samples.items():
-            change, error = ratio([sample.octets for sample in part], np.asarray(now[name]) - np.asarray(before[name]))
+            change, error = ratio([sample.text_bytes for sample in part], np.asarray(now[name]) - np.asarray(before[name]))
             found.append(Rise(domain=name, change=change, allowed=KEPT * max(fall, 0.0) + NOISE * error))
         return max(found, key=lambda rise: (math.inf if rise.change is None else rise.change - rise.allowed, rise.domain))
 
 
-def ratio(octets: Sequence[int], nats: np.ndarray) -> tuple[float | None, float]:
+def ratio(text_bytes: Sequence[int], nats: np.ndarray) -> tuple[float | None, float]:
     """(change in bits per byte, its standard error over texts, 0 where there is one text); None where it is not finite."""
-    sizes, more = np.asarray(octets, np.float64), nats / math.log(2)
+    sizes, more = np.asarray(text_bytes, np.float64), nats / math.log(2)
     count, whole = len(sizes), float(sizes.sum())
     change = float(more.sum()) / whole
     if not math.isfinite(change):
@@ -112,7 +112,7 @@ def split_protected(
         apart = order[: min(TEXTS, len(order) // 4)] if enough else order[:TEXTS]
         matrices[name] = [entry for entry in part if entry.source not in apart] if enough else list(part)
         parts = [windows(encode(first[source], tokenizer, end=False, known=known), length)[:1] for source in apart]
-        found = [sample for runs in parts for sample in runs if sample.octets]
+        found = [sample for runs in parts for sample in runs if sample.text_bytes]
         if found:
             samples[name] = found
             shared += [] if enough else [name]

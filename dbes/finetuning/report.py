@@ -133,12 +133,12 @@ def change_of(before: Measured, after: Measured, *, error: float) -> Change:
         error: probability that the interval misses.
     """
     _, group = np.unique(np.asarray(before.sources), return_inverse=True)
-    more, octets = np.bincount(group, after.bits - before.bits), np.bincount(group, before.octets)
-    count, whole = len(octets), float(octets.sum())
+    more, text_bytes = np.bincount(group, after.bits - before.bits), np.bincount(group, before.text_bytes)
+    count, whole = len(text_bytes), float(text_bytes.sum())
     change = after.score.bits_per_byte - before.score.bits_per_byte
     if count < 2:
         return Change(change=change, low=None, high=None)
-    spread = float(np.square(more - more.sum() / whole * octets).sum()) * count / (count - 1)
+    spread = float(np.square(more - more.sum() / whole * text_bytes).sum()) * count / (count - 1)
     half = float(student.ppf(1 - error / 2, count - 1)) * math.sqrt(spread) / whole
     return Change(change=change, low=change - half, high=change + half)
 

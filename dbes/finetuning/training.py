@@ -238,7 +238,7 @@ def _loop(
         record = _prepare(run, step, learning_rate(step, peak=checks.found.peak, warmup=warmup, last=checks.steps, floor=0.1))
         failed = not _is_finite(record)
         if not failed:
-            run.save(step)  # before the update: these weights have just given a loss and gradients that are numbers
+            run.save(step)  # before the update: these weights have just given a finite loss and gradients
             run.optimizer.step()
             moved = moved or record["active"] > 0
         run.optimizer.zero_grad()

@@ -98,7 +98,7 @@ def eval_nats(model: nn.Module, samples: Sequence[Sample], *, padding: int, acce
 
 def bytes_per_token(samples: Sequence[Sample]) -> float:
     """UTF-8 bytes that a counted token stands for, on average."""
-    return max(1, sum(sample.octets for sample in samples)) / sum(int(sample.counted.sum()) for sample in samples)
+    return max(1, sum(sample.text_bytes for sample in samples)) / sum(int(sample.counted.sum()) for sample in samples)
 
 
 def check_every(steps: int, *, sequences: int, batch_size: int) -> int:

@@ -85,7 +85,7 @@ class Items:
     def samples(self) -> list[Sample]:
         """One for every choice of every item."""
         ends = zip(self.starts[:-1], self.starts[1:], self.bytes.tolist(), strict=True)
-        return [Sample(self.tokens[start:stop].astype(np.int64), self.counted[start:stop], octets) for start, stop, octets in ends]
+        return [Sample(self.tokens[start:stop].astype(np.int64), self.counted[start:stop], size) for start, stop, size in ends]
 
 
 ITEM_COLUMNS = tuple(column.name for column in fields(Items))
@@ -276,7 +276,7 @@ def _items(texts: Sequence[Text], encode: _Encoder, *, length: int) -> Items:
         tokens=np.concatenate([sample.ids for sample in samples]).astype(np.int32),
         counted=np.concatenate([sample.counted for sample in samples]),
         starts=np.cumsum([0, *(len(sample.ids) for sample in samples)]).astype(np.int64),
-        bytes=np.asarray([sample.octets for sample in samples], np.int64),
+        bytes=np.asarray([sample.text_bytes for sample in samples], np.int64),
         choices=np.asarray([len(item.choices) for item in items], np.int64),
         right=np.asarray([item.right for item in items], np.int64),
     )

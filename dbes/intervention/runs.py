@@ -75,7 +75,7 @@ def measure_items(
     for name, asked in items.items():
         own = likelihood[at : at + len(asked.bytes)]
         at += len(own)
-        right = right_choices(own, octets=asked.bytes.tolist(), choices=asked.choices.tolist(), right=asked.right.tolist())
+        right = right_choices(own, text_bytes=asked.bytes.tolist(), choices=asked.choices.tolist(), right=asked.right.tolist())
         for kind, row in zip(found, right.astype(int).tolist(), strict=True):
             found[kind][name] = row
     return found
@@ -86,7 +86,7 @@ def execute(model: Any, run: Run, data: ExperimentData, settings: Settings, *, p
 
     ``curve`` holds, for every point, the nats of each held-out document by domain (of each tuning document in a run of the
     search), what ``measure_items`` gives where there are held-out items, and the processor seconds of training until then, which
-    do not depend on what else the machine does. A loss that is no number ends the run with status ``failed``.
+    do not depend on what else the machine does. A loss that is not a number ends the run with status ``failed``.
     """
     began, peak = time.perf_counter(), PeakMemory()
     batches = training_batches(data.parts[run.target, "train"], settings, boundary=data.boundary, seed=run.seed)
@@ -114,7 +114,7 @@ def execute(model: Any, run: Run, data: ExperimentData, settings: Settings, *, p
                 loss = token_nats(model, {"input_ids": torch.from_numpy(batch)}, reduction="mean")
             value = float(loss.detach())
             if not math.isfinite(value):
-                record |= {"status": "failed", "error": f"the loss is no number at step {step}"}
+                record |= {"status": "failed", "error": f"the loss is not a number at step {step}"}
                 break
             losses.append(round(value, 4))
             # A set of random cells may hold no expert that any token of this batch chose: then nothing can be learned from it.

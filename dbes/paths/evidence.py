@@ -16,7 +16,6 @@ from dbes.results import load_result
 from dbes.scoring.counts import PHASES, Counts
 from dbes.scoring.descriptive import transitions
 from dbes.scoring.metrics import usage_of
-from dbes.scoring.resampling import permutation_null, permuted_labels
 from dbes.scoring.sampling import TokenSample, even_documents
 from dbes.scoring.specialists import SpecialistTable, find_specialists
 from dbes.scoring.stored import counts_of
@@ -74,11 +73,7 @@ class Evidence:
 
     @cached_property
     def specialists(self) -> SpecialistTable:
-        shape, sums = self.shape, self.counts.whole()
-        labels = permuted_labels(shape.document_domain, permutations=self.permutations, seed=self.seed)
-        sizes = np.asarray(shape.experts)
-        null = permutation_null(sums.hits, sums.active, labels, shape.document_domain, len(shape.domains), sizes=sizes)
-        return find_specialists(sums, null, seed=self.seed)
+        return find_specialists(self.counts, permutations=self.permutations, seed=self.seed)
 
     @cached_property
     def transitions(self) -> np.ndarray:

@@ -1,11 +1,12 @@
-"""One batch of windows through the model: its routing as arrays, checked."""
+"""The engine that runs a transformers model in this process: documents cut into windows, batches of them, one forward each."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from importlib.metadata import version
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,16 +16,24 @@ from dbes.errors import RecordingError
 from dbes.models import LoadedModel
 from dbes.models.execution import forward, input_device, is_offloaded
 from dbes.models.hooks import Decision, watching
-from dbes.models.sites import RoutingSite, router_std
+from dbes.models.sites import RoutingSite, router_std, score_reason
 from dbes.models.windows import embedding_rows, padded, padding_id
 from dbes.recording.stiffness import Noise, logit_stiffness, noise_rows, selection_stiffness
-from dbes.trace.types import NOISE_SCALES, storage_dtype
-
-SKIPPED = -1
-"""In ids that were not checked yet: a slot of weight 0, or none."""
+from dbes.trace.blocks import SKIPPED, STORED, Assembly, Block, Contents, Work
+from dbes.trace.types import NOISE_SCALES, PROMPT
 
 Batching = Literal["padded", "equal lengths", "one at a time"]
 """What may share a batch without changing the routing: any windows, windows of one length, or none."""
+
+
+ACTIVATION_BYTES = 16 * 2**20
+"""On a CPU a batch is as large as lets the experts' inputs (tokens x slots x hidden, float32) stay near the caches: measured on a
+260 M-parameter OLMoE, 1,024 tokens are 1.5 times as fast as 4,096; a 4 M-parameter one is fastest with 8,192."""
+
+CPU_BATCH_TOKENS = (512, 8_192)
+ACCELERATOR_BATCH_TOKENS = 16_384
+PADDING_LIMIT = 0.1
+"""Largest share of padding in a batch whose size was not asked for."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +57,15 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Recorder:
-    """All that stays the same from batch to batch of one recording.
+class ForwardEngine:
+    """A model, and all that stays the same from batch to batch of one recording.
 
     Attributes:
         before, after: special tokens the tokenizer puts around a text; fed to the model, never recorded.
         control: record the random router too.
         stiffness: record margins and flips too.
+        window: tokens of a document that the model sees at once.
+        batch_size: windows per batch; None fills a budget of tokens.
     """
 
     loaded: LoadedModel
@@ -64,6 +75,56 @@ class Recorder:
     seed: int
     control: bool
     stiffness: bool
+    window: int
+    batch_size: int | None = None
+    batching: Batching = "padded"
+
+    @cached_property
+    def contents(self) -> Contents:
+        return Contents(
+            layers=tuple(site.layer for site in self.sites),
+            experts=tuple(site.num_experts for site in self.sites),
+            top_k=tuple(site.top_k for site in self.sites),
+            zero_experts=tuple(site.zero_experts for site in self.sites),
+            gives=frozenset(STORED if self.stiffness else ("weights",)),
+            control=self.control,
+        )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        loaded = self.loaded
+        return {
+            "model": loaded.name,
+            "revision": loaded.revision,
+            "family": loaded.config.get("model_type"),
+            "parameters": loaded.parameters,
+            "dtype": loaded.dtype,
+            "attention": loaded.attention,
+            "experts_implementation": loaded.experts_implementation,
+            "device": loaded.device,
+            "tokenizer_sha256": loaded.tokenizer_sha256,
+            "notes": list(loaded.notes),
+            "special_tokens_excluded": {"before": list(self.before), "after": list(self.after)},
+            "versions": {"dbes": version("dbes"), "torch": torch.__version__, "transformers": version("transformers")},
+        }
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"window": self.window, "seed": self.seed, "control": self.control, "stiffness": self.stiffness}
+
+    def blocks(self, work: Work) -> Iterator[Block]:
+        windows = [
+            Window(work.first + place, work.document_ids[place], start, ids[start : start + self.window])
+            for place, ids in enumerate(work.texts)
+            for start in range(0, len(ids), self.window)
+        ]
+        budget = automatic_budget(self.loaded, self.sites) if self.batch_size is None else self.batch_size
+        by_count = self.batch_size is not None
+        for batch in batches(windows, budget, by_count=by_count, batching=self.batching, extra=self.extra):
+            yield from record_within_memory(self, batch)
+
+    def score_reason(self, layer: int, missing: int, tokens: int) -> str:
+        return score_reason(next(site for site in self.sites if site.layer == layer), missing, tokens)
 
     @property
     def extra(self) -> int:
@@ -71,14 +132,10 @@ class Recorder:
         return len(self.before) + len(self.after)
 
     @cached_property
-    def slots(self) -> int:
-        return max(site.top_k for site in self.sites)
-
-    @cached_property
     def noise(self) -> Noise:
         # one class more than there are experts: some routers can choose to skip
         classes = max(site.num_experts + site.zero_experts for site in self.sites) + 1
-        return Noise.drawn(classes=classes, slots=self.slots, seed=self.seed)
+        return Noise.drawn(classes=classes, slots=self.contents.slots, seed=self.seed)
 
     @cached_property
     def proven(self) -> dict[tuple[int, int], int]:
@@ -118,16 +175,42 @@ class Recorder:
         return inputs, np.concatenate(rows)
 
 
-def record_batch(recorder: Recorder, windows: Sequence[Window]) -> dict[str, np.ndarray]:
-    """Routing of every token of the windows, row after row; names as in ``TokenRoutes``, the control's with ``control_`` before.
+def automatic_budget(loaded: LoadedModel, sites: Sequence[RoutingSite]) -> int:
+    """Tokens per batch when nobody asks for a number; it changes no count."""
+    if loaded.device != "cpu":
+        return ACCELERATOR_BATCH_TOKENS
+    hidden = getattr(loaded.model.config.get_text_config(), "hidden_size", None) or 1024
+    fewest, most = CPU_BATCH_TOKENS
+    return min(most, max(fewest, ACTIVATION_BYTES // (4 * hidden * max(site.top_k for site in sites))))
 
-    A slot that was skipped, had weight 0 or went to a zero-computation expert is missing, as in ``TokenRoutes``.
+
+def batches(windows: Sequence[Window], budget: int, *, by_count: bool, batching: Batching, extra: int) -> Iterator[list[Window]]:
+    """The windows, longest first (what does not fit in memory fails at once), in batches of about equal lengths."""
+    batch: list[Window] = []
+    tokens = 0
+    for window in sorted(windows, key=lambda window: (-len(window), window.document, window.start)):
+        if batch:
+            padded = (len(batch) + 1) * (len(batch[0]) + extra)
+            wasted = 1 - (tokens + len(window) + extra) / padded
+            full = len(batch) >= budget if by_count else padded > budget or wasted > PADDING_LIMIT
+            apart = batching == "one at a time" or (batching == "equal lengths" and len(window) != len(batch[0]))
+            if full or apart:
+                yield batch
+                batch, tokens = [], 0
+        batch.append(window)
+        tokens += len(window) + extra
+    if batch:
+        yield batch
+
+
+def record_batch(engine: ForwardEngine, windows: Sequence[Window]) -> Block:
+    """Routing of every token of the windows, row after row, at all layers.
 
     Raises:
-        RecordingError: a layer did not fire once; rows, ids or the number of slots are wrong; NaN in the router's output.
+        RecordingError: a layer did not fire once, or for another number of tokens.
     """
-    inputs, rows = recorder.inputs(windows)
-    layers = tuple(site.layer for site in recorder.sites)
+    inputs, rows = engine.inputs(windows)
+    layers = engine.contents.layers
     positions = [np.arange(window.start, window.start + len(window)) for window in windows]
     noise = np.concatenate([noise_rows(window.document_id, at, layers) for window, at in zip(windows, positions, strict=True)], axis=1)
     total = inputs["input_ids"].numel()
@@ -136,45 +219,45 @@ def record_batch(recorder: Recorder, windows: Sequence[Window]) -> dict[str, np.
     fired = [0] * len(layers)
 
     def observe(index: int, decision: Decision) -> None:
-        site = recorder.sites[index]
+        site = engine.sites[index]
         fired[index] += 1
         if len(decision.ids) != total:
             raise RecordingError(
                 f"layer {site.layer}: {len(decision.ids)} tokens were routed, the batch has {total} (padding included); "
                 f"dbes cannot tell which token is which in {site.name}"
             )
-        found = _columns(recorder, index, decision, kept_rows, noise[index])
+        found = _columns(engine, index, decision, kept_rows, noise[index])
         for name, column in found.items():
             columns.setdefault(name, {})[index] = column
 
-    model = recorder.loaded.model
-    scores = recorder.stiffness or any(site.adapter == "embedding" for site in recorder.sites)
+    model = engine.loaded.model
+    scores = engine.stiffness or any(site.adapter == "embedding" for site in engine.sites)
     stop = not is_offloaded(model)
-    with torch.inference_mode(), watching(recorder.sites, observe, scores=scores, stop=stop, proven=recorder.proven):
+    with torch.inference_mode(), watching(engine.sites, observe, scores=scores, stop=stop, proven=engine.proven):
         forward(model, whole=stop, **inputs)
 
-    for site, count in zip(recorder.sites, fired, strict=True):
+    for site, count in zip(engine.sites, fired, strict=True):
         if count != 1:
             raise RecordingError(
                 f"layer {site.layer} ({site.name}) routed {count} times in one forward, expected once; was the model compiled "
                 "(torch.compile) or wrapped before recording? Give the plain model"
             )
     arrays = {name: _stacked(by_site, len(layers)) for name, by_site in columns.items()}
-    _check(recorder, windows, arrays)
-    for name in ("ids", "control_ids"):
-        if name in arrays:
-            arrays[name] = _stored(recorder, arrays[name])
-    arrays["weights"][arrays["ids"] == np.iinfo(arrays["ids"].dtype).max] = 0  # zero-computation experts have one
-    arrays["document"] = np.repeat([window.document for window in windows], [len(window) for window in windows]).astype(np.int32)
-    arrays["positions"] = np.concatenate(positions).astype(np.int32)
-    arrays["token_ids"] = np.concatenate([window.token_ids for window in windows])
-    return arrays
+    return Block(
+        document=np.repeat([window.document for window in windows], [len(window) for window in windows]),
+        positions=np.concatenate(positions),
+        token_ids=np.concatenate([window.token_ids for window in windows]),
+        phase=np.full(len(rows), PROMPT, np.uint8),
+        layers=layers,
+        routes={name: array for name, array in arrays.items() if not name.startswith("control_")},
+        control={name.removeprefix("control_"): array for name, array in arrays.items() if name.startswith("control_")},
+    )
 
 
-def record_within_memory(recorder: Recorder, batch: Sequence[Window]) -> Iterator[dict[str, np.ndarray]]:
-    """The batch's arrays; halves of the batch, one after the other, where memory does not suffice for all of it."""
+def record_within_memory(engine: ForwardEngine, batch: Sequence[Window]) -> Iterator[Block]:
+    """The batch's routes; halves of the batch, one after the other, where memory does not suffice for all of it."""
     try:
-        yield record_batch(recorder, batch)
+        yield record_batch(engine, batch)
         return
     except RuntimeError as problem:
         if not isinstance(problem, torch.OutOfMemoryError) and "allocate memory" not in str(problem):
@@ -184,10 +267,10 @@ def record_within_memory(recorder: Recorder, batch: Sequence[Window]) -> Iterato
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
     for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
-        yield from record_within_memory(recorder, half)
+        yield from record_within_memory(engine, half)
 
 
-def find_batching(recorder: Recorder, texts: Sequence[np.ndarray], window: int) -> Batching:
+def find_batching(engine: ForwardEngine, texts: Sequence[np.ndarray]) -> Batching:
     """What may share a batch, found by trying on the beginnings of two texts.
 
     Rows may differ in numerical noise: at most 1 % of expert sets in float32, 10 % in a 16-bit dtype.
@@ -195,14 +278,17 @@ def find_batching(recorder: Recorder, texts: Sequence[np.ndarray], window: int) 
     Raises:
         RecordingError: routing differs from one forward to the next.
     """
-    quiet = replace(recorder, control=False, stiffness=False)
-    long = Window(0, "one", 0, texts[0][: min(window, 48)])
+    quiet = replace(engine, control=False, stiffness=False)
+    long = Window(0, "one", 0, texts[0][: min(engine.window, 48)])
     source = texts[1] if len(texts) > 1 else texts[0][::-1]
     other = Window(1, "other", 0, source[: max(1, min(len(long), len(source)) * 2 // 3)])
-    allowed = 0.01 if recorder.loaded.dtype == "float32" else 0.1
+    allowed = 0.01 if engine.loaded.dtype == "float32" else 0.1
 
     def routed(*windows: Window) -> np.ndarray:
-        return np.sort(record_batch(quiet, windows)["ids"], axis=-1)
+        work = Work(windows[0].document, [window.document_id for window in windows], [window.token_ids for window in windows])
+        assembly = Assembly(quiet.contents, work, where=engine.loaded.name, error=RecordingError)
+        assembly.add(record_batch(quiet, windows))
+        return np.sort(assembly.finish()[0].ids, axis=-1)
 
     def agree(one: Window, two: Window) -> bool:
         alone, together = np.concatenate([routed(one), routed(two)]), routed(one, two)
@@ -214,36 +300,36 @@ def find_batching(recorder: Recorder, texts: Sequence[np.ndarray], window: int) 
         return "equal lengths"
     if float((routed(long) != routed(long)).any(axis=-1).mean()) > allowed:
         raise RecordingError(
-            f"{recorder.loaded.name}: the same text is routed to other experts every time it is read, so the router draws random numbers "
+            f"{engine.loaded.name}: the same text is routed to other experts every time it is read, so the router draws random numbers "
             "outside training too; dbes records routing that can be repeated: switch the noise of the gate off"
         )
     return "one at a time"
 
 
-def _columns(recorder: Recorder, index: int, decision: Decision, kept_rows: Tensor, noise_at: np.ndarray) -> dict[str, Tensor]:
+def _columns(engine: ForwardEngine, index: int, decision: Decision, kept_rows: Tensor, noise_at: np.ndarray) -> dict[str, Tensor]:
     """What is kept of one site's decision, on the device where it was made."""
-    site = recorder.sites[index]
+    site = engine.sites[index]
     device = decision.ids.device
     rows = kept_rows.to(device, non_blocking=True)
     ids, weights = decision.ids[rows], decision.weights[rows]
-    wide = (0, recorder.slots - site.top_k)
+    wide = (0, engine.contents.slots - site.top_k)
     found = {
         "ids": torch.nn.functional.pad(ids.masked_fill(weights == 0, SKIPPED), wide, value=SKIPPED).to(torch.int32),
         "weights": torch.nn.functional.pad(weights, wide).to(torch.float16),
     }
-    if recorder.control and decision.hidden is not None:
-        logits = decision.hidden[rows].float() @ recorder.random_router(index, decision.hidden)
+    if engine.control and decision.hidden is not None:
+        logits = decision.hidden[rows].float() @ engine.random_router(index, decision.hidden)
         values, picked = logits.softmax(dim=-1).topk(site.top_k, dim=-1)
         found["control_ids"] = torch.nn.functional.pad(picked, wide, value=SKIPPED).to(torch.int32)
         found["control_weights"] = torch.nn.functional.pad(values, wide).to(torch.float16)
-    if recorder.stiffness:
-        found |= _stiffness_columns(recorder, site, decision, rows, torch.from_numpy(noise_at).to(device))
+    if engine.stiffness:
+        found |= _stiffness_columns(engine, site, decision, rows, torch.from_numpy(noise_at).to(device))
     return found
 
 
-def _stiffness_columns(recorder: Recorder, site: RoutingSite, decision: Decision, rows: Tensor, noise_at: Tensor) -> dict[str, Tensor]:
+def _stiffness_columns(engine: ForwardEngine, site: RoutingSite, decision: Decision, rows: Tensor, noise_at: Tensor) -> dict[str, Tensor]:
     count, device = len(rows), rows.device
-    noise = recorder.noise_on(device)
+    noise = engine.noise_on(device)
     found = {
         "logit_margins": torch.full((count,), torch.nan, device=device),
         "logit_stable": torch.zeros(count, dtype=torch.uint8, device=device),
@@ -277,35 +363,3 @@ def _stacked(by_site: dict[int, Tensor], layers: int) -> np.ndarray:
     empty = torch.full_like(sample, SKIPPED) if sample.dtype == torch.int32 else torch.zeros_like(sample)
     parts = [by_site[index].to(device, non_blocking=True) if index in by_site else empty for index in range(layers)]
     return torch.stack(parts, dim=1).cpu().numpy()
-
-
-def _stored(recorder: Recorder, ids: np.ndarray) -> np.ndarray:
-    """The ids in the dtype of a trace, with its mark where no expert ran."""
-    dtype = storage_dtype(max(site.num_experts for site in recorder.sites))
-    experts = np.asarray([site.num_experts for site in recorder.sites])[None, :, None]
-    return np.where((ids == SKIPPED) | (ids >= experts), np.iinfo(dtype).max, ids).astype(dtype)
-
-
-def _check(recorder: Recorder, windows: Sequence[Window], arrays: dict[str, np.ndarray]) -> None:
-    ids, weights = arrays["ids"], arrays["weights"]
-    if not np.isfinite(weights).all():
-        row, column, _ = np.argwhere(~np.isfinite(weights))[0]
-        ends = np.cumsum([len(window) for window in windows])
-        window = windows[int(np.searchsorted(ends, row, side="right"))]
-        raise RecordingError(
-            f"layer {recorder.sites[column].layer}: NaN or infinity in the router's output, in document {window.document_id!r} "
-            f"(near token {window.start}); the checkpoint is damaged, or overflows in {recorder.loaded.dtype}: try another dtype"
-        )
-    ordered = np.sort(ids, axis=-1)
-    twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] != SKIPPED)
-    tokens = sum(len(window) for window in windows)
-    for column, site in enumerate(recorder.sites):
-        routed = ids[:, column, : site.top_k]
-        valid = int(((routed >= 0) & (routed < site.num_experts + site.zero_experts)).sum())
-        skipped = int((routed == SKIPPED).sum())
-        if valid + skipped != tokens * site.top_k or twice[:, column].any():
-            raise RecordingError(
-                f"layer {site.layer} ({site.name}): {valid} slots hold an expert below {site.num_experts + site.zero_experts} and "
-                f"{skipped} were skipped, expected {tokens} tokens x {site.top_k} = {tokens * site.top_k} slots, and no expert twice in "
-                f"a row (found in {int(twice[:, column].any(axis=-1).sum())} rows); what this layer reports is not its routing"
-            )

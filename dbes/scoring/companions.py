@@ -9,9 +9,9 @@ import numpy as np
 from dbes.scoring import descriptive, metrics
 from dbes.scoring.counts import Counts
 from dbes.scoring.layer_counts import LayerCounts
+from dbes.scoring.layers import AllLayers
 from dbes.scoring.resampling import domain_ratio
 from dbes.scoring.sampling import TokenSample
-from dbes.scoring.specialists import SpecialistTable
 from dbes.trace.types import LOGIT_NOISE, NOISE_SCALES
 
 
@@ -22,14 +22,15 @@ def similarity(totals: LayerCounts) -> np.ndarray:
     return metrics.unbiased_cosines(gram, totals.by_domain(totals.active), hits.sum(axis=-1))
 
 
-def companions(totals: LayerCounts, table: SpecialistTable, sample: TokenSample | None, counts: Counts, *, seed: int) -> dict[str, Any]:
+def companions(found: AllLayers, sample: TokenSample | None, counts: Counts, *, seed: int) -> dict[str, Any]:
     """The companion totals of a result.
 
     Args:
-        totals: sums of each domain, see ``Counts.totals``.
+        found: what is known of all layers.
         sample: its ``document`` numbers the documents of ``counts``.
         counts: of the source texts that have tokens.
     """
+    totals, table = found.totals, found.specialists
     shape = totals.shape
     experts, top_k = np.asarray(shape.experts), np.asarray(shape.top_k)
     usage = metrics.usage_of(totals.by_domain(totals.hits))
@@ -46,7 +47,7 @@ def companions(totals: LayerCounts, table: SpecialistTable, sample: TokenSample 
         "load_entropy": metrics.load_entropy(usage, experts),
         "dead_experts": ((totals.hits.sum(axis=0) == 0) & real).sum(axis=1),
         "purity": metrics.purity(usage),
-        "within_domain_similarity": descriptive.split_half_similarity(counts, seed=seed).mean(axis=0),
+        "within_domain_similarity": found.halves.mean(axis=0),
         "neighbour_overlap_any": neighbours["any"],
         "neighbour_overlap_share": neighbours["share"],
         "neighbour_overlap_any_uniform": metrics.overlap_chance(experts, top_k),
@@ -55,7 +56,7 @@ def companions(totals: LayerCounts, table: SpecialistTable, sample: TokenSample 
     identity = descriptive.token_identity(_first_tokens(sample), counts.shape, seed=seed) if sample is not None else None
     if identity is not None:
         by_layer |= {f"information_{name}": values for name, values in identity.items()}
-    found: dict[str, Any] = {
+    told: dict[str, Any] = {
         "by_layer": {name: dict(zip(map(str, shape.layers), _plain(values), strict=True)) for name, values in by_layer.items()},
         "model": {name: _plain(np.asarray(values, float).mean()) for name, values in by_layer.items()},
         "purity_chance": 1 / len(shape.domains),
@@ -74,7 +75,7 @@ def companions(totals: LayerCounts, table: SpecialistTable, sample: TokenSample 
         "ngram": _ngram_companions(totals),
         "slots_without_expert": dict(counts.provenance.get("slots_without_expert", {})),
     }
-    return found | ({"distinct_texts": counts.texts.distinct} if counts.texts.digests else {})
+    return told | ({"distinct_texts": counts.texts.distinct} if counts.texts.digests else {})
 
 
 def _first_tokens(sample: TokenSample) -> TokenSample:

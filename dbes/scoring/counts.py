@@ -70,15 +70,30 @@ class Counts:
         return cls(shape=sums.shape, tokens=sums.tokens, read=sums.column, **about)
 
     @classmethod
-    def from_arrays(cls, hits: np.ndarray, **about: Any) -> Counts:
+    def from_arrays(
+        cls,
+        hits: np.ndarray,
+        *,
+        domains: Sequence[str],
+        document_domain: np.ndarray | Sequence[int],
+        top_k: int | Sequence[int],
+        layers: Sequence[int] | None = None,
+        experts: int | Sequence[int] | None = None,
+        mass: np.ndarray | None = None,
+        tokens: np.ndarray | Sequence[int] | None = None,
+        active: np.ndarray | None = None,
+        document_ids: Sequence[str] | None = None,
+        document_source: Sequence[str] | None = None,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> Counts:
         """Counts that were made elsewhere, per document.
 
         Args:
             hits: whole numbers [documents, layers, experts], (token, slot) pairs that chose the expert; 0 beyond a layer's last expert.
             domains: names of the domains.
             document_domain: int [documents], index of each document's domain.
-            layers: the model's own layer numbers.
-            experts, top_k: one number for all layers or one per layer.
+            top_k, experts: one number for all layers or one per layer; by default as many experts as the last axis of hits.
+            layers: the model's own layer numbers, ascending; by default 0, 1, 2, ...
             mass: [documents, layers, experts], gate weight, normalised to 1 per token.
             tokens: [documents]; by default as many as the hits need.
             active: [documents, layers], tokens with at least one slot that ran; by default tokens, or hits where these are fewer.
@@ -91,22 +106,57 @@ class Counts:
         """
         from dbes.scoring.given import counts_from_arrays
 
-        return counts_from_arrays(hits, **about)
+        return counts_from_arrays(
+            hits,
+            domains=domains,
+            document_domain=document_domain,
+            layers=layers,
+            experts=experts,
+            top_k=top_k,
+            mass=mass,
+            tokens=tokens,
+            active=active,
+            document_ids=document_ids,
+            document_source=document_source,
+            provenance=provenance,
+        )
 
     @classmethod
-    def from_domains(cls, hits: np.ndarray, **about: Any) -> Counts:
+    def from_domains(
+        cls,
+        hits: np.ndarray,
+        *,
+        domains: Sequence[str],
+        top_k: int | Sequence[int],
+        layers: Sequence[int] | None = None,
+        experts: int | Sequence[int] | None = None,
+        mass: np.ndarray | None = None,
+        tokens: np.ndarray | Sequence[int] | None = None,
+        active: np.ndarray | None = None,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> Counts:
         """Counts of whole domains, where nothing is known of documents: no interval and no test can be made of them.
 
         Args:
             hits: whole numbers [domains, layers, experts].
-            domains, layers, experts, top_k, mass, tokens, active, provenance: as in ``from_arrays``, with domains for documents.
+            domains, top_k, layers, experts, mass, tokens, active, provenance: as in ``from_arrays``, with domains for documents.
 
         Raises:
             TraceError: as ``from_arrays``.
         """
         from dbes.scoring.given import counts_from_domains
 
-        return counts_from_domains(hits, **about)
+        return counts_from_domains(
+            hits,
+            domains=domains,
+            layers=layers,
+            experts=experts,
+            top_k=top_k,
+            mass=mass,
+            tokens=tokens,
+            active=active,
+            provenance=provenance,
+        )
 
     @classmethod
     def merge(cls, parts: Sequence[Counts]) -> Counts:

@@ -11,7 +11,7 @@ from itertools import combinations
 import numpy as np
 
 from dbes.scoring import metrics
-from dbes.scoring.counts import Counts
+from dbes.scoring.layer_counts import LayerCounts
 from dbes.scoring.resampling import permuted_labels
 from dbes.scoring.sampling import TokenSample
 from dbes.trace.types import RoutingShape
@@ -100,20 +100,19 @@ def token_identity(sample: TokenSample, shape: RoutingShape, *, seed: int) -> di
     return found
 
 
-def split_half_similarity(counts: Counts, *, seed: int) -> np.ndarray:
-    """Cosine (unbiased norms) between two random halves of the documents of a domain, [domains, layers]: the ceiling of similarity."""
-    shape = counts.shape
-    half = random_halves(shape.document_domain, seed=seed)
-    domains = len(shape.domains)
-    sides = [counts.take(np.flatnonzero(half == side)) for side in (0, 1)]
-    sums = np.stack([side.by_domain(lambda layer: layer.hits) for side in sides])
-    tokens = np.stack([side.by_domain(lambda layer: layer.active) for side in sides])
-    similarity = np.full((domains, len(shape.layers)), np.nan)
-    for domain in range(domains):
-        usage = metrics.usage_of(sums[:, domain])
-        found = metrics.unbiased_cosines(metrics.grams(usage), tokens[:, domain], sums[:, domain].sum(axis=-1))
-        similarity[domain] = found[:, 0, 1]
-    return similarity
+def split_half_similarity(sums: LayerCounts, half: np.ndarray) -> np.ndarray:
+    """Cosine (unbiased norms) between two halves of the documents of a domain, [domains, layers]: the ceiling of similarity.
+
+    Args:
+        half: 0 or 1 for each document, see ``random_halves``.
+    """
+    sides = [sums.take(np.flatnonzero(half == side)).totals() for side in (0, 1)]
+    hits, tokens = (np.stack([getattr(side, name) for side in sides]) for name in ("hits", "active"))
+    similarity = []
+    for domain in range(hits.shape[1]):
+        gram = metrics.grams(metrics.usage_of(hits[:, domain]))
+        similarity.append(metrics.unbiased_cosines(gram, tokens[:, domain], hits[:, domain].sum(axis=-1))[:, 0, 1])
+    return np.stack(similarity)
 
 
 def random_halves(document_domain: np.ndarray, *, seed: int) -> np.ndarray:

@@ -13,16 +13,6 @@ from dbes.scoring.counts import PHASES, Counts
 from dbes.wording import counted
 
 
-def check_phase(phase: int | None) -> None:
-    """Refuse what is no phase.
-
-    Raises:
-        TraceError: neither 0, 1 nor None.
-    """
-    if phase not in PHASES:
-        raise TraceError(f"phase: expected 0 (prompt), 1 (generated) or None (all tokens), got {phase!r}")
-
-
 def require_tokens(counts: Counts) -> None:
     """Refuse counts of a phase of which the trace held no token.
 

@@ -85,12 +85,6 @@ def published_domain_isolation(usage: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return isolation_of(cosines(flat))[..., 0], isolation_of(cosines(usage))
 
 
-def primary_ratio(windows_alike: np.ndarray, windows: np.ndarray) -> np.ndarray:
-    """Share of the windows that count, NaN where there is no window. Serves both published n-gram ratios."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(windows > 0, windows_alike / windows, np.nan)
-
-
 def expert_group(mass: np.ndarray) -> np.ndarray:
     """Members of the smallest group of experts, by descending gate mass, whose cumulative share reaches GROUP_SHARE.
 

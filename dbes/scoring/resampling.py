@@ -7,9 +7,7 @@ statistics and run as matrix products, never as a loop over tokens.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -17,6 +15,7 @@ from numpy.typing import ArrayLike
 from scipy.special import entr
 from scipy.stats import false_discovery_control
 
+from dbes.scoring.layer_counts import LayerCounts
 from dbes.scoring.metrics import (
     domain_divergence,
     domain_information,
@@ -26,8 +25,6 @@ from dbes.scoring.metrics import (
     isolation_of_gram,
     usage_of,
 )
-
-WORKERS = min(os.cpu_count() or 1, 4)
 
 TIE = 1e-12
 """Two values closer than this count as equal, so that rounding never makes a value 'beat' its own null."""
@@ -115,41 +112,37 @@ class NullDraws:
     z: np.ndarray
 
 
-def permutation_null(
-    hits: np.ndarray, active: np.ndarray, labels: np.ndarray, document_domain: np.ndarray, domains: int, *, sizes: np.ndarray | None = None
-) -> NullDraws:
-    """Scores of the documents under permuted domain labels, layer by layer.
+def permutation_null(sums: LayerCounts, labels: np.ndarray) -> NullDraws:
+    """Scores of the documents under permuted domain labels.
 
     Args:
-        hits: [documents, layers, experts]; active: [documents, layers], routed tokens.
+        sums: of one layer.
         labels: [permutations, documents], see ``permuted_labels``.
-        sizes: [layers], experts of each layer; the length of the last axis by default.
     """
-    documents, layers, experts = hits.shape
-    sizes = np.full(layers, experts) if sizes is None else sizes
-    tested_p = np.full((domains, layers, experts), np.nan)
-    tested_z = np.full((domains, layers, experts), np.nan)
+    shape = sums.shape
+    domains, experts = len(shape.domains), shape.width
+    columns = _moment_columns(sums.hits[:, 0], sums.active[:, 0])
+    observed = _layer_moments(_domain_sums(shape.document_domain[None], columns, domains), experts)
+    z = studentized_difference(*observed.parts)[0]
+    scores = [domain_scores(np.zeros((0, domains, 1, experts)), np.zeros((0, domains, 1)), exact=False)]
+    null_z: list[np.ndarray] = []
+    for batch in _batches(labels, domains * (columns.shape[1] + len(columns))):
+        drawn = _layer_moments(_domain_sums(batch, columns, domains), experts)
+        scores.append(domain_scores(drawn.hits[..., None, :], drawn.tokens[..., None], exact=False))
+        null_z.append(studentized_difference(*drawn.parts).astype(np.float32))
+    p = pooled_p(z, np.concatenate(null_z), expected=observed.hits[0].sum(axis=0)) if null_z else np.full(z.shape, np.nan)
+    return NullDraws(scores=DomainScores.stack(scores, axis=0), specialist_p=p[:, None], z=z[:, None])
 
-    def draw(layer: int) -> DomainScores:
-        columns = _moment_columns(hits[:, layer], active[:, layer])
-        observed = _layer_moments(_domain_sums(document_domain[None], columns, domains), experts)
-        z = studentized_difference(*observed.parts)[0]
-        batches: list[DomainScores] = []
-        null_z: list[np.ndarray] = []
-        for batch in _batches(labels, domains * columns.shape[1] + domains * documents):
-            drawn = _layer_moments(_domain_sums(batch, columns, domains), experts)
-            size = sizes[layer : layer + 1]
-            batches.append(domain_scores(drawn.hits[..., None, :], drawn.tokens[..., None], experts=size, exact=False))
-            null_z.append(studentized_difference(*drawn.parts).astype(np.float32))
-        tested_z[:, layer] = z
-        if not batches:
-            return domain_scores(np.zeros((0, domains, 1, experts)), np.zeros((0, domains, 1)), exact=False)
-        tested_p[:, layer] = pooled_p(z, np.concatenate(null_z), expected=observed.hits[0].sum(axis=0))
-        return DomainScores.stack(batches, axis=0)
 
-    with ThreadPoolExecutor(WORKERS) as pool:
-        scores = list(pool.map(draw, range(layers)))
-    return NullDraws(scores=DomainScores.stack(scores, axis=-1), specialist_p=tested_p, z=tested_z)
+def permuted_scores(sums: LayerCounts, labels: np.ndarray) -> DomainScores:
+    """The scores of ``permutation_null`` alone, for a router whose specialists are not asked for."""
+    shape = sums.shape
+    domains, scores = len(shape.domains), []
+    columns = np.concatenate([sums.hits[:, 0], sums.active.astype(np.float32)], axis=1)
+    for batch in _batches(labels, domains * (columns.shape[1] + len(columns))):
+        drawn = _domain_sums(batch, columns, domains).astype(np.float64)
+        scores.append(domain_scores(drawn[..., None, :-1], drawn[..., -1:], exact=False))
+    return DomainScores.stack(scores or [domain_scores(np.zeros((0, domains, 1, shape.width)), np.zeros((0, domains, 1)))], axis=0)
 
 
 @dataclass(frozen=True)
@@ -326,24 +319,31 @@ def jackknife(value: np.ndarray, left_out: np.ndarray, document_domain: np.ndarr
     return np.where(np.isnan(error), np.nan, corrected), error
 
 
-def sign_flip_p(differences: np.ndarray, *, permutations: int, seed: int) -> np.ndarray:
-    """One-sided p that documents' mean difference exceeds 0, by flipping the sign of whole documents, [...].
+def sign_flip_p(share: np.ndarray, document_domain: np.ndarray, domains: int, *, permutations: int, seed: int) -> np.ndarray:
+    """One-sided p that documents' differences sum up to more than 0, by flipping the sign of whole documents.
 
     Used where chance is exact inside each document (n-grams), so that no label can be permuted.
 
     Args:
-        differences: [documents, ...], each document's contribution to the statistic (weights already applied); their sum is tested.
+        share: [documents, layers, ...], each document's contribution to the difference of its domain (weights already applied).
+    Returns:
+        [domains + 1, layers + 1, ...], of each domain and layer and, last, of their means; NaN where a share is.
     """
+
+    def with_means(cells: np.ndarray) -> np.ndarray:
+        rows = np.concatenate([cells, cells.mean(axis=0, keepdims=True)])
+        return np.concatenate([rows, rows.mean(axis=1, keepdims=True)], axis=1)
+
     rng = np.random.default_rng(seed)
-    flat = np.nan_to_num(differences.reshape(len(differences), -1))
-    observed = flat.sum(axis=0)
-    reached = np.zeros(flat.shape[1], np.int64)
-    for batch in _batches(np.zeros((permutations, 0)), len(flat) + flat.shape[1]):
+    flat = np.nan_to_num(share.reshape(len(share), -1))
+    members = [np.flatnonzero(document_domain == domain) for domain in range(domains)]
+    observed = with_means(np.stack([share[each].sum(axis=0) for each in members]))
+    reached = np.zeros(observed.shape, np.int64)
+    for batch in _batches(np.zeros((permutations, 0)), len(flat) + observed.size):
         signs = rng.integers(0, 2, size=(len(batch), len(flat))).astype(np.float64) * 2 - 1
-        reached += (signs @ flat >= observed - TIE).sum(axis=0)
-    p = (1 + reached) / (1 + permutations)
-    unknown = np.isnan(differences).all(axis=0)
-    return np.where(unknown, np.nan, p.reshape(differences.shape[1:]))
+        drawn = np.stack([(signs[:, each] @ flat[each]).T for each in members]).reshape(domains, *share.shape[1:], len(batch))
+        reached += (with_means(drawn) >= observed[..., None] - TIE).sum(axis=-1)
+    return np.where(np.isnan(observed), np.nan, (1 + reached) / (1 + permutations))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -372,6 +372,18 @@ def studentized_difference(
     with np.errstate(invalid="ignore", divide="ignore"):
         z = difference / np.sqrt(total)
     return np.where((np.abs(difference) < TIE) & ~np.isnan(total), 0.0, z)
+
+
+def clustered_usage(sums: LayerCounts) -> tuple[np.ndarray, np.ndarray]:
+    """Usage of each domain and its sampling variance with documents as clusters, both [domains, layers, experts]."""
+    moments: list[list[np.ndarray]] = []
+    for domain in range(len(sums.shape.domains)):
+        hits = sums.hits[sums.shape.document_domain == domain].astype(np.float64)
+        slots = hits.sum(axis=-1)
+        parts = (hits, hits**2, hits * slots[..., None], slots, slots**2, slots > 0)
+        moments.append([part.sum(axis=0, dtype=np.float64) for part in parts])
+    found = usage_variance(*(np.stack(part, axis=1) for part in zip(*moments, strict=True)))
+    return np.swapaxes(found[0], 0, 1), np.swapaxes(found[1], 0, 1)
 
 
 def usage_variance(

@@ -15,14 +15,14 @@ from dbes.results import DomainFacts, RecordingFacts, Result, Specialist
 from dbes.scoring import descriptive
 from dbes.scoring.companions import companions, similarity
 from dbes.scoring.counts import PHASES, Counts
-from dbes.scoring.estimates import Estimate, calibrated_records, estimate_all, reference_scores
+from dbes.scoring.estimates import Estimate, calibrated_records
 from dbes.scoring.facts import environment, model_facts, require_tokens, task_facts
 from dbes.scoring.given import NO_TOKENS
 from dbes.scoring.layer_counts import LayerCounts
+from dbes.scoring.layers import score_layers
 from dbes.scoring.published import published_values
-from dbes.scoring.resampling import permuted_labels
 from dbes.scoring.sampling import TokenSample, even_documents, example_tokens
-from dbes.scoring.specialists import SpecialistTable, find_specialists
+from dbes.scoring.specialists import SpecialistTable
 from dbes.scoring.stored import counts_of
 from dbes.scoring.verdict import verdict
 from dbes.trace.baselines import blocks_overlap
@@ -87,22 +87,12 @@ def score_tables(trace: Trace | Counts, *, permutations: int = 1000, seed: int =
     # A document without tokens (of this phase) says nothing: counted as one, it would move the jackknife and the null.
     used = np.flatnonzero(units.tokens > 0) if units.tokens.any() else np.arange(len(units.tokens))
     units = units.take(used)
-    totals, statistics = units.totals(), units.whole()
     if sample is not None:
         sample = replace(sample, routes=replace(sample.routes, document=np.searchsorted(used, shape.units[sample.routes.document])))
-    labels = permuted_labels(units.shape.document_domain, permutations=permutations, seed=seed)
-    reference = reference_scores(statistics, seed=seed)
-    estimates = estimate_all(statistics, labels, reference, sign_flips=permutations, seed=seed)
-    control = None
-    if counts.control is not None:
-        control_counts = counts.control.by_unit().take(used).whole()
-        control = estimate_all(control_counts, labels, reference, sign_flips=0, seed=seed, control=True)
-    records = [
-        record
-        for metric, estimate in estimates.by_metric.items()
-        for record in calibrated_records(estimate, control.by_metric[metric] if control else None, units.shape)
-    ]
-    table = find_specialists(statistics, estimates.null, seed=seed)
+    if units.control is not None:
+        units = replace(units, control=units.control.by_unit().take(used))
+    found = score_layers(units, permutations=permutations, seed=seed)
+    totals, table = found.totals, found.specialists
     result = Result(
         status="ok",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -116,12 +106,12 @@ def score_tables(trace: Trace | Counts, *, permutations: int = 1000, seed: int =
             *_model_notes(counts),
             *counts.notes,
             *_warnings(counts, totals, task.domains),
-            *_small_sample_warnings(units, estimates.by_metric["specialization"]),
+            *_small_sample_warnings(units, found.estimates["specialization"]),
         ),
         published=published_values(totals),
-        calibrated=tuple(records),
+        calibrated=tuple(record for metric, each in found.estimates.items() for record in calibrated_records(metric, each, units.shape)),
         specialists=tuple(_specialist_records(table, counts, kept)),
-        companions=companions(totals, table, sample, units, seed=seed),
+        companions=companions(found, sample, units, seed=seed),
     )
     arrays = {"similarity": similarity(totals)}
     if sample is not None:
@@ -133,9 +123,7 @@ def score_tables(trace: Trace | Counts, *, permutations: int = 1000, seed: int =
         totals=totals,
         specialists=table,
         arrays=arrays,
-        replicates={
-            metric: estimates.by_metric[metric].left_out_score[:, -1].astype(np.float32) for metric in REPLICATED if counts.by_documents
-        },
+        replicates={metric: found.estimates[metric].replicates for metric in REPLICATED if counts.by_documents},
     )
 
 

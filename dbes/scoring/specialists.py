@@ -6,14 +6,15 @@ the *log* lift finds specialists in 22-100 % of pure-noise runs; it is not used.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
+from dbes.scoring.counts import Counts
 from dbes.scoring.descriptive import random_halves
-from dbes.scoring.layer_counts import LayerCounts
+from dbes.scoring.layer_counts import LayerCounts, side_by_side
 from dbes.scoring.metrics import usage_of
-from dbes.scoring.resampling import NullDraws, false_discovery_q, usage_variance
+from dbes.scoring.resampling import NullDraws, clustered_usage, false_discovery_q, permutation_null, permuted_labels
 
 FALSE_DISCOVERY_RATE = 0.05
 
@@ -47,52 +48,62 @@ class SpecialistTable:
     specialist: np.ndarray
 
 
-def find_specialists(statistics: LayerCounts, null: NullDraws, *, seed: int) -> SpecialistTable:
+def find_specialists(counts: Counts, *, permutations: int, seed: int) -> SpecialistTable:
     """The specialist test of every expert in every domain."""
-    hits = statistics.by_domain(statistics.hits)
-    share = usage_of(hits)
-    mixture = share.mean(axis=0)
+    labels = permuted_labels(counts.shape.document_domain, permutations=permutations, seed=seed)
+    half = random_halves(counts.shape.document_domain, seed=seed)
+    return joined([layer_specialists(sums, permutation_null(sums, labels), half, *clustered_usage(sums)) for sums in counts.layers()])
+
+
+def layer_specialists(sums: LayerCounts, null: NullDraws, half: np.ndarray, usage: np.ndarray, variance: np.ndarray) -> SpecialistTable:
+    """What the specialist test is made of at one layer: its table but for what needs all layers, ``q`` and ``specialist``.
+
+    Args:
+        half: 0 or 1 for each document, see ``random_halves``.
+        usage, variance: see ``clustered_usage``.
+    """
+    hits = sums.by_domain(sums.hits)
+    mixture = usage.mean(axis=0)
     with np.errstate(invalid="ignore", divide="ignore"):
-        lift = share / mixture
-    low, high = lift_interval(statistics, lift)
-    expected = mixture * hits.sum(axis=-1, keepdims=True)
-    layers_experts = np.asarray(statistics.shape.experts)[:, None] > np.arange(hits.shape[-1])
-    unknown = (expected < RARE_HITS) | (np.isnan(null.specialist_p) & layers_experts)
-    p = np.where(unknown | ~layers_experts, np.nan, null.specialist_p)
-    q = false_discovery_q(p)
-    half = random_halves(statistics.shape.document_domain, seed=seed)
+        lift = usage / mixture
+    low, high = lift_interval(usage, variance)
+    unknown = (mixture * hits.sum(axis=-1, keepdims=True) < RARE_HITS) | np.isnan(null.specialist_p)
     replicated = np.ones(hits.shape, bool)
     for side in (0, 1):
-        part = usage_of(statistics.by_domain(statistics.hits * (half == side)[:, None, None]))
+        part = usage_of(sums.take(np.flatnonzero(half == side)).totals().hits)
         replicated &= part > part.mean(axis=0)
-    with np.errstate(invalid="ignore"):
-        specialist = (q <= FALSE_DISCOVERY_RATE) & (lift > 1) & replicated & ~unknown
+    p = np.where(unknown, np.nan, null.specialist_p)
     return SpecialistTable(
-        hits=hits.astype(np.int64), share=share, lift=lift, lift_low=low, lift_high=high, z=null.z, p=p, q=q,
-        replicated=replicated, unknown=unknown & layers_experts, specialist=specialist,
+        hits=hits.astype(np.int64), share=usage, lift=lift, lift_low=low, lift_high=high, z=null.z, p=p, q=np.full(p.shape, np.nan),
+        replicated=replicated, unknown=unknown, specialist=np.zeros(p.shape, bool),
     )  # fmt: skip
 
 
-def lift_interval(statistics: LayerCounts, lift: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def joined(tables: list[SpecialistTable]) -> SpecialistTable:
+    """The tables of all layers as one, with the test decided over all of them; experts that a narrow layer lacks are not tested."""
+    empty = {"hits": 0, "share": 0.0, "replicated": False, "unknown": False, "specialist": False}
+    names = [entry.name for entry in fields(SpecialistTable)]
+    table = SpecialistTable(**{n: side_by_side([getattr(each, n) for each in tables], fill=empty.get(n, np.nan)) for n in names})
+    q = false_discovery_q(table.p)
+    with np.errstate(invalid="ignore"):
+        specialist = (q <= FALSE_DISCOVERY_RATE) & (table.lift > 1) & table.replicated & ~table.unknown
+    return replace(table, q=q, specialist=specialist)
+
+
+def lift_interval(usage: np.ndarray, variance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     r"""95 % interval of the lift p_d / pbar, both ends [domains, layers, experts].
 
     .. math:: se^2 = \bigl[(1 - \tfrac{lift}{D})^2 var(p_d) + (\tfrac{lift}{D})^2 \sum_{d' \ne d} var(p_{d'})\bigr] / \bar p^2
 
     the linearised ratio, with the documents of each domain as clusters; the lower end is not below 0.
+
+    Args:
+        usage, variance: see ``clustered_usage``.
     """
-    hits, slots = statistics.hits.astype(np.float64), statistics.slots
-    ran = slots > 0
-    usage, variance = usage_variance(
-        np.moveaxis(statistics.by_domain(hits), 0, 1),
-        np.moveaxis(statistics.by_domain(hits**2), 0, 1),
-        np.moveaxis(statistics.by_domain(hits * slots[..., None]), 0, 1),
-        statistics.by_domain(slots).T,
-        statistics.by_domain(slots**2).T,
-        statistics.by_domain(ran).T,
-    )
-    usage, variance = np.moveaxis(usage, 1, 0), np.moveaxis(variance, 1, 0)
-    part = lift / usage.shape[0]
-    total = (1 - part) ** 2 * variance + part**2 * (variance.sum(axis=0) - variance)
+    mixture = usage.mean(axis=0)
     with np.errstate(invalid="ignore", divide="ignore"):
-        error = np.sqrt(total) / usage.mean(axis=0)
+        lift = usage / mixture
+        part = lift / len(usage)
+        total = (1 - part) ** 2 * variance + part**2 * (variance.sum(axis=0) - variance)
+        error = np.sqrt(total) / mixture
     return np.maximum(lift - 1.96 * error, 0.0), lift + 1.96 * error

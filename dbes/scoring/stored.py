@@ -30,9 +30,10 @@ from dbes.scoring.texts import Texts
 from dbes.text import clipped
 from dbes.trace.manifest import SEAL, Experts, Index, Provenance, digest, shape_problems, unsealed
 from dbes.trace.shards import validate_routes
-from dbes.trace.store import CONTROL, VOCABULARY, Trace, read_vocabulary
+from dbes.trace.store import CONTROL, Trace, read_vocabulary
 from dbes.trace.types import RoutingShape, TokenRoutes
 from dbes.trace.vocabulary import as_json
+from dbes.trace.writer import VOCABULARY
 
 COUNTS_SCHEMA = 1
 COUNTS, SAMPLE = "counts.json", "sample.safetensors"

@@ -62,7 +62,7 @@ def verdict(result: Result) -> str:
 
 
 def current_verdict(result: Result) -> str:
-    """The verdict of a stored result; told anew where nothing could have been found, which older versions did not say."""
+    """The verdict of a stored result; worded again where nothing could have been found, which older versions did not say."""
     return verdict(result) if result.status == "ok" and cannot_tell(result) else result.verdict
 
 

@@ -37,9 +37,7 @@ def _kind(value: Any) -> str:
     return "dataset" if "dataset" in given else "files"
 
 
-DomainSource = Annotated[
-    Annotated[FileSource, Tag("files")] | Annotated[DatasetSource, Tag("dataset")], Discriminator(_kind)
-]
+DomainSource = Annotated[Annotated[FileSource, Tag("files")] | Annotated[DatasetSource, Tag("dataset")], Discriminator(_kind)]
 
 
 class Task(Strict):

@@ -41,7 +41,7 @@ It loads in plain transformers: `AutoModelForCausalLM.from_pretrained("benchmark
 
     python -m dbes.testbed.embedded --train-data build/train --out benchmark_data/model --seed {settings.seed}
 
-One CPU thread, {facts["cpu_seconds"]:,} CPU-seconds here; a killed run goes on from its last checkpoint with identical results.
+One CPU thread, {facts["cpu_seconds"]:,} CPU-seconds here; a killed run resumes from its last checkpoint with identical results.
 Bit-identical weights need the same versions ({versions}) and the same kind of CPU.
 Every setting stands in `training.json`, the log of every tenth step in `training_log.jsonl`.
 

@@ -48,12 +48,12 @@ def train_embedded(train_data: Path, out: Path, *, seed: int = 0, work: Path | N
 
     Args:
         train_data: folder with one ``<domain>.jsonl`` per domain.
-        work: where the resumable state lies; by default ``state`` beside the data. A killed run goes on from there.
+        work: where the resumable state lies; by default ``state`` beside the data. A killed run resumes from there.
         steps: fewer steps than the recipe's, for a trial; the card then says so.
 
     Raises:
         MixError: a domain's file is missing or cannot be read.
-        TrainingError: the loss is no number, or the work folder holds another run.
+        TrainingError: the loss is not finite, or the work folder holds another run.
     """
     work = work or train_data / "state"
     texts = read_training(train_data)

@@ -132,8 +132,8 @@ def measure(
         document_ids=names,
         **columns_left,
     )
-    nats, count, octets = totals
-    return Heldout(trace=trace, nats=nats, tokens=count.astype(np.int64), bytes=octets.astype(np.int64), entropy=entropy, inputs=inputs)
+    nats, count, text_bytes = totals
+    return Heldout(trace=trace, nats=nats, tokens=count.astype(np.int64), bytes=text_bytes.astype(np.int64), entropy=entropy, inputs=inputs)
 
 
 @torch.no_grad()

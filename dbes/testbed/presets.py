@@ -126,7 +126,7 @@ def _levels(grid: Preset, base: TrainSettings) -> None:
 
 
 def _scale(grid: Preset) -> None:
-    """The contrast of scope at three sizes, on equally many tokens; shorter, because the largest is dear."""
+    """The contrast of scope at three sizes, on equally many tokens; shorter, because the largest is expensive."""
     for size in ("1m", "4m", "12m"):
         base = _base(steps=SCALE_STEPS, tokens=4096, size=size)
         for name in ("aux_loss/global_batch", "frozen", "aux_loss/sequence"):

@@ -165,7 +165,7 @@ def _published(result: Result) -> dict[str, float]:
 
 
 def _plain(value: Any) -> Any:
-    """JSON values: numpy numbers as Python's, what is no number as null, floats with as many digits as they are good for."""
+    """JSON values: numpy numbers as Python's, NaN and infinities as null, floats with as many digits as they are good for."""
     if isinstance(value, dict):
         return {str(key): _plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):

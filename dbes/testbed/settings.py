@@ -160,4 +160,6 @@ def read_settings(path: Path) -> TrainSettings:
 
 def parse_settings(content: object, *, where: str) -> TrainSettings:
     """Settings from plain values; raises MixError naming the first field that is wrong."""
+    if not isinstance(content, dict):
+        raise MixError(f"{where}: expected settings by name, found {type(content).__name__}")
     return validated(TrainSettings, content, where=where, error=MixError)

@@ -253,7 +253,7 @@ def _save_state(
 
 
 def _restore(folder: Path, identity: str, model: PreTrainedModel, optimizer: torch.optim.Optimizer, routing: Routing) -> tuple[int, float]:
-    """Load the state of this very run, if there is one, and return the step to go on with and the CPU time spent so far."""
+    """Load the state of this very run, if there is one, and return the step to resume at and the CPU time spent so far."""
     with refused_by_system(folder):
         folder.mkdir(parents=True, exist_ok=True)
     read = read_state(folder / STATE, identity=identity, error=StateError)

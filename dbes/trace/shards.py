@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -10,20 +11,18 @@ import numpy as np
 import safetensors
 from safetensors.numpy import load as parse_safetensors
 
-from dbes.errors import TraceError
+from dbes.errors import DbesError, TraceError
 from dbes.files import read_bytes, regular
 from dbes.text import clipped
 from dbes.trace.manifest import ShardEntry
-from dbes.trace.types import GENERATED, LOGIT_NOISE, NOISE_SCALES, RoutingShape, TokenRoutes
+from dbes.trace.types import GENERATED, LOGIT_NOISE, NOISE_SCALES, UNKNOWN, RoutingShape, TokenRoutes
 
 REQUIRED = ("ids", "document", "positions")
 KNOWN = tuple(column.name for column in fields(TokenRoutes))
 
+PER_TOKEN = ("document", "positions", "token_ids", "phase")
 KINDS = {"ids": "u", "document": "iu", "positions": "iu", "token_ids": "iu", "phase": "u", "logit_stable": "u", "kept": "u"}
 """numpy kinds of each array; all others are floats."""
-
-UNKNOWN = 255
-"""Mark of ``kept`` and ``logit_stable`` where a row had no score."""
 
 
 def check_header(path: Path, entry: ShardEntry) -> None:
@@ -83,7 +82,8 @@ def validate_routes(routes: TokenRoutes, shape: RoutingShape, *, where: str) -> 
             more experts than the layer's top-k, a document out of range or out of order, positions that go back, weights that are
             not finite.
     """
-    _check_arrays(routes, shape, where=where)
+    slots = routes.ids.shape[2] if routes.ids.ndim == 3 else 0
+    check_arrays(routes.arrays(), (len(routes.document), len(shape.layers), max(slots, shape.slots)), where=where)
     if not len(routes):
         return
     document = routes.document
@@ -91,52 +91,66 @@ def validate_routes(routes: TokenRoutes, shape: RoutingShape, *, where: str) -> 
         raise TraceError(f"{where}: document indices must ascend within 0..{len(shape.document_domain) - 1}")
     if routes.positions.min() < 0 or np.any((routes.positions[1:] < routes.positions[:-1]) & (document[1:] == document[:-1])):
         raise TraceError(f"{where}: positions must ascend within each document, from 0 on")
-    _check_ids(routes, shape, where=where)
-    if routes.token_ids is not None and routes.token_ids.min() < 0:
-        raise TraceError(f"{where}: token_ids below 0")
-    if routes.phase is not None and routes.phase.max() > GENERATED:
-        raise TraceError(f"{where}: phase {routes.phase.max()}, expected 0 (prompt) or 1 (generated)")
-    ran = routes.ids != np.iinfo(routes.ids.dtype).max
+    missing = int(np.iinfo(routes.ids.dtype).max)
+    check_ids(routes.ids, missing=missing, layers=shape.layers, experts=shape.experts, top_k=shape.top_k, where=where)
+    ran = routes.ids != missing
     if routes.weights is not None and not np.isfinite(routes.weights[ran]).all():
         raise TraceError(f"{where}: weights hold NaN or infinity; leave weights out where they are unknown")
-    for name, array, most in (("logit_stable", routes.logit_stable, 2 ** len(LOGIT_NOISE) - 1), ("kept", routes.kept, shape.slots)):
-        if array is not None and ((array > most) & (array != UNKNOWN)).any():
-            raise TraceError(f"{where}: {name} above {most} (or {UNKNOWN} where there is no score)")
+    check_values(routes.arrays(), shape.slots, where=where)
 
 
-def _check_arrays(routes: TokenRoutes, shape: RoutingShape, *, where: str) -> None:
-    tokens, layers = len(routes.document), len(shape.layers)
-    ids = routes.ids
-    if ids.ndim != 3 or ids.shape[:2] != (tokens, layers) or ids.shape[2] < shape.slots:
-        raise TraceError(f"{where}: ids have shape {ids.shape}, expected {(tokens, layers, shape.slots)}")
-    per_layer = (tokens, layers)
-    sizes = {
-        "ids": ids.shape, "weights": ids.shape, "document": (tokens,), "positions": (tokens,), "token_ids": (tokens,), "phase": (tokens,),
-        "kept": (*per_layer, len(NOISE_SCALES)),
-    }  # fmt: skip
-    for name, array in routes.arrays().items():
-        if array.shape != sizes.get(name, per_layer):
-            raise TraceError(f"{where}: {name} has shape {array.shape}, expected {sizes.get(name, per_layer)}")
-        if array.dtype.kind not in KINDS.get(name, "f"):
-            raise TraceError(f"{where}: {name} has dtype {array.dtype}, expected {'integers' if name in KINDS else 'floats'}")
+def check_arrays(
+    arrays: Mapping[str, np.ndarray], sizes: tuple[int, int, int], *, where: str, kinds: Mapping[str, str] = KINDS,
+    error: type[DbesError] = TraceError,
+) -> None:  # fmt: skip
+    """Refuse arrays of other shapes or kinds of numbers than (tokens, layers, slots) mean.
+
+    Args:
+        kinds: numpy kinds of each array; all others are floats.
+    """
+    per_token, per_slot = sizes[:1], dict.fromkeys(("ids", "weights"), sizes)
+    expected = {**per_slot, **dict.fromkeys(PER_TOKEN, per_token), "kept": (*sizes[:2], len(NOISE_SCALES))}
+    for name, array in arrays.items():
+        if array.shape != expected.get(name, sizes[:2]):
+            raise error(f"{where}: {name} has shape {array.shape}, expected {expected.get(name, sizes[:2])}")
+        if array.dtype.kind not in kinds.get(name, "f"):
+            raise error(f"{where}: {name} has dtype {array.dtype}, expected {'integers' if name in kinds else 'floats'}")
 
 
-def _check_ids(routes: TokenRoutes, shape: RoutingShape, *, where: str) -> None:
-    missing = np.iinfo(routes.ids.dtype).max
-    slots = np.ascontiguousarray(np.moveaxis(routes.ids, 2, 0))
-    for column, (layer, experts, top_k) in enumerate(zip(shape.layers, shape.experts, shape.top_k, strict=True)):
+def check_ids(
+    ids: np.ndarray, *, missing: int, layers: Sequence[int], experts: Sequence[int], top_k: Sequence[int], where: str,
+    error: type[DbesError] = TraceError,
+) -> None:  # fmt: skip
+    """Refuse ids [tokens, layers, slots] out of range, more of them than a layer's top-k, and an expert twice in one row.
+
+    Args:
+        missing: the mark of a slot that did not run.
+    """
+    slots = np.ascontiguousarray(np.moveaxis(ids, 2, 0))
+    for column, (layer, count, k) in enumerate(zip(layers, experts, top_k, strict=True)):
         here = slots[:, :, column]
         ran = here != missing
-        if experts < missing and (wrong := (here >= experts) & ran).any():
-            raise TraceError(f"{where}: ids out of range at layer {layer}: {int(here[wrong][0])}, but the layer has {experts} experts")
-        if top_k < len(slots) and ran.sum(axis=0).max() > top_k:
-            raise TraceError(f"{where}: a row of layer {layer} has more than top_k = {top_k} experts")
+        if (wrong := ((here >= count) | (here < 0)) & ran).any():
+            raise error(f"{where}: ids out of range at layer {layer}: {int(here[wrong][0])}, but the layer has {count} experts")
+        if k < len(slots) and ran.sum(axis=0).max(initial=0) > k:
+            raise error(f"{where}: a row of layer {layer} has more than top_k = {k} experts")
     for slot in range(1, len(slots)):
         for other in range(slot):
             twice = (slots[slot] == slots[other]) & (slots[slot] != missing)
             if twice.any():
                 token, column = np.argwhere(twice)[0]
-                raise TraceError(
-                    f"{where}: expert {int(slots[slot, token, column])} stands twice in row {token} at layer {shape.layers[column]}: "
+                raise error(
+                    f"{where}: expert {int(slots[slot, token, column])} stands twice in row {token} at layer {layers[column]}: "
                     "duplicate ids in a row mean that the source did not record routing (for example all zero)"
                 )
+
+
+def check_values(arrays: Mapping[str, np.ndarray], slots: int, *, where: str, error: type[DbesError] = TraceError) -> None:
+    """Refuse token ids, phases and stability marks that there are not."""
+    if "token_ids" in arrays and arrays["token_ids"].min(initial=0) < 0:
+        raise error(f"{where}: token_ids below 0")
+    if "phase" in arrays and (phase := arrays["phase"]).max(initial=0) > GENERATED:
+        raise error(f"{where}: phase {phase.max()}, expected 0 (prompt) or 1 (generated)")
+    for name, most in (("logit_stable", 2 ** len(LOGIT_NOISE) - 1), ("kept", slots)):
+        if name in arrays and ((arrays[name] > most) & (arrays[name] != UNKNOWN)).any():
+            raise error(f"{where}: {name} above {most} (or {UNKNOWN} where there is no score)")

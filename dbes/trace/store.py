@@ -7,8 +7,6 @@ was recorded in the same pass, ``control/`` with a trace of the same documents a
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -17,21 +15,20 @@ from typing import Any
 import numpy as np
 import safetensors
 from pydantic import ValidationError
-from safetensors.numpy import save as encode_safetensors
 
 from dbes.errors import TraceError
-from dbes.files import discard, write_bytes, write_json, write_text
 from dbes.schema import first_problem, read_json
 from dbes.trace.arrays import routes_from_arrays
-from dbes.trace.manifest import MANIFEST, TRACE_SCHEMA, Manifest, Provenance, ShardEntry, digest, read_manifest, sealed
+from dbes.trace.manifest import MANIFEST, Provenance, ShardEntry, digest, read_manifest
 from dbes.trace.shards import REQUIRED, check_header, read_shard
 from dbes.trace.types import RoutingShape, TokenRoutes, pieces_of
-from dbes.trace.vocabulary import TokenText, as_json, from_json
+from dbes.trace.vocabulary import TokenText, from_json
+from dbes.trace.writer import VOCABULARY, TraceWriter
 
 SHARD_TOKENS = 1 << 16
 """Tokens of a shard at most where a trace in memory is saved, as far as documents allow."""
 
-VOCABULARY, CONTROL = "vocabulary.json", "control"
+CONTROL = "control"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,104 +233,6 @@ class Trace:
             self.control.save(folder / CONTROL)
         writer.finish(vocabulary=self.vocabulary)
         return Trace.load(folder)
-
-
-class TraceWriter:
-    """Appends shards to a trace folder; what was written whole before an interruption is kept and resumed from.
-
-    Opening a folder that holds an unfinished recording **of the same thing** (shape and provenance equal) resumes it:
-    ``next_document`` is the first document still to be recorded. Anything else in the folder is an error.
-    """
-
-    def __init__(self, folder: Path, shape: RoutingShape, provenance: Mapping[str, Any]) -> None:
-        self.folder = folder
-        self._manifest = Manifest(
-            schema_version=TRACE_SCHEMA,
-            complete=False,
-            layers=shape.layers,
-            experts=shape.experts,
-            top_k=shape.top_k,
-            domains=shape.domains,
-            document_domain=tuple(int(domain) for domain in shape.document_domain),
-            document_ids=shape.document_ids,
-            document_source=shape.document_source,
-            provenance=json.loads(json.dumps(dict(provenance))),
-            shards=(),
-        )
-        if (folder / MANIFEST).is_file():
-            earlier = read_manifest(folder)
-            whole = tuple(entry for entry in earlier.shards if (folder / entry.name).is_file())
-            same = earlier.model_copy(update={"complete": False, "shards": ()}) == self._manifest
-            if not same or earlier.complete or len(whole) != len(earlier.shards):
-                told = ", ".join(_other_facts(earlier, self._manifest)) or ("finished" if earlier.complete else "shards are missing")
-                raise TraceError(f"{folder}: holds another recording ({told}); choose another folder or --overwrite")
-            self._manifest = earlier
-        else:
-            self._save()
-
-    @property
-    def shards(self) -> int:
-        return len(self._manifest.shards)
-
-    @property
-    def tokens(self) -> int:
-        return sum(entry.tokens for entry in self._manifest.shards)
-
-    @property
-    def next_document(self) -> int:
-        """First document that no whole shard holds yet."""
-        return self._manifest.shards[-1].last_document + 1 if self._manifest.shards else 0
-
-    def keep_shards(self, count: int) -> None:
-        """Forget all but the first ``count`` shards (a control that ran one shard ahead of its trace is cut back)."""
-        self._manifest = self._manifest.model_copy(update={"shards": self._manifest.shards[:count]})
-        self._save()
-
-    def write(self, routes: TokenRoutes, *, last_document: int | None = None) -> None:
-        """Add one shard. ``last_document`` says up to where documents are done when the last of them have no token."""
-        content = encode_safetensors({name: np.ascontiguousarray(array) for name, array in routes.arrays().items()})
-        name = f"shard-{self.shards:05d}.safetensors"
-        last = last_document
-        if last is None:
-            last = int(routes.document[-1]) if len(routes) else self.next_document - 1
-        entry = ShardEntry(
-            name=name,
-            tokens=len(routes),
-            first_document=self.next_document,
-            last_document=last,
-            sha256=hashlib.sha256(content).hexdigest(),
-        )
-        write_bytes(self.folder / name, content)
-        self._manifest = self._manifest.model_copy(update={"shards": (*self._manifest.shards, entry)})
-        self._save()
-
-    def finish(self, *, vocabulary: Mapping[int, TokenText] | None = None, provenance: Mapping[str, Any] | None = None) -> None:
-        """Mark the trace complete; ``provenance`` adds facts known only at the end (counts, seconds are not among them).
-
-        Shards beyond the last, of a longer recording that was broken off and overwritten, are removed.
-        """
-        own = {entry.name for entry in self._manifest.shards}
-        for path in self.folder.glob("shard-*.safetensors"):
-            if path.name not in own and path.stem.removeprefix("shard-").isdigit():
-                discard(path)
-        if vocabulary:
-            write_text(self.folder / VOCABULARY, json.dumps(as_json(vocabulary), ensure_ascii=False))
-        update: dict[str, Any] = {"complete": True}
-        if provenance:
-            update["provenance"] = {**self._manifest.provenance, **provenance}
-        self._manifest = self._manifest.model_copy(update=update)
-        self._save()
-
-    def _save(self) -> None:
-        write_json(self.folder / MANIFEST, sealed(self._manifest))
-
-
-def _other_facts(one: Manifest, other: Manifest) -> list[str]:
-    """Names of what differs between two recordings, besides how far they are."""
-    fields_of = [name for name in Manifest.model_fields if name not in ("complete", "shards", "provenance")]
-    told = [name for name in fields_of if getattr(one, name) != getattr(other, name)]
-    facts = sorted({*one.provenance, *other.provenance})
-    return [f"another {name}" for name in (*told, *(name for name in facts if one.provenance.get(name) != other.provenance.get(name)))]
 
 
 def read_vocabulary(path: Path) -> dict[int, TokenText]:

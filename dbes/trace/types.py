@@ -21,6 +21,8 @@ NOISE_SCALES = (1e-4, 1e-3, 1e-2, 1e-1)
 LOGIT_NOISE = (0.01, 0.1, 1.0)
 """Half-widths eps of the uniform noise of the published stability variant of RSS, in router logits."""
 
+UNKNOWN = 255
+"""Mark of ``kept`` and ``logit_stable`` where a row had no score."""
 
 PIECE_TOKENS = 4_096
 """Tokens worked on at a time: bounds the memory of the pass and keeps them in the cache; changes no value."""

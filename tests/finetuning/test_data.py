@@ -48,20 +48,20 @@ def test_a_text_counts_from_its_first_character_on_where_a_token_stands_before_i
     sample = encode(text_entry("abc"), tokenizer, end=True)
     assert tokenizer.convert_ids_to_tokens(sample.ids.tolist()) == ["<s>", "a", "b", "c", "</s>"]
     assert sample.counted.tolist() == [False, True, True, True, True]
-    assert sample.octets == 3
+    assert sample.text_bytes == 3
     assert encode(text_entry("abc"), tokenizer, end=False).ids.tolist() == sample.ids.tolist()[:-1]
 
 
 def test_a_first_token_that_nothing_precedes_is_not_counted_nor_are_its_bytes():
     sample = encode(text_entry("abc"), character_tokenizer(special=False), end=False)
     assert sample.counted.tolist() == [False, True, True]
-    assert sample.octets == 2
+    assert sample.text_bytes == 2
 
 
 def test_bytes_are_those_of_utf8(tiny_checkpoint):
     tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
     sample = encode(text_entry("xäß€"), tokenizer, end=False)
-    assert sample.octets == len("äß€".encode())
+    assert sample.text_bytes == len("äß€".encode())
     assert sample.counted.sum() == 7
 
 
@@ -69,7 +69,7 @@ def test_only_the_completion_counts():
     tokenizer = character_tokenizer()
     entry = Entry(id="x", source="x", segments=(("2+2=", False), (" 4", True)))
     assert counted_text(encode(entry, tokenizer, end=True), tokenizer) == " 4</s>"
-    assert encode(entry, tokenizer, end=False).octets == 2
+    assert encode(entry, tokenizer, end=False).text_bytes == 2
 
 
 @pytest.mark.parametrize(("first", "expected"), [(0, "one</s>two</s>"), (2, "two</s>")])

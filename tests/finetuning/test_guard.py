@@ -22,8 +22,8 @@ from dbes.tasks.entries import prepare_data
 BITS = math.log(2)
 
 
-def sample(octets):
-    return Sample(np.arange(3), np.asarray([False, True, True]), octets)
+def sample(text_bytes):
+    return Sample(np.arange(3), np.asarray([False, True, True]), text_bytes)
 
 
 def test_a_rise_is_held_against_the_fall_and_its_noise_by_hand():

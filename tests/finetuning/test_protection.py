@@ -73,8 +73,9 @@ def test_the_shape_is_the_inverse_root_of_the_naive_second_moment():
 def test_inverse_root_of_a_diagonal_and_of_any_matrix():
     torch.testing.assert_close(inverse_root(torch.diag(torch.tensor([0.0, 3.0, 8.0])), 1.0), torch.diag(torch.tensor([1.0, 1 / 2, 1 / 3])))
     some = torch.randn(7, 4, generator=torch.Generator().manual_seed(0))
-    root = inverse_root(some.T @ some, 0.5)
-    torch.testing.assert_close(root @ (some.T @ some / 0.5 + torch.eye(4)) @ root, torch.eye(4), atol=1e-5, rtol=0)
+    root = inverse_root((some.T @ some).double(), 0.5)
+    product = root @ (some.T @ some / 0.5 + torch.eye(4)).double() @ root
+    torch.testing.assert_close(product, torch.eye(4).double(), atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -22,13 +22,13 @@ from dbes.finetuning.summary import advice, findings, forgotten, protects_next
 OLD = Path(__file__).resolve().parents[1] / "historic_results" / "0.1.0-finetune"
 
 
-def measured(bits, octets, sources=None):
-    bits, octets = np.asarray(bits, float), np.asarray(octets, float)
+def measured(bits, text_bytes, sources=None):
+    bits, text_bytes = np.asarray(bits, float), np.asarray(text_bytes, float)
     score = DomainScore(
-        entries=len(bits), tokens=10, bits_per_byte=bits.sum() / octets.sum(), nats_per_token=1.0, items=0, accuracy=None,
+        entries=len(bits), tokens=10, bits_per_byte=bits.sum() / text_bytes.sum(), nats_per_token=1.0, items=0, accuracy=None,
         accuracy_per_byte=None,
     )  # fmt: skip
-    return Measured(score=score, sources=tuple(sources or map(str, range(len(bits)))), bits=bits, octets=octets)
+    return Measured(score=score, sources=tuple(sources or map(str, range(len(bits)))), bits=bits, text_bytes=text_bytes)
 
 
 def test_an_interval_by_hand():
@@ -39,8 +39,8 @@ def test_an_interval_by_hand():
 
 
 def test_texts_of_one_source_are_one_piece_of_evidence():
-    octets = [10, 30, 10, 10]
-    by_text = change_of(measured([5, 9, 5, 5], octets, "aabc"), measured([6, 13, 5, 7], octets, "aabc"), error=0.05)
+    text_bytes = [10, 30, 10, 10]
+    by_text = change_of(measured([5, 9, 5, 5], text_bytes, "aabc"), measured([6, 13, 5, 7], text_bytes, "aabc"), error=0.05)
     by_source = change_of(measured([14, 5, 5], [40, 10, 10]), measured([19, 5, 7], [40, 10, 10]), error=0.05)
     assert by_text == by_source
     assert change_of(measured([5, 6], [9, 9], "aa"), measured([5, 7], [9, 9], "aa"), error=0.05).low is None
@@ -48,11 +48,11 @@ def test_texts_of_one_source_are_one_piece_of_evidence():
 
 def test_the_interval_is_close_to_the_jackknife():
     random = np.random.default_rng(0)
-    octets = random.integers(50, 500, 60).astype(float)
-    before = 2 * octets + random.normal(0, 30, 60)
-    after = before + 0.01 * octets + random.normal(0, 4, 60)
-    found = change_of(measured(before, octets), measured(after, octets), error=0.05)
-    left_out = [(np.delete(after - before, place).sum()) / np.delete(octets, place).sum() for place in range(60)]
+    text_bytes = random.integers(50, 500, 60).astype(float)
+    before = 2 * text_bytes + random.normal(0, 30, 60)
+    after = before + 0.01 * text_bytes + random.normal(0, 4, 60)
+    found = change_of(measured(before, text_bytes), measured(after, text_bytes), error=0.05)
+    left_out = [(np.delete(after - before, place).sum()) / np.delete(text_bytes, place).sum() for place in range(60)]
     error = np.sqrt(59 / 60 * np.square(np.asarray(left_out) - np.mean(left_out)).sum())
     assert found.high is not None
     assert found.high - found.change == pytest.approx(student.ppf(0.975, 59) * error, rel=0.03)

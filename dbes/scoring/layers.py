@@ -1,0 +1,136 @@
+"""A trace is scored one layer at a time: the counts of one layer go in, small arrays come out, and these are put together.
+
+Layers know nothing of each other, so that each may be scored in a process of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from itertools import repeat
+
+import numpy as np
+
+from dbes.scoring.counts import Counts
+from dbes.scoring.descriptive import random_halves, split_half_similarity
+from dbes.scoring.estimates import NGRAMS, Estimate, Measured, estimate, measure_layer, reference_scores
+from dbes.scoring.layer_counts import LayerCounts, joined_layers
+from dbes.scoring.resampling import DomainScores, clustered_usage, permutation_null, permuted_labels, permuted_scores, sign_flip_p
+from dbes.scoring.specialists import SpecialistTable, joined, layer_specialists
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerScores:
+    """What is kept of one layer.
+
+    Attributes:
+        totals: sums over the documents of each domain.
+        specialists: without ``q`` and ``specialist``.
+        halves: [domains, 1], similarity of random halves of a domain's documents.
+        estimates: of the layer.
+        measured, control: of the router and of the random router, to be summed over layers.
+        share: [documents, sizes], what each document adds to the n-grams above chance.
+    """
+
+    totals: LayerCounts
+    specialists: SpecialistTable
+    halves: np.ndarray
+    estimates: dict[str, Estimate]
+    measured: dict[str, Measured]
+    control: dict[str, Measured] | None
+    share: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllLayers:
+    """What is kept of all layers: ``totals`` of each domain, ``specialists``, ``halves`` [domains, layers], ``estimates``."""
+
+    totals: LayerCounts
+    specialists: SpecialistTable
+    halves: np.ndarray
+    estimates: dict[str, Estimate]
+
+
+def score_layers(
+    counts: Counts,
+    *,
+    permutations: int,
+    seed: int,
+    sign_flips: int | None = None,
+    reference: Callable[[int], DomainScores] | None = None,
+) -> AllLayers:
+    """The estimates and specialists of all layers.
+
+    Args:
+        counts: with those of the control, of the same documents, if there is one.
+        sign_flips: draws of the n-gram test; by default as many as permutations.
+        reference: scores of the ideal router at each layer; by default on these documents.
+    """
+    domain = counts.shape.document_domain
+    labels = permuted_labels(domain, permutations=permutations, seed=seed)
+    half = random_halves(domain, seed=seed)
+    reference = reference_scores(counts, seed=seed) if reference is None else reference
+    controls = repeat(None) if counts.control is None else counts.control.layers()
+    layers = (
+        score_layer(sums, control, labels=labels, half=half, reference=reference(column))
+        for column, (sums, control) in enumerate(zip(counts.layers(), controls, strict=False))
+    )
+    return put_together(layers, domain, sign_flips=permutations if sign_flips is None else sign_flips, seed=seed)
+
+
+def score_layer(
+    sums: LayerCounts, control: LayerCounts | None, *, labels: np.ndarray, half: np.ndarray, reference: DomainScores
+) -> LayerScores:
+    """Everything of one layer that its counts are needed for.
+
+    Args:
+        control: sums of the random router on the same documents.
+        labels: [permutations, documents], see ``permuted_labels``.
+        half: 0 or 1 for each document, see ``random_halves``.
+        reference: scores of the ideal router.
+    """
+    usage, variance = clustered_usage(sums)
+    null = permutation_null(sums, labels)
+    measured, share = measure_layer(sums, null.scores, reference, variance)
+    random = None
+    if control is not None:
+        random, _ = measure_layer(control, permuted_scores(control, labels), reference, clustered_usage(control)[1], control=True)
+    return LayerScores(
+        totals=sums.totals(),
+        specialists=layer_specialists(sums, null, half, usage, variance),
+        halves=split_half_similarity(sums, half),
+        estimates=estimates_of(measured, random, sums.shape.document_domain),
+        measured=measured,
+        control=random,
+        share=share,
+    )
+
+
+def estimates_of(measured: dict[str, Measured], control: dict[str, Measured] | None, document_domain: np.ndarray) -> dict[str, Estimate]:
+    return {metric: estimate(found, control[metric] if control else None, document_domain) for metric, found in measured.items()}
+
+
+def put_together(layers: Iterable[LayerScores], document_domain: np.ndarray, *, sign_flips: int, seed: int) -> AllLayers:
+    """What all layers say together; only sums of what has a number for each document are kept from one layer to the next."""
+    kept: list[LayerScores] = []
+    sums: dict[str, Measured] = {}
+    control_sums: dict[str, Measured] = {}
+    for layer in layers:
+        for total, more in ((sums, layer.measured), (control_sums, layer.control or {})):
+            total |= {metric: total[metric].plus(found) if metric in total else found for metric, found in more.items()}
+        kept.append(replace(layer, measured={}, control=None))
+    means, control = ({metric: found.over(len(kept)) for metric, found in total.items()} for total in (sums, control_sums))
+    columns = [layer.estimates for layer in kept] + [estimates_of(means, control or None, document_domain)]
+    estimates = {metric: Estimate.side_by_side([column[metric] for column in columns]) for metric in means}
+    if sign_flips:
+        share = np.stack([layer.share for layer in kept], axis=1)
+        p = sign_flip_p(share, document_domain, len(kept[0].totals.shape.domains), permutations=sign_flips, seed=seed)
+        for index, metric in enumerate(NGRAMS):
+            found = estimates[metric]
+            estimates[metric] = replace(found, p=np.where(np.isnan(found.value), np.nan, p[..., index]))
+    return AllLayers(
+        totals=joined_layers([layer.totals for layer in kept]),
+        specialists=joined([layer.specialists for layer in kept]),
+        halves=np.concatenate([layer.halves for layer in kept], axis=1),
+        estimates=estimates,
+    )

@@ -1,0 +1,246 @@
+"""Blocks of routes as engines yield them, checked and put together to the routes of whole documents: one way for every engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from dbes.errors import DbesError, TraceError
+from dbes.trace.shards import KINDS, PER_TOKEN, check_arrays, check_ids, check_values
+from dbes.trace.types import GENERATED, NOISE_SCALES, UNKNOWN, TokenRoutes, storage_dtype
+
+STORED = {
+    "weights": (np.float16, 0),
+    "logit_margins": (np.float16, np.nan),
+    "logit_stable": (np.uint8, UNKNOWN),
+    "selection_margins": (np.float32, np.nan),
+    "scaled_margins": (np.float16, np.nan),
+    "kept": (np.uint8, UNKNOWN),
+}
+"""What an engine may give of a token at a layer besides ids, by its name in ``TokenRoutes``: dtype, and mark where it was not given."""
+
+SKIPPED = -1
+"""In the ids of a block: a slot that ran nothing."""
+
+BLOCK_KINDS = {**KINDS, "ids": "iu"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """What the blocks of an engine hold.
+
+    Attributes:
+        layers: the model's own numbers of its MoE layers, ascending.
+        experts, top_k: of each of these layers.
+        zero_experts: of each layer; ids in [experts, experts + zero_experts) ran nothing and are stored as missing. None: no such ids.
+        gives: names of what is given besides ids, of ``STORED``.
+        control: the random router's ids and weights are given too.
+        answer: tokens that may follow each text, at most.
+    """
+
+    layers: tuple[int, ...]
+    experts: tuple[int, ...]
+    top_k: tuple[int, ...]
+    zero_experts: tuple[int, ...] | None = None
+    gives: frozenset[str] = frozenset()
+    control: bool = False
+    answer: int = 0
+
+    @property
+    def slots(self) -> int:
+        return max(self.top_k)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token in a trace, its control included."""
+        ids = self.slots * np.dtype(storage_dtype(max(self.experts))).itemsize
+        sizes = {name: np.dtype(dtype).itemsize for name, (dtype, _) in STORED.items()}
+        sizes |= {"weights": sizes["weights"] * self.slots, "kept": len(NOISE_SCALES)}
+        control = ids + sizes["weights"] if self.control else 0
+        return len(self.layers) * (ids + control + sum(sizes[name] for name in self.gives)) + 13
+
+
+@dataclass(frozen=True)
+class Work:
+    """Whole documents that an engine runs at a time.
+
+    Attributes:
+        first: index of the first document.
+        document_ids: their ids; they name documents in errors.
+        texts: int32 [tokens] each, without special tokens.
+    """
+
+    first: int
+    document_ids: Sequence[str]
+    texts: Sequence[np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Routes of some tokens at some layers, in any order: a batch at all layers, many documents at one layer, a step of generation.
+
+    Attributes:
+        document, positions, token_ids, phase: integers [rows], as in ``TokenRoutes``.
+        layers: the model's own numbers of the layers.
+        routes: "ids", integers [rows, layers, slots] with SKIPPED where nothing ran, and [rows, layers, ...] of what else is given.
+            What one layer does not have may be left out, but for weights.
+        control: "ids" and "weights" of the random router.
+    """
+
+    document: np.ndarray
+    positions: np.ndarray
+    token_ids: np.ndarray
+    phase: np.ndarray
+    layers: tuple[int, ...]
+    routes: Mapping[str, np.ndarray]
+    control: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+class Assembly:
+    """Takes the blocks of one work unit in any order of rows and layers, and gives the routes of its documents.
+
+    Every token of the texts must come exactly once at every layer. What follows a text must be GENERATED, without a gap.
+    """
+
+    def __init__(self, contents: Contents, work: Work, *, where: str, error: type[DbesError] = TraceError) -> None:
+        self.contents, self.work, self.where, self.error = contents, work, where, error
+        given = np.asarray([len(text) for text in work.texts])
+        self._room = given + contents.answer
+        self._starts = np.cumsum(self._room) - self._room
+        tokens, layers = int(self._room.sum()), len(contents.layers)
+        self._document = np.repeat(np.arange(len(given), dtype=np.int32), self._room)
+        self._positions = (np.arange(tokens) - self._starts[self._document]).astype(np.int32)
+        self._wanted = self._positions < given[self._document]
+        self._token_ids = np.full(tokens, -1, np.int32)
+        self._token_ids[self._wanted] = np.concatenate([*work.texts, np.zeros(0, np.int32)])
+        self._phase = np.where(self._wanted, UNKNOWN, GENERATED).astype(np.uint8)
+        self._seen = np.zeros((tokens, layers), bool)
+        self._routes = self._empty(tokens, contents.gives)
+        self._control = self._empty(tokens, {"weights"}) if contents.control else {}
+        self._control_came = False
+
+    def _empty(self, tokens: int, names: frozenset[str] | set[str]) -> dict[str, np.ndarray]:
+        per_layer, dtype = (tokens, len(self.contents.layers)), storage_dtype(max(self.contents.experts))
+        last = {"ids": (self.contents.slots,), "weights": (self.contents.slots,), "kept": (len(NOISE_SCALES),)}
+        kinds = {"ids": (dtype, np.iinfo(dtype).max), **{name: STORED[name] for name in names}}
+        return {name: np.full((*per_layer, *last.get(name, ())), mark, kind) for name, (kind, mark) in kinds.items()}
+
+    def add(self, block: Block) -> int:
+        """Take a block.
+
+        Returns:
+            tokens x layers that it held.
+
+        Raises:
+            error: tokens or layers that are not of this work, or came before; ids, weights or marks that cannot be.
+        """
+        columns, rows = self._columns(block), self._rows(block)
+        whole = columns == list(range(len(self.contents.layers)))
+        spots = (rows, slice(None)) if whole else (rows[:, None], np.asarray(columns))
+        came, repeated = self._seen[spots], np.ones(len(rows), bool)
+        repeated[np.unique(rows, return_index=True)[1]] = False
+        came[repeated] = True
+        if came.any():
+            row, column = np.argwhere(came)[0]
+            raise self.error(f"{self.where}: {self._token(rows[row])}, came twice at layer {block.layers[column]}")
+        self._seen[spots] = True
+        self._token_ids[rows], self._phase[rows] = block.token_ids, block.phase
+        self._place(self._routes, block.routes, rows, columns, spots)
+        if block.control:
+            self._control_came = True
+            self._place(self._control, block.control, rows, columns, spots)
+        return came.size
+
+    def finish(self) -> tuple[TokenRoutes, TokenRoutes | None]:
+        """The routes of the documents and, where blocks had it, of the random router.
+
+        Raises:
+            error: a token did not come at every layer.
+        """
+        wanted = self._wanted | self._seen.any(axis=1)
+        gap = np.flatnonzero(wanted[1:] & ~wanted[:-1] & (self._positions[1:] > 0))
+        if len(gap):
+            raise self.error(f"{self.where}: {self._token(gap[0])}, did not come, but a later one did")
+        if (lacking := ~self._seen & wanted[:, None]).any():
+            row, column = np.argwhere(lacking)[0]
+            total = int(wanted.sum()) * len(self.contents.layers)
+            raise self.error(
+                f"{self.where}: {self._token(row)}, did not come at layer {self.contents.layers[column]}; {int(lacking.sum())} of {total} "
+                "tokens x layers are missing"
+            )
+        rows = slice(None) if wanted.all() else np.flatnonzero(wanted)
+        about = {
+            "document": self._document + np.int32(self.work.first),
+            "positions": self._positions,
+            "token_ids": self._token_ids,
+            "phase": self._phase,
+        }
+        routes, control = (TokenRoutes(**about, **arrays).take(rows) if arrays else None for arrays in (self._routes, self._control))
+        assert routes is not None
+        return routes, control if self._control_came else None
+
+    def _token(self, row: int) -> str:
+        return f"document {self.work.document_ids[self._document[row]]!r}, token {self._positions[row]}"
+
+    def _columns(self, block: Block) -> list[int]:
+        places = {layer: column for column, layer in enumerate(self.contents.layers)}
+        if len(set(block.layers)) < len(block.layers) or not places.keys() >= set(block.layers):
+            raise self.error(f"{self.where}: a block of layers {list(block.layers)}, expected each once and of {list(places)}")
+        return [places[layer] for layer in block.layers]
+
+    def _rows(self, block: Block) -> np.ndarray:
+        about = {name: getattr(block, name) for name in PER_TOKEN}
+        check_arrays(about, (len(block.document), 0, 0), kinds=BLOCK_KINDS, where=self.where, error=self.error)
+        check_values(about, self.contents.slots, where=self.where, error=self.error)
+        document, last = block.document - self.work.first, len(self.work.texts) - 1
+        if document.min(initial=0) < 0 or document.max(initial=0) > last:
+            wrong = int(block.document[(document < 0) | (document > last)][0])
+            raise self.error(f"{self.where}: a block of document {wrong}, asked were {self.work.first} to {self.work.first + last}")
+        beyond = (block.positions < 0) | (block.positions >= self._room[document])
+        if beyond.any():
+            row = np.flatnonzero(beyond)[0]
+            name, room = self.work.document_ids[document[row]], self._room[document[row]]
+            raise self.error(f"{self.where}: document {name!r}: a token at {block.positions[row]}, expected no more than {room} tokens")
+        rows = self._starts[document] + block.positions
+        known, phase = self._token_ids[rows], self._phase[rows]
+        for name, wrong in (
+            ("token id", (known != block.token_ids) & (known >= 0)),
+            ("phase", (phase != block.phase) & (phase != UNKNOWN)),
+        ):
+            if wrong.any():
+                raise self.error(f"{self.where}: {self._token(rows[np.flatnonzero(wrong)[0]])}, has another {name} than before")
+        return rows
+
+    def _place(
+        self, target: dict[str, np.ndarray], given: Mapping[str, np.ndarray], rows: np.ndarray, columns: list[int], spots: tuple
+    ) -> None:
+        """Check the arrays of a block, and write them where they belong."""
+        contents, where, error = self.contents, self.where, self.error
+        if given.keys() - target.keys() or {"ids", "weights"} & target.keys() - given.keys():
+            raise error(f"{where}: a block of {sorted(given)}, expected {sorted(target)}")
+        layers, experts, top_k, zero = (
+            [values[column] for column in columns]
+            for values in (contents.layers, contents.experts, contents.top_k, contents.zero_experts or [0] * len(contents.layers))
+        )
+        slots = min(contents.slots, given["ids"].shape[-1])
+        check_arrays(given, (len(rows), len(columns), slots), kinds=BLOCK_KINDS, where=where, error=error)
+        check_values(given, contents.slots, where=where, error=error)
+        classes = [count + more for count, more in zip(experts, zero, strict=True)]
+        check_ids(given["ids"], missing=SKIPPED, layers=layers, experts=classes, top_k=top_k, where=where, error=error)
+        ran = (given["ids"] != SKIPPED) & (given["ids"] < np.asarray(experts)[:, None])
+        for name, array in given.items():
+            if name == "ids":
+                array = np.where(ran, array, np.iinfo(target["ids"].dtype).max)
+            with np.errstate(over="ignore"):
+                array = array.astype(target[name].dtype, copy=False)
+            if name == "weights":
+                if not np.isfinite(array).all():
+                    row, column, _ = np.argwhere(~np.isfinite(array))[0]
+                    raise error(
+                        f"layer {layers[column]}: NaN or infinity in the router's output, in {self._token(rows[row])}; "
+                        "the checkpoint is damaged, or overflows in its dtype: try another dtype"
+                    )
+                array = np.where(ran, array, 0)
+            (target[name][..., :slots] if name in ("ids", "weights") else target[name])[spots] = array
