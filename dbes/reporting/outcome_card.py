@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dbes.reporting.arms import named
 from dbes.reporting.commands import program
 from dbes.reporting.export import markdown_cell, markdown_table
 from dbes.reporting.outcome import (
@@ -15,7 +16,6 @@ from dbes.reporting.outcome import (
     accuracy_facts,
     command,
     limits,
-    named,
 )
 from dbes.wording import p_cell, share, whole
 
