@@ -26,7 +26,7 @@ WIDTH = 80
 TEXT_WIDTH = 4000
 
 
-class Figure(Finite):
+class ReportedValue(Finite):
     """A value with its 95 % interval and p; None where too little was measured."""
 
     value: float | None
@@ -35,7 +35,7 @@ class Figure(Finite):
     p: float | None
 
 
-class Point(Finite):
+class CurvePoint(Finite):
     step: int
     gain: float
     forgetting: float
@@ -45,10 +45,10 @@ class Matched(Finite):
     """An arm and full finetuning stopped early, both at the same forgetting."""
 
     forgetting: float
-    gain: Figure
-    full: Figure
-    difference: Figure
-    ratio: Figure | None
+    gain: ReportedValue
+    full: ReportedValue
+    difference: ReportedValue
+    ratio: ReportedValue | None
 
 
 class EqualCompute(Finite):
@@ -77,10 +77,10 @@ class ArmAccuracy(Finite):
 
     items: int
     items_elsewhere: int
-    gain: Figure | None
-    elsewhere: Figure | None
-    gain_per_byte: Figure | None
-    elsewhere_per_byte: Figure | None
+    gain: ReportedValue | None
+    elsewhere: ReportedValue | None
+    gain_per_byte: ReportedValue | None
+    elsewhere_per_byte: ReportedValue | None
     curve: tuple[AccuracyPoint, ...]
 
 
@@ -93,22 +93,22 @@ class DomainAccuracy(Finite):
     base_per_byte: float
 
 
-class ArmFigures(Finite):
+class ReportedArm(Finite):
     arm: str
     budget: float | None
     kind: str
     rate: float
     cells: float
     coverage: float | None
-    gain: Figure
-    forgetting: Figure
-    worst_forgetting: Figure
+    gain: ReportedValue
+    forgetting: ReportedValue
+    worst_forgetting: ReportedValue
     trainable_parameters: float | None
     optimizer_bytes: float | None
     peak_added_bytes: float | None
     training_seconds: float | None
     steps_without_gradient: float | None
-    curve: tuple[Point, ...]
+    curve: tuple[CurvePoint, ...]
     matched: Matched | None = None
     equal_compute: EqualCompute | None = None
     accuracy: ArmAccuracy | None = None
@@ -138,8 +138,8 @@ class Contrast(Finite):
     forgetting: float
     gained: float
     control_gain: float
-    matched: Figure
-    gain: Figure
+    matched: ReportedValue
+    gain: ReportedValue
     matched_holm: float | None = None
     gain_holm: float | None = None
     overlap: float | None = None
@@ -171,7 +171,7 @@ class Target(Finite):
     is_new: bool
     others: tuple[str, ...]
     base: float
-    arms: tuple[ArmFigures, ...]
+    arms: tuple[ReportedArm, ...]
     contrasts: tuple[Contrast, ...]
     protection: tuple[Contrast, ...] = ()
     replay: tuple[Contrast, ...] = ()
@@ -193,13 +193,13 @@ class Mask(Finite):
     budget: float
     cells: int
     control_cells: float
-    inside: Figure
-    outside: Figure
-    control_inside: Figure
-    control_outside: Figure
-    selectivity: Figure
-    control_selectivity: Figure
-    difference: Figure
+    inside: ReportedValue
+    outside: ReportedValue
+    control_inside: ReportedValue
+    control_outside: ReportedValue
+    selectivity: ReportedValue
+    control_selectivity: ReportedValue
+    difference: ReportedValue
 
 
 class Skipped(Finite):
@@ -217,7 +217,7 @@ class PathFacts(Finite):
     coverage_elsewhere: float | None
 
 
-class ModelFacts(Finite):
+class TrainedModel(Finite):
     name: str
     revision: str | None = None
     parameters: int | None = None
@@ -236,7 +236,7 @@ class Asked(Open):
 class Outcome(Finite):
     schema_version: Literal[1]
     kind: Literal["intervention"]
-    model: ModelFacts
+    model: TrainedModel
     texts: str
     given: tuple[str, ...] = ()
     """The targets as they were given; empty in outcomes of earlier versions, which know their names only."""

@@ -14,12 +14,12 @@ from dbes.reporting.outcome import (
     TEXT_WIDTH,
     WIDTH,
     ArmAccuracy,
-    ArmFigures,
     Contrast,
     EqualCompute,
-    Figure,
     Mask,
     Outcome,
+    ReportedArm,
+    ReportedValue,
     Target,
     accuracy_facts,
     command,
@@ -118,17 +118,17 @@ def _series(row: Contrast) -> str:
     return f"against {legible(rule_of(row.control), WIDTH)}"
 
 
-def _short(arm: ArmFigures | Contrast) -> str:
+def _short(arm: ReportedArm | Contrast) -> str:
     return arm.arm if arm.budget is None else f"{arm.arm} {100 * arm.budget:.4g}%"
 
 
-def spread(name: str, figure: Figure | None) -> Row:
+def spread(name: str, figure: ReportedValue | None) -> Row:
     """A figure as flat columns."""
     parts = (("", "value"), ("_low", "low"), ("_high", "high"), ("_p", "p"))
     return {f"{name}{end}": None if figure is None else getattr(figure, part) for end, part in parts}
 
 
-def arm_row(arm: ArmFigures) -> Row:
+def arm_row(arm: ReportedArm) -> Row:
     """All figures of an arm, flat; what an arm does not have is None."""
     matched, equal = arm.matched, arm.equal_compute
     return {
