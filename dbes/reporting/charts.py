@@ -375,7 +375,7 @@ def named_interval_spec(*, zero: bool) -> Spec:
 
 
 def _numbers(*names: str, titles: Sequence[str] = (), digits: int = 4) -> list[alt.Tooltip]:
-    named = [{"title": title} for title in titles] or [{}] * len(names)
+    named: list[dict[str, Any]] = [{"title": title} for title in titles] or [{}] * len(names)
     return [alt.Tooltip(f"{name}:Q", format=f".{digits}f", **title) for name, title in zip(names, named, strict=True)]
 
 
