@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 from dbes.cli import app
 from dbes.files import locked
 from dbes.intervention import grid
-from dbes.intervention.grid import EXPERIMENT, MASKS, OUTCOME, RUNS
+from dbes.intervention.grid import MASKS, RUNS
+from dbes.reporting.outcome import EXPERIMENT_FILE, OUTCOME_FILE
 
 SMALL: dict[str, Any] = {
     "rules": ["target-load", "random-load-matched"], "extras": ["full"], "idea_rule": "target-load", "rates": [1e-3], "steps": 2,
@@ -48,14 +49,14 @@ def test_an_experiment_its_page_and_the_same_command_again(
     options = ("--budget", "0.2", "--seeds", "2")
     done = intervene(tmp_path, tiny_checkpoint, tiny_task, *options)
     assert done.exit_code == 0, done.output
-    outcome = json.loads((tmp_path / "out" / OUTCOME).read_text("utf-8"))
+    outcome = json.loads((tmp_path / "out" / OUTCOME_FILE).read_text("utf-8"))
     target, overall = done.stdout.splitlines()
     assert target == outcome["targets"]["law"]["verdict"]["text"] and target.startswith("law: ")
     assert overall == outcome["verdict"] and "full finetuning stopped early" in overall
-    assert done.stderr.splitlines()[-1] == str(tmp_path / "out" / OUTCOME)
+    assert done.stderr.splitlines()[-1] == str(tmp_path / "out" / OUTCOME_FILE)
     settings = outcome["settings"]
     assert (settings["budgets"], settings["seeds"], settings["rates"], settings["routing"]) == ([0.2], 2, [1e-3], "plain")
-    assert "prescribed" not in json.loads((tmp_path / "out" / EXPERIMENT).read_text("utf-8"))
+    assert "prescribed" not in json.loads((tmp_path / "out" / EXPERIMENT_FILE).read_text("utf-8"))
     assert {arm["arm"] for arm in outcome["targets"]["law"]["arms"]} == {"target-load", "random-load-matched", "full"}
 
     page = CliRunner().invoke(app, ["report", str(tmp_path / "out")])

@@ -28,7 +28,7 @@ from dbes.comparison.check import check_folder
 from dbes.comparison.compare import (
     Comparison,
     Difference,
-    Entry,
+    LeaderboardEntry,
     Replicates,
     compare,
     depth_of,
@@ -127,7 +127,7 @@ def test_depths_take_their_thirds(folder: Path) -> None:
     assert depth_of(1).tolist() == [0] and depth_of(3).tolist() == [0, 0.5, 1]
 
 
-def simulated_entry(label: str, effect: float, seed: int, *, documents: int = 25) -> Entry:
+def simulated_entry(label: str, effect: float, seed: int, *, documents: int = 25) -> LeaderboardEntry:
     """A model whose truth depends on ``effect`` alone, on documents drawn with ``seed``."""
     about = simulate.population(3, domains=3, layers=1, experts=16, top_k=2, effect=effect)
     statistics = simulate.draw_statistics(about, np.random.default_rng(seed), documents=documents)
@@ -148,7 +148,7 @@ def simulated_entry(label: str, effect: float, seed: int, *, documents: int = 25
         documents=statistics.shape.document_ids, document_domain=statistics.shape.document_domain,
         by_metric={"specialization": estimate.replicates},
     )  # fmt: skip
-    return Entry(result=result, folder=Path(), label=label, replicates=replicates)
+    return LeaderboardEntry(result=result, folder=Path(), label=label, replicates=replicates)
 
 
 @pytest.mark.slow

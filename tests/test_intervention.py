@@ -16,15 +16,17 @@ from dbes.errors import InterventionError, PathError
 from dbes.finetuning.cells import TrainableCells
 from dbes.intervention.arms import SEARCH_SEED, equal_rank, evidence_of, plan_arms
 from dbes.intervention.data import ExperimentData, joined_rows, read_sources, tokenize, training_batches, tuning_split
-from dbes.intervention.grid import EXPERIMENT, MASKS, OUTCOME, RUNS, best_rate, intervene
+from dbes.intervention.grid import MASKS, RUNS, best_rate, intervene
 from dbes.intervention.masking import plan_masks
 from dbes.intervention.runs import document_nats, execute
-from dbes.intervention.settings import EXTRA_ARMS, IDEAS, REPLAY, SLOWER, Run, Settings, read_configuration, run_key
+from dbes.intervention.settings import IDEAS, Run, Settings, read_configuration, run_key
 from dbes.intervention.storage import load_data, save_data
 from dbes.intervention.trainables import protected_texts, with_replay
 from dbes.models import LoadedModel, load_model
 from dbes.paths.types import Cell
 from dbes.recording.record import record_documents
+from dbes.reporting.arms import EXTRA_ARMS, REPLAY, SLOWER
+from dbes.reporting.outcome import EXPERIMENT_FILE, OUTCOME_FILE
 from dbes.testbed.mix import Text
 
 RULES = ("target-load", "gradient", "random", "random-load-matched")
@@ -329,7 +331,7 @@ def test_the_whole_experiment_and_going_on_with_it(tiny_checkpoint: Path, tiny_t
     arguments: dict[str, Any] = {"texts": f"task:{tiny_task}", "targets": (f"new={new_domain}",), "processes": 1, "cache": tmp_path}
     out, said = tmp_path / "out", []
     found = intervene(str(tiny_checkpoint), out, settings, **arguments, progress=said.append)
-    assert json.loads((out / OUTCOME).read_text()) == json.loads(json.dumps(found)) and "target load" in found["verdict"]
+    assert json.loads((out / OUTCOME_FILE).read_text()) == json.loads(json.dumps(found)) and "target load" in found["verdict"]
     target = found["targets"]["new"]
     assert target["others"] == ["law", "code", "math"] and target["is_new"]
     assert {row["arm"] for row in target["arms"]} == {"target-load", "target-load-protected", "random-load-matched", "full", "full-slow"}
@@ -352,7 +354,7 @@ def test_the_whole_experiment_and_going_on_with_it(tiny_checkpoint: Path, tiny_t
     ]
     with pytest.raises(InterventionError, match="holds an experiment with another"):
         intervene(str(tiny_checkpoint), out, settings.model_copy(update={"steps": 5, "points": (5,), "full_points": (5,)}), **arguments)
-    (out / EXPERIMENT).write_text("{")
+    (out / EXPERIMENT_FILE).write_text("{")
     with pytest.raises(InterventionError, match="not JSON"):
         intervene(str(tiny_checkpoint), out, settings, **arguments)
 

@@ -13,13 +13,14 @@ from scipy.stats import t as student
 
 from dbes.intervention.analysis import analyse
 from dbes.intervention.data import ITEM_COLUMNS, ExperimentData, read_sources, tokenize
-from dbes.intervention.grid import EXPERIMENT, RUNS, intervene, read_experiment
+from dbes.intervention.grid import RUNS, intervene, read_experiment
 from dbes.intervention.outcomes import accuracy_changes, accuracy_figure
 from dbes.intervention.runs import execute, measure_items
 from dbes.intervention.settings import Run, Settings, run_key
 from dbes.intervention.storage import load_data, save_data
 from dbes.models import LoadedModel, load_model
 from dbes.paths.types import Cell
+from dbes.reporting.outcome import EXPERIMENT_FILE
 
 SETTINGS = Settings(
     domains=("quiz",),
@@ -254,7 +255,7 @@ def test_the_whole_experiment_with_items_and_older_folders(
     with monkeypatch.context() as patched:
         patched.setattr("dbes.intervention.grid.tokenize", lambda *given, **named: tokenize(*given, **named).without_items())
         plain = intervene(str(tiny_checkpoint), older, SETTINGS, **arguments)
-    assert "accuracy" not in json.loads((older / EXPERIMENT).read_text()) and "accuracy" not in plain["targets"]["quiz"]
+    assert "accuracy" not in json.loads((older / EXPERIMENT_FILE).read_text()) and "accuracy" not in plain["targets"]["quiz"]
     assert not any("accuracy" in arm for arm in plain["targets"]["quiz"]["arms"])
     stamps, said = {path: path.stat().st_mtime_ns for path in (older / RUNS).iterdir()}, []
     again = intervene(str(tiny_checkpoint), older, SETTINGS, **arguments, progress=said.append)

@@ -24,7 +24,7 @@ from dbes.errors import InterventionError, MixError
 from dbes.finetuning.cells import TrainableCells
 from dbes.intervention.arms import evidence_of, plan_arms
 from dbes.intervention.data import ExperimentData, Texts, read_sources, tokenize, training_batches
-from dbes.intervention.grid import EXPERIMENT, MASKS, OUTCOME, RUNS, intervene
+from dbes.intervention.grid import MASKS, RUNS, intervene
 from dbes.intervention.masking import MaskJob, execute_masks
 from dbes.intervention.routing import prescription_from, prescription_of, routable, routed
 from dbes.intervention.runs import document_nats, execute, measure
@@ -33,6 +33,7 @@ from dbes.models import LoadedModel, load_model
 from dbes.paths.evidence import Evidence
 from dbes.paths.search import find_path
 from dbes.paths.types import Cell
+from dbes.reporting.outcome import EXPERIMENT_FILE, OUTCOME_FILE
 from dbes.testbed.models import routers_of
 from dbes.testbed.prescribed import Prescribed, Prescription, read_prescription
 from dbes.testbed.settings import RoutingSettings
@@ -395,7 +396,7 @@ def test_the_whole_experiment_from_the_command_line(folder: Path, loaded: Loaded
     done = dbes(*common, "--config", config, "--routing", "as-trained", "--processes", "1")
     assert done.exit_code == 0, done.output
     assert "left out, as the model has no block of experts for them: poems" in done.stderr
-    about, outcome = (json.loads((out / name).read_text("utf-8")) for name in (EXPERIMENT, OUTCOME))
+    about, outcome = (json.loads((out / name).read_text("utf-8")) for name in (EXPERIMENT_FILE, OUTCOME_FILE))
     assert outcome["settings"]["routing"] == about["settings"]["routing"] == "as-trained"
     assert outcome["domains"] == sorted(WORDS) and about["prescribed"]["domains"] == list(WORDS)
     assert prescription_from(about["prescribed"]) == read_prescription(folder)

@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 from dbes.cli import app
 from dbes.errors import ResultError
-from dbes.intervention import analysis, settings, verdicts
+from dbes.intervention import analysis
 from dbes.intervention.verdicts import overall_verdict, target_verdict
-from dbes.reporting import charts, outcome
+from dbes.reporting import arms, charts
 from dbes.reporting.outcome import Outcome, is_outcome, load_outcome
 from dbes.reporting.outcome_card import outcome_card
 from dbes.reporting.outcome_page import MASK_SERIES, outcome_payload, render_outcome
@@ -82,11 +82,21 @@ def page(content: dict[str, Any]) -> str:
     return render_outcome(Outcome.model_validate(content))
 
 
-def test_names_are_those_of_the_experiment() -> None:
-    assert outcome.OUTCOME_SCHEMA == analysis.OUTCOME_SCHEMA
-    assert (outcome.LOAD, outcome.CONTROL) == (settings.LOAD, settings.CONTROL)
-    assert {*outcome.FULL, *outcome.EXTRA} == {*settings.EXTRA_ARMS} and outcome.PROTECTED == settings.PROTECTED
-    assert set(outcome.RANDOM) == set(verdicts.UNINFORMED)
+@pytest.mark.parametrize(
+    ("arm", "group"),
+    [("lift", "expert path"), ("lift-protected", "expert path"), ("full-slower", "full finetuning"), ("full-protected", "full finetuning"),
+     ("full-replay-slow", "full finetuning"), ("target-load-protected", "target load"), ("random-load-matched", "random or bottom cells"),
+     ("bottom-protected", "random or bottom cells"), ("all-protected", "no path"), ("lora", "no path"), ("router", "no path")],
+)  # fmt: skip
+def test_every_arm_has_its_group(arm: str, group: str) -> None:
+    assert arms.group_of(arm) == group and group in arms.GROUPS
+
+
+def test_verdicts_and_pages_call_an_arm_by_one_name() -> None:
+    """The page finds the better arms among those that the verdict names."""
+    row = {"arm": "lift", "budget": 0.025, "control": "target-load", "gained": 1.0, "control_gain": 0.1, "matched_holm": 0.01,
+           "matched": {"value": 0.5}}  # fmt: skip
+    assert target_verdict("a", [], [row])["beats_target_load"] == [arms.named("lift", 0.025)] == ["lift at 2.5%"]
 
 
 def test_what_is_drawn_is_the_outcome(page: str, content: dict[str, Any]) -> None:
@@ -95,19 +105,19 @@ def test_what_is_drawn_is_the_outcome(page: str, content: dict[str, Any]) -> Non
     shown = {row["arm"]: row for row in payload["targets"][0]["arms"]}
     assert len(shown) == len(expected["arms"]) == len(TRUTH)
     for arm in expected["arms"]:
-        row = shown[outcome.named(arm["arm"], arm["budget"])]
+        row = shown[arms.named(arm["arm"], arm["budget"])]
         for name in ("gain", "forgetting", "worst_forgetting"):
             assert [row[f"{name}{end}"] for end in ("", "_low", "_high", "_p")] == list(arm[name].values())
         for name in ("cells", "coverage", "trainable_parameters", "optimizer_bytes", "training_seconds", "peak_added_bytes", "rate"):
             assert row[name] == arm[name]
         if "matched" not in arm:
-            assert arm["arm"] in outcome.FULL and row["matched_gain"] is None and row["matched_ratio"] is None
+            assert arm["arm"] in arms.EVERY_PARAMETER and row["matched_gain"] is None and row["matched_ratio"] is None
             continue
         assert row["matched_forgetting"] == arm["matched"]["forgetting"]
         for name in ("gain", "full", "difference", "ratio"):
             assert [row[f"matched_{name}{end}"] for end in ("", "_low", "_high", "_p")] == list(arm["matched"][name].values())
         assert [row[f"equal_compute_{name}"] for name in ("seconds", "gain", "forgetting")] == list(arm["equal_compute"].values())
-    front = {outcome.named(arm["arm"], arm["budget"]): arm for arm in expected["arms"] if arm["pareto"]}
+    front = {arms.named(arm["arm"], arm["budget"]): arm for arm in expected["arms"] if arm["pareto"]}
     assert set(payload["targets"][0]["front"]) == set(front)
     lost = [front[name]["forgetting"]["value"] for name in payload["targets"][0]["front"]]
     assert lost == sorted(lost)
@@ -122,7 +132,7 @@ def test_contrasts_and_masks_are_the_outcomes(page: str, content: dict[str, Any]
     rows = payload["targets"][0]["contrasts"]
     assert len(rows) == len(expected) > 0
     for row, contrast in zip(rows, expected, strict=True):
-        assert (row["arm"], row["control"]) == (outcome.named(contrast["arm"], contrast["budget"]), contrast["control"])
+        assert (row["arm"], row["control"]) == (arms.named(contrast["arm"], contrast["budget"]), contrast["control"])
         assert [row[f"matched{end}"] for end in ("", "_low", "_high", "_p")] == list(contrast["matched"].values())
         assert (row["matched_holm"], row["gain_holm"]) == (contrast["matched_holm"], contrast["gain_holm"])
         verdict = content["targets"]["a"]["verdict"]
@@ -151,7 +161,7 @@ def test_accuracy_is_shown_where_there_are_items_and_nowhere_else(page: str, con
     shown, card = render_outcome(read), outcome_card(read)
     payload = unpacked(shown)["targets"][0]
     assert payload["has_items"]
-    by_arm = {outcome.named(arm["arm"], arm["budget"]): arm["accuracy"] for arm in found["targets"]["a"]["arms"]}
+    by_arm = {arms.named(arm["arm"], arm["budget"]): arm["accuracy"] for arm in found["targets"]["a"]["arms"]}
     for row in payload["arms"]:
         expected = by_arm[row["arm"]]
         for name in ("gain", "elsewhere", "gain_per_byte", "elsewhere_per_byte"):
@@ -190,7 +200,7 @@ def test_committed_verdicts_follow_from_the_committed_figures(path: Path) -> Non
 def test_specifications_are_valid_vega_lite() -> None:
     import altair as alt
 
-    for spec in (charts.plane_spec(outcome.GROUPS), charts.interval_spec("x", MASK_SERIES)):
+    for spec in (charts.plane_spec(arms.GROUPS), charts.interval_spec("x", MASK_SERIES)):
         alt.LayerChart.from_dict({**spec, "datasets": {"rows": []}})
 
 

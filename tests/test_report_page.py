@@ -240,7 +240,8 @@ def test_specs_are_valid_and_name_their_data() -> None:
     specs = [*charts.curve_specs((1, 2)).values(), charts.domain_spec(3), charts.heat_spec(3), charts.similarity_spec(3),
              charts.load_spec(), charts.utilization_spec((1,)), charts.trajectory_spec((1, 2)), charts.scatter_spec(),
              charts.overlay_spec(),
-             charts.parallel_spec(), charts.dendrogram_spec(["a", "b"])]  # fmt: skip
+             charts.parallel_spec(), charts.dendrogram_spec(["a", "b"]),
+             *(charts.named_interval_spec(zero=zero) for zero in (True, False))]  # fmt: skip
     for spec in specs:
         alt.Chart.from_dict(spec)
         assert '"name": "rows"' in json.dumps(spec)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +12,20 @@ from scipy import stats
 from testbed_mix import tiny_mix
 
 from dbes.errors import MixError
+from dbes.reporting.page import unpacked
 from dbes.scoring.score import score
 from dbes.testbed import grid as grid_module
 from dbes.testbed import runs as runs_module
 from dbes.testbed.analysis import TOKEN_CLASSES, conditional_information, domain_probe, forking_tokens, token_classes, topic_and_syntax
 from dbes.testbed.contrasts import Grid, interval
-from dbes.testbed.experiments import analyse
+from dbes.testbed.experiments import Findings, Verdict, analyse
 from dbes.testbed.grid import read_grid, run_grid
 from dbes.testbed.heldout import measure, training_routes
 from dbes.testbed.mixes import prepare_mix
 from dbes.testbed.models import build_model
 from dbes.testbed.presets import SCALE_STEPS, Preset, preset
-from dbes.testbed.report import interval_chart, write_report
+from dbes.testbed.report import page as render_page
+from dbes.testbed.report import write_report
 from dbes.testbed.runs import RUN_FILE, Run, execute
 from dbes.testbed.settings import MixSettings, ModelSettings, OptimizerSettings, RoutingSettings, TrainSettings
 from dbes.testbed.tables import TRUTH, explained_by, frozen_baseline, kendall_tau, metric_table
@@ -247,7 +248,9 @@ def test_the_grid_trains_each_cell_once_and_names_what_it_lacks(prepared, tmp_pa
     assert [(record["arm"], record["seed"]) for record in records] == [(arm, seed) for seed in (0, 1) for arm in arms]
     assert about["mix_digest"] == prepared.mix.digest
     page = write_report(tmp_path)
-    assert "<svg" in page.read_text("utf-8")
+    (scope,) = unpacked(page.read_text("utf-8"))["tables"]
+    assert scope["rows"] == json.loads((tmp_path / "report" / "scope.json").read_text("utf-8"))
+    assert [column["key"] for column in scope["columns"]][:3] == ["arm", "seeds", "specialization"] and scope["columns"][1]["whole"]
     assert len(pd.read_parquet(tmp_path / "report" / "scope.parquet")) == 2
     assert (tmp_path / "report" / "FINDINGS.md").read_text("utf-8").startswith("# Findings")
     with pytest.raises(MixError, match="preset smoke has"):
@@ -386,23 +389,32 @@ def test_kendalls_tau_is_scipys():
     assert np.isnan(kendall_tau(truth, np.full((1, 12), np.nan)))[0]
 
 
-def test_charts_show_every_arm_and_escape_names():
-    table = pd.DataFrame({"arm": ["a<b", "c"], "x": [1.0, 2.0], "x_low": [0.5, math.nan], "x_high": [1.5, math.nan]})
-    chart = interval_chart(table, "x", "values")
-    assert chart.count("<circle") == 2
-    assert "a&lt;b" in chart
-    assert interval_chart(table.assign(x=math.nan), "x", "values") == ""
+def page_of(table: pd.DataFrame, verdicts: list[Verdict] | None = None) -> str:
+    about = {"preset": "smoke", "mix": "tiny", "domains": ["law"]}
+    records = [{"status": "ok", "seed": 0, "cpu_seconds": 10.0}]
+    return render_page(about, records, Findings(tables={"levels": table}, verdicts=verdicts or []), [])
 
 
-@pytest.mark.parametrize(
-    ("values", "axis"),
-    [([0.0, 1.0], ["0.0", "0.2", "0.4", "0.6", "0.8", "1.0"]), ([3.42, 3.52], ["3.42", "3.44", "3.46", "3.48", "3.50", "3.52"])],
-    ids=["from nought", "far from nought"],
-)
-def test_axes_have_round_numbers_and_hold_every_value(values: list[float], axis: list[str]):
-    chart = interval_chart(pd.DataFrame({"arm": ["a", "b"], "x": values}), "x", "values")
-    assert re.findall(r'text-anchor="middle">([^<]*)<', chart) == axis
-    assert all(0 <= float(place) <= 100 for place in re.findall(r'(?:c?x\d?)="([-\d.]+)%"', chart))
+def test_the_page_has_every_arm_and_names_stay_text():
+    table = pd.DataFrame({"arm": ["a</script><b>", "c\u202e"], "topic": [1.0, 2.0], "topic_low": [0.5, math.nan], "syntax": math.nan})
+    verdict = Verdict(claim="<i>claim", outcome="does not reproduce", sentence="of <u>\u202e</u>")
+    page = page_of(table, [verdict])
+    (shown,) = unpacked(page)["tables"]
+    assert shown["rows"] == [
+        {"arm": "a</script><b>", "topic": 1.0, "topic_low": 0.5, "syntax": None},
+        {"arm": "c\\u202e", "topic": 2.0, "topic_low": None, "syntax": None},
+    ]
+    assert [column["key"] for column in shown["columns"]] == ["arm", "topic", "syntax"]
+    assert [chart["column"] for chart in shown["charts"]] == ["topic"], "nothing is drawn of a column without a number"
+    markup = page[: page.index('id="data"')]
+    assert "<i>claim" not in markup and "<u>" not in markup and "\u202e" not in page
+    assert "&lt;i&gt;claim" in markup and "1 do not reproduce" in markup
+
+
+@pytest.mark.parametrize(("values", "zero"), [([0.0, 1.0], True), ([0.3, 0.7], True), ([-0.2, 0.1], True), ([3.42, 3.52], False)], ids=str)
+def test_an_axis_holds_zero_unless_the_values_are_far_from_it(values: list[float], zero: bool):
+    (shown,) = unpacked(page_of(pd.DataFrame({"arm": ["a", "b"], "topic": values})))["tables"]
+    assert [chart["zero"] for chart in shown["charts"]] == [zero]
 
 
 def test_the_committed_findings_follow_from_the_committed_cells():

@@ -39,9 +39,9 @@ def intervene(
     cache: Annotated[Path, typer.Option(help="Where built mixes are kept.")] = Path("build/testbed"),
 ) -> None:
     """Train every kind of expert path, and what it must beat, on held-out terms; say in words whether any paid."""
-    from dbes.intervention.grid import OUTCOME
     from dbes.intervention.grid import intervene as run
     from dbes.intervention.settings import read_configuration
+    from dbes.reporting.outcome import OUTCOME_FILE
 
     given: dict[str, Any] = {"domains": tuple(name.partition("=")[0] for name in domain)}
     named = {"new": new, "budgets": budget, "rules": rules, "ideas": ideas, "protected": protected}
@@ -65,4 +65,4 @@ def intervene(
     for found in outcome["targets"].values():
         say(found["verdict"]["text"])
     say(outcome["verdict"])
-    say(out / OUTCOME, err=True)
+    say(out / OUTCOME_FILE, err=True)

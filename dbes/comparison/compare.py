@@ -18,7 +18,7 @@ import numpy as np
 from scipy.stats import t as student
 
 from dbes.comparison.accuracy import Accuracies, read_accuracies
-from dbes.comparison.entries import Apart, Entry, Replicates, read_entries
+from dbes.comparison.entries import Apart, LeaderboardEntry, Replicates, read_entries
 from dbes.errors import ResultError
 from dbes.results import RESULT_FILE, Result
 from dbes.scoring.resampling import holm, jackknife
@@ -74,7 +74,7 @@ class Comparison:
     """
 
     metric: str
-    entries: tuple[Entry, ...]
+    entries: tuple[LeaderboardEntry, ...]
     ranks: dict[str, Rank]
     pairs: tuple[Difference, ...]
     apart: tuple[Apart, ...]
@@ -111,7 +111,7 @@ def paired_of(comparison: Comparison) -> list[Difference]:
     return differences(two[0], two[1]) if len(two) == 2 else []
 
 
-def comparable(entries: list[Entry]) -> tuple[list[Entry], list[Apart]]:
+def comparable(entries: list[LeaderboardEntry]) -> tuple[list[LeaderboardEntry], list[Apart]]:
     """The largest set of results on one task, version, fingerprint and phase, and the rest with the reason.
 
     A result without a fingerprint stands alone: that its documents have the same ids as another's (most often mere numbers) says
@@ -142,9 +142,9 @@ def comparable(entries: list[Entry]) -> tuple[list[Entry], list[Apart]]:
     return kept, apart
 
 
-def with_phases(kept: Sequence[Entry], candidates: Sequence[Entry]) -> list[Entry]:
+def with_phases(kept: Sequence[LeaderboardEntry], candidates: Sequence[LeaderboardEntry]) -> list[LeaderboardEntry]:
     """The entries with their model's prompt and generated text, where each was scored once; other entries as they are."""
-    found: dict[tuple[str | None, ...], list[Entry]] = {}
+    found: dict[tuple[str | None, ...], list[LeaderboardEntry]] = {}
     for entry in candidates:
         found.setdefault(_model_of(entry.result), []).append(entry)
     namesakes = Counter(_model_of(entry.result) for entry in kept)
@@ -161,7 +161,7 @@ def _model_of(result: Result) -> tuple[str | None, ...]:
     return result.model.name, result.model.revision, result.model.dtype
 
 
-def with_accuracies(entries: Sequence[Entry], known: Accuracies, *, elsewhere: set[str]) -> list[Entry]:
+def with_accuracies(entries: Sequence[LeaderboardEntry], known: Accuracies, *, elsewhere: set[str]) -> list[LeaderboardEntry]:
     """The entries with their accuracy, found by label or by name.
 
     Args:
@@ -212,7 +212,7 @@ def _sampled(replicates: Replicates) -> tuple[tuple[str, ...], bytes]:
     return replicates.documents, np.asarray(replicates.document_domain, np.int64).tobytes()
 
 
-def labelled(entries: list[Entry]) -> list[Entry]:
+def labelled(entries: list[LeaderboardEntry]) -> list[LeaderboardEntry]:
     """The entries with names that differ: revision, dtype and at last a number are added where they tell namesakes apart."""
     facts = [
         [(entry.result.model.revision or "").removeprefix("sha256:")[:8] for entry in entries],
@@ -237,11 +237,11 @@ def model_score(result: Result, metric: str) -> float | None:
     return result.record(metric).score
 
 
-def _rankable(entry: Entry, metric: str) -> bool:
+def _rankable(entry: LeaderboardEntry, metric: str) -> bool:
     return not entry.baseline and entry.replicates is not None and model_score(entry.result, metric) is not None
 
 
-def _pairs(entries: list[Entry]) -> list[tuple[Entry, Entry]]:
+def _pairs(entries: list[LeaderboardEntry]) -> list[tuple[LeaderboardEntry, LeaderboardEntry]]:
     models = [entry for entry in entries if not entry.baseline]
     return [(a, b) for index, a in enumerate(models) for b in models[index + 1 :]]
 
@@ -254,14 +254,14 @@ def _pairs(entries: list[Entry]) -> list[tuple[Entry, Entry]]:
 class PhaseDifference:
     """A metric on a model's prompts and on its generated text; ``test``: generated minus prompt, where the documents are the same."""
 
-    entry: Entry
+    entry: LeaderboardEntry
     metric: str
     prompt: float
     generated: float
     test: Difference | None
 
 
-def phase_differences(entry: Entry) -> list[PhaseDifference]:
+def phase_differences(entry: LeaderboardEntry) -> list[PhaseDifference]:
     """Prompt and generated text side by side, for every metric that both have."""
     if not entry.phases:
         return []
@@ -276,12 +276,12 @@ def phase_differences(entry: Entry) -> list[PhaseDifference]:
     return found
 
 
-def differences(first: Entry, second: Entry) -> list[Difference]:
+def differences(first: LeaderboardEntry, second: LeaderboardEntry) -> list[Difference]:
     """Paired differences of two models for every metric and layer depth, p-values corrected over all of them (Holm)."""
     return _holm([found for metric in REPLICATED for depth in DEPTHS if (found := difference(first, second, metric, *depth)) is not None])
 
 
-def difference(first: Entry, second: Entry, metric: str, depth: str, low: float, high: float) -> Difference | None:
+def difference(first: LeaderboardEntry, second: LeaderboardEntry, metric: str, depth: str, low: float, high: float) -> Difference | None:
     """Paired difference of two models at the layers of a relative depth; None where either has no score there."""
     sides = [_at_depth(entry, metric, low, high) for entry in (first, second)]
     if sides[0] is None or sides[1] is None or first.replicates is None or second.replicates is None:
@@ -306,7 +306,7 @@ def difference(first: Entry, second: Entry, metric: str, depth: str, low: float,
     )  # fmt: skip
 
 
-def _at_depth(entry: Entry, metric: str, low: float, high: float) -> tuple[float, np.ndarray] | None:
+def _at_depth(entry: LeaderboardEntry, metric: str, low: float, high: float) -> tuple[float, np.ndarray] | None:
     """Mean score over the layers of a relative depth, and the same without each document [documents]."""
     if entry.replicates is None or metric not in entry.replicates.by_metric or model_score(entry.result, metric) is None:
         return None

@@ -27,7 +27,7 @@ class Replicates:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class LeaderboardEntry:
     """One result of a comparison. ``label`` is unique in its table; ``problem`` says why it cannot be ranked.
 
     ``phases`` holds the entries "prompt" and "generated" of the same model where both were scored, and is empty otherwise.
@@ -38,7 +38,7 @@ class Entry:
     label: str
     replicates: Replicates | None = None
     problem: str | None = None
-    phases: Mapping[str, Entry] = field(default_factory=dict)
+    phases: Mapping[str, LeaderboardEntry] = field(default_factory=dict)
     accuracy: float | None = None
 
     @property
@@ -56,7 +56,7 @@ class Apart:
     reason: str
 
 
-def read_entries(paths: Sequence[str | Path]) -> tuple[list[Entry], list[Apart]]:
+def read_entries(paths: Sequence[str | Path]) -> tuple[list[LeaderboardEntry], list[Apart]]:
     """The results that can be read, and the files that cannot.
 
     Raises:
@@ -74,9 +74,11 @@ def read_entries(paths: Sequence[str | Path]) -> tuple[list[Entry], list[Apart]]
             apart.append(Apart(path=str(file), name=result.model.name, reason=f"the evaluation failed: {result.error}"))
             continue
         try:
-            entry = Entry(result=result, folder=file.parent, label=result.model.name, replicates=read_replicates(file.parent, result))
+            entry = LeaderboardEntry(
+                result=result, folder=file.parent, label=result.model.name, replicates=read_replicates(file.parent, result)
+            )
         except DbesError as problem:
-            entry = Entry(result=result, folder=file.parent, label=result.model.name, problem=str(problem))
+            entry = LeaderboardEntry(result=result, folder=file.parent, label=result.model.name, problem=str(problem))
         if entry.replicates is None and entry.problem is None:
             entry = replace(entry, problem="neither replicates nor a trace beside the result: no test can be made")
         entries.append(entry)

@@ -23,11 +23,12 @@ from dbes.intervention.outcomes import (
     pareto,
     strata_of,
 )
-from dbes.intervention.settings import CONTROL, EXTRA_ARMS, FULL, FULL_REPLAY, LOAD, PROTECTED, REPLAY, SLOWER, Arm, Settings, run_of
+from dbes.intervention.settings import Arm, Settings, run_of
 from dbes.intervention.verdicts import overall_verdict, target_verdict
+from dbes.reporting.arms import CONTROL, EXTRA_ARMS, FULL, FULL_REPLAY, LOAD, PROTECTED, REPLAY, SLOWER, rule_of
+from dbes.reporting.outcome import KIND, OUTCOME_SCHEMA
 from dbes.scoring.resampling import holm
 
-OUTCOME_SCHEMA = 1
 Records = Sequence[tuple[Arm, dict[str, Any]]]
 Key = tuple[str, float | None]
 """An arm's name and budget."""
@@ -54,7 +55,7 @@ def analyse(about: Mapping[str, Any], records: Records, masks: Sequence[Mapping[
             _add_accuracy(targets[target], target, others, own, about["accuracy"])
     return {
         "schema_version": OUTCOME_SCHEMA,
-        "kind": "intervention",
+        "kind": KIND,
         "model": about["model"],
         "texts": about["texts"],
         "domains": about["data"]["domains"],
@@ -235,7 +236,7 @@ def _contrasts(control: str, curves: Mapping[Key, Curves], strata: Strata, train
     """
     pairs: list[tuple[Key, str, Sequence[Curves]]] = []
     for name, budget in curves:
-        rule = name.removesuffix(PROTECTED)
+        rule = rule_of(name)
         against = control if rule == name else control + PROTECTED
         if budget is not None and rule not in (control, CONTROL) and name not in EXTRA_ARMS and (against, budget) in curves:
             pairs.append(((name, budget), against, [curves[against, budget]]))
@@ -257,7 +258,7 @@ def overlap(one: Sequence[Arm], other: Sequence[Arm]) -> float | None:
 
 def _twins(curves: Mapping[Key, Curves], strata: Strata) -> list[dict[str, Any]]:
     """Every protected arm against the same parameters without protection."""
-    twins = {key: (key[0].removesuffix(PROTECTED), key[1]) for key in curves if key[0].endswith(PROTECTED)}
+    twins = {key: (rule_of(key[0]), key[1]) for key in curves if key[0].endswith(PROTECTED)}
     return _compared([(key, twin[0], [curves[twin]]) for key, twin in twins.items() if twin in curves], curves, strata)
 
 

@@ -12,25 +12,7 @@ from dbes.errors import InterventionError, PathError
 from dbes.finetuning.cells import TrainableCells
 from dbes.intervention.data import Texts, tuning_split
 from dbes.intervention.routing import under
-from dbes.intervention.settings import (
-    ALL,
-    AS_TRAINED,
-    CONTROL,
-    DOWN,
-    FULL,
-    FULL_REPLAY,
-    LAYER_RATES,
-    LAYERED,
-    LORA,
-    PATH_LORA,
-    PROTECTED,
-    REPLAY,
-    ROUTER,
-    ROUTER_FIRST,
-    SLOWER,
-    Arm,
-    Settings,
-)
+from dbes.intervention.settings import AS_TRAINED, DOWN, LAYER_RATES, LAYERED, PATH_LORA, ROUTER_FIRST, Arm, Settings
 from dbes.models import LoadedModel
 from dbes.models.windows import token_ids
 from dbes.paths.evidence import Evidence, gather
@@ -41,6 +23,7 @@ from dbes.paths.search import chosen_cells, expert_sizes, find_path
 from dbes.paths.selection import cells_of, choose
 from dbes.paths.types import Cell, ExpertPath
 from dbes.recording.record import record_documents
+from dbes.reporting.arms import ALL, CONTROL, FULL, FULL_REPLAY, LORA, PROTECTED, REPLAY, ROUTER, SLOWER
 from dbes.testbed.mix import Text
 from dbes.testbed.prescribed import Prescribed
 from dbes.trace.joining import join_traces

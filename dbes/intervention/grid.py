@@ -18,7 +18,7 @@ import transformers
 from dbes.errors import FileError, InterventionError
 from dbes.files import locked, write_json
 from dbes.finetuning.output import refuse_untrainable
-from dbes.intervention.analysis import OUTCOME_SCHEMA, analyse
+from dbes.intervention.analysis import analyse
 from dbes.intervention.arms import SEARCH_SEED, Plan, evidence_of, plan_arms
 from dbes.intervention.data import ExperimentData, Texts, read_sources, tokenize
 from dbes.intervention.masking import MaskJob, execute_masks, plan_masks
@@ -30,13 +30,13 @@ from dbes.intervention.storage import load_data, save_data
 from dbes.models import load_model, load_weights
 from dbes.models.windows import embedding_rows
 from dbes.paths.files import write_path
-from dbes.reporting.outcome import Outcome
+from dbes.reporting.outcome import EXPERIMENT_FILE, OUTCOME_FILE, OUTCOME_SCHEMA, Outcome
 from dbes.schema import read_record
 from dbes.shipped import EMBEDDED_MODEL, EMBEDDED_NAME
 from dbes.testbed.prescribed import Prescription
 from dbes.testbed.runner import run_jobs
 
-EXPERIMENT, RUNS, MASKS, DATA, OUTCOME = "experiment.json", "runs", "masks", "data.safetensors", "intervention.json"
+RUNS, MASKS, DATA = "runs", "masks", "data.safetensors"
 
 Progress = Callable[[str], None]
 
@@ -63,7 +63,7 @@ def intervene(
         FileError: the folder cannot be written to, or another run is writing there.
         DbesError: the model or the texts cannot be read.
     """
-    if (out / OUTCOME).is_file() and not os.access(out, os.W_OK):
+    if (out / OUTCOME_FILE).is_file() and not os.access(out, os.W_OK):
         return _outcome_on_read_only_disk(model, out, settings, texts=texts, targets=targets)
     with locked(out):
         return _intervene(model, out, settings, texts=texts, targets=targets, cache=cache, processes=processes, progress=progress)
@@ -75,7 +75,7 @@ def _outcome_on_read_only_disk(model: str, out: Path, settings: Settings, *, tex
     Raises:
         FileError: it was asked for otherwise.
     """
-    about, outcome = read_about(out), read_record(out / OUTCOME, Outcome, error=InterventionError, versions=(OUTCOME_SCHEMA,))
+    about, outcome = read_about(out), read_record(out / OUTCOME_FILE, Outcome, error=InterventionError, versions=(OUTCOME_SCHEMA,))
     asked = [model, texts, list(targets or settings.domains), settings.model_dump(mode="json")]
     if [about["model"].get("where"), about.get("texts"), about.get("given"), outcome.get("settings")] != asked:
         raise FileError(f"{out}: cannot be written, and holds an experiment with other settings; choose another --out")
@@ -144,13 +144,13 @@ def _intervene(
         with routed(loaded.model, prescription) as prescribed:
             asked = measure_items(loaded.model, data.items, padding=data.boundary, prescribed=prescribed)
         about["accuracy"] = {"choices": choices, **asked}
-    write_json(out / EXPERIMENT, about)
+    write_json(out / EXPERIMENT_FILE, about)
     del loaded, prescribed
     rates = search_rates(out, plan, settings, key, where=where, processes=processes, say=say)
     final = [run_of(arm, rate=_rate(arm, rates)) for arm in plan.arms if arm.seed != SEARCH_SEED]
     _run_all(out, final, masks, key, where=where, processes=processes, say=say)
     outcome = analyse(*read_experiment(out))
-    write_json(out / OUTCOME, outcome)
+    write_json(out / OUTCOME_FILE, outcome)
     return outcome
 
 
@@ -179,7 +179,7 @@ def _checked_folder(out: Path, data: ExperimentData, key_of: Callable[..., str],
         InterventionError: the folder holds another experiment.
     """
     key = key_of(data=data.digest)
-    earlier = read_about(out)["key"] if (out / EXPERIMENT).is_file() else key
+    earlier = read_about(out)["key"] if (out / EXPERIMENT_FILE).is_file() else key
     plain = data.without_items()
     if data.items and earlier == key_of(data=plain.digest):
         # begun before items were measured: its finished runs know no accuracy

@@ -12,7 +12,7 @@ from dbes.errors import InterventionError
 from dbes.intervention.masking import MaskJob
 from dbes.intervention.runs import RUN_SCHEMA
 from dbes.intervention.settings import Arm, Settings
-from dbes.reporting.outcome import ModelFacts, PathFacts, Skipped
+from dbes.reporting.outcome import PathFacts, Skipped, TrainedModel
 from dbes.schema import Open, Real, Whole, read_record
 
 EXPERIMENT_SCHEMA = 1
@@ -37,7 +37,7 @@ class Accuracy(Open):
 class Experiment(Open):
     schema_version: Literal[1]
     key: str
-    model: ModelFacts
+    model: TrainedModel
     texts: str
     data: Data
     bytes: dict[str, tuple[Annotated[float, Field(gt=0, lt=1e15)], ...]]

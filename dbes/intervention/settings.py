@@ -14,26 +14,14 @@ from dbes.errors import InterventionError
 from dbes.paths.rules import RULES
 from dbes.paths.selection import check_budget
 from dbes.paths.types import Cell
+from dbes.reporting.arms import ALL, ALL_PROTECTED, DEFAULT_EXTRAS, EXTRA_ARMS, FULL, FULL_PROTECTED, FULL_REPLAY, REPLAY, SLOWER
 from dbes.schema import Finite, read_named, validated
 
 Kind = Literal["cells", "full", "router"]
 """``cells``: chosen experts (whole, or low-rank updates of them); ``full``: every parameter; ``router``: the routers' weights."""
 
-CONTROL = "random-load-matched"
-LOAD = "target-load"
-FULL, ALL, LORA, ROUTER = "full", "all", "lora", "router"
-SLOWER = {"full-slow": 1 / 4, "full-slower": 1 / 16, "full-slowest": 1 / 64}
-"""Full finetuning at a share of its learning rate: what early stopping is compared with must also be known where little is forgotten."""
-PROTECTED = "-protected"
-"""Ending of the name of an arm whose updates are shaped by other domains' texts (`dbes.finetuning.protection`)."""
-ALL_PROTECTED, FULL_PROTECTED = ALL + PROTECTED, FULL + PROTECTED
-FULL_REPLAY = "full-replay"
-REPLAY = {FULL_REPLAY: 1.0, "full-replay-slow": 1 / 4, "full-replay-slower": 1 / 16, "full-replay-slowest": 1 / 64}
-"""Full finetuning on batches of which a part is text of other domains, at shares of its learning rate: the other use of such texts."""
 DOWN, PATH_LORA, LAYERED, ROUTER_FIRST, LAYER_RATES = "down", "lora-path", "per-layer", "router-first", "layer-rates"
 PLAIN, AS_TRAINED = "plain", "as-trained"
-DEFAULT_EXTRAS = (FULL, *SLOWER, ALL, LORA, ROUTER)
-EXTRA_ARMS = (*DEFAULT_EXTRAS, ALL_PROTECTED, FULL_PROTECTED, *REPLAY)
 IDEAS = (DOWN, PATH_LORA, LAYERED, ROUTER_FIRST, LAYER_RATES)
 
 DEFAULT_RULES = tuple(rule for rule in RULES if rule != ALL)

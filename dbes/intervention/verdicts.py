@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dbes.intervention.settings import CONTROL, EXTRA_ARMS, LOAD, PROTECTED
+from dbes.reporting.arms import CONTROL, EXTRA_ARMS, LOAD, PROTECTED, UNINFORMED, named, rule_of
 from dbes.scoring.resampling import holm
 from dbes.wording import counted, share
 
@@ -17,9 +17,6 @@ ALIKE = 0.5
 MATERIAL = 0.5
 """An arm must gain at least this share of the control's gain to be called better: one that hardly trains also hardly forgets, and
 where nothing is forgotten any gain at all would win."""
-
-UNINFORMED = ("random", "bottom", CONTROL)
-"""Rules that no one would choose a path by: controls, never named the best rule."""
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -66,7 +63,7 @@ def overall_verdict(targets: Mapping[str, Mapping[str, Any]]) -> str:
     full = [name for name, found in targets.items() if found["verdict"]["beats_full_clearly"]]
     arms = {name: targets[name]["verdict"]["beats_full_clearly"] for name in full}
     plain = [name for name in full if not all(arm.partition(" ")[0].endswith(PROTECTED) for arm in arms[name])]
-    rows = [row for found in targets.values() for row in found["contrasts"] if _rule(row["control"]) == LOAD and not _uninformed(row)]
+    rows = [row for found in targets.values() for row in found["contrasts"] if rule_of(row["control"]) == LOAD and not _uninformed(row)]
     told = f"a rule beats target load on {len(load)} of {counted(total, 'target')}" if load else "no advantage over target load"
     if not rows:
         told = "nothing was compared with target load"
@@ -86,7 +83,7 @@ def same_cells(row: Mapping[str, Any]) -> bool:
 
 def _contrast_words(contrasts: Rows, control: str, words: str, better: Sequence[str]) -> str:
     """What the contrasts with a control show; arms that are the control under another name show nothing."""
-    rows = [row for row in contrasts if _rule(row["control"]) == control]
+    rows = [row for row in contrasts if rule_of(row["control"]) == control]
     informed = [row for row in rows if not _uninformed(row)] or rows
     same = [_name(row) for row in informed if same_cells(row)]
     if not rows:
@@ -106,18 +103,14 @@ def _span(shares: Sequence[float]) -> str:
 
 
 def _better(contrasts: Rows, control: str) -> list[str]:
-    rows = [row for row in contrasts if _rule(row["control"]) == control and not _uninformed(row) and not same_cells(row)]
+    rows = [row for row in contrasts if rule_of(row["control"]) == control and not _uninformed(row) and not same_cells(row)]
     tested = [row for row in rows if row.get("matched_holm") is not None and row["gained"] >= MATERIAL * row["control_gain"]]
     return [_name(row) for row in tested if row["matched_holm"] <= SIGNIFICANT and row["matched"]["value"] > 0]
 
 
-def _rule(name: str) -> str:
-    return name.removesuffix(PROTECTED)
-
-
 def _uninformed(row: Mapping[str, Any]) -> bool:
-    return _rule(row["arm"]) in UNINFORMED
+    return rule_of(row["arm"]) in UNINFORMED
 
 
 def _name(row: Mapping[str, Any]) -> str:
-    return row["arm"] if row["budget"] is None else f"{row['arm']} at {row['budget']:.0%}"
+    return named(row["arm"], row["budget"])

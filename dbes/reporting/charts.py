@@ -50,6 +50,7 @@ TIMES = alt.Legend(orient="top", gradientLength=160, labelExpr="format(pow(2, da
 """Legend of a colour that shows the logarithm of a ratio, labelled with the ratio."""
 
 
+SHAPES = ["circle", "diamond", "square", "cross", "triangle-up"]
 LIFT = ("lift against the mean", "of the domains (log2)")
 
 
@@ -79,10 +80,7 @@ def _curve(axis: alt.Axis, value: str, low: str, high: str, second: str, *, also
     base = alt.Chart(ROWS).encode(x=alt.X("layer:Q", title="layer", axis=axis, scale=alt.Scale(nice=False)))
     tooltip = [
         alt.Tooltip("layer:Q", format="d"),
-        alt.Tooltip(f"{value}:Q", title=value, format=".4f"),
-        alt.Tooltip(f"{low}:Q", title="95 % from", format=".4f"),
-        alt.Tooltip(f"{high}:Q", title="to", format=".4f"),
-        alt.Tooltip(f"{second}:Q", title="random router" if second == "control" else "chance", format=".4f"),
+        *_numbers(value, low, high, second, titles=(value, "95 % from", "to", "random router" if second == "control" else "chance")),
         alt.Tooltip("p:Q", format=".3g"),
     ]
     y = alt.Y(f"{value}:Q", title=None)
@@ -130,9 +128,7 @@ def heat_spec(domains: int) -> Spec:
         alt.Tooltip("expert:O"),
         alt.Tooltip("hits:Q", format=","),
         alt.Tooltip("share:Q", format=".2%"),
-        alt.Tooltip("lift:Q", format=".3f"),
-        alt.Tooltip("lift_low:Q", title="lift from", format=".3f"),
-        alt.Tooltip("lift_high:Q", title="to", format=".3f"),
+        *_numbers("lift", "lift_low", "lift_high", titles=("lift", "lift from", "to"), digits=3),
         alt.Tooltip("q:Q", title="q-value", format=".2g"),
         alt.Tooltip("kind:N", title="test"),
     ]
@@ -216,12 +212,8 @@ def utilization_spec(layers: Sequence[int]) -> Spec:
 
 def trajectory_spec(layers: Sequence[int]) -> Spec:
     """Strongest moves between the experts of neighbouring layers, as ribbons between numbered nodes."""
-    x = alt.X(
-        "layer:Q",
-        title="layer",
-        axis=alt.Axis(format="d", values=list(layers), grid=False),
-        scale=alt.Scale(nice=False, zero=False, padding=26),
-    )
+    axis = alt.Axis(format="d", values=list(layers), grid=False)
+    x = alt.X("layer:Q", title="layer", axis=axis, scale=alt.Scale(nice=False, zero=False, padding=26))
     y = alt.Y("place:Q", axis=None, scale=alt.Scale(reverse=True, zero=False, padding=14))
     tooltip = [
         alt.Tooltip("move:N"), alt.Tooltip("share:Q", title="share of the domain's tokens", format=".2%"),
@@ -253,7 +245,7 @@ def trajectory_spec(layers: Sequence[int]) -> Spec:
 def scatter_spec() -> Spec:
     """Specialization against accuracy, one point per model with its interval."""
     base = alt.Chart(ROWS).encode(y=alt.Y("accuracy:Q", title="accuracy", axis=alt.Axis(format="%"), scale=alt.Scale(zero=False)))
-    tooltip = ["model:N", alt.Tooltip("score:Q", format=".3f"), alt.Tooltip("accuracy:Q", format=".3f")]
+    tooltip = ["model:N", *_numbers("score", "accuracy", digits=3)]
     layers = [
         base.mark_rule(style="interval").encode(
             x=alt.X("score_low:Q", title="specialization (score)", axis=alt.Axis(format="%", tickCount=8)), x2="score_high:Q"
@@ -335,11 +327,7 @@ def plane_spec(groups: Sequence[str]) -> Spec:
             y=y,
             tooltip=tooltip,
             color=alt.Color("group:N", scale=alt.Scale(domain=list(groups)), legend=legend),
-            shape=alt.Shape(
-                "group:N",
-                scale=alt.Scale(domain=list(groups), range=["circle", "diamond", "square", "cross", "triangle-up"]),
-                legend=legend,
-            ),
+            shape=alt.Shape("group:N", scale=alt.Scale(domain=list(groups), range=SHAPES), legend=legend),
         ),
         names.mark_text(fontSize=11, baseline="middle").encode(text="label:N"),
     ]
@@ -367,9 +355,28 @@ def interval_spec(title: str, series: Sequence[str]) -> Spec:
     return _finished(alt.layer(*layers), 200)
 
 
-def _numbers(*names: str, titles: Sequence[str] = ()) -> list[alt.Tooltip]:
-    named = [{"title": title} for title in titles] or [{}] * len(names)
-    return [alt.Tooltip(f"{name}:Q", format=".4f", **title) for name, title in zip(names, named, strict=True)]
+def named_interval_spec(*, zero: bool) -> Spec:
+    """A value with its interval for every ``label``, which stands above its line and so may be long; the page sets the height.
+
+    Args:
+        zero: the axis holds 0; without, it holds the values only, whose differences are small beside them.
+    """
+    base = alt.Chart(ROWS).encode(y=alt.Y("label:N", sort=None, axis=None))
+    low, value = (alt.X(name, title=None, scale=alt.Scale(zero=zero), axis=alt.Axis(tickCount=6)) for name in ("low:Q", "value:Q"))
+    names = base.mark_text(align="left", dy=-9, fontSize=11, limit=alt.ExprRef("width - 52"))
+    layers = [
+        *([_rule(0).encode(x="level:Q")] if zero else []),
+        base.mark_rule(strokeWidth=3, style="interval", yOffset=6).encode(x=low, x2="high:Q"),
+        base.mark_point(size=62, filled=True, opacity=1, yOffset=6).encode(x=value, tooltip=["label:N", *_numbers("value", "low", "high")]),
+        names.encode(x=alt.value(0), text="label:N"),
+        base.mark_text(align="right", dy=-9, fontSize=11).encode(x=alt.value("width"), text=alt.Text("value:Q", format=".3f")),
+    ]
+    return _finished(alt.layer(*layers), 200)
+
+
+def _numbers(*names: str, titles: Sequence[str] = (), digits: int = 4) -> list[alt.Tooltip]:
+    named: list[dict[str, Any]] = [{"title": title} for title in titles] or [{}] * len(names)
+    return [alt.Tooltip(f"{name}:Q", format=f".{digits}f", **title) for name, title in zip(names, named, strict=True)]
 
 
 def _rule(level: float, **mark: Any) -> alt.Chart:

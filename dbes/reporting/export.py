@@ -14,7 +14,7 @@ import pandas as pd
 import yaml
 
 from dbes.comparison.compare import Comparison, Difference, PhaseDifference, model_score, phase_differences
-from dbes.comparison.entries import Entry
+from dbes.comparison.entries import LeaderboardEntry
 from dbes.errors import ResultError
 from dbes.files import write_text
 from dbes.reporting.charts import METRICS
@@ -33,7 +33,7 @@ MARKDOWN = re.compile(r"[\\`*_\[\]<>|#&~$@]|:(?=//)|(?<=www)\.", re.IGNORECASE)
 ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;", "@": "&#64;"}
 
 
-def entry_row(entry: Entry, comparison: Comparison) -> dict[str, Any]:
+def entry_row(entry: LeaderboardEntry, comparison: Comparison) -> dict[str, Any]:
     """One line of the leaderboard. A score that misses a domain or a layer is None, never a mean of the rest."""
     result, model = entry.result, entry.result.model
     rank = comparison.ranks.get(entry.label)
@@ -81,7 +81,7 @@ def entry_row(entry: Entry, comparison: Comparison) -> dict[str, Any]:
     return row
 
 
-def entry_note(entry: Entry, metric: str) -> str | None:
+def entry_note(entry: LeaderboardEntry, metric: str) -> str | None:
     """What a reader of the table must know of a result: why it has no rank, and whether its scores could be told from chance."""
     notes = [entry.problem] if entry.problem else []
     if cannot_tell(entry.result, metric):
@@ -110,7 +110,7 @@ def phase_rows(comparison: Comparison) -> list[dict[str, Any]]:
     return [phase_row(each) for entry in comparison.entries for each in phase_differences(entry)]
 
 
-def published_row(entry: Entry) -> dict[str, Any]:
+def published_row(entry: LeaderboardEntry) -> dict[str, Any]:
     """The published, uncalibrated values of one result, under their own names."""
     row: dict[str, Any] = {"model": legible(entry.label, NAME_WIDTH)}
     for key, found in entry.result.published.items():

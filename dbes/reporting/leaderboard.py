@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dbes.comparison.compare import DEPTHS, LEVEL, Comparison, Difference, depth_of, differences, model_score
-from dbes.comparison.entries import Entry
+from dbes.comparison.entries import LeaderboardEntry
 from dbes.reporting import charts
 from dbes.reporting.export import entry_note, entry_row, phase_rows, published_row
 from dbes.reporting.page import columns, render
@@ -86,7 +86,7 @@ def leaderboard_payload(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def curve_rows(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+def curve_rows(entries: Sequence[LeaderboardEntry]) -> list[dict[str, Any]]:
     """Score of every model at the relative depth of each layer; models with a gap in a metric are left out of it."""
     rows = []
     for entry in entries:
@@ -100,7 +100,7 @@ def curve_rows(entries: Sequence[Entry]) -> list[dict[str, Any]]:
     return rows
 
 
-def _all_pairs(entries: Sequence[Entry]) -> list[Difference]:
+def _all_pairs(entries: Sequence[LeaderboardEntry]) -> list[Difference]:
     if len(entries) > PAIRED_MODELS:
         return []
     return [found for index, a in enumerate(entries) for b in entries[index + 1 :] for found in differences(a, b)]

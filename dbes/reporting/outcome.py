@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import AliasChoices, ConfigDict, Field, field_validator
+from pydantic import AliasChoices, Field, field_validator
 
 from dbes.errors import ResultError
+from dbes.reporting.arms import group_of, named
 from dbes.reporting.commands import shell
 from dbes.results import RESULT_FILE
-from dbes.schema import Open, Strict, Whole, read_json, read_versioned
+from dbes.schema import Finite, Open, Whole, read_json, read_versioned
 from dbes.text import label, legible, printable
 from dbes.wording import counted, share, whole
 
@@ -20,28 +21,12 @@ OUTCOME_SCHEMA = 1
 KIND = "intervention"
 OUTCOME_FILE, EXPERIMENT_FILE = "intervention.json", "experiment.json"
 
-LOAD, CONTROL = "target-load", "random-load-matched"
-FULL = (
-    "full", "full-slow", "full-slower", "full-slowest", "full-protected", "full-replay", "full-replay-slow", "full-replay-slower",
-    "full-replay-slowest",
-)  # fmt: skip
-EXTRA = ("all", "lora", "router", "all-protected")
-RANDOM = ("random", "bottom", CONTROL)
-"""Names of arms that the report treats apart; every other arm is an expert path."""
-
-PROTECTED, REPLAY = "-protected", "full-replay"
 SAME_CELLS = "same cells, no contrast"
-GROUPS = ("expert path", "full finetuning", "target load", "random or bottom cells", "no path")
-
 WIDTH = 80
 TEXT_WIDTH = 4000
 
 
-class Part(Strict):
-    model_config = ConfigDict(allow_inf_nan=False)
-
-
-class Figure(Part):
+class ReportedValue(Finite):
     """A value with its 95 % interval and p; None where too little was measured."""
 
     value: float | None
@@ -50,29 +35,29 @@ class Figure(Part):
     p: float | None
 
 
-class Point(Part):
+class CurvePoint(Finite):
     step: int
     gain: float
     forgetting: float
 
 
-class Matched(Part):
+class Matched(Finite):
     """An arm and full finetuning stopped early, both at the same forgetting."""
 
     forgetting: float
-    gain: Figure
-    full: Figure
-    difference: Figure
-    ratio: Figure | None
+    gain: ReportedValue
+    full: ReportedValue
+    difference: ReportedValue
+    ratio: ReportedValue | None
 
 
-class EqualCompute(Part):
+class EqualCompute(Finite):
     seconds: float
     gain: float
     forgetting: float
 
 
-class AccuracyPoint(Part):
+class AccuracyPoint(Finite):
     """Change of accuracy after some steps, as shares of items."""
 
     step: int
@@ -82,7 +67,7 @@ class AccuracyPoint(Part):
     elsewhere_per_byte: float | None
 
 
-class ArmAccuracy(Part):
+class ArmAccuracy(Finite):
     """Change of accuracy in the target (``gain``) and in the other domains that have items (``elsewhere``, their mean).
 
     Attributes:
@@ -92,14 +77,14 @@ class ArmAccuracy(Part):
 
     items: int
     items_elsewhere: int
-    gain: Figure | None
-    elsewhere: Figure | None
-    gain_per_byte: Figure | None
-    elsewhere_per_byte: Figure | None
+    gain: ReportedValue | None
+    elsewhere: ReportedValue | None
+    gain_per_byte: ReportedValue | None
+    elsewhere_per_byte: ReportedValue | None
     curve: tuple[AccuracyPoint, ...]
 
 
-class DomainAccuracy(Part):
+class DomainAccuracy(Finite):
     """Held-out items of a domain before training; ``chance`` is the mean of 1 over the number of choices."""
 
     items: int
@@ -108,22 +93,22 @@ class DomainAccuracy(Part):
     base_per_byte: float
 
 
-class ArmFigures(Part):
+class ReportedArm(Finite):
     arm: str
     budget: float | None
     kind: str
     rate: float
     cells: float
     coverage: float | None
-    gain: Figure
-    forgetting: Figure
-    worst_forgetting: Figure
+    gain: ReportedValue
+    forgetting: ReportedValue
+    worst_forgetting: ReportedValue
     trainable_parameters: float | None
     optimizer_bytes: float | None
     peak_added_bytes: float | None
     training_seconds: float | None
     steps_without_gradient: float | None
-    curve: tuple[Point, ...]
+    curve: tuple[CurvePoint, ...]
     matched: Matched | None = None
     equal_compute: EqualCompute | None = None
     accuracy: ArmAccuracy | None = None
@@ -136,12 +121,10 @@ class ArmFigures(Part):
 
     @property
     def group(self) -> str:
-        rule = self.arm.removesuffix(PROTECTED)
-        index = 1 if self.arm in FULL else 2 if rule == LOAD else 3 if rule in RANDOM else 4 if self.arm in EXTRA else 0
-        return GROUPS[index]
+        return group_of(self.arm)
 
 
-class Contrast(Part):
+class Contrast(Finite):
     """An arm against a control.
 
     Attributes:
@@ -155,8 +138,8 @@ class Contrast(Part):
     forgetting: float
     gained: float
     control_gain: float
-    matched: Figure
-    gain: Figure
+    matched: ReportedValue
+    gain: ReportedValue
     matched_holm: float | None = None
     gain_holm: float | None = None
     overlap: float | None = None
@@ -168,14 +151,14 @@ class Contrast(Part):
         return self.same_cells or all(one.value == one.low == one.high == 0 and one.p == 1 for one in (self.matched, self.gain))
 
 
-class Failed(Part):
+class Failed(Finite):
     arm: str
     budget: float | None
     seed: int
     error: str | None
 
 
-class TargetVerdict(Part):
+class TargetVerdict(Finite):
     text: str
     beats_target_load: tuple[str, ...]
     beats_random_load_matched: tuple[str, ...]
@@ -184,11 +167,11 @@ class TargetVerdict(Part):
     """``prize`` in files of earlier versions."""
 
 
-class Target(Part):
+class Target(Finite):
     is_new: bool
     others: tuple[str, ...]
     base: float
-    arms: tuple[ArmFigures, ...]
+    arms: tuple[ReportedArm, ...]
     contrasts: tuple[Contrast, ...]
     protection: tuple[Contrast, ...] = ()
     replay: tuple[Contrast, ...] = ()
@@ -202,7 +185,7 @@ class Target(Part):
         return (*self.contrasts, *self.protection, *self.replay)
 
 
-class Mask(Part):
+class Mask(Finite):
     """Loss added by masking cells, and by random cells that carry as much load; in bits per byte."""
 
     target: str
@@ -210,23 +193,23 @@ class Mask(Part):
     budget: float
     cells: int
     control_cells: float
-    inside: Figure
-    outside: Figure
-    control_inside: Figure
-    control_outside: Figure
-    selectivity: Figure
-    control_selectivity: Figure
-    difference: Figure
+    inside: ReportedValue
+    outside: ReportedValue
+    control_inside: ReportedValue
+    control_outside: ReportedValue
+    selectivity: ReportedValue
+    control_selectivity: ReportedValue
+    difference: ReportedValue
 
 
-class Skipped(Part):
+class Skipped(Finite):
     target: str
     arm: str
     budget: float | None
     reason: str
 
 
-class PathFacts(Part):
+class PathFacts(Finite):
     cells: int
     share: float
     coverage: float
@@ -234,7 +217,7 @@ class PathFacts(Part):
     coverage_elsewhere: float | None
 
 
-class ModelFacts(Part):
+class TrainedModel(Finite):
     name: str
     revision: str | None = None
     parameters: int | None = None
@@ -250,10 +233,10 @@ class Asked(Open):
     seeds: Whole = 0
 
 
-class Outcome(Part):
+class Outcome(Finite):
     schema_version: Literal[1]
     kind: Literal["intervention"]
-    model: ModelFacts
+    model: TrainedModel
     texts: str
     given: tuple[str, ...] = ()
     """The targets as they were given; empty in outcomes of earlier versions, which know their names only."""
@@ -283,10 +266,6 @@ def accuracy_facts(target: Target) -> list[tuple[str, str]]:
         )
         for name, one in target.accuracy.items()
     ]
-
-
-def named(arm: str, budget: float | None) -> str:
-    return arm if budget is None else f"{arm} at {100 * budget:.4g}%"
 
 
 def is_outcome(path: str | Path) -> bool:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from dbes.reporting.arms import named
 from dbes.reporting.commands import program
 from dbes.reporting.export import markdown_cell, markdown_table
 from dbes.reporting.outcome import (
     SAME_CELLS,
     TEXT_WIDTH,
-    ArmFigures,
     Contrast,
-    Figure,
     Outcome,
+    ReportedArm,
+    ReportedValue,
     Target,
     accuracy_facts,
     command,
     limits,
-    named,
 )
 from dbes.wording import p_cell, share, whole
 
@@ -94,7 +94,7 @@ def _compared(row: Contrast) -> list[str]:
     return [_told(row.matched), p_cell(row.matched_holm), _told(row.gain), p_cell(row.gain_holm)]
 
 
-def _accuracy(arm: ArmFigures) -> list[str | None]:
+def _accuracy(arm: ReportedArm) -> list[str | None]:
     found = arm.accuracy
     parts = (None,) * 4 if found is None else (found.gain, found.elsewhere, found.gain_per_byte, found.elsewhere_per_byte)
     return [None if part is None else _told(part, 3) for part in parts]
@@ -111,7 +111,7 @@ def _number(value: float | None, digits: int = 4) -> str:
     return shown.removeprefix("-") if float(shown) == 0 else shown
 
 
-def _told(figure: Figure, digits: int = 4) -> str:
+def _told(figure: ReportedValue, digits: int = 4) -> str:
     value = _number(figure.value, digits)
     ends = [_number(end, digits) for end in (figure.low, figure.high) if end is not None]
     return f"{value} ({ends[0]} to {ends[1]})" if len(ends) == 2 else value

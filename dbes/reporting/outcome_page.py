@@ -7,31 +7,25 @@ from typing import Any
 
 from dbes.files import check_writable, write_text
 from dbes.reporting import charts
+from dbes.reporting.arms import CONTROL, EVERY_PARAMETER, FULL_REPLAY, GROUPS, LOAD, PROTECTED, named, rule_of
 from dbes.reporting.commands import program
 from dbes.reporting.outcome import (
-    CONTROL,
-    FULL,
-    GROUPS,
-    LOAD,
-    PROTECTED,
-    REPLAY,
     SAME_CELLS,
     TEXT_WIDTH,
     WIDTH,
     ArmAccuracy,
-    ArmFigures,
     Contrast,
     EqualCompute,
-    Figure,
     Mask,
     Outcome,
+    ReportedArm,
+    ReportedValue,
     Target,
     accuracy_facts,
     command,
     facts,
     limits,
     load_outcome,
-    named,
 )
 from dbes.reporting.page import render, slug
 from dbes.results import PAGE_FILE
@@ -108,7 +102,7 @@ def _target(name: str, target: Target) -> Row:
         "trajectories": [
             {"arm": legible(arm.name, WIDTH), "step": point.step, "gain": point.gain, "forgetting": point.forgetting}
             for arm in target.arms
-            if arm.arm in FULL
+            if arm.arm in EVERY_PARAMETER
             for point in arm.curve
         ],
         "contrasts": [_contrast_row(row, target, short=short) for row in target.pairs],
@@ -119,22 +113,22 @@ def _series(row: Contrast) -> str:
     """What a pair is compared with, protected or not: like is compared with like."""
     if row.arm == row.control + PROTECTED:
         return "against the same without protection"
-    if row.control == REPLAY:
+    if row.control == FULL_REPLAY:
         return "against full finetuning with replay"
-    return f"against {legible(row.control.removesuffix(PROTECTED), WIDTH)}"
+    return f"against {legible(rule_of(row.control), WIDTH)}"
 
 
-def _short(arm: ArmFigures | Contrast) -> str:
+def _short(arm: ReportedArm | Contrast) -> str:
     return arm.arm if arm.budget is None else f"{arm.arm} {100 * arm.budget:.4g}%"
 
 
-def spread(name: str, figure: Figure | None) -> Row:
+def spread(name: str, figure: ReportedValue | None) -> Row:
     """A figure as flat columns."""
     parts = (("", "value"), ("_low", "low"), ("_high", "high"), ("_p", "p"))
     return {f"{name}{end}": None if figure is None else getattr(figure, part) for end, part in parts}
 
 
-def arm_row(arm: ArmFigures) -> Row:
+def arm_row(arm: ReportedArm) -> Row:
     """All figures of an arm, flat; what an arm does not have is None."""
     matched, equal = arm.matched, arm.equal_compute
     return {
@@ -186,7 +180,7 @@ def _contrast_row(row: Contrast, target: Target, *, short: bool) -> Row:
         "gain_holm": None if same else row.gain_holm,
         "overlap": 1.0 if same else row.overlap,
         "note": SAME_CELLS if same else None,
-        "better": named(row.arm, row.budget) in better.get(row.control.removesuffix(PROTECTED), ()),
+        "better": named(row.arm, row.budget) in better.get(rule_of(row.control), ()),
     }
 
 

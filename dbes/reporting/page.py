@@ -24,7 +24,7 @@ from dbes.errors import FileError, ResultError
 from dbes.files import check_writable, write_text
 from dbes.reporting import charts
 from dbes.reporting.commands import command, program
-from dbes.reporting.text_view import Sample, contexts, documents, read_sample, token_text, trajectories
+from dbes.reporting.text_view import TextSample, contexts, documents, read_sample, token_text, trajectories
 from dbes.results import PAGE_FILE, CalibratedRecord, Result, load_result
 from dbes.scoring.resolution import DOUBTFUL, cannot_tell, why_not
 from dbes.scoring.tables import read_arrays, read_usage
@@ -129,7 +129,9 @@ def render_page(
     )
 
 
-def model_payload(result: Result, *, usage: pd.DataFrame | None, arrays: dict[str, np.ndarray], sample: Sample | None) -> dict[str, Any]:
+def model_payload(
+    result: Result, *, usage: pd.DataFrame | None, arrays: dict[str, np.ndarray], sample: TextSample | None
+) -> dict[str, Any]:
     """Everything the page's script draws from: specifications and the numbers of the result."""
     named = labels(result.task.domains, DOMAIN_WIDTH)
     domains = list(named.values())

@@ -38,7 +38,7 @@ MOVES = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
+class TextSample:
     """Routes of whole documents, in order, and each row's domain, [tokens]."""
 
     shape: RoutingShape
@@ -85,7 +85,7 @@ def token_text(text: str) -> str:
     return legible(text[: TOKEN_WIDTH + 1].replace("\n", "⏎").replace("\t", "⇥"))
 
 
-def read_sample(trace: Trace | Counts) -> Sample | None:
+def read_sample(trace: Trace | Counts) -> TextSample | None:
     """Whole documents of a trace, evenly over the domains; None when it holds no token."""
     counts = counts_of(trace)
     shape, kept = counts.shape, counts.sample
@@ -95,10 +95,10 @@ def read_sample(trace: Trace | Counts) -> Sample | None:
     chosen = kept.of(documents_to_read(shape, kept.tokens, among=among))
     if chosen is None:
         return None
-    return Sample(shape=shape, kept=chosen, domain=shape.document_domain[chosen.routes.document], vocabulary=counts.vocabulary)
+    return TextSample(shape=shape, kept=chosen, domain=shape.document_domain[chosen.routes.document], vocabulary=counts.vocabulary)
 
 
-def documents(sample: Sample, named: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+def documents(sample: TextSample, named: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
     """Documents to read, one or two of each domain: token texts, and k experts with weights per token and layer.
 
     ``experts`` and ``weights`` are flat in the order tokens, layers, slots, the heaviest slot first; weights are whole percent
@@ -146,7 +146,7 @@ def documents(sample: Sample, named: Mapping[str, str] | None = None) -> list[di
     return found
 
 
-def contexts(sample: Sample | None, specialists: Sequence[Specialist]) -> list[list[list[str]]]:
+def contexts(sample: TextSample | None, specialists: Sequence[Specialist]) -> list[list[list[str]]]:
     """For each specialist up to three places where its typical tokens stand: [text before, token, text after]."""
     nothing: list[list[list[str]]] = [[] for _ in specialists]
     if sample is None or sample.routes.token_ids is None or not sample.vocabulary:
@@ -175,7 +175,7 @@ def contexts(sample: Sample | None, specialists: Sequence[Specialist]) -> list[l
     return nothing
 
 
-def _surroundings(sample: Sample, row: int) -> list[str]:
+def _surroundings(sample: TextSample, row: int) -> list[str]:
     document = sample.routes.document
     start, stop = max(0, row - CONTEXT_REACH), min(sample.tokens, row + CONTEXT_REACH + 1)
     near = [place for place in range(start, stop) if document[place] == document[row]]
@@ -184,7 +184,7 @@ def _surroundings(sample: Sample, row: int) -> list[str]:
     return ["".join(texts[place] for place in near if place < row), token, "".join(texts[place] for place in near if place > row)]
 
 
-def trajectories(sample: Sample) -> list[list[list[list[float]]]] | None:
+def trajectories(sample: TextSample) -> list[list[list[list[float]]]] | None:
     """Strongest moves of each domain between neighbouring layers: [domains][layer pairs][moves] of from, to, share, lift.
 
     A move is from a token's primary expert to its primary expert at the next MoE layer; ``share`` is over the domain's tokens in

@@ -27,7 +27,7 @@ from dbes.testbed.tables import (
     probe_table,
 )
 
-Outcome = Literal["reproduces", "does not reproduce", "undecided", "not measured"]
+Reproduction = Literal["reproduces", "does not reproduce", "undecided", "not measured"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Verdict:
     """One claim, what became of it, and the sentence that says so with numbers."""
 
     claim: str
-    outcome: Outcome
+    outcome: Reproduction
     sentence: str
     experiment: str = ""
 
@@ -119,7 +119,7 @@ def _scope_or_method(grid: Grid, value: Value, how: str) -> Iterator[Verdict]:
         else ""
     )
     if set(signs.values()) == {"reproduces"} and (shares is None or shares["scope"] > shares["method"]):
-        outcome: Outcome = "reproduces"
+        outcome: Reproduction = "reproduces"
     elif "does not reproduce" in signs.values() or (shares is not None and shares["scope"] < shares["method"]):
         outcome = "does not reproduce"
     else:
@@ -272,7 +272,7 @@ EQUAL = 0.05
 """Differences within this count as none: 5 % of perplexity, 5 points of utilization."""
 
 
-def _about_zero(found: Interval) -> Outcome:
+def _about_zero(found: Interval) -> Reproduction:
     """Whether the whole interval lies within ``EQUAL`` of 0; no difference found is not the same as none."""
     if not found.seeds:
         return "not measured"
@@ -285,7 +285,7 @@ def _excludes_zero(found: Interval) -> bool:
     return found.low > 0 or found.high < 0
 
 
-def _sign(found: Interval, *, wanted: int) -> Outcome:
+def _sign(found: Interval, *, wanted: int) -> Reproduction:
     """Whether a contrast has the sign that a claim needs; undecided when its interval reaches 0 or there is one seed only."""
     if not found.seeds:
         return "not measured"

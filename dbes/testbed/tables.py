@@ -19,6 +19,7 @@ from dbes.testbed.contrasts import (
     TRAINED_UTILIZATION,
     UTILIZATION,
     Grid,
+    Interval,
     Value,
     interval,
     number,
@@ -50,11 +51,9 @@ def arm_table(grid: Grid, experiment: str) -> pd.DataFrame:
     for arm in grid.arms(experiment):
         row: dict[str, Any] = {"arm": arm, "seeds": len(grid.seeds(arm))}
         for name, value in measures.items():
-            found = grid.mean(arm, value)
-            row |= {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
+            row |= _with_ends(name, grid.mean(arm, value))
         baseline = frozen_baseline(grid, arm)
-        above = grid.contrast(arm, baseline, SPECIALIZATION) if baseline else interval([])
-        row |= {"above_frozen": above.mean, "above_frozen_low": above.low, "above_frozen_high": above.high}
+        row |= _with_ends("above_frozen", grid.contrast(arm, baseline, SPECIALIZATION) if baseline else interval([]))
         first = grid.cells[arm, grid.seeds(arm)[0]]
         row |= {"tokens": first["tokens"], "parameters": first["parameters"]}
         row["tokens_per_cpu_second"] = grid.mean(arm, lambda record: record["tokens"] / record["cpu_seconds"]).mean
@@ -62,6 +61,10 @@ def arm_table(grid: Grid, experiment: str) -> pd.DataFrame:
             row[f"bits_per_byte/{domain}"] = grid.mean(arm, lambda record, domain=domain: record["bits_per_byte"][domain]).mean
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _with_ends(name: str, found: Interval) -> dict[str, float]:
+    return {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
 
 
 def frozen_baseline(grid: Grid, arm: str) -> str | None:
@@ -104,8 +107,7 @@ def level_table(grid: Grid) -> pd.DataFrame:
     for arm in grid.arms("levels"):
         row: dict[str, Any] = {"arm": arm, "seeds": len(grid.seeds(arm))}
         for name, value in (("topic", information("topic")), ("syntax", information("syntax")), ("bits_per_byte", LOSS)):
-            found = grid.mean(arm, value)
-            row |= {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
+            row |= _with_ends(name, grid.mean(arm, value))
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -118,8 +120,7 @@ def probe_table(grid: Grid) -> pd.DataFrame:
         for layer in range(len(probes[0]["input"]) if probes and probes[0] else 0):
             row: dict[str, Any] = {"arm": arm, "layer": layer}
             for name in ("input", "experts", "chance"):
-                found = interval([probe[name][layer] for probe in probes])
-                row |= {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
+                row |= _with_ends(name, interval([probe[name][layer] for probe in probes]))
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -131,7 +132,7 @@ def forking_table(grid: Grid) -> pd.DataFrame:
         forking = grid.mean(arm, lambda record: record["forking"]["forking"])
         others = grid.mean(arm, lambda record: record["forking"]["others"])
         gap = interval([forking_gap(grid.cells[arm, seed]) for seed in grid.seeds(arm)])
-        rows.append({"arm": arm, "forking": forking.mean, "others": others.mean, "gap": gap.mean, "gap_low": gap.low, "gap_high": gap.high})
+        rows.append({"arm": arm, "forking": forking.mean, "others": others.mean, **_with_ends("gap", gap)})
     return pd.DataFrame(rows)
 
 

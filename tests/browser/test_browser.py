@@ -392,6 +392,21 @@ def test_names_of_models_do_not_cover_each_other(chromium, leaderboard_page: Pat
             assert apart or one["bottom"] <= other["top"] + 2 or other["bottom"] <= one["top"] + 2
 
 
+def test_the_testbed_draws_its_tables_and_saves_them(chromium, testbed_page: Path) -> None:
+    page = Opened(chromium, testbed_page)
+    expected = {"a<b/global_batch/a third of other domains": (0.4, 0.3, 0.5)}
+    drawn = {row["label"]: (row["value"], row["low"], row["high"]) for row in page.rows("soft-specialization")}
+    assert len(drawn) == 3 and expected.items() <= drawn.items()
+    assert {row["low"] for row in page.rows("soft-bits_per_byte")} == {None}
+    cells = page.tab.locator("#soft-table tbody tr").last.locator("td").all_inner_texts()
+    assert [cell.split() for cell in cells[1:]] == [["3"], ["0.400", "[0.300,", "0.500]"], ["3.450"], ["12,345"]]
+    saved = list(csv.DictReader(io.StringIO(page.save('[data-csv="soft-table"]'))))
+    assert [float(row["specialization_high"]) for row in saved] == [0.15, 0.3, 0.5]
+    assert page.save('[data-figure="soft-specialization"] [data-save=svg]').startswith("<svg")
+    assert page.tab.locator("#failed-table tbody td").all_inner_texts() == ["x", "1", "out of memory"]
+    page.silent()
+
+
 def test_hostile_names_and_tokens_never_run(chromium, tmp_path: Path) -> None:
     words = dict(enumerate(HOSTILE))
     trace = simulated_trace(model=HOSTILE[0] + "\u202e\x07", domains=(HOSTILE[1], HOSTILE[3], "=cmd()", "\u202elaw"), vocabulary=words)

@@ -7,7 +7,6 @@ start((data) => {
   const words = (row, name, digits) => (known(row[name]) ? bits(row[name], digits) + (known(row[`${name}_low`]) ? ` (${between(row, name, digits)})` : "") : "–");
   const count = (value) => (known(value) ? Number(value).toLocaleString("en", { maximumFractionDigits: 1 }) : "–");
   const bytes = (value) => (known(value) ? (value >= 1e9 ? `${(value / 1e9).toFixed(2)} GB` : value >= 1e5 ? `${(value / 1e6).toFixed(1)} MB` : `${(value / 1e3).toFixed(2)} kB`) : "–");
-  const saveTable = (id, name, table) => document.querySelector(`[data-csv="${id}"]`).addEventListener("click", () => download(`${data.name}-${name}.csv`, csv(table.all()), "text/csv;charset=utf-8"));
   const column = (key, label, show, title) => ({ key, label, number: true, show, title });
   const name = (key, label) => ({ key, label, show: (row) => element("bdi", {}, row[key]) });
 
@@ -84,9 +83,8 @@ start((data) => {
     ]);
     document.querySelectorAll(`input[name="view-${i}"], #bars-${i}`).forEach((input) => input.addEventListener("change", () => redraw(`plane-${i}`)));
 
-    const armTable = document.getElementById(`arms-${i}`);
-    if (armTable) {
-      saveTable(`arms-${i}`, `arms-${i}`, sortableTable(armTable, [
+    if (document.getElementById(`arms-${i}`)) {
+      dataTable(`arms-${i}`, [
         { key: "arm", label: "Arm", show: (row) => element("span", {}, element("bdi", {}, row.arm), row.pareto ? element("span", {}, " ", element("span", { class: "badge" }, "Pareto")) : "", element("div", { class: "small" }, row.group)) },
         column("gain", "Gain", told("gain")), column("forgetting", "Forgetting", told("forgetting")), column("worst_forgetting", "Worst domain", told("worst_forgetting"), "forgetting of the domain that lost most"),
         column("matched_ratio", "Times full", (row) => (known(row.matched_ratio) ? told("matched_ratio", 2)(row) : known(row.matched_gain) ? "not defined" : "–"), "gain at matched forgetting over that of full finetuning stopped early"),
@@ -100,33 +98,31 @@ start((data) => {
         column("cells", "Cells", (row) => count(row.cells)), column("coverage", "Coverage", (row) => percent(row.coverage), "share of the target's routing load"),
         column("trainable_parameters", "Trainable", (row) => count(row.trainable_parameters)), column("optimizer_bytes", "Optimizer", (row) => bytes(row.optimizer_bytes)), column("training_seconds", "Seconds", (row) => count(row.training_seconds)),
         column("peak_added_bytes", "Peak memory", (row) => bytes(row.peak_added_bytes), "added while training"), column("rate", "Rate", (row) => number(row.rate), "learning rate"), column("steps_without_gradient", "Idle steps", (row) => count(row.steps_without_gradient), "steps in which no chosen cell got a gradient"),
-      ], target.arms, { size: 60, pager: document.getElementById(`arms-${i}-pager`), sort: "gain" }));
+      ], target.arms, { size: 60, sort: "gain", file: `arms-${i}` });
     }
-    const paired = document.getElementById(`contrasts-table-${i}`);
-    if (paired) {
+    if (document.getElementById(`contrasts-table-${i}`)) {
       const drawn = () => target.contrasts.filter((row) => !row.note).map((row) => ({ label: row.label, series: row.series, value: row.matched, low: row.matched_low, high: row.matched_high }));
       const lines = new Set(drawn().map((row) => row.label)).size;
       addFigure(`contrasts-${i}`, () => ({ ...data.specs.contrasts, height: 34 * lines + 12 }), drawn, () => target.contrasts);
-      saveTable(`contrasts-table-${i}`, `contrasts-${i}`, sortableTable(paired, [
+      dataTable(`contrasts-table-${i}`, [
         { key: "arm", label: "Arm", show: (row) => element("span", {}, element("bdi", {}, row.arm), row.better ? element("span", {}, " ", element("span", { class: "badge" }, "better")) : "") },
         name("control", "Against"), column("overlap", "Common cells", (row) => percent(row.overlap, 0), "cells of both over cells of either, mean over seeds"), column("matched", "Matched difference", (row) => row.note || told("matched")(row), "gain at matched forgetting, arm minus control"), column("matched_p", "p", (row) => small(row.matched_p)), column("matched_holm", "p (Holm)", (row) => small(row.matched_holm)),
         column("forgetting", "at forgetting", (row) => bits(row.forgetting)), column("gained", "Arm's gain there", (row) => bits(row.gained)), column("control_gain", "Control's gain", (row) => bits(row.control_gain), "at its end"),
         column("gain", "Plain difference", (row) => row.note || told("gain")(row), "gain at the end, arm minus control"), column("gain_holm", "p (Holm) plain", (row) => small(row.gain_holm)),
-      ], target.contrasts, { size: 60, pager: document.getElementById(`contrasts-table-${i}-pager`) }));
+      ], target.contrasts, { size: 60, file: `contrasts-${i}` });
     }
   });
 
-  const masks = document.getElementById("mask-table");
-  if (masks) {
+  if (document.getElementById("mask-table")) {
     const targets = [...new Set(data.masks.map((row) => row.target))];
     fill("mask-target", targets.map((target) => [target, target]));
     const drawn = () => data.mask_series.filter((row) => row.target === chosen("mask-target"));
     addFigure("masks", () => ({ ...data.specs.masks, height: 58 * new Set(drawn().map((row) => row.label)).size + 12 }), drawn, () => data.mask_series);
     onChange("mask-target", () => redraw("masks"));
-    saveTable("mask-table", "masks", sortableTable(masks, [
+    dataTable("mask-table", [
       name("target", "Target"), name("rule", "Cells of"), column("cells", "Cells", (row) => count(row.cells)), column("inside", "Inside", told("inside")), column("outside", "Outside", told("outside")),
       column("control_inside", "Random, inside", told("control_inside")), column("control_outside", "Random, outside", told("control_outside")), column("control_cells", "Random cells", (row) => count(row.control_cells)),
       column("selectivity", "Selectivity", told("selectivity"), "inside minus outside"), column("control_selectivity", "of random", told("control_selectivity")), column("difference", "Difference", told("difference")), column("difference_p", "p", (row) => small(row.difference_p)),
-    ], data.masks, { size: 60, pager: document.getElementById("mask-table-pager") }));
+    ], data.masks, { size: 60, file: "masks" });
   }
 });

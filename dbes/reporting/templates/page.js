@@ -1,5 +1,5 @@
 "use strict";
-// What both pages share: data, theme, figures, downloads, tables. Text from the data reaches the page by textContent only.
+// What the pages share: data, theme, figures, downloads, tables. Text from the data reaches the page by textContent only.
 const page = { figures: new Map() };
 
 async function unpack() {
@@ -190,6 +190,13 @@ function sortableTable(table, columns, rows, { caption, size = 40, pager, sort =
   }
   show();
   return { set: (next) => { state.rows = next; state.at = 0; show(); }, all: ordered };
+}
+
+// A table with the pager and the CSV button that stand beside it.
+function dataTable(id, columns, rows, { file, ...options } = {}) {
+  const table = sortableTable(document.getElementById(id), columns, rows, { pager: document.getElementById(`${id}-pager`), ...options });
+  document.querySelector(`[data-csv="${id}"]`)?.addEventListener("click", () => download(`${page.data.name}-${file}.csv`, csv(table.all()), "text/csv;charset=utf-8"));
+  return table;
 }
 
 async function start(build) {
