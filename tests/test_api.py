@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import WORDS
 from pydantic import ValidationError
 from transformers import AutoTokenizer, OlmoeForCausalLM
 from transformers.modeling_utils import PreTrainedModel
@@ -17,6 +16,7 @@ import dbes
 from dbes.evaluation.request import read_benchmark
 from dbes.scoring.stored import counts_of
 
+WORDS = {"law": "court clause liability tenant notice", "code": "def return import self list", "math": "prime sum angle proof root"}
 QUICK: dict[str, Any] = {"permutations": 30, "limit": 6}
 
 
