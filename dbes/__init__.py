@@ -11,23 +11,101 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from dbes.errors import (
+    DbesError,
+    FileError,
+    FinetuneError,
+    InterventionError,
+    MixError,
+    ModelError,
+    PathError,
+    RecordingError,
+    ResultError,
+    SettingError,
+    TaskError,
+    TraceError,
+)
+
 if TYPE_CHECKING:
+    from dbes.comparison.compare import Comparison, compare
     from dbes.evaluation.pipeline import evaluate, record
+    from dbes.finetuning.output import merge
+    from dbes.finetuning.run import finetune
+    from dbes.finetuning.settings import FinetuneSettings
+    from dbes.models.doctor import Diagnosis, examine
+    from dbes.models.load import LoadedModel, load_model
+    from dbes.paths.search import find_path
+    from dbes.paths.types import ExpertPath
+    from dbes.reporting.report import report
     from dbes.results import Result, load_result, load_results
+    from dbes.scoring.counts import Counts
     from dbes.scoring.score import score
+    from dbes.tasks.task import Task, list_tasks, load_task
     from dbes.trace.store import Trace
 
 _HOMES = {
-    "Result": "dbes.results",
-    "Trace": "dbes.trace.store",
     "evaluate": "dbes.evaluation.pipeline",
-    "load_result": "dbes.results",
-    "load_results": "dbes.results",
     "record": "dbes.evaluation.pipeline",
     "score": "dbes.scoring.score",
+    "load_result": "dbes.results",
+    "load_results": "dbes.results",
+    "compare": "dbes.comparison.compare",
+    "report": "dbes.reporting.report",
+    "find_path": "dbes.paths.search",
+    "finetune": "dbes.finetuning.run",
+    "merge": "dbes.finetuning.output",
+    "examine": "dbes.models.doctor",
+    "load_model": "dbes.models.load",
+    "load_task": "dbes.tasks.task",
+    "list_tasks": "dbes.tasks.task",
+    "Result": "dbes.results",
+    "Trace": "dbes.trace.store",
+    "Counts": "dbes.scoring.counts",
+    "Task": "dbes.tasks.task",
+    "ExpertPath": "dbes.paths.types",
+    "Comparison": "dbes.comparison.compare",
+    "Diagnosis": "dbes.models.doctor",
+    "FinetuneSettings": "dbes.finetuning.settings",
+    "LoadedModel": "dbes.models.load",
 }
 
-__all__ = ["Result", "Trace", "evaluate", "load_result", "load_results", "record", "score"]
+__all__ = [
+    "Comparison",
+    "Counts",
+    "DbesError",
+    "Diagnosis",
+    "ExpertPath",
+    "FileError",
+    "FinetuneError",
+    "FinetuneSettings",
+    "InterventionError",
+    "LoadedModel",
+    "MixError",
+    "ModelError",
+    "PathError",
+    "RecordingError",
+    "Result",
+    "ResultError",
+    "SettingError",
+    "Task",
+    "TaskError",
+    "Trace",
+    "TraceError",
+    "compare",
+    "evaluate",
+    "examine",
+    "find_path",
+    "finetune",
+    "list_tasks",
+    "load_model",
+    "load_result",
+    "load_results",
+    "load_task",
+    "merge",
+    "record",
+    "report",
+    "score",
+]
 __version__ = "0.1.0"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
 from dbes.errors import FileError, ResultError
 from dbes.files import write_text
@@ -184,6 +184,15 @@ class Result(_Strict):
     companions: dict[str, Any] = Field(default_factory=dict)
     files: dict[str, str] = Field(default_factory=dict)
     """Name and sha256 of the tables and matrices that were written beside it; empty in results of earlier versions."""
+    _folder: Path | None = PrivateAttr(default=None)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Result) and self.__dict__ == other.__dict__
+
+    @property
+    def folder(self) -> Path | None:
+        """Where it was written to or read from, beside its tables and, where they were kept, the recorded routes."""
+        return self._folder
 
     @field_validator("settings", "companions")
     @classmethod
@@ -253,6 +262,7 @@ class Result(_Strict):
             write_text(path, self.model_dump_json(indent=1) + "\n")
         except FileError as problem:
             raise ResultError(str(problem)) from problem
+        self._folder = path.parent
         return path
 
 
@@ -265,7 +275,9 @@ def load_result(path: str | Path) -> Result:
     path = Path(path)
     path = path / RESULT_FILE if path.is_dir() else path
     missing = f"{path}: there is no result here; run `dbes evaluate` first"
-    return read_versioned(path, Result, error=ResultError, versions=(RESULT_SCHEMA,), missing=missing)
+    result = read_versioned(path, Result, error=ResultError, versions=(RESULT_SCHEMA,), missing=missing)
+    result._folder = path.parent
+    return result
 
 
 def load_results(path: str | Path) -> list[Result]:

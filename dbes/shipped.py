@@ -14,4 +14,12 @@ ROOT = PACKAGE / "_shipped" if (PACKAGE / "_shipped").is_dir() else PACKAGE.pare
 TASKS = ROOT / "tasks"
 EMBEDDED_MODEL = ROOT / "benchmark_data" / "model"
 EMBEDDED_NAME = "dbes-embedded"
+EMBEDDED = "embedded"
+"""What the embedded model, task and mix are called on the command line and in calls."""
+
 EMBEDDED_MIX = ROOT / "benchmark_data" / "mix"
+
+
+def located(model: str | Path) -> tuple[str, str | None]:
+    """Folder or hub id of a model, and the name it has where that is another: of ``embedded``, the checkpoint that ships with dbes."""
+    return (str(EMBEDDED_MODEL), EMBEDDED_NAME) if str(model) == EMBEDDED else (str(model), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import re
@@ -34,6 +35,15 @@ def clipped(value: object, most: int = 80) -> str:
     """A value from outside in at most ``most`` characters of one line, for an error message."""
     text = printable(value if isinstance(value, str) else repr(value))
     return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def unknown(kind: str, given: object, known: Iterable[str]) -> str:
+    """What to say of a name that is none of the known ones, which are named, the most alike first."""
+    names = list(known)
+    close = difflib.get_close_matches(str(given).lower(), names, n=3)
+    hint = f", did you mean {close[0]}?" if close else ""
+    ordered = ", ".join([*close, *(name for name in names if name not in close)])
+    return f"no {kind} is called {clipped(repr(given))}{hint}; there are {ordered}"
 
 
 def lone_surrogate(text: str) -> int | None:

@@ -93,9 +93,9 @@ def assert_one_line(done: Result, told: str) -> None:
     [
         pytest.param((), {"stepps": 3}, 1, "stepps", id="unknown setting"),
         pytest.param((), {"steps": 4}, 1, "points [2]: expected ascending steps from 1 on, the last of them 4", id="points"),
-        pytest.param(("--rules", "best"), {}, 1, "rules ['best']: expected some of", id="unknown rule"),
+        pytest.param(("--rules", "best"), {}, 2, "no rule is called 'best'", id="unknown rule"),
         pytest.param(("--budget", "2"), {}, 1, "above 0 and at most 1", id="budget"),
-        pytest.param(("--new", "poems"), {}, 1, "new domains ['poems']", id="unknown new domain"),
+        pytest.param(("--new", "poems"), {}, 2, "no domain of the texts is called 'poems'", id="unknown new domain"),
         pytest.param(("--texts", "task:nowhere"), {}, 2, "nowhere", id="unknown task"),
         pytest.param(("--routing", "as-trained"), {}, 1, "training.json: not there; expected a checkpoint folder of", id="plain model"),
         pytest.param((), {"routing": "by-hand"}, 1, "routing: Input should be 'plain' or 'as-trained'", id="unknown routing"),
@@ -112,6 +112,6 @@ def test_refusals_are_one_line(
 
 def test_an_unknown_domain_and_an_unknown_option_value(tiny_checkpoint: Path, tiny_task: Path, tmp_path: Path) -> None:
     done = intervene(tmp_path, tiny_checkpoint, tiny_task, domain="poems")
-    assert done.exit_code == 1
-    assert_one_line(done, "domain 'poems'")
+    assert done.exit_code == 2
+    assert_one_line(done, "is called 'poems'; there are law, code, math")
     assert intervene(tmp_path, tiny_checkpoint, tiny_task, "--routing", "by-hand").exit_code == 2

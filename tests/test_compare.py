@@ -40,7 +40,7 @@ from dbes.comparison.compare import (
     ranks_of,
 )
 from dbes.comparison.compare import _holm as holm
-from dbes.errors import ResultError
+from dbes.errors import ResultError, SettingError
 from dbes.reporting import export
 from dbes.reporting.card import card_section
 from dbes.reporting.leaderboard import curve_rows, render_leaderboard, render_terminal
@@ -424,8 +424,8 @@ def test_what_cannot_be_compared_is_an_error(tmp_path: Path, folder: Path) -> No
         compare([tmp_path / "nothing"])
     with pytest.raises(ResultError, match=r"no result\.json below"):
         compare([tmp_path])
-    with pytest.raises(ResultError, match="not by 'accuracy'"):
-        compare([folder], metric="accuracy")
+    with pytest.raises(SettingError, match="called 'accuracy'; there are specialization"):
+        compare([folder], by="accuracy")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -304,7 +304,7 @@ def test_phases_have_counts_of_their_own(tmp_path: Path) -> None:
             found = counts_of(trace, phase=phase)
             assert found.tokens.sum() == (recording.phase >= 0 if phase is None else recording.phase == phase).sum()
     with pytest.raises(TraceError, match="these are the counts of generated tokens"):
-        score(counts_of(trace, phase=1), phase=0)
+        score(counts_of(trace, phase=1), phase="prompt")
 
 
 def test_the_command_line_scores_a_folder_of_counts(tmp_path: Path) -> None:

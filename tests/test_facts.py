@@ -73,7 +73,7 @@ def test_the_fingerprint_survives_the_disk_and_the_routers_that_imitate(tmp_path
     expected = texts_of(made).fingerprint
     assert texts_of(made.save(tmp_path / "trace")).fingerprint == expected
     assert texts_of(imitate(made, "uniform", seed=0)).fingerprint == expected
-    assert score(made, permutations=5, phase=1).task.fingerprint == expected
+    assert score(made, permutations=5, phase="generated").task.fingerprint == expected
 
 
 def test_the_fingerprint_of_the_task_comes_first() -> None:

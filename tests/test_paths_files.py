@@ -173,7 +173,7 @@ def test_models_that_are_known_by_name_are_named(model: dict[str, str], words: l
 
 def test_command_refuses_a_domain_it_does_not_know(result: Path, tmp_path: Path) -> None:
     done = run(result, "--domain", "lawn", "--out", tmp_path / "p.json")
-    assert done.exit_code == 1 and "'law', 'code', 'math'" in done.stderr and not (tmp_path / "p.json").exists()
+    assert done.exit_code == 2 and "did you mean law?; there are law, code, math" in done.stderr and not (tmp_path / "p.json").exists()
 
 
 def test_a_result_without_its_trace_is_refused(result: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import simulate
 from scipy import stats
 
-from dbes.errors import PathError
+from dbes.errors import PathError, SettingError
 from dbes.paths.evidence import Evidence, gather
 from dbes.paths.rules import RULES, Rule, score_cells, smallest_sets
 from dbes.paths.search import chosen_cells, find_path
@@ -151,10 +151,10 @@ def test_budgets_that_are_no_share_are_refused(budget: float) -> None:
 
 
 def test_refusals_name_what_is_wrong() -> None:
-    with pytest.raises(PathError, match="'law': the result has 'domain0'"):
+    with pytest.raises(SettingError, match="called 'law'; there are domain0"):
         find_path(EVIDENCE, domain="law")
-    with pytest.raises(PathError, match="expected one of specialization"):
-        find_path(EVIDENCE, domain="domain0", rule="best")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(SettingError, match="called 'best'; there are specialization"):
+        find_path(EVIDENCE, domain="domain0", rule="best")
     with pytest.raises(PathError, match="sets no limit of its own"):
         find_path(EVIDENCE, domain="domain0", rule="load", budget=None)
     for rule in ("gradient", "causal"):

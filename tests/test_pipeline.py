@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 
 import dbes
 from dbes.errors import DbesError, ModelError, ResultError, TaskError, TraceError
-from dbes.evaluation.pipeline import result_folder
+from dbes.evaluation.request import result_folder
 from dbes.results import RESULT_FILE, Result, load_result
 from dbes.trace.store import Trace
 

@@ -264,8 +264,8 @@ def test_a_recording_of_something_else_is_not_resumed(changes: dict[str, Any], c
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        pytest.param({"dtype": "nonsense"}, "dtype 'nonsense'", id="dtype"),
-        pytest.param({"dtype": "int8"}, "dtype 'int8'", id="integer dtype"),
+        pytest.param({"dtype": "nonsense"}, "no dtype is called 'nonsense'", id="dtype"),
+        pytest.param({"dtype": "int8"}, "no dtype is called 'int8'", id="integer dtype"),
         pytest.param({"device_map": "nowhere"}, "device_map 'nowhere'", id="device"),
         pytest.param({"batch_size": 0}, "batch_size 0", id="batch size 0"),
         pytest.param({"batch_size": "many"}, "batch_size 'many'", id="batch size of words"),

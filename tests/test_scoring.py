@@ -346,7 +346,7 @@ def test_a_phase_is_scored_as_if_it_were_the_whole_trace() -> None:
     marked = replace(recording, phase=(place >= starts).astype(np.uint8))
     assert marked.phase is not None
     for phase, name in ((0, "prompt"), (1, "generated")):
-        part = score(marked.trace(), permutations=9, phase=phase)
+        part = score(marked.trace(), permutations=9, phase=name)
         alone = score(with_tokens(recording.take(np.flatnonzero(marked.phase == phase))).trace(), permutations=9)
         assert part.settings["phase"] == name
         assert part.to_dataframe().equals(alone.to_dataframe())
@@ -356,7 +356,7 @@ def test_a_phase_is_scored_as_if_it_were_the_whole_trace() -> None:
         assert published_text(part.model_copy(update={"task": task})) == published_text(alone)
         assert part.companions == alone.companions
     everything = score(recording.trace(), permutations=9)
-    assert score(recording.trace(), permutations=9, phase=0).to_dataframe().equals(everything.to_dataframe())
+    assert score(recording.trace(), permutations=9, phase="prompt").to_dataframe().equals(everything.to_dataframe())
 
 
 @pytest.mark.parametrize(
@@ -373,10 +373,10 @@ def test_a_phase_without_tokens_is_an_error_that_names_those_there_are(marks: in
     count = len(recording.document)
     marked = recording if marks is None else replace(recording, phase=np.full(count, marks, np.uint8))
     with pytest.raises(TraceError, match=re.escape(message.format(all=count))):
-        score(marked.trace(), permutations=5, phase=phase)
+        score_tables(marked.trace(), permutations=5, phase=phase)
     if phase == 1:
         with pytest.raises(TraceError, match="no generated tokens"):
-            score(imitate(marked.trace(), "uniform", seed=0), permutations=5, phase=phase)
+            score_tables(imitate(marked.trace(), "uniform", seed=0), permutations=5, phase=phase)
 
 
 def test_documents_without_tokens_change_nothing() -> None:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from dbes.errors import DbesError, MixError, SettingError, TaskError, refusal
-from dbes.text import json_text, printable
+from dbes.text import json_text, printable, unknown
 
 if TYPE_CHECKING:
     from dbes.evaluation.pipeline import Progress
@@ -20,14 +19,24 @@ if TYPE_CHECKING:
 FAILED, USAGE = 1, 2
 
 
-class Format(StrEnum):
-    table = "table"
-    json = "json"
+def one_of(kind: str, known: Sequence[str], told: str) -> Any:
+    """An option that takes one of some names.
+
+    Args:
+        kind: what a name is of; told: its help.
+    """
+
+    def check(given: str | None) -> str | None:
+        if given is not None and given not in known:
+            raise SettingError(unknown(kind, given, known))
+        return given
+
+    return typer.Option(callback=check, metavar="|".join(known), help=told)
 
 
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of permutations, reference router and random-router control.")]
 PermutationsOption = Annotated[int, typer.Option(min=0, help="Shuffles of the documents' domain labels that make the chance level.")]
-FormatOption = Annotated[Format, typer.Option(help="table to read, json for a pipe.")]
+FormatOption = Annotated[str, one_of("format", ("table", "json"), "table to read, json for a pipe.")]
 RemoteOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")]
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from enum import StrEnum
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,38 +10,24 @@ import typer
 
 from dbes.cli.common import (
     FAILED,
-    USAGE,
-    Format,
     FormatOption,
     PermutationsOption,
     RemoteOption,
     SeedOption,
-    errors,
     names,
+    one_of,
     progress_bar,
     say_json,
     stdout,
     tell,
 )
-from dbes.errors import FileError, ResultError, TraceError
-from dbes.files import locked
 
 if TYPE_CHECKING:
     from dbes.results import Result
 
 
-class Phase(StrEnum):
-    all = "all"
-    prompt = "prompt"
-    generated = "generated"
-
-
-class RouterName(StrEnum):
-    recorded = "recorded"
-    reference = "reference"
-    uniform = "uniform"
-    collapsed = "collapsed"
-    hash = "hash"
+ROUTERS = ("recorded", "reference", "uniform", "collapsed", "hash")
+PHASES = ("all", "prompt", "generated")
 
 
 def evaluate(
@@ -66,129 +49,68 @@ def evaluate(
     embedded_fallback: Annotated[
         bool, typer.Option("--embedded-fallback", help="When the hub cannot be reached, use the embedded sample and say so.")
     ] = False,
-    format: FormatOption = Format.table,
+    format: FormatOption = "table",
 ) -> None:
     """Record a model's routing over a task and score it against chance and the ideal router.
 
     With several tasks one that fails does not keep the others from being run.
     """
     from dbes.evaluation.pipeline import evaluate as run
-    from dbes.evaluation.pipeline import existing_folder, read_benchmark
-    from dbes.reporting.page import page_stands, write_page
-    from dbes.results import PAGE_FILE
+    from dbes.reporting.report import keep_page
 
-    size = _batch_size(batch_size)
     wanted = names(tasks)
-    if not wanted:
-        raise typer.BadParameter("expected the name of a task, or several separated by commas", param_hint="--tasks")
-    if len(wanted) > 1:
-        with errors():
-            for task in wanted:
-                read_benchmark(task, limit=limit, embedded_fallback=embedded_fallback)
-    done: list[Result] = []
-    code = 0
-    for task in wanted:
-        try:
-            with errors(), progress_bar() as progress:
-                result = run(
-                    model,
-                    tasks=task,
-                    output_path=output_path,
-                    revision=revision,
-                    limit=limit,
-                    dtype=dtype,
-                    device_map=device_map,
-                    batch_size=size,
-                    seed=seed,
-                    permutations=permutations,
-                    trust_remote_code=trust_remote_code,
-                    overwrite=overwrite,
-                    save_trace=save_trace,
-                    embedded_fallback=embedded_fallback,
-                    progress=progress,
-                )
-                folder = existing_folder(output_path, result, limit=limit)
-                if not page_stands(folder / PAGE_FILE):
-                    _write_page(folder, write_page)
-        except typer.Exit as failed:
-            if failed.exit_code == USAGE or len(wanted) == 1:
-                raise
-            code = failed.exit_code
+    with progress_bar() as progress:
+        found = run(
+            model, tasks=wanted, output_path=output_path, revision=revision, limit=limit, dtype=dtype, device_map=device_map,
+            batch_size=_batch_size(batch_size), seed=seed, permutations=permutations, trust_remote_code=trust_remote_code,
+            overwrite=overwrite, save_trace=save_trace, embedded_fallback=embedded_fallback, progress=progress,
+        )  # fmt: skip
+    done = [result for result in found if result.status == "ok"]
+    for result in found:
+        if result.status != "ok":
+            tell(str(result.error))
             continue
-        done.append(result)
-        if format is Format.table:
-            _show(result, folder)
-    if format is Format.json:
-        _print_json(done, several=len(wanted) > 1)
-    if code:
-        raise typer.Exit(code)
-
-
-def _write_page(folder: Path, write_page: Callable[[Path], Path]) -> None:
-    """The page of a result; where it cannot be written (a read-only disk) the result is shown all the same."""
-    try:
-        write_page(folder)
-    except FileError as problem:
-        if os.access(folder, os.W_OK):
-            raise
-        tell(str(problem))
+        assert result.folder is not None
+        keep_page(result.folder)
+        if format == "table":
+            _show(result)
+    if format == "json" and done:
+        say_json(_json(done, several=len(wanted) > 1))
+    if len(done) < len(found):
+        raise typer.Exit(FAILED)
 
 
 def score(
     trace: Annotated[Path, typer.Argument(help="Folder of a trace, or of counts.")],
-    router: Annotated[RouterName, typer.Option(help="Score the documents as another router would route them.")] = RouterName.recorded,
-    phase: Annotated[Phase, typer.Option(help="Which tokens to score.")] = Phase.all,
+    router: Annotated[str, one_of("router", ROUTERS, "Score the documents as another router would route them.")] = "recorded",
+    phase: Annotated[str, one_of("phase", PHASES, "Which tokens to score.")] = "all",
     seed: SeedOption = 0,
     permutations: PermutationsOption = 1000,
     output_path: Annotated[Path | None, typer.Option(help="Folder to write result and tables to.")] = None,
-    format: FormatOption = Format.table,
+    format: FormatOption = "table",
 ) -> None:
     """Score a recorded trace again; needs no model."""
-    with errors(), nullcontext() if output_path is None else locked(output_path):
-        result = _scored(trace, router, phase, seed=seed, permutations=permutations, output_path=output_path)
-    if format is Format.json:
-        _print_json([result], several=False)
+    from dbes.scoring.score import score as run
+
+    result = run(trace, router=router, phase=phase, seed=seed, permutations=permutations, output_path=output_path)
+    if format == "json":
+        say_json(_json([result], several=False))
     else:
-        _show(result, output_path)
-
-
-def _scored(trace: Path, router: RouterName, phase: Phase, *, seed: int, permutations: int, output_path: Path | None) -> Result:
-    from dbes.evaluation.pipeline import TRACE_FOLDER
-    from dbes.scoring.counts import PHASES, Counts
-    from dbes.scoring.score import score_tables
-    from dbes.scoring.stored import COUNTS
-    from dbes.scoring.tables import save_scores
-    from dbes.trace.baselines import imitate
-    from dbes.trace.store import Trace
-
-    routes = Counts.load(trace) if (trace / COUNTS).is_file() else Trace.load(trace)
-    if output_path is not None and (output_path / TRACE_FOLDER).is_dir():
-        raise ResultError(f"{output_path}: holds an evaluation with its recorded routes; choose another --output-path")
-    if router is not RouterName.recorded:
-        if isinstance(routes, Counts):
-            raise TraceError(f"{trace}: these are counts; --router {router.value} needs the trace, whose documents it routes")
-        routes = imitate(routes, router.value, seed=seed)
-    number = {name: code for code, name in PHASES.items()}[phase.value]
-    scores = score_tables(routes, permutations=permutations, seed=seed, phase=number)
-    result = scores.result.model_copy(update={"settings": {**scores.result.settings, "trace": str(trace)}})
-    return result if output_path is None else save_scores(scores, output_path, result)
+        _show(result)
 
 
 def doctor(
     model: Annotated[str, typer.Argument(help="Hub id, folder, or folder with a config.json only.")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
     trust_remote_code: RemoteOption = False,
-    format: FormatOption = Format.table,
+    format: FormatOption = "table",
 ) -> None:
     """Check in seconds that a model's routing can be recorded: hooks, counts, and an ablation of experts."""
     from dbes.models.doctor import examine
     from dbes.reporting.doctor import as_json, render
-    from dbes.shipped import EMBEDDED_MODEL
 
-    with errors():
-        where = EMBEDDED_MODEL if model == "embedded" else model
-        diagnosis = examine(where, revision=revision, trust_remote_code=trust_remote_code)
-    if format is Format.json:
+    diagnosis = examine(model, revision=revision, trust_remote_code=trust_remote_code)
+    if format == "json":
         say_json(as_json(diagnosis))
     else:
         stdout().print(render(diagnosis))
@@ -204,16 +126,16 @@ def _batch_size(text: str) -> Any:
     raise typer.BadParameter(f"expected auto or a positive number, got {text!r}", param_hint="--batch-size")
 
 
-def _print_json(results: Sequence[Result], *, several: bool) -> None:
+def _json(results: Sequence[Result], *, several: bool) -> str:
     """One document: a result, or a list of them."""
     documents = [result.model_dump_json(indent=1) for result in results]
-    say_json("[" + ",\n".join(documents) + "]" if several else documents[0])
+    return "[" + ",\n".join(documents) + "]" if several else documents[0]
 
 
-def _show(result: Result, folder: Path | None) -> None:
+def _show(result: Result) -> None:
     from dbes.reporting.terminal import render, render_paths
 
     console = stdout()
     console.print(render(result))
-    if folder is not None:
-        render_paths(folder, console, domains=tuple(result.task.domains))
+    if result.folder is not None:
+        render_paths(result.folder, console, domains=tuple(result.task.domains))

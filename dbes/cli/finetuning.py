@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dbes.cli.common import Format, FormatOption, RemoteOption, errors, say, say_json, stdout
+from dbes.cli.common import FormatOption, RemoteOption, one_of, say, say_json, stdout
 from dbes.cli.hints import command, option
 from dbes.text import printable
 
 if TYPE_CHECKING:
     from dbes.finetuning.report import FinetuneReport
-
-
-class Save(StrEnum):
-    model = "model"
-    delta = "delta"
 
 
 LIMIT = 64
@@ -43,13 +37,13 @@ def finetune(
     ] = None,
     tasks: Annotated[str, typer.Option(help="Task whose domains are measured before and after.")] = "embedded",
     limit: Annotated[int, typer.Option(min=1, help="Held-out texts per domain at most.")] = LIMIT,
-    save: Annotated[Save, typer.Option(help="A whole checkpoint, or only the trained slices.")] = Save.model,
+    save: Annotated[str, one_of("way to save", ("model", "delta"), "A whole checkpoint, or only the trained slices.")] = "model",
     config: Annotated[
         Path | None,
         typer.Option(help="YAML file of further settings, such as lora_rank, epochs, seed, early_stopping (all: see README)."),
     ] = None,
     trust_remote_code: RemoteOption = False,
-    format: FormatOption = Format.table,
+    format: FormatOption = "table",
 ) -> None:
     """Train only the experts of a path; all other weights stay bit for bit as they are.
 
@@ -57,20 +51,17 @@ def finetune(
     measured on other texts.
     """
     from dbes.finetuning.run import finetune as run
-    from dbes.finetuning.settings import read_settings
     from dbes.finetuning.summary import protects_next
 
     def progress(record: dict[str, Any]) -> None:
         checked = f", validation loss {record['validation_loss']:.4f}" if "validation_loss" in record else ""
         _say(f"step {record['step'] + 1}: loss {record['loss']:.4f}{checked}, {record['tokens_per_second']:,.0f} tokens/s")
 
-    with errors():
-        settings = read_settings(config, steps=steps, lr=_rate(lr), protect=protect, batch_size=batch_size, seq_len=seq_len)
-        report = run(
-            model, paths, data, out, settings, tasks=tasks, limit=limit, save=save.value, revision=revision,
-            trust_remote_code=trust_remote_code, say=_say, progress=progress,
-        )  # fmt: skip
-    if format is Format.json:
+    report = run(
+        model, paths, data, out, config, steps=steps, lr=_rate(lr), protect=protect, batch_size=batch_size, seq_len=seq_len, tasks=tasks,
+        limit=limit, save=save, revision=revision, trust_remote_code=trust_remote_code, say=_say, progress=progress,
+    )  # fmt: skip
+    if format == "json":
         say_json(report.model_dump_json(indent=1))
         return
     stdout().print(_table(report))
@@ -80,7 +71,7 @@ def finetune(
         words += [*option("out", f"{out}-protected"), *option("steps", steps), *option("lr", lr), *option("protect", PROTECT)]
         words += [*option("batch-size", batch_size), *option("seq-len", seq_len)]
         words += [*option("tasks", tasks, default="embedded"), *option("limit", limit, default=LIMIT), *option("config", config)]
-        words += [*option("save", save.value, default="model"), *option("trust-remote-code", trust_remote_code)]
+        words += [*option("save", save, default="model"), *option("trust-remote-code", trust_remote_code)]
         _say(f"Less may be forgotten with protection:\n  {command(words)}")
 
 
@@ -92,12 +83,9 @@ def merge(
     trust_remote_code: RemoteOption = False,
 ) -> None:
     """Put the trained slices of a delta into their base, and write a plain checkpoint."""
-    from dbes.finetuning.output import merge_delta
-    from dbes.shipped import EMBEDDED_MODEL
+    from dbes.finetuning.output import merge as run
 
-    with errors():
-        where = str(EMBEDDED_MODEL) if base == "embedded" else base
-        say(merge_delta(where, delta, out, revision=revision, trust_remote_code=trust_remote_code))
+    say(run(base, delta, out, revision=revision, trust_remote_code=trust_remote_code))
 
 
 def _table(report: FinetuneReport) -> Any:

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from dbes.cli.common import errors, names, say
-
-
-class RoutingOption(StrEnum):
-    plain = "plain"
-    as_trained = "as-trained"
+from dbes.cli.common import names, one_of, say
 
 
 def intervene(
@@ -29,10 +23,12 @@ def intervene(
     seeds: Annotated[int | None, typer.Option(min=1, help="Seeds of every arm; 5 by default.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML with any further settings (steps, rates, documents, ...).")] = None,
     routing: Annotated[
-        RoutingOption | None,
-        typer.Option(
-            help="plain: by the model's own router, the default; as-trained: a checkpoint of `dbes testbed train --prescribed`, "
-            "every text by the experts of its domain."
+        str | None,
+        one_of(
+            "routing",
+            ("plain", "as-trained"),
+            "plain: by the model's own router, the default; as-trained: a checkpoint of `dbes testbed train --prescribed`, "
+            "every text by the experts of its domain.",
         ),
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Runs at a time, one thread each.")] = 2,
@@ -49,19 +45,11 @@ def intervene(
     if seeds is not None:
         given["seeds"] = seeds
     if routing is not None:
-        given["routing"] = routing.value
-    with errors():
-        settings = read_configuration(config, given)
-        outcome = run(
-            model,
-            out,
-            settings,
-            texts=texts,
-            targets=domain,
-            cache=cache,
-            processes=processes,
-            progress=lambda message: say(message, err=True),
-        )
+        given["routing"] = routing
+    outcome = run(
+        model, out, read_configuration(config, given), texts=texts, targets=domain, cache=cache, processes=processes,
+        progress=lambda message: say(message, err=True),
+    )  # fmt: skip
     for found in outcome["targets"].values():
         say(found["verdict"]["text"])
     say(outcome["verdict"])

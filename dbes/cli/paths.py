@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dbes.cli.common import errors, say
+from dbes.cli.common import one_of, say
 from dbes.cli.hints import command, option
 from dbes.files import check_writable
 
 if TYPE_CHECKING:
     from dbes.results import Result, TaskFacts
-
-
-class PathFormat(StrEnum):
-    dbes = "dbes"
-    esft = "esft"
 
 
 def paths(
@@ -40,30 +34,16 @@ def paths(
     model: Annotated[str | None, typer.Option(help="The evaluated model, for rules that look at it: folder, hub id or embedded.")] = None,
     tasks: Annotated[str, typer.Option(help="The evaluated task, for rules that look at the model.")] = "embedded",
     seed: Annotated[int, typer.Option(help="Seed of random rules and of resampling.")] = 0,
-    format: Annotated[PathFormat, typer.Option(help="dbes: everything; esft: ESFT's expert config.")] = PathFormat.dbes,
+    format: Annotated[str, one_of("format", ("dbes", "esft"), "dbes: everything; esft: ESFT's expert config.")] = "dbes",
 ) -> None:
     """Choose the experts that serve a domain, within a budget, and say what they cover and how sure the choice is."""
-    from dbes.errors import PathError
-    from dbes.paths.evidence import read_evidence
-    from dbes.paths.files import write_esft, write_path
-    from dbes.paths.rules import ESFT_SHARES, NEED_MODEL, RULES
-    from dbes.paths.search import DEFAULT_BUDGET, find_path
+    from dbes.paths.search import find_path
     from dbes.results import load_result
 
-    with errors():
-        if rule not in RULES or match not in RULES:
-            raise PathError(f"rule {rule if rule not in RULES else match!r}: expected one of {', '.join(RULES)}")
-        check_writable(out)
-        evidence = read_evidence(result)
-        if model is not None:
-            from dbes.paths.model_evidence import with_model
-
-            asked = {rule, match} if rule == "random-load-matched" else {rule}
-            gradients = bool(asked & {*NEED_MODEL} - {"causal"})
-            evidence = with_model(evidence, model, tasks=tasks, gradients=gradients, effects="causal" in asked)
-        size: Any = budget if budget is not None else None if rule in ESFT_SHARES else DEFAULT_BUDGET
-        path = find_path(evidence, domain=domain, rule=rule, budget=size, match=match, seed=seed)
-        written = (write_esft if format is PathFormat.esft else write_path)(path, out)
+    check_writable(out)
+    size = "auto" if budget is None else budget
+    path = find_path(result, domain=domain, rule=rule, budget=size, match=match, model=model, tasks=tasks, seed=seed)
+    written = path.save(out, format=format)
     stability = "" if path.stability is None else f", {path.stability:.0%} chosen again on half of the texts"
     say(
         f"{len(path.cells)} of {sum(path.experts)} cells ({path.share:.1%} of the expert parameters) take {path.coverage:.1%} of the "

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dbes.cli.common import errors, stdout
+from dbes.cli.common import stdout
 
 app = typer.Typer(help="List the tasks; `dbes tasks validate FILE` checks one of your own.", rich_markup_mode=None)
 
@@ -20,17 +20,13 @@ def tasks(context: typer.Context) -> None:
     from dbes.reporting.tasks import render
     from dbes.tasks.task import list_tasks
 
-    with errors():
-        found = list_tasks()
-    stdout().print(render(found))
+    stdout().print(render(list_tasks()))
 
 
 @app.command()
 def validate(file: Annotated[Path, typer.Argument(help="Task YAML.")]) -> None:
     """Check a task file and every document it names."""
-    from dbes.evaluation.pipeline import read_benchmark
+    from dbes.evaluation.request import read_benchmark
     from dbes.reporting.tasks import render_documents
 
-    with errors():
-        benchmark = read_benchmark(file)
-    stdout().print(render_documents(benchmark))
+    stdout().print(render_documents(read_benchmark(file)))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from dbes.cli.common import errors, names, say, tell
+from dbes.cli.common import names, one_of, say, tell
 from dbes.errors import FileError
 
 app = typer.Typer(
@@ -22,15 +21,10 @@ app = typer.Typer(
 CacheOption = Annotated[Path, typer.Option(help="Where built mixes are kept.")]
 
 
-class PresetChoice(StrEnum):
-    smoke = "smoke"
-    standard = "standard"
-
-
 @app.command()
 def run(
     out: Annotated[Path, typer.Option(help="Folder of the grid. Finished runs in it are not trained again.")],
-    preset: Annotated[PresetChoice, typer.Option(help="smoke: the main contrast; standard: every experiment.")] = PresetChoice.smoke,
+    preset: Annotated[str, one_of("preset", ("smoke", "standard"), "smoke: the main contrast; standard: every experiment.")] = "smoke",
     mix: Annotated[str | None, typer.Option(help="embedded, packages, or a folder of JSONL files; the preset's own by default.")] = None,
     only: Annotated[str, typer.Option(help="Experiments to run, separated by commas; all by default.")] = "",
     processes: Annotated[int, typer.Option(min=1, help="Runs trained at a time, one thread each.")] = 2,
@@ -41,16 +35,15 @@ def run(
     from dbes.testbed.report import PAGE, write_report
 
     wanted = names(only)
-    with errors():
-        run_grid(preset.value, out, mix=mix, cache=cache, processes=processes, only=wanted, progress=_say)
-        try:
-            page = write_report(out)
-        except FileError as problem:
-            page = out / PAGE
-            if os.access(out, os.W_OK) or not page.is_file():
-                raise
-            tell(f"{problem}; the page is that of an earlier run")
-        say(page)
+    run_grid(preset, out, mix=mix, cache=cache, processes=processes, only=wanted, progress=_say)
+    try:
+        page = write_report(out)
+    except FileError as problem:
+        page = out / PAGE
+        if os.access(out, os.W_OK) or not page.is_file():
+            raise
+        tell(f"{problem}; the page is that of an earlier run")
+    say(page)
 
 
 @app.command()
@@ -58,8 +51,7 @@ def report(folder: Annotated[Path, typer.Argument(help="Folder of a grid.")]) ->
     """Write tables, plots and the findings page of the runs that are finished."""
     from dbes.testbed.report import write_report
 
-    with errors():
-        say(write_report(folder))
+    say(write_report(folder))
 
 
 @app.command()
@@ -83,8 +75,7 @@ def train(
     def log(record: dict[str, Any]) -> None:
         _say(json.dumps({name: record[name] for name in ("step", "loss", "balancing_loss", "tokens_per_second") if name in record}))
 
-    with errors():
-        say(train_checkpoint(config, out, mix=mix, cache=cache, prescribed=prescribed, progress=log))
+    say(train_checkpoint(config, out, mix=mix, cache=cache, prescribed=prescribed, progress=log))
 
 
 @app.command("mix")
@@ -96,8 +87,7 @@ def build_mix(
     """Build a mix and its tokenizer, and keep them."""
     from dbes.testbed.mixes import prepare_mix
 
-    with errors():
-        prepared = prepare_mix(mix, vocabulary=vocabulary, max_positions=512, cache=cache)
+    prepared = prepare_mix(mix, vocabulary=vocabulary, max_positions=512, cache=cache)
     for index, domain in enumerate(prepared.mix.domains):
         say(f"{domain}: {len(prepared.mix.training[index].tokens):,} tokens, {len(prepared.mix.heldout[index])} held-out documents")
     say(prepared.folder)

@@ -85,7 +85,7 @@ def _replicates(result: Result, by_metric: dict[str, np.ndarray]) -> Iterator[st
 
 
 def _identity(result: Result) -> Iterator[str]:
-    from dbes.evaluation.pipeline import read_benchmark
+    from dbes.evaluation.request import read_benchmark
     from dbes.tasks.task import list_tasks
 
     if not result.task.fingerprint:

@@ -13,18 +13,22 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.stats import t as student
 
 from dbes.comparison.accuracy import Accuracies, read_accuracies
-from dbes.comparison.entries import Apart, LeaderboardEntry, Replicates, read_entries
-from dbes.errors import ResultError
+from dbes.comparison.entries import Apart, LeaderboardEntry, Replicates, read_entries, told_apart
+from dbes.errors import ResultError, SettingError
 from dbes.results import RESULT_FILE, Result
 from dbes.scoring.resampling import holm, jackknife
 from dbes.scoring.score import REPLICATED
 from dbes.scoring.texts import DATA
-from dbes.text import labels
+from dbes.text import labels, unknown
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 NAME_WIDTH = 64
 
@@ -80,20 +84,43 @@ class Comparison:
     apart: tuple[Apart, ...]
     accuracy_of: str = ""
 
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per entry: its name, its ranks, and the model's score by every metric; NaN where it has none."""
+        import pandas as pd
 
-def compare(paths: Sequence[str | Path], *, metric: str = "specialization", accuracy: Sequence[str | Path] = ()) -> Comparison:
-    """Every result below the paths, side by side.
+        rows = []
+        for entry in self.entries:
+            rank = self.ranks.get(entry.label)
+            scores = {metric: _or(model_score(entry.result, metric), math.nan) for metric in REPLICATED}
+            rows.append({"model": entry.label, "rank": rank and rank.place, "rank_last": rank and rank.last, **scores})
+        return pd.DataFrame(rows)
+
+
+def compare(
+    results: str | Path | Result | Sequence[str | Path | Result],
+    *,
+    by: str = "specialization",
+    accuracy: str | Path | Sequence[str | Path] = (),
+) -> Comparison:
+    """Results side by side: ranks with intervals, and paired differences on the same documents.
 
     Args:
-        accuracy: files with the models' accuracies, see ``accuracy``.
+        results: results that were written to a folder, their folders, or folders with results below them.
+        by: metric the models are ranked by.
+        accuracy: files with the models' accuracies: CSV ``model,accuracy``, or results of lm-eval.
 
     Raises:
-        ResultError: no result can be read, ``metric`` is not one of those that are ranked, or accuracies do not fit the results.
+        SettingError: ``by`` is not one of the metrics that are ranked.
+        ResultError: no result can be read, or accuracies do not fit the results.
     """
+    metric = by
     if metric not in REPLICATED:
-        raise ResultError(f"models are ranked by {', '.join(REPLICATED)}; not by {metric!r}")
-    known = read_accuracies(accuracy)
-    entries, apart = read_entries(paths)
+        raise SettingError(unknown("metric that models are ranked by", metric, REPLICATED))
+    known = read_accuracies([accuracy] if isinstance(accuracy, str | Path) else accuracy)
+    given = [results] if isinstance(results, str | Path | Result) else results
+    entries, apart = read_entries([_place(each) for each in given])
+    if not entries:
+        raise ResultError(told_apart(apart))
     entries, others = comparable(entries)
     entries = with_accuracies(labelled(entries), known, elsewhere={each.name for each in (*apart, *others)})
     pairs = _holm([found for a, b in _pairs(entries) if (found := difference(a, b, metric, *DEPTHS[0])) is not None])
@@ -102,6 +129,14 @@ def compare(paths: Sequence[str | Path], *, metric: str = "specialization", accu
     return Comparison(
         metric=metric, entries=tuple(by_score), ranks=ranks, pairs=tuple(pairs), apart=(*apart, *others), accuracy_of=known.source
     )
+
+
+def _place(result: str | Path | Result) -> str | Path:
+    if not isinstance(result, Result):
+        return result
+    if result.folder is None:
+        raise ResultError(f"the result of {result.model.name} was not written: what it is compared by lies beside it; give output_path")
+    return result.folder
 
 
 def paired_of(comparison: Comparison) -> list[Difference]:

@@ -2,58 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypedDict, Unpack, overload
 
-from dbes.errors import DbesError, ModelError, ResultError, TraceError, refusal
+from dbes.errors import DbesError, ModelError, ResultError, SettingError, TraceError, refusal
 from dbes.evaluation.request import (
-    UNRESOLVED,
-    Benchmark,
     Job,
     Request,
     Subject,
     accelerator_here,
     expected_of,
+    given_model,
     read_benchmark,
-    result_folder,
     subject_of,
 )
-from dbes.evaluation.reuse import TRACE_FOLDER, finished_result, missing_files, notes, other_recording, same_result, tidy, whole_trace
+from dbes.evaluation.reuse import finished_result, missing_files, notes, other_recording, same_result, tidy, whole_trace
 from dbes.files import discard, locked
 from dbes.results import PAGE_FILE, RESULT_FILE, ModelFacts, RecordingFacts, Result, TaskFacts, load_result
 from dbes.scoring.score import score_tables
 from dbes.scoring.tables import COMPANIONS, save_scores
-from dbes.shipped import EMBEDDED_MODEL
-from dbes.trace.store import MANIFEST, Trace, read_manifest
+from dbes.shipped import EMBEDDED, EMBEDDED_MODEL
+from dbes.tasks.task import Task
+from dbes.trace.store import MANIFEST, TRACE_FOLDER, Trace, read_manifest
 
 if TYPE_CHECKING:
-    from dbes.models import LoadedModel
+    from transformers import PreTrainedTokenizerBase
 
-__all__ = [
-    "TRACE_FOLDER",
-    "UNRESOLVED",
-    "Benchmark",
-    "evaluate",
-    "existing_folder",
-    "read_benchmark",
-    "record",
-    "result_folder",
-]
+    from dbes.evaluation.request import Model
+    from dbes.models import LoadedModel
 
 Progress = Callable[[str, int, int], None]
 """Called as progress(stage, done, total); the stage names what is being done."""
+
+Several = Sequence[str] | Sequence[Path] | Sequence[Task] | Sequence[str | Path | Task]
 
 RECOVERED = (DbesError, OSError, RuntimeError, MemoryError)
 """What a failed evaluation writes a result about; anything else is a defect."""
 
 
+class Options(TypedDict, total=False):
+    """Arguments of `evaluate` beside model and tasks."""
+
+    tokenizer: PreTrainedTokenizerBase | None
+    output_path: str | Path
+    revision: str | None
+    limit: int | None
+    dtype: str
+    device_map: str | None
+    batch_size: int | Literal["auto"]
+    seed: int
+    permutations: int
+    trust_remote_code: bool
+    overwrite: bool
+    save_trace: bool
+    embedded_fallback: bool
+    progress: Progress | None
+
+
+@overload
+def evaluate(model: Model = ..., *, tasks: str | Path | Task = ..., **options: Unpack[Options]) -> Result: ...
+@overload
+def evaluate(model: Model = ..., *, tasks: Several, **options: Unpack[Options]) -> list[Result]: ...
 def evaluate(
-    model: str | Path | LoadedModel,
+    model: Model = EMBEDDED,
     *,
-    tasks: str | Path = "embedded",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    tasks: str | Path | Task | Several = EMBEDDED,
     output_path: str | Path = "results",
     revision: str | None = None,
     limit: int | None = None,
@@ -67,61 +85,80 @@ def evaluate(
     save_trace: bool = True,
     embedded_fallback: bool = False,
     progress: Progress | None = None,
-) -> Result:
+) -> Result | list[Result]:
     """Measure how a Mixture-of-Experts checkpoint routes the domains of a task, and write the result.
 
-    Everything is written below ``<output_path>/<model name>/<revision>/<task>/``, see ``result_folder``. A finished result of the
-    same thing is returned as it is (the logger ``dbes`` says so, and when it was recorded); files of it that are missing are made
+    Everything is written below ``<output_path>/<model name>/<revision>/<task>/``, the ``folder`` of the result. A finished result of
+    the same thing is returned as it is (the logger ``dbes`` says so, and when it was recorded); files of it that are missing are made
     again. An interrupted recording is resumed from its last whole shard.
 
     Args:
-        model: hub id, folder, ``"embedded"`` for the checkpoint that ships with dbes, or a ``LoadedModel``.
-        tasks: name of a task or path of a task YAML.
+        model: hub id, folder, ``"embedded"`` for the checkpoint that ships with dbes, a `LoadedModel`, or a model of transformers or
+            peft in memory, which is left as it was.
+        tokenizer: of a model in memory.
+        tasks: name of a task, path of a task YAML, a `Task`, or a list of these. All tasks of a list are read before anything is
+            written; of one that fails later, the result in the list has status "error", and the others are run.
+        output_path: folder of the results.
         revision: branch, tag or commit of a model on the hub.
         limit: read at most this many documents of each domain.
-        dtype: "auto" is float32 on a CPU and the checkpoint's own dtype on an accelerator.
+        dtype: "auto" is float32 on a CPU and the checkpoint's own dtype on an accelerator; or float32, bfloat16, float16, float64.
+        device_map: as in transformers, for example "auto" or "cpu".
         batch_size: windows per batch, or "auto".
         seed: of the random-router control, the permutations and the reference router.
+        permutations: shuffles of the documents' domain labels that make the chance level.
+        trust_remote_code: run model code that comes with the checkpoint.
         overwrite: evaluate again although there is a result, or another recording, in the folder.
         save_trace: keep the recorded routes beside the result, so that they can be scored again without the model.
         embedded_fallback: when the hub cannot be reached, use the embedded sample and say so.
-        progress: see ``Progress``.
+        progress: called as progress(stage, done, total); the stage names what is being done.
+
+    Returns:
+        The result, or one for each task of a list.
 
     Raises:
-        TaskError, SettingError: the task or an argument cannot be used (nothing is written).
+        TaskError, SettingError: a task or an argument cannot be used (nothing is written).
         FileError: nothing can be written there, or another run is writing there.
         ResultError: the folder holds a finished result of something else, which is left alone.
         DbesError: the evaluation failed; a result with status "error" has been written.
     """
-    in_memory = not isinstance(model, str | Path)
-    request = Request(
-        model=None if in_memory else str(model),
-        tasks=str(tasks),
-        revision=revision,
-        limit=limit,
-        dtype=None if in_memory else dtype,
-        device_map=None if in_memory else device_map,
-        batch_size=batch_size,
-        seed=seed,
-        permutations=permutations,
-        trust_remote_code=trust_remote_code,
-        embedded_fallback=embedded_fallback,
-    )
-    benchmark = read_benchmark(tasks, limit=limit, embedded_fallback=embedded_fallback)
-    job = Job(
-        subject=subject_of(model, request), request=request, benchmark=benchmark, output_path=Path(output_path), save_trace=save_trace
-    )
+    several = not isinstance(tasks, str | Path | Task)
+    wanted = list(tasks) if several else [tasks]
+    with given_model(model, tokenizer) as given:
+        request = Request.of(
+            given, revision=revision, limit=limit, dtype=dtype, device_map=device_map, batch_size=batch_size, seed=seed,
+            permutations=permutations, trust_remote_code=trust_remote_code, embedded_fallback=embedded_fallback,
+        )  # fmt: skip
+        benchmarks = [read_benchmark(task, limit=limit, embedded_fallback=embedded_fallback) for task in wanted]
+        if not benchmarks:
+            raise SettingError("tasks: expected at least one")
+        subject = subject_of(given, request)
+        job = Job(subject=subject, request=request, benchmark=benchmarks[0], output_path=Path(output_path), save_trace=save_trace)
+        results = []
+        for task, benchmark in zip(wanted, benchmarks, strict=True):
+            job = replace(job, request=request.on(task), benchmark=benchmark)
+            try:
+                result, job = _done(job, overwrite=overwrite, progress=progress)
+            except DbesError as problem:
+                if not several:
+                    raise
+                result = _failure(job, problem)
+            results.append(result)
+    return results if several else results[0]
+
+
+def _done(job: Job, *, overwrite: bool, progress: Progress | None) -> tuple[Result, Job]:
+    """The result of a job, and the job with the model in it, where that was loaded."""
     while True:
         if not overwrite and (found := finished_result(job)) is not None:
-            return found
+            return found, job
         with locked(job.folder):
             try:
                 if not overwrite and (found := _repaired(job)) is not None:
-                    return found
-                loaded = job.subject.loaded or _loaded(job.subject, request)
+                    return found, job
+                loaded = job.subject.loaded or _loaded(job.subject, job.request)
                 where, job = job.folder, job.with_model(loaded)
                 if job.folder == where:
-                    return _evaluated(job, loaded, fresh=overwrite, progress=progress)
+                    return _evaluated(job, loaded, fresh=overwrite, progress=progress), job
             except RECOVERED as problem:
                 raise _failed(job, problem) from problem
         # the revision was not known before, so the result belongs into another folder
@@ -130,9 +167,10 @@ def evaluate(
 
 
 def record(
-    model: str | Path | LoadedModel,
+    model: Model = EMBEDDED,
     *,
-    tasks: str | Path = "embedded",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    tasks: str | Path | Task = EMBEDDED,
     output_path: str | Path | None = None,
     revision: str | None = None,
     limit: int | None = None,
@@ -143,38 +181,34 @@ def record(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Trace:
-    """The routing of a model over a task, without scores; in memory unless ``output_path`` names a folder for it.
+    """The routing of a model over a task, without scores.
+
+    Args:
+        output_path: folder of the trace; without one it stays in memory.
+        model, tokenizer, ...: as of `evaluate`; one task only.
 
     Raises:
         SettingError: an argument cannot be used.
         DbesError: the task or the model cannot be used, or the recording failed its checks.
     """
-    in_memory = not isinstance(model, str | Path)
-    request = Request(
-        model=None if in_memory else str(model), tasks=str(tasks), revision=revision, limit=limit, dtype=None if in_memory else dtype,
-        device_map=None if in_memory else device_map, batch_size=batch_size, seed=seed, permutations=0, trust_remote_code=trust_remote_code,
-    )  # fmt: skip
-    benchmark = read_benchmark(tasks, limit=limit)
-    subject = subject_of(model, request)
-    job = Job(subject=subject, request=request, benchmark=benchmark, output_path=Path(), save_trace=output_path is not None)
-    if output_path is None:
-        loaded = subject.loaded or _loaded(subject, request)
-        return _recorded(job, loaded, None, progress=progress)[0]
-    with locked(Path(output_path)):
-        loaded = subject.loaded or _loaded(subject, request)
-        return _recorded(job, loaded, Path(output_path), progress=progress)[0]
-
-
-def existing_folder(output_path: str | Path, result: Result, *, limit: int | None = None) -> Path:
-    """Where evaluate() wrote a result."""
-    return result_folder(output_path, result.model.name, result.model.revision or UNRESOLVED, result.task.name, limit=limit)
+    with given_model(model, tokenizer) as given:
+        request = Request.of(
+            given, revision=revision, limit=limit, dtype=dtype, device_map=device_map, batch_size=batch_size, seed=seed, permutations=0,
+            trust_remote_code=trust_remote_code,
+        ).on(tasks)  # fmt: skip
+        benchmark = read_benchmark(tasks, limit=limit)
+        subject = subject_of(given, request)
+        job = Job(subject=subject, request=request, benchmark=benchmark, output_path=Path(), save_trace=output_path is not None)
+        with nullcontext() if output_path is None else locked(Path(output_path)):
+            loaded = subject.loaded or _loaded(subject, request)
+            return _recorded(job, loaded, None if output_path is None else Path(output_path), progress=progress)[0]
 
 
 def _loaded(subject: Subject, request: Request) -> LoadedModel:
     from dbes.models import load_model
 
     assert request.model is not None
-    if request.model == "embedded" and not EMBEDDED_MODEL.is_dir():
+    if request.model == EMBEDDED and not EMBEDDED_MODEL.is_dir():
         raise ModelError(f"{EMBEDDED_MODEL}: no embedded checkpoint; install dbes again, or give --model a folder")
     return load_model(
         subject.where or request.model,
@@ -267,14 +301,23 @@ def _failed(job: Job, problem: BaseException) -> DbesError:
     """The error to raise, after a result that says what went wrong was written; any other result that stands there is left alone."""
     reason = refusal(problem)
     error = problem if isinstance(problem, DbesError) else ResultError(reason or f"{type(problem).__name__}: {problem}")
-    folder, task = job.folder, job.benchmark.task
+    folder = job.folder
     if (folder / RESULT_FILE).exists():
         try:
             if load_result(folder).status == "ok":
                 return error
         except DbesError:
             return error
-    result = Result(
+    # where even this cannot be written (a full disk) the error itself still reaches the caller
+    with suppress(DbesError):
+        _failure(job, error).save(folder)
+    return error
+
+
+def _failure(job: Job, error: DbesError) -> Result:
+    """What is to be read of a job that failed."""
+    task = job.benchmark.task
+    return Result(
         status="error",
         error=str(error),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -282,7 +325,3 @@ def _failed(job: Job, problem: BaseException) -> DbesError:
         task=TaskFacts(name=task.name, version=task.version, fingerprint=job.benchmark.facts["fingerprint"]),
         settings=job.request.settings,
     )
-    # where even this cannot be written (a full disk) the error itself still reaches the caller
-    with suppress(DbesError):
-        result.save(folder)
-    return error

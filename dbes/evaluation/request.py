@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dbes.errors import ModelError, SettingError
-from dbes.shipped import EMBEDDED_MODEL, EMBEDDED_NAME
+from dbes.shipped import EMBEDDED, located
 from dbes.tasks.task import Document, Task, load_task, read_task, task_facts
+from dbes.text import unknown
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from dbes.models import LoadedModel
+
+    Model = str | Path | LoadedModel | PreTrainedModel
+    """What can be evaluated: folder, hub id or ``embedded``, or a model in memory."""
 
 UNRESOLVED = "unresolved"
 """Stands for the revision in the path of a result whose model could not be loaded."""
@@ -36,7 +42,7 @@ class Benchmark:
         return tuple(self.task.domains)
 
 
-def read_benchmark(tasks: str | Path, *, limit: int | None = None, embedded_fallback: bool = False) -> Benchmark:
+def read_benchmark(tasks: str | Path | Task, *, limit: int | None = None, embedded_fallback: bool = False) -> Benchmark:
     """The task and its documents.
 
     Raises:
@@ -57,14 +63,14 @@ def result_folder(output_path: str | Path, name: str, revision: str, task: str, 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What one call of evaluate() asks for, as it was given; ``model`` is None for a model in memory.
+    """What one call of evaluate() asks for, as it was given; ``model`` and ``tasks`` are None where they were built in Python.
 
     Raises:
         SettingError: a value that no evaluation can use.
     """
 
     model: str | None
-    tasks: str
+    tasks: str | None
     revision: str | None
     limit: int | None
     dtype: str | None
@@ -75,9 +81,19 @@ class Request:
     trust_remote_code: bool
     embedded_fallback: bool = False
 
+    @classmethod
+    def of(cls, model: str | Path | LoadedModel, *, dtype: str, device_map: str | None, **options: Any) -> Request:
+        """What is asked of a model, before any task is named; how a model in memory computes was settled elsewhere."""
+        if isinstance(model, str | Path):
+            return cls(model=str(model), tasks=None, dtype=dtype, device_map=device_map, **options)
+        return cls(model=None, tasks=None, dtype=None, device_map=None, **options)
+
+    def on(self, task: str | Path | Task) -> Request:
+        return replace(self, tasks=None if isinstance(task, Task) else str(task))
+
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in DTYPES:
-            raise SettingError(f"dtype {self.dtype!r}: expected one of {', '.join(DTYPES)}")
+            raise SettingError(unknown("dtype", self.dtype, DTYPES))
         if self.batch_size != "auto" and not (_whole(self.batch_size) and self.batch_size >= 1):
             raise SettingError(f"batch_size {self.batch_size!r}: expected 'auto' or a whole number of at least 1")
         for name, value, least in (("seed", self.seed, 0), ("permutations", self.permutations, 0), ("limit", self.limit, 1)):
@@ -85,7 +101,7 @@ class Request:
                 continue
             if not _whole(value) or (value or 0) < least:
                 raise SettingError(f"{name} {value!r}: expected a whole number of at least {least}")
-        if self.revision is not None and self.model is not None and (self.model == "embedded" or Path(self.model).is_dir()):
+        if self.revision is not None and self.model is not None and (self.model == EMBEDDED or Path(self.model).is_dir()):
             raise SettingError(f"revision {self.revision!r}: {self.model} is a folder; only models of the hub have revisions")
 
     @property
@@ -246,6 +262,26 @@ class Job:
         return replace(self, subject=subject)
 
 
+@contextmanager
+def given_model(model: Model, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str | Path | LoadedModel]:
+    """The model as it is named, or as it is loaded; one in memory is in eval mode inside the block, and left as it was.
+
+    Raises:
+        SettingError: a tokenizer for a model that has its own.
+        ModelError: a model in memory that cannot be recorded, or without tokenizer.
+    """
+    from dbes.models import LoadedModel, load_model, transformers_model
+    from dbes.models.execution import mode
+
+    if isinstance(model, str | Path | LoadedModel):
+        if tokenizer is not None:
+            raise SettingError("tokenizer: for a model of transformers in memory only; any other comes with its own")
+        yield model
+        return
+    with mode(transformers_model(model), training=False):
+        yield load_model(model, tokenizer=tokenizer)
+
+
 def subject_of(model: str | Path | LoadedModel, request: Request) -> Subject:
     """The model with what can be known of it without reading its weights.
 
@@ -257,15 +293,15 @@ def subject_of(model: str | Path | LoadedModel, request: Request) -> Subject:
     from dbes.models import find_commit, folder_fingerprint
 
     device_named(request.device_map, "cpu")
-    folder = EMBEDDED_MODEL if str(model) == "embedded" else Path(model)
+    where, name = located(model)
+    folder = Path(where)
     if not folder.is_dir():
         commit = None
         if isinstance(model, str):
             with suppress(ModelError):  # told when it is loaded
                 commit = find_commit(model, revision=request.revision)
         return Subject(name=str(model), commit=commit)
-    name = EMBEDDED_NAME if str(model) == "embedded" else folder.resolve().name
-    commit = None
+    name, commit = name or folder.resolve().name, None
     if (folder / "config.json").is_file():
         with suppress(OSError, ModelError):
             commit = folder_fingerprint(folder)

@@ -17,9 +17,7 @@ from dbes.evaluation.request import Expected, Job, Request
 from dbes.files import discard, locked, remove_abandoned, sha256_of
 from dbes.results import RESULT_FILE, Result, load_result
 from dbes.scoring.tables import COMPANIONS
-from dbes.trace.store import CONTROL, Trace
-
-TRACE_FOLDER = "trace"
+from dbes.trace.store import CONTROL, TRACE_FOLDER, Trace
 
 VERSIONS = ("dbes", "torch", "transformers")
 """Packages whose version is part of a recording's identity."""

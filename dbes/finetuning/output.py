@@ -1,4 +1,4 @@
-"""What a run leaves behind: the base's own files with the trained rows replaced, or only these rows, which `merge_delta` puts there."""
+"""What a run leaves behind: the base's own files with the trained rows replaced, or only these rows, which `merge` puts there."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ from dbes.models.folder import CONFIG
 from dbes.models.sites import RoutingSite, expert_slices, find_sites
 from dbes.paths.types import Cell
 from dbes.schema import Strict, read_versioned
+from dbes.shipped import located
 
 MERGING = ".merging.json"
 Cut = Callable[[Tensor], Tensor]
@@ -248,18 +249,25 @@ def round_rows(model: PreTrainedModel, cells: TrainableCells, rows: Rows) -> dic
     return found
 
 
-def merge_delta(base: str, delta: Path, out: Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Path:
+def merge(base: str | Path, delta: str | Path, out: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Path:
     """Write the checkpoint that the run of a delta would have written, from its base. Returns ``out``.
 
     The same call finishes one that was killed, and finds one that had finished already.
 
+    Args:
+        base: the model the delta was trained from: folder, hub id, or ``"embedded"``.
+        delta: folder that `finetune` wrote with ``save="delta"``.
+        out: folder of the checkpoint.
+        revision: branch, tag or commit of a base on the hub.
+        trust_remote_code: run model code that comes with the checkpoint.
+
     Raises:
-        FinetuneError: no or a damaged delta; its tensors are not exactly the cells' that it declares; the base is quantized, or is
-            not the model it was trained on; ``out`` holds something else; the disk is full.
+        FinetuneError: the delta is damaged, or of another base; the base is quantized; ``out`` holds something else; the disk is full.
         FileError: ``out`` cannot be written, or another run is writing there.
         ModelError: the base cannot be loaded.
     """
-    facts, tensors = read_delta(delta)
+    base, out = located(base)[0], Path(out)
+    facts, tensors = read_delta(Path(delta))
     refuse_untrainable(base, revision=revision, trust_remote_code=trust_remote_code)
     checkpoint = base_checkpoint(base, out, revision=revision)
     model = _structure(base, revision=revision, trust_remote_code=trust_remote_code)

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor
 
-from dbes.errors import FinetuneError, PathError
+from dbes.errors import FinetuneError, PathError, SettingError
 from dbes.finetuning.cells import TrainableCells
 from dbes.finetuning.checkpoint import Checkpoint, refuse_full_disk
 from dbes.finetuning.encoding import full_rows
@@ -24,7 +24,7 @@ from dbes.finetuning.guard import Guard, split_protected
 from dbes.finetuning.machine import memory_explained, refuse_sharding
 from dbes.finetuning.output import Rows, base_checkpoint, claimed, refuse_untrainable, round_rows, tidy, write_output
 from dbes.finetuning.report import FinetuneReport, changes, peak_memory, read_report, refuse_damaged, versions, write_report
-from dbes.finetuning.settings import FinetuneSettings
+from dbes.finetuning.settings import FinetuneSettings, read_settings
 from dbes.finetuning.summary import warnings_after, warnings_before
 from dbes.finetuning.training import Trained, train
 from dbes.finetuning.validation import Split, split_validation
@@ -34,10 +34,15 @@ from dbes.models.windows import embedding_rows, padding_id
 from dbes.paths.files import read_esft, read_path
 from dbes.paths.types import ExpertPath
 from dbes.schema import read_json
-from dbes.shipped import EMBEDDED_MODEL, EMBEDDED_NAME
+from dbes.shipped import EMBEDDED, located
 from dbes.tasks.entries import Data, Entry, prepare_data
+from dbes.tasks.task import Task
+from dbes.text import unknown
 
 Say = Callable[[str], None]
+
+LIMIT = 64
+"""Held-out texts of a domain that are measured, at most, unless told otherwise."""
 
 GUARD = "guarded by protected texts"
 """In the identity of a protected run: one of before rates were guarded made another choice, and is not resumed."""
@@ -46,13 +51,18 @@ GUARD = "guarded by protected texts"
 def finetune(
     model: str | Path,
     paths: str | Path | ExpertPath,
-    data: str,
-    out: Path,
-    settings: FinetuneSettings,
+    data: str | Path,
+    out: str | Path,
+    config: str | Path | FinetuneSettings | None = None,
     *,
-    tasks: str | Path = "embedded",
-    limit: int | None = 64,
-    save: Literal["model", "delta"] = "model",
+    steps: int | None = None,
+    lr: float | str | None = None,
+    batch_size: int | None = None,
+    seq_len: int | None = None,
+    protect: float | None = None,
+    tasks: str | Path | Task = EMBEDDED,
+    limit: int | None = LIMIT,
+    save: str = "model",
     revision: str | None = None,
     trust_remote_code: bool = False,
     accelerator: Any = None,
@@ -66,19 +76,34 @@ def finetune(
     process calls it.
 
     Args:
-        model: folder, hub id, or ``embedded``.
+        model: folder, hub id, or ``"embedded"``.
         paths: an expert path, its file, or an ESFT expert config.
-        data: a file, or ``task:DOMAIN``.
-        tasks: whose domains are measured before and after, on at most ``limit`` held-out texts of each.
-        save: a whole checkpoint, or only the trained slices (`dbes.finetuning.output.merge_delta`).
+        data: a file (.jsonl, .json, .txt, .parquet), or ``task:DOMAIN``. A fifth is held out.
+        out: folder of the checkpoint.
+        config: `FinetuneSettings`, or a YAML file of settings; those given by name here stand above it.
+        steps: updates at most; four passes over the data by default.
+        lr: peak learning rate; ``"auto"``, the default: found by short runs on text set apart.
+        batch_size: sequences per update; 8 by default.
+        seq_len: tokens per sequence; 512 by default.
+        protect: train updates that other domains hardly feel, with this floor (0.03; smaller protects more).
+        tasks: whose domains are measured before and after.
+        limit: held-out texts per domain at most.
+        save: ``model``: a whole checkpoint; ``delta``: only the trained slices, see `merge`.
+        revision: branch, tag or commit of a model on the hub.
+        trust_remote_code: run model code that comes with the checkpoint.
         accelerator: one whose trackers the caller has started; by default one is made, with the tracker of the settings.
         checkpoint_seconds: between two states on disk.
+        say: called with what is being done; progress: with the figures of every step.
 
     Raises:
+        SettingError: no such way to save, or no such domain.
         FinetuneError: see `prepare_data`, `TrainableCells` and `train`; a path of another model; ``out`` holds something else.
         ModelError, PathError, TaskError: model, path or task cannot be read.
     """
-    where, name = (str(EMBEDDED_MODEL), EMBEDDED_NAME) if str(model) == "embedded" else (str(model), None)
+    if save not in ("model", "delta"):
+        raise SettingError(unknown("way to save", save, ("model", "delta")))
+    settings = read_settings(config, steps=steps, lr=lr, protect=protect, batch_size=batch_size, seq_len=seq_len)
+    where, data, out = located(model)[0], str(data), Path(out)
     found = prepare_data(data, tasks=tasks, limit=limit)
     refuse_sharding(accelerator)
     refuse_untrainable(where, revision=revision, trust_remote_code=trust_remote_code)
@@ -88,7 +113,7 @@ def finetune(
         say("loading")
         place = {"": accelerator.device} if accelerator.num_processes > 1 and accelerator.device.type != "cpu" else None
         with memory_explained():
-            loaded = load_model(where, name=name, revision=revision, device_map=place, trust_remote_code=trust_remote_code)
+            loaded = load_model(model, revision=revision, device_map=place, trust_remote_code=trust_remote_code)
         path = checked_path(paths, loaded)
         facts = (GUARD,) if settings.protect is not None else ()
         identity = settings.identity(loaded.revision, path.cells, found.digest, tasks, limit, save, *facts)

@@ -126,20 +126,22 @@ def make_settings(**values: Any) -> FinetuneSettings:
         raise FinetuneError(f"{clipped(name, 60)}: {what} (given: {clipped(repr(first['input']), 60)})") from None
 
 
-def read_settings(path: Path | None, **options: Any) -> FinetuneSettings:
-    """Settings of a YAML file; an option that is not None stands above the file.
+def read_settings(path: str | Path | FinetuneSettings | None, **options: Any) -> FinetuneSettings:
+    """Settings as they are or of a YAML file; an option that is not None stands above them.
 
     Raises:
         FinetuneError: the file cannot be read, is no mapping, or a setting is unknown or wrong.
     """
     missing = f"{path}: there is no such file of settings"
-    content = read_named(path, error=FinetuneError, missing=missing) if path is not None else {}
+    content = path.model_dump(exclude_unset=True) if isinstance(path, FinetuneSettings) else {}
+    if isinstance(path, str | Path):
+        content = read_named(Path(path), error=FinetuneError, missing=missing)
     given = {name: value for name, value in options.items() if value is not None}
     try:
         return make_settings(**{name: _number(value) for name, value in content.items()} | given)
     except FinetuneError as problem:
         message = str(problem)
-        if path is None or any(message.startswith(f"--{name}:") for name in given):
+        if not isinstance(path, str | Path) or any(message.startswith(f"--{name}:") for name in given):
             raise
         raise FinetuneError(f"{path}: {message.removeprefix('--')}") from None
 

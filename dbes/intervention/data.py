@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from dbes.errors import FinetuneError, InterventionError, MixError
-from dbes.evaluation.pipeline import read_benchmark
+from dbes.errors import FinetuneError, InterventionError, MixError, SettingError
+from dbes.evaluation.request import read_benchmark
 from dbes.finetuning.encoding import Sample, cut_rows
 from dbes.finetuning.evaluation import encode_choices
 from dbes.intervention.settings import Settings
@@ -26,6 +26,7 @@ from dbes.models.windows import refuse_unknown, token_ids
 from dbes.tasks.entries import Entry, by_hash, entry_of_document, hold_out, read_entries
 from dbes.testbed.mix import Text, is_heldout, read_texts
 from dbes.testbed.mixes import HELDOUT_SHARE, mix_files
+from dbes.text import unknown
 
 TASK, MIX = "task:", "mix:"
 TUNING_SHARE = 0.1
@@ -122,7 +123,8 @@ def read_sources(texts: str, domains: Sequence[str], *, cache: Path) -> tuple[Te
         domains: targets: a domain of the texts, ``NAME=FILE`` (a fifth of its sources is held out) or ``NAME=TRAINING,HELDOUT``.
 
     Raises:
-        InterventionError: unknown domain, a name twice, a source on both sides, too few texts.
+        SettingError: there is no such domain.
+        InterventionError: a name twice, a source on both sides, too few texts.
         TaskError, MixError, FinetuneError: the texts cannot be read.
     """
     training, heldout = _of_mix(texts.removeprefix(MIX), cache) if not texts.startswith(TASK) else _of_task(texts.removeprefix(TASK))
@@ -132,7 +134,7 @@ def read_sources(texts: str, domains: Sequence[str], *, cache: Path) -> tuple[Te
         names.append(name)
         if not equals:
             if name not in training:
-                raise InterventionError(f"domain {name!r}: {texts} has {', '.join(training)}; or give NAME=FILE")
+                raise SettingError(f"{unknown(f'domain of {texts}', name, training)}; or give NAME=FILE")
             continue
         if name in training:
             raise InterventionError(f"domain {given!r}: {texts} has a domain {name!r} already; choose another name for the file")

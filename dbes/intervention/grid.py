@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import transformers
 
-from dbes.errors import FileError, InterventionError
+from dbes.errors import FileError, InterventionError, SettingError
 from dbes.files import locked, write_json
 from dbes.finetuning.output import refuse_untrainable
 from dbes.intervention.analysis import analyse
@@ -35,6 +35,7 @@ from dbes.schema import read_record
 from dbes.shipped import EMBEDDED_MODEL, EMBEDDED_NAME
 from dbes.testbed.prescribed import Prescription
 from dbes.testbed.runner import run_jobs
+from dbes.text import unknown
 
 RUNS, MASKS, DATA = "runs", "masks", "data.safetensors"
 
@@ -161,9 +162,8 @@ def _sources(
     sources, names = read_sources(texts, targets, cache=cache)
     if names != settings.domains:
         raise InterventionError(f"targets {list(names)} are not the settings' domains {list(settings.domains)}")
-    unknown = sorted(set(settings.new) - set(sources.domains))
-    if unknown:
-        raise InterventionError(f"new domains {unknown}: the texts have {', '.join(sources.domains)}")
+    for strange in sorted(set(settings.new) - set(sources.domains)):
+        raise SettingError(unknown("domain of the texts", strange, sources.domains))
     sources, left_out = routable(sources, prescription)
     if left_out:
         say(f"left out, as the model has no block of experts for them: {', '.join(left_out)}")

@@ -10,12 +10,13 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from dbes.errors import InterventionError
+from dbes.errors import InterventionError, SettingError
 from dbes.paths.rules import RULES
 from dbes.paths.selection import check_budget
 from dbes.paths.types import Cell
 from dbes.reporting.arms import ALL, ALL_PROTECTED, DEFAULT_EXTRAS, EXTRA_ARMS, FULL, FULL_PROTECTED, FULL_REPLAY, REPLAY, SLOWER
 from dbes.schema import Finite, read_named, validated
+from dbes.text import unknown
 
 Kind = Literal["cells", "full", "router"]
 """``cells``: chosen experts (whole, or low-rank updates of them); ``full``: every parameter; ``router``: the routers' weights."""
@@ -102,9 +103,8 @@ class Settings(Finite):
         if not set(self.protected) <= set(self.rules):
             raise ValueError(f"protected {list(self.protected)}: expected some of the rules {list(self.rules)}, to be compared with")
         for name, given, known in (("rules", self.rules, RULES), ("extras", self.extras, EXTRA_ARMS), ("ideas", self.ideas, IDEAS)):
-            unknown = sorted(set(given) - set(known))
-            if unknown:
-                raise ValueError(f"{name} {unknown}: expected some of {list(known)}")
+            if strange := sorted(set(given) - set(known)):
+                raise ValueError(f"{name} {strange}: expected some of {list(known)}")
         if not self.rates or any(rate <= 0 for rate in self.rates):
             raise ValueError(f"rates {list(self.rates)}: expected learning rates above 0")
         for name, points in (("points", self.points), ("full_points", self.full_points)):
@@ -224,9 +224,13 @@ def read_configuration(file: Path | None, given: Mapping[str, Any]) -> Settings:
     """The settings of a YAML file (all defaults without one), with those given on the command line on top.
 
     Raises:
+        SettingError: no such rule or idea is given.
         InterventionError: the file cannot be read, or a setting is unknown or wrong.
         PathError: a budget that is no share.
     """
+    for kind, known, names in (("rule", RULES, ("rules", "protected")), ("idea", IDEAS, ("ideas",))):
+        for name in (name for setting in names for name in given.get(setting, ()) if name not in known):
+            raise SettingError(unknown(kind, name, known))
     content = read_named(file, error=InterventionError) if file is not None else {}
     settings = validated(Settings, {**content, **given}, where=file or "settings", error=InterventionError)
     for budget in settings.budgets:

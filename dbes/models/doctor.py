@@ -19,12 +19,13 @@ from transformers import PreTrainedModel
 
 from dbes.errors import ModelError, RecordingError
 from dbes.models import check_folder, has_adapter, load_config, load_model, load_tokenizer, transformers_model
-from dbes.models.execution import base_of, forward, input_device
+from dbes.models.execution import base_of, forward, input_device, mode
 from dbes.models.explained import explained
 from dbes.models.folder import INDEX, PICKLES, find_folder
 from dbes.models.hooks import Decision, watching
 from dbes.models.miniature import miniature
 from dbes.models.sites import RoutingSite, expert_weights, find_sites, score_reason
+from dbes.shipped import located
 
 ARCHITECTURE = "random, scaled down"
 """The weights of a model that was built from a config: its architecture was judged, nothing else."""
@@ -122,7 +123,9 @@ def examine(
     nothing but the config is read; ``notes`` says so.
 
     Args:
-        model: folder, hub id, or a model of transformers or peft.
+        model: folder, hub id, ``"embedded"``, or a model of transformers or peft, which is left as it was.
+        revision: branch, tag or commit of a model on the hub.
+        trust_remote_code: run model code that comes with the checkpoint.
         ablated_layers: how many layers to ablate, spread evenly; weights are put back.
 
     Raises:
@@ -131,14 +134,15 @@ def examine(
     """
     started = time.perf_counter()
     if isinstance(model, str | Path):
-        name = str(model)
-        weights, subject, notes = _subject(model, revision=revision, trust_remote_code=trust_remote_code)
+        where, called = located(model)
+        name = called or where
+        weights, subject, notes = _subject(model if called is None else where, revision=revision, trust_remote_code=trust_remote_code)
     else:
         name, weights, subject, notes = type(model).__name__, "given", transformers_model(model), ()
     sites = find_sites(subject)
     chosen = {sites[round(place * (len(sites) - 1) / max(1, ablated_layers - 1))].layer for place in range(ablated_layers)}
-    ids = _random_ids(subject)
-    layers = _examined(name, subject, sites, ids, chosen)
+    with mode(subject, training=False):
+        layers = _examined(name, subject, sites, _random_ids(subject), chosen)
     return Diagnosis(
         model=name,
         architecture=type(subject).__name__,

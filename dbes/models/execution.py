@@ -64,13 +64,14 @@ def _call(module: nn.Module, device: torch.device, inputs: dict[str, Tensor]) ->
 
 @contextmanager
 def mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Inside the block the model trains (dropout on) or does not; it is left as it was."""
-    before = model.training
+    """Inside the block the model trains (dropout on) or does not; it is left as it was, part by part."""
+    before = [(module, module.training) for module in model.modules()]
     model.train(training)
     try:
         yield
     finally:
-        model.train(before)
+        for module, flag in before:
+            module.training = flag
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from dbes.models.folder import CONFIG, check_code, check_folder, find_folder, re
 from dbes.models.identity import folder_fingerprint, joined, model_fingerprint, tokenizer_fingerprint
 from dbes.models.leftovers import account, refuse_unfit, watched_loading
 from dbes.models.sites import find_sites, input_device
+from dbes.shipped import located
 
 NOT_A_FOLDER = "no-adapter-here"
 
@@ -65,6 +66,10 @@ def load_model(
     """The checkpoint in a folder or on the Hugging Face hub, in eval mode; or a model that is already built, with its tokenizer.
 
     Args:
+        model: hub id, folder, ``"embedded"`` for the checkpoint that ships with dbes, or a model of transformers or peft in memory,
+            which is put into eval mode.
+        tokenizer: of a model in memory.
+        name: what the result calls it; by default hub id, name of the folder, or class.
         revision: branch, tag or commit on the hub.
         dtype: "auto" is float32 on a CPU, where bfloat16 is slow and changes the experts of 2-3 % of tokens with the shape of
             the batch, and the checkpoint's own dtype on an accelerator. Or a name such as "bfloat16".
@@ -83,7 +88,8 @@ def load_model(
         given = Path(given).name if Path(given).exists() else given
         return _described(_Checkpoint(model.eval(), model_fingerprint(model)), tokenizer, name=given)
 
-    where, folder = str(model), find_folder(model)
+    where, called = located(model)
+    name, folder = name or called, find_folder(model if called is None else where)
     if tokenizer is None and folder is not None and (folder / CONFIG).exists():
         check_folder(folder, trust_remote_code=trust_remote_code)
     loaded = _load(where, revision=revision, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)

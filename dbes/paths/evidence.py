@@ -10,16 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from dbes.errors import PathError
-from dbes.evaluation.pipeline import TRACE_FOLDER
-from dbes.results import load_result
+from dbes.errors import PathError, SettingError
+from dbes.results import RESULT_FILE, Result, load_result
 from dbes.scoring.counts import PHASES, Counts
 from dbes.scoring.descriptive import transitions
 from dbes.scoring.metrics import usage_of
 from dbes.scoring.sampling import TokenSample, even_documents
+from dbes.scoring.score import read_routes
 from dbes.scoring.specialists import SpecialistTable, find_specialists
-from dbes.scoring.stored import counts_of
-from dbes.trace.store import Trace
+from dbes.scoring.stored import COUNTS, counts_of
+from dbes.text import unknown
+from dbes.trace.store import MANIFEST, TRACE_FOLDER, Trace
 from dbes.trace.types import RoutingShape, TokenRoutes
 
 
@@ -102,10 +103,11 @@ class Evidence:
         """Index of a domain.
 
         Raises:
-            PathError: unknown, or without tokens.
+            SettingError: there is no such domain.
+            PathError: it has no tokens.
         """
         if name not in self.shape.domains:
-            raise PathError(f"domain {name!r}: the result has {', '.join(map(repr, self.shape.domains))}")
+            raise SettingError(unknown("domain of this result", name, self.shape.domains))
         index = self.shape.domains.index(name)
         if not self.hits[index].any():
             raise PathError(f"domain {name!r} has no tokens in this result: nothing can be said about its experts")
@@ -147,17 +149,21 @@ def gather(trace: Trace | Counts, *, permutations: int = 1000, seed: int = 0, ph
     return Evidence(counts=units.take(used), routes=routes, permutations=permutations, seed=seed, provenance=dict(counts.provenance))
 
 
-def read_evidence(result: str | Path) -> Evidence:
-    """The evidence of a result folder that kept its trace.
+def read_evidence(result: Result | str | Path) -> Evidence:
+    """The evidence of a result that kept its trace, or in a folder of a trace or of counts.
 
     Raises:
         ResultError: no result there.
         PathError: the evaluation failed, or its trace was not kept.
         TraceError: the trace is incomplete or altered.
     """
-    folder = Path(result)
+    if isinstance(result, Result) and result.folder is None:
+        raise PathError("this result was not written to a folder, where its routes would lie; give the trace or the counts")
+    folder = Path(result if isinstance(result, str | Path) else result.folder or "")
     folder = folder.parent if folder.is_file() else folder
-    found = load_result(folder)
+    if not (folder / RESULT_FILE).exists() and any((folder / name).is_file() for name in (MANIFEST, COUNTS)):
+        return gather(read_routes(folder))
+    found = result if isinstance(result, Result) else load_result(folder)
     if found.status != "ok":
         raise PathError(f"{folder}: this evaluation failed ({found.error}); evaluate again")
     if not (folder / TRACE_FOLDER).is_dir():

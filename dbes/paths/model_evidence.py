@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from dbes.errors import PathError
-from dbes.evaluation.pipeline import read_benchmark
+from dbes.evaluation.request import read_benchmark
 from dbes.models import LoadedModel, load_model
 from dbes.models.sites import find_sites, max_positions
 from dbes.models.windows import embedding_rows, refuse_unknown, special_tokens, token_ids
 from dbes.paths.evidence import Evidence
 from dbes.paths.gradients import expert_parameters, gradient_norms, masking_effects
-from dbes.shipped import EMBEDDED_MODEL, EMBEDDED_NAME
+from dbes.tasks.task import Task
 
 GRADIENT_TOKENS = 16_384
 """Tokens of each domain for the gradient."""
@@ -26,7 +26,7 @@ MASKING_TOKENS = 2_048
 
 
 def with_model(
-    evidence: Evidence, model: str | Path | LoadedModel, *, tasks: str | Path, gradients: bool = False, effects: bool = False
+    evidence: Evidence, model: str | Path | LoadedModel, *, tasks: str | Path | Task, gradients: bool = False, effects: bool = False
 ) -> Evidence:
     """The same evidence with sizes of experts and, where asked for, gradients and masking effects on the benchmark's documents.
 
@@ -34,14 +34,12 @@ def with_model(
         PathError: the model is not the one that was recorded, or the task has other domains.
         TaskError, ModelError: the task or the model cannot be used.
     """
-    loaded = model
-    if not isinstance(loaded, LoadedModel):
-        embedded = str(model) == "embedded"
-        loaded = load_model(EMBEDDED_MODEL if embedded else str(model), name=EMBEDDED_NAME if embedded else None)
+    loaded = model if isinstance(model, LoadedModel) else load_model(model)
     check_model(evidence, loaded)
     benchmark = read_benchmark(tasks)
     if benchmark.domains != evidence.shape.domains:
-        raise PathError(f"task {tasks} has domains {list(benchmark.domains)}, the result {list(evidence.shape.domains)}; give its own task")
+        domains, recorded = list(benchmark.domains), list(evidence.shape.domains)
+        raise PathError(f"task {benchmark.task.name} has domains {domains}, the result {recorded}; give its own task")
     texts: list[list[str]] = [[] for _ in benchmark.domains]
     for document in benchmark.documents:
         texts[benchmark.domains.index(document.domain)].append(document.text)

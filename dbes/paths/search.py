@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from dbes.errors import PathError
-from dbes.paths.evidence import Evidence
-from dbes.paths.rules import ESFT_SHARES, RULES, WITHOUT_TEXTS, Rule, score_cells
+from dbes.errors import PathError, SettingError
+from dbes.paths.evidence import Evidence, gather, read_evidence
+from dbes.paths.rules import ESFT_SHARES, NEED_MODEL, RULES, WITHOUT_TEXTS, Rule, score_cells
 from dbes.paths.selection import cells_of, check_budget, choose, jaccard, random_load_matched
 from dbes.paths.trajectories import strongest
 from dbes.paths.types import ExpertPath, Overlap, Provenance
+from dbes.results import Result
+from dbes.scoring.counts import Counts
+from dbes.shipped import EMBEDDED
+from dbes.tasks.task import Task
+from dbes.text import unknown
+from dbes.trace.store import Trace
+
+if TYPE_CHECKING:
+    from dbes.models import LoadedModel
 
 DEFAULT_BUDGET = 0.15
+MATCHED = "random-load-matched"
 
 RESAMPLES = 20
 """Random halves of the texts in which the rule chooses again."""
@@ -25,33 +37,52 @@ TRAJECTORIES = 5
 
 
 def find_path(
-    evidence: Evidence,
+    result: Result | Trace | Counts | Evidence | str | Path,
     *,
     domain: str,
-    rule: Rule = "specialization",
-    budget: float | None = DEFAULT_BUDGET,
-    match: Rule = "specialization",
+    rule: str = "specialization",
+    budget: float | Literal["auto"] | None = "auto",
+    match: str = "specialization",
+    model: str | Path | LoadedModel | None = None,
+    tasks: str | Path | Task = EMBEDDED,
     seed: int = 0,
     resamples: int = RESAMPLES,
     trajectories: int = TRAJECTORIES,
 ) -> ExpertPath:
-    """The cells that a rule chooses for a domain, and what they are worth.
+    """The experts that serve a domain: cells chosen by a rule within a budget, what they cover, and how sure the choice is.
 
     Args:
-        budget: share of the routed-expert parameters, not exceeded; None: all cells the rule admits (ESFT's own sets).
-        match: the rule whose cells ``random-load-matched`` is matched with.
+        result: a result that kept its routes, its folder, or a trace or counts (in memory or their folder), whose specialists are
+            tested with 1,000 permutations.
+        domain: whose experts are wanted.
+        rule: how cells are scored, see `dbes.paths.rules.score_cells`.
+        budget: share of the routed-expert parameters, not exceeded; ``"auto"``: 0.15, or ESFT's own sets for ESFT's rules; None: all
+            cells the rule admits.
+        match: the rule whose cells ``random-load-matched`` carries the load of.
+        model: the evaluated model, for rules that look at it (gradients, masking); with it, budgets count its parameters.
+        tasks: the evaluated task, for rules that look at the model.
         seed: of random rules, the random halves of the stability figure and of the trajectories.
         resamples: random halves for the stability figure; 0 leaves it out.
         trajectories: chains to report at most.
 
     Raises:
-        PathError: unknown domain or rule; a budget that is no share; no cell passes; the rule needs the model.
+        SettingError: there is no such domain or rule.
+        PathError: the routes were not kept; a budget that is no share; no cell passes; the rule needs the model, or it is another one.
+        ResultError, TraceError, TaskError, ModelError: what is given cannot be read.
     """
-    if rule not in RULES:
-        raise PathError(f"rule {rule!r}: expected one of {', '.join(RULES)}")
+    rule, match = known_rule(rule), known_rule(match)
+    if budget == "auto":
+        budget = None if rule in ESFT_SHARES else DEFAULT_BUDGET
     if budget is not None:
         check_budget(budget)
+    evidence = _evidence(result)
     index = evidence.domain(domain)
+    if model is not None:
+        from dbes.paths.model_evidence import with_model
+
+        asked = {rule, match} if rule == MATCHED else {rule}
+        gradients = bool(asked & {*NEED_MODEL} - {"causal"})
+        evidence = with_model(evidence, model, tasks=tasks, gradients=gradients, effects="causal" in asked)
     chosen = chosen_cells(evidence, index, rule, budget=budget, match=match, seed=seed)
     shape, about = evidence.shape, evidence.provenance
     task = about.get("task") or {}
@@ -80,11 +111,24 @@ def find_path(
     )
 
 
+def known_rule(name: str) -> Rule:
+    """The rule of a name; raises SettingError where there is none."""
+    if name not in RULES:
+        raise SettingError(unknown("rule", name, RULES))
+    return name
+
+
+def _evidence(given: Result | Trace | Counts | Evidence | str | Path) -> Evidence:
+    if isinstance(given, Evidence):
+        return given
+    return gather(given) if isinstance(given, Trace | Counts) else read_evidence(given)
+
+
 def chosen_cells(
     evidence: Evidence, domain: int, rule: Rule, *, budget: float | None, match: Rule = "specialization", seed: int = 0
 ) -> np.ndarray:
     """Bool [layers, experts]; arguments and errors as of ``find_path``."""
-    if rule == "random-load-matched":
+    if rule == MATCHED:
         if match == rule:
             raise PathError("random-load-matched is matched with the cells of another rule (--match), not with itself")
         reference = chosen_cells(evidence, domain, match, budget=budget, seed=seed)
@@ -107,7 +151,7 @@ def _overlap(evidence: Evidence, domain: int, chosen: np.ndarray, rule: Rule, *,
         if index == domain or not evidence.hits[index].any():
             continue
         alike = None
-        if rule not in ("random", "random-load-matched", "all"):
+        if rule not in ("random", MATCHED, "all"):
             try:
                 alike = jaccard(chosen, chosen_cells(evidence, index, rule, budget=budget))
             except PathError:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
+from dbes.errors import SettingError
 from dbes.schema import Finite
+from dbes.text import unknown
 
 PATH_SCHEMA = 1
+FORMATS = ("dbes", "esft")
 
 
 class Cell(NamedTuple):
@@ -93,6 +97,33 @@ class ExpertPath(Finite):
     stability: float | None = None
     trajectories: tuple[Trajectory, ...] = ()
     provenance: Provenance
+
+    @classmethod
+    def load(cls, file: str | Path) -> ExpertPath:
+        """The expert path in a file that ``save`` wrote.
+
+        Raises:
+            PathError: missing, not JSON, another schema version, unknown fields, cells that the model does not have.
+        """
+        from dbes.paths.files import read_path
+
+        return read_path(file)
+
+    def save(self, file: str | Path, *, format: str = "dbes") -> Path:
+        """Write the path as strict JSON, whole or not at all, and return the file.
+
+        Args:
+            format: ``dbes``: everything; ``esft``: the expert config of ESFT (arXiv 2407.01906), the cells alone.
+
+        Raises:
+            SettingError: there is no such format.
+            PathError: the file cannot be written.
+        """
+        from dbes.paths.files import write_esft, write_path
+
+        if format not in FORMATS:
+            raise SettingError(unknown("format", format, FORMATS))
+        return (write_esft if format == "esft" else write_path)(self, file)
 
     @model_validator(mode="after")
     def _cells_of_the_model(self) -> ExpertPath:

@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dbes.evaluation.pipeline import Benchmark
+from dbes.evaluation.request import Benchmark
 from dbes.tasks.task import Task
 
 

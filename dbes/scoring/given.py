@@ -46,7 +46,7 @@ def counts_from_arrays(
     if hits.ndim != 3:
         raise TraceError(f"hits: expected [documents, layers, experts], got {hits.shape}")
     layers = range(hits.shape[1]) if layers is None else layers
-    experts = hits.shape[2] if experts is None else experts
+    experts = int(hits.shape[2]) if experts is None else experts
     names = tuple(map(str, range(len(hits)))) if document_ids is None else tuple(document_ids)
     domain = np.asarray(document_domain)
     if domain.shape != hits.shape[:1] or (domain.size and not np.issubdtype(domain.dtype, np.integer)):

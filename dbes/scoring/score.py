@@ -6,11 +6,15 @@ Nothing here needs a model, so the same code scores recordings of dbes, traces f
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path
 
 import numpy as np
 
+from dbes.errors import ResultError, SettingError, TraceError
+from dbes.files import locked
 from dbes.results import DomainFacts, RecordingFacts, Result, Specialist
 from dbes.scoring import descriptive
 from dbes.scoring.companions import companions, similarity
@@ -23,11 +27,14 @@ from dbes.scoring.layers import score_layers
 from dbes.scoring.published import published_values
 from dbes.scoring.sampling import TokenSample, even_documents, example_tokens
 from dbes.scoring.specialists import SpecialistTable
-from dbes.scoring.stored import counts_of
+from dbes.scoring.stored import COUNTS, counts_of
 from dbes.scoring.verdict import verdict
-from dbes.trace.baselines import blocks_overlap
-from dbes.trace.store import Trace
+from dbes.text import unknown
+from dbes.trace.baselines import ROUTERS, blocks_overlap, imitate
+from dbes.trace.store import TRACE_FOLDER, Trace
 from dbes.wording import counted
+
+RECORDED = "recorded"
 
 REPLICATED = ("specialization", "der", "domain_isolation", "stiffness", "ngram_expertise_2")
 """Metrics whose delete-one-document scores are kept, so that models can be compared on the same documents."""
@@ -59,23 +66,70 @@ class Scores:
     replicates: dict[str, np.ndarray]
 
 
-def score(trace: Trace | Counts, *, permutations: int = 1000, seed: int = 0, phase: int | None = None) -> Result:
-    """Every metric of a trace, published and calibrated, per layer, per domain and for the model.
+def score(
+    trace: Trace | Counts | str | Path,
+    *,
+    router: str = RECORDED,
+    phase: str = PHASES[None],
+    seed: int = 0,
+    permutations: int = 1000,
+    output_path: str | Path | None = None,
+) -> Result:
+    """Every metric of a trace, published and calibrated, per layer, per domain and for the model; needs no model.
 
     Args:
-        trace: or its counts. A trace on disk is counted once: its counts are kept beside it and used again.
-        permutations: draws of the document-label null.
+        trace: or its counts, or the folder of either. A trace on disk is counted once: its counts are kept beside it and used again.
+        router: ``recorded``, or score the documents as another router would route them: ``reference`` (the ideal domain router),
+            ``uniform``, ``collapsed`` or ``hash``.
+        phase: which tokens to score: ``all``, ``prompt`` or ``generated``.
         seed: of the permutations, the reference router and the random halves.
-        phase: score only tokens of this phase (0 prompt, 1 generated); None scores all.
+        permutations: shuffles of the documents' domain labels that make the chance level.
+        output_path: folder to write result and tables to.
 
     Raises:
-        TraceError: the trace is incomplete, altered or inconsistent, or holds no token of the phase.
+        SettingError: there is no such router or phase.
+        TraceError: the trace is incomplete, altered or inconsistent, or holds no token of the phase; a router for counts.
+        ResultError: ``output_path`` holds an evaluation with its recorded routes.
+        FileError: it cannot be written, or another run is writing there.
     """
-    return score_tables(trace, permutations=permutations, seed=seed, phase=phase).result
+    from dbes.scoring.tables import save_scores
+
+    numbers = {name: number for number, name in PHASES.items()}
+    if phase not in numbers:
+        raise SettingError(unknown("phase", phase, numbers))
+    if router != RECORDED and router not in ROUTERS:
+        raise SettingError(unknown("router", router, (RECORDED, *ROUTERS)))
+    target = None if output_path is None else Path(output_path)
+    with nullcontext() if target is None else locked(target):
+        routes = read_routes(trace) if isinstance(trace, str | Path) else trace
+        if target is not None and (target / TRACE_FOLDER).is_dir():
+            raise ResultError(f"{target}: holds an evaluation with its recorded routes; choose another --output-path")
+        if router != RECORDED:
+            if isinstance(routes, Counts):
+                raise TraceError(f"these are counts; router {router} needs the trace, whose documents it routes")
+            routes = imitate(routes, router, seed=seed)
+        scores = score_tables(routes, permutations=permutations, seed=seed, phase=numbers[phase])
+        if isinstance(trace, str | Path):
+            result = scores.result.model_copy(update={"settings": {**scores.result.settings, "trace": str(trace)}})
+            scores = replace(scores, result=result)
+        return scores.result if target is None else save_scores(scores, target, scores.result)
+
+
+def read_routes(folder: str | Path) -> Trace | Counts:
+    """The counts or the trace in a folder.
+
+    Raises:
+        TraceError: there is neither, or it is incomplete or altered.
+    """
+    return Counts.load(folder) if (Path(folder) / COUNTS).is_file() else Trace.load(folder)
 
 
 def score_tables(trace: Trace | Counts, *, permutations: int = 1000, seed: int = 0, phase: int | None = None) -> Scores:
-    """As ``score``, and the expert tables and matrices as arrays."""
+    """As ``score``, and the expert tables and matrices as arrays.
+
+    Args:
+        phase: 0 prompt, 1 generated, None all.
+    """
     counts = counts_of(trace, phase=phase)
     require_tokens(counts)
     shape = counts.shape

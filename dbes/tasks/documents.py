@@ -93,6 +93,18 @@ class FileSource(RowFields):
         return self
 
 
+class TextSource(Strict):
+    """The texts themselves, one document each; a list of texts stands for it."""
+
+    texts: Annotated[list[str], Field(min_length=1)]
+    limit: Annotated[int, Field(ge=1, le=MOST)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare(cls, given: Any) -> Any:
+        return {"texts": list(given)} if isinstance(given, list | tuple) else given
+
+
 class DatasetSource(RowFields):
     """A split of a Hugging Face data set (or of a local folder of parquet or JSON files). ``revision`` is required."""
 

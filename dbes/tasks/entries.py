@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from dbes.errors import FinetuneError
+from dbes.errors import FinetuneError, SettingError
 from dbes.files import read_bytes
 from dbes.schema import parse_json
 from dbes.tasks import local
 from dbes.tasks.documents import Document, kind_of, plain_text
-from dbes.tasks.task import load_task, read_documents
-from dbes.text import clipped
+from dbes.tasks.task import Task, load_task, read_documents
+from dbes.text import clipped, unknown
 
 TASK = "task:"
 TARGET = "data"
@@ -93,7 +93,7 @@ class Data:
     elsewhere: Mapping[str, tuple[Entry, ...]] = field(default_factory=dict)
 
 
-def prepare_data(source: str, *, tasks: str | Path = "embedded", limit: int | None = None) -> Data:
+def prepare_data(source: str, *, tasks: str | Path | Task = "embedded", limit: int | None = None) -> Data:
     """The data of a run.
 
     Args:
@@ -102,14 +102,15 @@ def prepare_data(source: str, *, tasks: str | Path = "embedded", limit: int | No
         limit: held-out entries of each domain at most.
 
     Raises:
-        FinetuneError: no such file or domain, no entries, too few to hold some out, rows that are neither text, conversation nor
+        SettingError: the task has no such domain.
+        FinetuneError: no such file, no entries, too few to hold some out, rows that are neither text, conversation nor
             prompt with completion.
         TaskError: the task cannot be read.
     """
     task = load_task(tasks)
     domain = source.removeprefix(TASK) if source.startswith(TASK) else None
     if domain is not None and domain not in task.domains:
-        raise FinetuneError(f"no domain is called {domain!r}; task {task.name!r} has {', '.join(task.domains)}")
+        raise SettingError(unknown(f"domain of task {task.name!r}", domain, task.domains))
     by_domain: dict[str, list[Entry]] = {name: [] for name in task.domains}
     for document in read_documents(task):
         by_domain[document.domain].append(entry_of_document(document))

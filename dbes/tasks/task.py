@@ -22,9 +22,21 @@ from dbes.errors import TaskError
 from dbes.schema import read_yaml
 from dbes.shipped import TASKS
 from dbes.tasks import hub, local
-from dbes.tasks.documents import MOST, DatasetSource, Document, FileSource, Located, Strict, is_skipped, row_document, with_distinct_ids
+from dbes.tasks.documents import (
+    MOST,
+    DatasetSource,
+    Document,
+    FileSource,
+    Located,
+    Strict,
+    TextSource,
+    is_skipped,
+    plain_text,
+    row_document,
+    with_distinct_ids,
+)
 from dbes.tasks.separability import word_separability
-from dbes.text import clipped
+from dbes.text import clipped, unknown
 
 FALLBACK = "embedded"
 
@@ -34,14 +46,30 @@ PROBLEMS = 8
 
 def _kind(value: Any) -> str:
     given = value if isinstance(value, Mapping) else vars(value) if isinstance(value, BaseModel) else {}
-    return "dataset" if "dataset" in given else "files"
+    if isinstance(value, list | tuple):
+        return "texts"
+    return next((kind for kind in ("dataset", "texts") if kind in given), "files")
 
 
-DomainSource = Annotated[Annotated[FileSource, Tag("files")] | Annotated[DatasetSource, Tag("dataset")], Discriminator(_kind)]
+DomainSource = Annotated[
+    Annotated[FileSource, Tag("files")] | Annotated[DatasetSource, Tag("dataset")] | Annotated[TextSource, Tag("texts")],
+    Discriminator(_kind),
+]
 
 
 class Task(Strict):
-    """A benchmark: its domains and where their texts are. ``version`` is raised by any change that could alter a score."""
+    """A benchmark: its domains and where their texts are.
+
+    A task is read from a YAML file by `load_task`, or built: ``Task(name="mine", version=1, domains={"law": [text, ...], ...})``. A
+    domain is a list of texts or has the keys of `FileSource` (files, relative to the task file or, without one, to the working
+    directory), `DatasetSource` (a data set of the hub) or `TextSource`.
+
+    Attributes:
+        name: letters, digits, ``_``, ``.`` and ``-``.
+        version: raised by any change that could alter a score.
+        window: tokens of a document that a model reads at a time, at most.
+        domains: source of the texts of each of at least two domains.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
     version: Annotated[int, Field(ge=1, le=MOST)]
@@ -62,29 +90,31 @@ class Task(Strict):
         return self._path
 
 
-def load_task(name_or_path: str | Path) -> Task:
-    """The task of a YAML file, or of the tasks that come with dbes by name (``embedded``, ``smoke``, ``full``).
+def load_task(task: str | Path | Task) -> Task:
+    """The task of a YAML file, or of the tasks that come with dbes by name (``embedded``, ``smoke``, ``full``); a `Task` as it is.
 
     Raises:
         TaskError: no such task or file, not YAML, unknown or missing keys, wrong types, fewer than two domains.
     """
-    path = Path(name_or_path)
+    if isinstance(task, Task):
+        return task
+    path = Path(task)
     if path.suffix not in (".yaml", ".yml"):
-        path = TASKS / f"{name_or_path}.yaml"
+        path = TASKS / f"{task}.yaml"
         if not path.is_file():
-            known = ", ".join(sorted(found.stem for found in TASKS.glob("*.yaml")))
-            raise TaskError(f"no task is called {str(name_or_path)!r}; there are {known}, or give the path of a .yaml file")
+            known = sorted(found.stem for found in TASKS.glob("*.yaml"))
+            raise TaskError(f"{unknown('task', str(task), known)}, or give the path of a .yaml file")
     content = read_yaml(path, error=TaskError, missing=f"{path}: no such task file")
     if not isinstance(content, dict):
         raise TaskError(f"{path}: a task is a mapping with name, version and domains, not {type(content).__name__}")
     try:
-        task = Task.model_validate(content)
+        found = Task.model_validate(content)
     except ValidationError as error:
-        found = error.errors(include_url=False)
-        more = [f"and {len(found) - PROBLEMS} more"] if len(found) > PROBLEMS else []
-        raise TaskError(f"{path}: {'; '.join([*map(_told, found[:PROBLEMS]), *more])}") from None
-    task._path = path.resolve()
-    return task
+        faults = error.errors(include_url=False)
+        more = [f"and {len(faults) - PROBLEMS} more"] if len(faults) > PROBLEMS else []
+        raise TaskError(f"{path}: {'; '.join([*map(_told, faults[:PROBLEMS]), *more])}") from None
+    found._path = path.resolve()
+    return found
 
 
 def list_tasks() -> list[Task]:
@@ -129,6 +159,8 @@ def read_task(task: Task, *, limit: int | None = None, embedded_fallback: bool =
         without = 0
         if isinstance(source, FileSource):
             own = _file_documents(task, domain, source, wanted)
+        elif isinstance(source, TextSource):
+            own = _given_documents(task, domain, source, wanted)
         else:
             try:
                 own, without = hub.documents(task.path, domain, source, wanted)
@@ -215,10 +247,21 @@ def _file_documents(task: Task, domain: str, source: FileSource, limit: int | No
     return found
 
 
+def _given_documents(task: Task, domain: str, source: TextSource, limit: int | None) -> list[Located]:
+    found = []
+    for number, given in enumerate(source.texts[:limit], start=1):
+        where, own = f"task {task.name}: domains.{domain}.texts.{number}", f"{domain}/{number}"
+        text = plain_text(given, "text", where)
+        if not text.strip():
+            raise TaskError(f"{where}: the text is empty; remove it or fill it")
+        found.append(Located(Document(id=own, domain=domain, text=text), own_id=own, source=domain, labels=(), where=where))
+    return found
+
+
 def _told(problem: Mapping[str, Any]) -> str:
     """One problem of pydantic in the words of the task file: field, what is wrong, what was given."""
     path = [str(step) for step in problem["loc"] if step != "[key]"]
-    if len(path) > 2 and path[0] == "domains" and path[2] in ("files", "dataset"):
+    if len(path) > 2 and path[0] == "domains" and path[2] in ("files", "dataset", "texts"):
         del path[2]
     name = clipped(".".join(path), 120) or "task"
     message = {"extra_forbidden": "unknown key", "missing": "required key is missing"}.get(problem["type"])

@@ -12,15 +12,16 @@ from typing import Any
 import torch
 import transformers
 
-from dbes.errors import MixError
+from dbes.errors import MixError, SettingError
 from dbes.files import check_writable, locked, write_json
 from dbes.testbed.mixes import prepare_mix
-from dbes.testbed.presets import PresetName, preset
+from dbes.testbed.presets import preset
 from dbes.testbed.records import GRID_SCHEMA, read_grid_file, read_run, same_fields
 from dbes.testbed.routers import domain_experts
 from dbes.testbed.runner import run_jobs
 from dbes.testbed.runs import RUN_FILE, Run, execute, remove_state
 from dbes.testbed.training import TrainingError
+from dbes.text import unknown
 
 GRID_FILE = "grid.json"
 RUNS = "cells"
@@ -29,7 +30,7 @@ Progress = Callable[[str], None]
 
 
 def run_grid(
-    name: PresetName,
+    name: str,
     out: Path,
     *,
     mix: str | None = None,
@@ -46,6 +47,7 @@ def run_grid(
         only: experiments to run; all of them when empty.
 
     Raises:
+        SettingError: the preset has no such experiment.
         MixError: the mix cannot be built, has an empty domain or too few experts for a reference router (checked before any
             training); the folder holds another grid.
         FileError: the folder cannot be written to, or another run is writing there.
@@ -53,9 +55,8 @@ def run_grid(
     """
     say = progress or (lambda _: None)
     grid = preset(name)
-    unknown = sorted(set(only) - set(grid.experiments))
-    if unknown:
-        raise MixError(f"experiments {unknown}: preset {name} has {sorted(grid.experiments)}")
+    for strange in sorted(set(only) - set(grid.experiments)):
+        raise SettingError(unknown(f"experiment of preset {name}", strange, sorted(grid.experiments)))
     wanted = {arm for experiment, arms in grid.experiments.items() if not only or experiment in only for arm in arms}
     if not (out / GRID_FILE).is_file():
         check_writable(out / GRID_FILE)

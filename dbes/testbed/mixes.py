@@ -29,7 +29,7 @@ from dbes.testbed import sources
 from dbes.testbed.mix import DomainTokens, Mix, is_heldout, read_texts, tokenize_mix
 from dbes.testbed.records import MixFile
 from dbes.testbed.vocabulary import train_tokenizer
-from dbes.text import clipped
+from dbes.text import clipped, unknown
 
 BYTES_PER_DOMAIN = 380_000
 HELDOUT_SHARE = 0.15
@@ -88,6 +88,8 @@ def mix_files(name: str, cache: Path) -> dict[str, Path]:
     folder = EMBEDDED_MIX if name == "embedded" else Path(name)
     found = {path.name.split(".")[0]: path for path in sorted((*folder.glob("*.jsonl"), *folder.glob("*.jsonl.gz")))}
     if len(found) < 2:
+        if not folder.is_dir():
+            raise MixError(f"{unknown('mix', name, ('embedded', 'packages'))}, or give a folder with two or more <domain>.jsonl files")
         raise MixError(f"mix {name}: expected a folder with at least two <domain>.jsonl files (or `embedded` or `packages`), got {folder}")
     for path in found.values():
         regular(path, error=MixError)

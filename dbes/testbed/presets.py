@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from dbes.errors import SettingError
 from dbes.testbed.runs import Run
 from dbes.testbed.settings import (
     MixSettings,
@@ -15,8 +16,9 @@ from dbes.testbed.settings import (
     Scope,
     TrainSettings,
 )
+from dbes.text import unknown
 
-PresetName = Literal["smoke", "standard"]
+PRESETS = ("smoke", "standard")
 SCOPES: tuple[Scope, ...] = ("sequence", "micro_batch", "global_batch")
 AUX = 0.1
 """Coefficient of the auxiliary loss of every arm that has one, per layer."""
@@ -38,7 +40,7 @@ class Preset:
         experiments: names of the arms of each experiment.
     """
 
-    name: PresetName
+    name: str
     mix: str
     seeds: int
     vocabulary: int
@@ -53,8 +55,10 @@ class Preset:
                 yield arm, seed, run.model_copy(update={"settings": settings})
 
 
-def preset(name: PresetName) -> Preset:
+def preset(name: str) -> Preset:
     """The grid of a name: ``smoke`` shows the main contrast in under a minute, ``standard`` runs every experiment."""
+    if name not in PRESETS:
+        raise SettingError(unknown("preset", name, PRESETS))
     return _smoke() if name == "smoke" else _standard()
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from dbes.trace.store import Trace
 from dbes.trace.types import RoutingShape, TokenRoutes, storage_dtype
 
 Router = Literal["reference", "uniform", "collapsed", "hash"]
+ROUTERS: tuple[Router, ...] = get_args(Router)
 
 DRAWS = 1 << 22
 """Random numbers drawn at a time."""

@@ -29,6 +29,8 @@ SHARD_TOKENS = 1 << 16
 """Tokens of a shard at most where a trace in memory is saved, as far as documents allow."""
 
 CONTROL = "control"
+TRACE_FOLDER = "trace"
+"""Where an evaluation keeps its routes beside the result."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import pytest
 from families import character_tokenizer
 from transformers import AutoTokenizer
 
-from dbes.errors import FinetuneError
+from dbes.errors import FinetuneError, SettingError
 from dbes.finetuning.encoding import collate, encode, pack, training_samples, windows
 from dbes.tasks.entries import TARGET, Entry, hold_out, prepare_data, read_entries
 
@@ -249,7 +249,7 @@ def test_data_of_a_domain_and_of_a_file(tiny_task, tmp_path):
     file = prepare_data(str(lines(tmp_path / "x.jsonl", [{"text": "a"}, {"text": "b"}])), tasks=tiny_task)
     assert list(file.heldout) == [TARGET, "law", "code", "math"] and len(file.training) == 1
     assert file.digest != found.digest == prepare_data("task:law", tasks=tiny_task).digest
-    with pytest.raises(FinetuneError, match="no domain is called 'latin'; task 'tiny' has law, code, math"):
+    with pytest.raises(SettingError, match="no domain of task 'tiny' is called 'latin'; there are law, code, math"):
         prepare_data("task:latin", tasks=tiny_task)
 
 

@@ -26,7 +26,7 @@ from dbes.files import locked
 from dbes.finetuning import checkpoint, output
 from dbes.finetuning.checkpoint import local_folder, read_checkpoint, refuse_quantized
 from dbes.finetuning.delta import DELTA, DELTA_FACTS
-from dbes.finetuning.output import MERGING, Rows, merge_delta
+from dbes.finetuning.output import MERGING, Rows, merge
 from dbes.finetuning.report import REPORT, read_report
 from dbes.finetuning.run import finetune
 from dbes.finetuning.state import LOG, STATE
@@ -284,7 +284,7 @@ def test_quantized_configs_are_refused_before_anything_is_loaded(tiny_checkpoint
     with pytest.raises(FinetuneError, match=r"weights are quantized \(.*give the original model, or load it dequantized"):
         finetune(base, path_of(tiny_checkpoint), "task:law", tmp_path / "out", settings())
     with pytest.raises(FinetuneError, match="weights are quantized"):
-        merge_delta(str(base), delta, tmp_path / "out")
+        merge(str(base), delta, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -356,7 +356,7 @@ def test_a_delta_that_is_not_exactly_its_cells_is_refused(delta, tiny_checkpoint
     assert done.exit_code == 1 and done.exception.__class__ is SystemExit, done.exception
     assert len(done.stderr.strip().splitlines()) == 1
     with pytest.raises(FinetuneError, match=message):
-        merge_delta(str(tiny_checkpoint), wrong, tmp_path / "out")
+        merge(str(tiny_checkpoint), wrong, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -365,7 +365,7 @@ def test_damaged_facts_of_a_delta_are_refused(delta, tiny_checkpoint, tmp_path, 
     wrong = altered(delta, tmp_path / "delta")
     (wrong / DELTA_FACTS).write_bytes(content)
     with pytest.raises(FinetuneError, match=r"delta\.json: "):
-        merge_delta(str(tiny_checkpoint), wrong, tmp_path / "out")
+        merge(str(tiny_checkpoint), wrong, tmp_path / "out")
 
 
 def interrupted_run(run, out, monkeypatch):
@@ -499,12 +499,12 @@ def test_a_disk_without_room_is_refused_before_loading(run, delta, tiny_checkpoi
     with pytest.raises(FinetuneError, match=r"the checkpoint needs 0\.00 GB, and 0\.00 GB of this disk are free; make room"):
         run(out=tmp_path / "run")
     with pytest.raises(FinetuneError, match="make room"):
-        merge_delta(str(tiny_checkpoint), delta, tmp_path / "merged")
+        merge(str(tiny_checkpoint), delta, tmp_path / "merged")
 
 
 def test_one_run_at_a_time_in_a_folder(run, delta, tiny_checkpoint, tmp_path):
     with locked(tmp_path):
-        for go in (lambda: run(out=tmp_path), lambda: merge_delta(str(tiny_checkpoint), delta, tmp_path)):
+        for go in (lambda: run(out=tmp_path), lambda: merge(str(tiny_checkpoint), delta, tmp_path)):
             with pytest.raises(FileError, match=rf"another run is writing here \(process {os.getpid()} on "):
                 go()
 
@@ -513,7 +513,7 @@ def test_one_run_at_a_time_in_a_folder(run, delta, tiny_checkpoint, tmp_path):
 def test_nothing_that_is_there_is_overwritten_or_mixed_with(run, delta, tiny_checkpoint, tmp_path, name):
     (tmp_path / name).write_text("mine")
     with pytest.raises(FinetuneError, match="choose another --out folder"):
-        merge_delta(str(tiny_checkpoint), delta, tmp_path)
+        merge(str(tiny_checkpoint), delta, tmp_path)
     if name != "tokenizer.json":
         with pytest.raises(FinetuneError, match="choose another --out folder"):
             run(out=tmp_path)
@@ -564,7 +564,7 @@ def killed_at(command, seconds):
 
 
 def test_a_merge_stopped_at_any_write_is_finished_by_the_same_command(delta, tiny_checkpoint, tmp_path, monkeypatch):
-    whole = merge_delta(str(tiny_checkpoint), delta, tmp_path / "whole")
+    whole = merge(str(tiny_checkpoint), delta, tmp_path / "whole")
     other = altered(delta, tmp_path / "other", lambda tensors: tensors | {FIRST: tensors[FIRST] + 1})
     places = ["replace"] * (len(listing(whole)) + 1) + ["unlink"]  # the mark, every file; and the mark's end
     for number, name in enumerate(places):
@@ -579,11 +579,11 @@ def test_a_merge_stopped_at_any_write_is_finished_by_the_same_command(delta, tin
         with monkeypatch.context() as patch:
             patch.setattr(Path, name, stopped)
             with pytest.raises(KeyboardInterrupt):
-                merge_delta(str(tiny_checkpoint), delta, out)
+                merge(str(tiny_checkpoint), delta, out)
         if number > 1:
             with pytest.raises(FinetuneError, match="unfinished merge of another delta or base"):
-                merge_delta(str(tiny_checkpoint), other, out)
-        assert merge_delta(str(tiny_checkpoint), delta, out) == out
+                merge(str(tiny_checkpoint), other, out)
+        assert merge(str(tiny_checkpoint), delta, out) == out
         assert listing(out) == listing(whole), number
 
 
@@ -592,9 +592,9 @@ def test_the_mark_of_a_merge_that_wrote_nothing_stops_no_other(delta, tiny_check
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.shutil, "copyfile", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         with pytest.raises(FileError, match=r"cannot be written \(No space left on device\)"):
-            merge_delta(str(tiny_checkpoint), other, tmp_path / "out")
+            merge(str(tiny_checkpoint), other, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == [MERGING]
-    merge_delta(str(tiny_checkpoint), delta, tmp_path / "out")
+    merge(str(tiny_checkpoint), delta, tmp_path / "out")
     assert not (tmp_path / "out" / MERGING).exists()
 
 

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dbes.errors import FinetuneError
 from dbes.finetuning import machine, training
-from dbes.finetuning.output import merge_delta
+from dbes.finetuning.output import merge
 from dbes.finetuning.report import read_report
 from dbes.finetuning.run import checked_path, finetune
 from dbes.finetuning.settings import Tracker, make_settings
@@ -156,25 +156,25 @@ def test_a_delta_merges_into_what_would_have_been_saved(run, tmp_path, tiny_chec
     _, folder = run(**changes)
     _, delta = run(save="delta", **changes)
     assert sum(path.stat().st_size for path in delta.glob("delta.*")) < 0.3 * (folder / "model.safetensors").stat().st_size
-    merged = merge_delta(str(tiny_checkpoint), delta, tmp_path / "merged")
+    merged = merge(str(tiny_checkpoint), delta, tmp_path / "merged")
     assert load_file(merged / "model.safetensors").keys() == load_file(folder / "model.safetensors").keys()
     for name, value in load_file(folder / "model.safetensors").items():
         assert torch.equal(load_file(merged / "model.safetensors")[name], value), name
     times = {path: path.stat().st_mtime_ns for path in merged.iterdir()}
-    assert merge_delta(str(tiny_checkpoint), delta, tmp_path / "merged") == merged, "the same merge is found finished"
+    assert merge(str(tiny_checkpoint), delta, tmp_path / "merged") == merged, "the same merge is found finished"
     assert times == {path: path.stat().st_mtime_ns for path in merged.iterdir()}
     shutil.copytree(tiny_checkpoint, tmp_path / "occupied")
     with pytest.raises(FinetuneError, match="holds a checkpoint already"):
-        merge_delta(str(tiny_checkpoint), delta, tmp_path / "occupied")
+        merge(str(tiny_checkpoint), delta, tmp_path / "occupied")
     with pytest.raises(FinetuneError, match="not those that the delta was trained from"):
-        merge_delta(str(folder), delta, tmp_path / "other")
+        merge(str(folder), delta, tmp_path / "other")
     content = bytearray((delta / "delta.safetensors").read_bytes())
     content[-1] ^= 1
     (delta / "delta.safetensors").write_bytes(content)
     with pytest.raises(FinetuneError, match="altered or cut short"):
-        merge_delta(str(tiny_checkpoint), delta, tmp_path / "again")
+        merge(str(tiny_checkpoint), delta, tmp_path / "again")
     with pytest.raises(FinetuneError, match=r"no delta here \(delta.json is missing\)"):
-        merge_delta(str(tiny_checkpoint), tmp_path, tmp_path / "again")
+        merge(str(tiny_checkpoint), tmp_path, tmp_path / "again")
 
 
 def test_a_bf16_checkpoint_stays_one_and_keeps_every_other_bit(run, tiny_checkpoint, tmp_path):
