@@ -9,7 +9,7 @@ SHARED := PATH="$(CURDIR)/$(BIN):$$PATH" dbes
 # Two processes of one thread each: twice as fast as one process of two threads.
 TESTS := $(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: evaluate test test-slow check lint types contracts model benchmark-data wheel imports layout benchmarks leaderboard reports browser clean
+.PHONY: evaluate test test-slow check lint types contracts docs model benchmark-data wheel imports layout benchmarks leaderboard reports browser clean
 
 evaluate: $(READY)  ## Evaluate the embedded checkpoint on the embedded benchmark.
 	$(OFFLINE) $(BIN)/dbes evaluate --model embedded --tasks embedded --output-path results
@@ -39,6 +39,9 @@ imports: $(READY)  ## The import graph as a table.
 
 layout: $(READY)  ## The list of modules in CONTRIBUTING.md.
 	$(BIN)/python benchmarks/layout.py
+
+docs: $(READY)  ## The page of the API, from signatures and docstrings.
+	$(BIN)/python docs/api.py
 
 benchmarks: $(READY)  ## Speed and memory, as ratios within one run.
 	$(OFFLINE) $(BIN)/python benchmarks/recording.py build/recording.json

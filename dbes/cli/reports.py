@@ -52,6 +52,8 @@ def compare(
     from dbes.comparison.check import check_all
     from dbes.comparison.compare import compare as run
     from dbes.comparison.compare import paired_of
+    from dbes.comparison.entries import told_apart
+    from dbes.errors import ResultError
     from dbes.reporting import export, leaderboard
     from dbes.reporting.report import as_text
 
@@ -63,6 +65,8 @@ def compare(
     if output is not None:
         check_writable(output)
     found = run(results, by=by, accuracy=accuracy or ())
+    if not found.entries:
+        raise ResultError(told_apart(found.apart))
     if format == "table" and output is None:
         stdout().print(leaderboard.render_terminal(found, paired_of(found), published=published))
         return

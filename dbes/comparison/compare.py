@@ -19,7 +19,7 @@ import numpy as np
 from scipy.stats import t as student
 
 from dbes.comparison.accuracy import Accuracies, read_accuracies
-from dbes.comparison.entries import Apart, LeaderboardEntry, Replicates, read_entries, told_apart
+from dbes.comparison.entries import Apart, LeaderboardEntry, Replicates, read_entries
 from dbes.errors import ResultError, SettingError
 from dbes.results import RESULT_FILE, Result
 from dbes.scoring.resampling import holm, jackknife
@@ -119,8 +119,6 @@ def compare(
     known = read_accuracies([accuracy] if isinstance(accuracy, str | Path) else accuracy)
     given = [results] if isinstance(results, str | Path | Result) else results
     entries, apart = read_entries([_place(each) for each in given])
-    if not entries:
-        raise ResultError(told_apart(apart))
     entries, others = comparable(entries)
     entries = with_accuracies(labelled(entries), known, elsewhere={each.name for each in (*apart, *others)})
     pairs = _holm([found for a, b in _pairs(entries) if (found := difference(a, b, metric, *DEPTHS[0])) is not None])

@@ -67,7 +67,7 @@ def finetune(
     trust_remote_code: bool = False,
     accelerator: Any = None,
     checkpoint_seconds: float = 120.0,
-    say: Say = lambda _: None,
+    say: Say | None = None,
     progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> FinetuneReport:
     """Train only the experts of a path, and report what that did to the target domain and to all others.
@@ -103,6 +103,7 @@ def finetune(
     if save not in ("model", "delta"):
         raise SettingError(unknown("way to save", save, ("model", "delta")))
     settings = read_settings(config, steps=steps, lr=lr, protect=protect, batch_size=batch_size, seq_len=seq_len)
+    say = say or (lambda _: None)
     where, data, out = located(model)[0], str(data), Path(out)
     found = prepare_data(data, tasks=tasks, limit=limit)
     refuse_sharding(accelerator)
