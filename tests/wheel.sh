@@ -6,8 +6,8 @@ set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=$(command -v "$1")
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
+trap 'kill $(jobs -p) 2> /dev/null || true; wait; rm -rf "$work"' EXIT
+export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1
 unset PYTHONPATH
 
 "$python" -m pip wheel --quiet --no-deps --wheel-dir "$work" "$root"
@@ -40,11 +40,14 @@ dbes() { echo "dbes $*"; "$work/venv/bin/dbes" "$@"; }
 dbes tasks > tasks.txt
 grep --quiet smoke tasks.txt && grep --quiet embedded tasks.txt
 dbes doctor embedded
+dbes testbed run --preset smoke --out testbed > testbed.txt 2>&1 &
+testbed=$!
 dbes evaluate --tasks smoke --output-path results
 result=$(dirname "$(find results -name result.json)")
 test -s "$result/report.html"
 dbes paths "$result" --domain law --out law.json
 dbes finetune --paths law.json --data task:law --out tuned --steps 2 --lr 1e-3 --seq-len 64 --tasks smoke --limit 2
 test -s tuned/finetune.json
-dbes testbed run --preset smoke --out testbed
+wait $testbed || { cat testbed.txt; exit 1; }
+test -s testbed/report/index.html
 echo "the wheel works"
