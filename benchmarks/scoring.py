@@ -8,6 +8,10 @@ folder and scored by ``dbes.score`` with 1,000 permutations and all intervals in
 ``--counting``: the trace is counted only, for example of many short documents:
 
     python benchmarks/scoring.py results.json --counting --documents 50000
+
+``--control``: with a random router beside it. ``--against FOLDER``: scored with the code of another checkout too:
+
+    python benchmarks/scoring.py results.json --documents 10000 --tokens 200000 --domains 50 --layers 8 --control --against ../before
 """
 
 from __future__ import annotations
@@ -34,10 +38,10 @@ SHARD_TOKENS = 1 << 16
 CHILD = """
 import json, resource, sys, time
 start = time.perf_counter()
-import dbes.scoring.score
-from dbes.trace.store import Trace
+import dbes
+dbes.score
 imported = time.perf_counter()
-result = dbes.scoring.score.score(Trace.load(sys.argv[1]), permutations=int(sys.argv[2]))
+result = dbes.score(dbes.Trace.load(sys.argv[1]), permutations=int(sys.argv[2]))
 end = time.perf_counter()
 usage = resource.getrusage(resource.RUSAGE_SELF)
 record = result.record("specialization")
@@ -126,12 +130,19 @@ def write_trace(folder: Path, *, tokens: int, documents: int, domains: int, laye
     writer.finish()
 
 
-def measure(size: dict[str, int], permutations: int, *, counting: bool) -> dict[str, Any]:
-    """Seconds and memory of scoring (or only counting) a trace of this size in a child process."""
+def measure(size: dict[str, int], permutations: int, *, counting: bool, control: bool, against: Path | None) -> dict[str, Any]:
+    """Seconds and memory of scoring (or only counting) a trace of this size in a child process, and with the code of ``against``."""
     with tempfile.TemporaryDirectory(prefix="dbes-scoring-") as folder:
         start = time.perf_counter()
         write_trace(Path(folder), **size, seed=0)
+        if control:
+            write_trace(Path(folder) / "control", **size, seed=1)
         written = time.perf_counter() - start
+        before = None
+        if against is not None:
+            command = [sys.executable, "-c", CHILD, folder, str(permutations)]
+            code = {**os.environ, "PYTHONPATH": str(against.resolve())}
+            before = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env=code).stdout)
         load = os.getloadavg()[0]
         start = time.perf_counter()
         done = subprocess.run(
@@ -142,11 +153,12 @@ def measure(size: dict[str, int], permutations: int, *, counting: bool) -> dict[
         "what": "count a trace on disk, save and read the counts"
         if counting
         else "score a trace on disk, every metric, permutations and intervals",
-        "size": {**size, "permutations": permutations},
+        "size": {**size, "permutations": permutations, "control": control},
         "wall_seconds": round(wall, 2),
         **json.loads(done.stdout),
+        **({} if before is None else {"before": before}),
         "children_peak_gib": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20, 3),
-        "limits": {"peak_gib": 2} if counting else {"wall_seconds": 60, "peak_gib": 3},
+        "limits": {"peak_gib": 2},
         "write_seconds": round(written, 1),
         "load_before": round(load, 2),
         "cores": os.cpu_count(),
@@ -161,11 +173,14 @@ def main() -> None:
     parser.add_argument("json", type=Path, help="where to write the measurements")
     parser.add_argument("--permutations", type=int, default=1000)
     parser.add_argument("--counting", action="store_true", help="count only")
+    parser.add_argument("--control", action="store_true", help="with a random router beside it")
+    parser.add_argument("--against", type=Path, help="another checkout, whose code scores the same trace first")
     for name, default in (("tokens", 1_000_000), ("documents", 2000), ("domains", 8), ("layers", 48), ("experts", 128), ("top-k", 8)):
         parser.add_argument(f"--{name}", type=int, default=default)
     given = vars(parser.parse_args())
-    path, permutations, counting = given.pop("json"), given.pop("permutations"), given.pop("counting")
-    found = measure(given, permutations, counting=counting)
+    path, permutations = given.pop("json"), given.pop("permutations")
+    how = {name: given.pop(name) for name in ("counting", "control", "against")}
+    found = measure(given, permutations, **how)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     print(json.dumps(found, indent=1))
