@@ -15,7 +15,7 @@ PAGE = Path(__file__).with_name("api.md")
 HEAD = """# dbes in Python
 
 Written by `make docs` from signatures and docstrings; the words are those of the command line (`--output-path` is `output_path=`).
-The names below are those of `import dbes`; [examples/results.ipynb](../examples/results.ipynb) shows results as tables and charts.
+The names below are those of `import dbes`; [examples/round.ipynb](../examples/round.ipynb) uses them in one round.
 """
 
 SECTION = re.compile(r"^(Args|Attributes|Returns|Raises):$")
