@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 from testbed_mix import tiny_mix
 
-from dbes.errors import MixError
+from dbes.errors import MixError, SettingError
 from dbes.reporting.page import unpacked
 from dbes.scoring.score import score
 from dbes.testbed import grid as grid_module
@@ -253,7 +253,7 @@ def test_the_grid_trains_each_cell_once_and_names_what_it_lacks(prepared, tmp_pa
     assert [column["key"] for column in scope["columns"]][:3] == ["arm", "seeds", "specialization"] and scope["columns"][1]["whole"]
     assert len(pd.read_parquet(tmp_path / "report" / "scope.parquet")) == 2
     assert (tmp_path / "report" / "FINDINGS.md").read_text("utf-8").startswith("# Findings")
-    with pytest.raises(MixError, match="preset smoke has"):
+    with pytest.raises(SettingError, match="no experiment of preset smoke is called 'nothing'; there are scope"):
         run_grid("smoke", tmp_path, only=("nothing",))
     crowded = arms["reference"].model_copy(
         update={"settings": settings(model=settings().model.model_copy(update={"experts": 8}), routing=RoutingSettings(router="reference"))}

@@ -112,36 +112,53 @@ def finetune(
     accelerator = accelerator if accelerator is not None else _accelerator(settings, out)
     with claimed(out, where, save=save) if accelerator.is_main_process else nullcontext():
         say("loading")
-        place = {"": accelerator.device} if accelerator.num_processes > 1 and accelerator.device.type != "cpu" else None
-        with memory_explained():
-            loaded = load_model(model, revision=revision, device_map=place, trust_remote_code=trust_remote_code)
+        loaded = _load(model, accelerator, revision=revision, trust_remote_code=trust_remote_code)
         path = checked_path(paths, loaded)
         facts = (GUARD,) if settings.protect is not None else ()
         identity = settings.identity(loaded.revision, path.cells, found.digest, tasks, limit, save, *facts)
-        finished = read_report(out)
-        if finished is not None:
-            if finished.identity != identity:
-                raise FinetuneError(f"{out}: holds another run (model, path, data or settings differ); choose another --out folder")
-            if accelerator.is_main_process:
-                refuse_damaged(finished, out)
+        if (finished := _finished(out, identity, check=accelerator.is_main_process)) is not None:
             return finished
         checkpoint = base_checkpoint(where, out, revision=getattr(loaded.model.config, "_commit_hash", None) or revision)
         if accelerator.is_main_process and save == "model":
             refuse_full_disk(out, checkpoint.bytes)
-        split = split_validation(found.training, loaded.tokenizer, settings, known=embedding_rows(loaded.model))
-        texts, guard = protection(found, loaded, settings, split)
-        for warning in warnings_before(split, settings, guard):
-            say(f"warning: {warning}")
+        split, texts, guard = _split(found, loaded, settings, say)
         if not started:
             _start_tracker(accelerator, settings, out)
         run = _Run(
             loaded=loaded, path=path, data=found, split=split, texts=texts, guard=guard, settings=settings, out=out, identity=identity,
             accelerator=accelerator, checkpoint_seconds=checkpoint_seconds, say=say, progress=progress,
         )  # fmt: skip
-        named = data if data.startswith("task:") else Path(data).name
-        report = _trained(run, checkpoint, save=save, named=named)
+        report = _trained(run, checkpoint, save=save, named=data if data.startswith("task:") else Path(data).name)
         _end_trackers(accelerator, settings)
         return report
+
+
+def _load(model: str | Path, accelerator: Any, *, revision: str | None, trust_remote_code: bool) -> LoadedModel:
+    """The base model, on the device of this process where there are several."""
+    place = {"": accelerator.device} if accelerator.num_processes > 1 and accelerator.device.type != "cpu" else None
+    with memory_explained():
+        return load_model(model, revision=revision, device_map=place, trust_remote_code=trust_remote_code)
+
+
+def _finished(out: Path, identity: str, *, check: bool) -> FinetuneReport | None:
+    """The report of this very run, if it has ended; ``check``: compare its files with their sha256."""
+    finished = read_report(out)
+    if finished is None:
+        return None
+    if finished.identity != identity:
+        raise FinetuneError(f"{out}: holds another run (model, path, data or settings differ); choose another --out folder")
+    if check:
+        refuse_damaged(finished, out)
+    return finished
+
+
+def _split(found: Data, loaded: LoadedModel, settings: FinetuneSettings, say: Say) -> tuple[Split, dict[str, list[Tensor]], Guard | None]:
+    """What is set apart to choose by, and the texts that protect; says what a user should know before the run."""
+    split = split_validation(found.training, loaded.tokenizer, settings, known=embedding_rows(loaded.model))
+    texts, guard = protection(found, loaded, settings, split)
+    for warning in warnings_before(split, settings, guard):
+        say(f"warning: {warning}")
+    return split, texts, guard
 
 
 @dataclass(frozen=True, kw_only=True)
