@@ -96,15 +96,14 @@ def finetune(
         say: called with what is being done; progress: with the figures of every step.
 
     Raises:
-        SettingError: no such way to save, or no such domain.
+        SettingError: no such way to save, or domain.
         FinetuneError: see `prepare_data`, `TrainableCells` and `train`; a path of another model; ``out`` holds something else.
         ModelError, PathError, TaskError: model, path or task cannot be read.
     """
     if save not in ("model", "delta"):
         raise SettingError(unknown("way to save", save, ("model", "delta")))
     settings = read_settings(config, steps=steps, lr=lr, protect=protect, batch_size=batch_size, seq_len=seq_len)
-    say = say or (lambda _: None)
-    where, data, out = located(model)[0], str(data), Path(out)
+    say, where, data, out = say or (lambda _: None), located(model)[0], str(data), Path(out)
     found = prepare_data(data, tasks=tasks, limit=limit)
     refuse_sharding(accelerator)
     refuse_untrainable(where, revision=revision, trust_remote_code=trust_remote_code)
@@ -114,8 +113,8 @@ def finetune(
         say("loading")
         loaded = _load(model, accelerator, revision=revision, trust_remote_code=trust_remote_code)
         path = checked_path(paths, loaded)
-        facts = (GUARD,) if settings.protect is not None else ()
-        identity = settings.identity(loaded.revision, path.cells, found.digest, tasks, limit, save, *facts)
+        guarded = (GUARD,) if settings.protect is not None else ()
+        identity = settings.identity(loaded.revision, path.cells, found.digest, tasks, limit, save, *guarded)
         if (finished := _finished(out, identity, check=accelerator.is_main_process)) is not None:
             return finished
         checkpoint = base_checkpoint(where, out, revision=getattr(loaded.model.config, "_commit_hash", None) or revision)
