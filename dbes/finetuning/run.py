@@ -83,14 +83,12 @@ def finetune(
         config: `FinetuneSettings`, or a YAML file of settings; those given by name here stand above it.
         steps: updates at most; four passes over the data by default.
         lr: peak learning rate; ``"auto"``, the default: found by short runs on text set apart.
-        batch_size: sequences per update; 8 by default.
-        seq_len: tokens per sequence; 512 by default.
+        batch_size: sequences per update, 8 by default; seq_len: tokens of each, 512 by default.
         protect: train updates that other domains hardly feel, with this floor (0.03; smaller protects more).
         tasks: whose domains are measured before and after.
         limit: held-out texts per domain at most.
         save: ``model``: a whole checkpoint; ``delta``: only the trained slices, see `merge`.
-        revision: branch, tag or commit of a model on the hub.
-        trust_remote_code: run model code that comes with the checkpoint.
+        revision: branch, tag or commit of a model on the hub; trust_remote_code: run model code that comes with it.
         accelerator: one whose trackers the caller has started; by default one is made, with the tracker of the settings.
         checkpoint_seconds: between two states on disk.
         say: called with what is being done; progress: with the figures of every step.
