@@ -14,7 +14,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 import dbes
 from dbes.evaluation.request import read_benchmark
-from dbes.scoring.stored import counts_of
+from dbes.scoring.counting import counts_of
 
 WORDS = {"law": "court clause liability tenant notice", "code": "def return import self list", "math": "prime sum angle proof root"}
 QUICK: dict[str, Any] = {"permutations": 30, "limit": 6}

@@ -46,8 +46,8 @@ from dbes.reporting.card import card_section
 from dbes.reporting.leaderboard import curve_rows, render_leaderboard, render_terminal
 from dbes.reporting.page import unpacked
 from dbes.results import CalibratedRecord, Result, load_result
-from dbes.scoring.counts import PHASES
 from dbes.scoring.resampling import jackknife
+from dbes.trace.types import PHASES
 
 
 @pytest.fixture(scope="module")

@@ -31,12 +31,11 @@ from dbes.reporting.page import render_page, write_page
 from dbes.reporting.terminal import render
 from dbes.results import RESULT_FILE
 from dbes.scoring import counting, sampling, stored
-from dbes.scoring.counting import count_routes
+from dbes.scoring.counting import count_routes, counts_of
 from dbes.scoring.counts import Counts, LayerCounts
 from dbes.scoring.merging import OTHER_GROUPS
 from dbes.scoring.sampling import even_documents
 from dbes.scoring.score import score, score_tables
-from dbes.scoring.stored import counts_of
 from dbes.scoring.tables import save_scores
 from dbes.trace import shards, store
 from dbes.trace.joining import join_traces

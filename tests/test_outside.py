@@ -24,7 +24,8 @@ from dbes.comparison.compare import compare
 from dbes.errors import DbesError
 from dbes.evaluation.pipeline import EMBEDDED_MODEL
 from dbes.intervention.settings import read_configuration
-from dbes.paths.files import read_esft, read_path
+from dbes.paths.esft import read_esft
+from dbes.paths.types import ExpertPath
 from dbes.reporting.export import markdown_cell
 from dbes.reporting.leaderboard import render_terminal
 from dbes.reporting.page import unpacked, write_page
@@ -180,7 +181,7 @@ def cases(name: str, result: Path, folder: Path) -> list[Case]:
         return [(file, lambda: [told("score", trace, "--permutations", 0)])]
     if name == "path":
         file = path_file(folder, "p.json")
-        return [(file, lambda: refused(lambda: read_path(file)))]
+        return [(file, lambda: refused(lambda: ExpertPath.load(file)))]
     if name == "esft":
         file = folder / "e.json"
         file.write_text(json.dumps({"experts": {"1": [0, 1], "2": [3]}, "shared_experts": False, "non_expert_modules": False}))

@@ -15,8 +15,8 @@ from dbes.cli import app
 from dbes.cli.paths import next_step
 from dbes.errors import PathError
 from dbes.evaluation.pipeline import evaluate
+from dbes.paths.esft import read_esft
 from dbes.paths.evidence import read_evidence
-from dbes.paths.files import read_esft, read_path, write_esft, write_path
 from dbes.paths.types import Cell, ExpertPath, Overlap, Provenance, Trajectory
 from dbes.results import DomainFacts, ModelFacts, Result, TaskFacts
 from dbes.tasks.task import load_task
@@ -38,12 +38,12 @@ PATH = ExpertPath(
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    assert read_path(write_path(PATH, tmp_path / "p.json")) == PATH
-    assert read_path(tmp_path / "p.json").cells[2].layer == 4
+    assert ExpertPath.load(PATH.save(tmp_path / "p.json")) == PATH
+    assert ExpertPath.load(tmp_path / "p.json").cells[2].layer == 4
 
 
 def test_esft_round_trip_names_every_layer(tmp_path: Path) -> None:
-    file = write_esft(PATH.model_copy(update={"cells": (Cell(4, 2),)}), tmp_path / "esft.json")
+    file = PATH.model_copy(update={"cells": (Cell(4, 2),)}).save(tmp_path / "esft.json", format="esft")
     assert json.loads(file.read_text()) == {"experts": {"1": [], "4": [2]}, "shared_experts": False, "non_expert_modules": False}
     found = read_esft(file, layers=(1, 4), experts=(4, 6), model="m", domain="law")
     assert found.cells == (Cell(4, 2),) and found.share == pytest.approx(0.1) and found.coverage is None
@@ -72,7 +72,7 @@ def test_paths_that_are_refused(change: dict[str, Any], message: str, tmp_path: 
     file = tmp_path / "p.json"
     file.write_text(json.dumps({**PATH.model_dump(mode="json"), **change}))
     with pytest.raises(PathError, match=message):
-        read_path(file)
+        ExpertPath.load(file)
 
 
 @pytest.mark.parametrize(
@@ -97,11 +97,11 @@ def test_esft_configs_that_are_refused(content: str, message: str, tmp_path: Pat
 
 def test_files_that_are_not_there_or_of_the_other_kind(tmp_path: Path) -> None:
     with pytest.raises(PathError, match="run `dbes paths` first"):
-        read_path(tmp_path / "none.json")
+        ExpertPath.load(tmp_path / "none.json")
     with pytest.raises(PathError, match="ESFT expert config"):
-        read_path(write_esft(PATH, tmp_path / "esft.json"))
+        ExpertPath.load(PATH.save(tmp_path / "esft.json", format="esft"))
     with pytest.raises(PathError, match="cannot be written"):
-        write_path(PATH, write_path(PATH, tmp_path / "p.json") / "below.json")
+        PATH.save(PATH.save(tmp_path / "p.json") / "below.json")
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_command(result: Path, tiny_checkpoint: Path, tiny_task: Path, tmp_path:
     out = tmp_path / "paths.json"
     done = run(result, "--domain", "law", "--rule", "gradient", "--model", tiny_checkpoint, "--tasks", tiny_task, "--out", out)
     assert done.exit_code == 0 and done.stdout.strip() == str(out), done.stderr
-    path = read_path(out)
+    path = ExpertPath.load(out)
     assert len(path.cells) == 3 and path.provenance.model == "tiny-olmoe" and path.provenance.revision is not None
     assert "3 of 24 cells (12.5% of the expert parameters)" in done.stderr
 

@@ -31,7 +31,7 @@ from dbes.finetuning.validation import Split, split_validation
 from dbes.models import LoadedModel, load_model
 from dbes.models.sites import find_sites
 from dbes.models.windows import embedding_rows, padding_id
-from dbes.paths.files import read_esft, read_path
+from dbes.paths.esft import read_esft
 from dbes.paths.types import ExpertPath
 from dbes.schema import read_json
 from dbes.shipped import EMBEDDED, located
@@ -328,7 +328,7 @@ def _read_path(file: Path, layers: tuple[int, ...], experts: tuple[int, ...], lo
             return read_esft(file, layers=layers, experts=experts, model=loaded.name)
         except PathError as problem:
             raise FinetuneError(f"{problem}: is it the path of another model?") from None
-    return read_path(file)
+    return ExpertPath.load(file)
 
 
 def _accelerator(settings: FinetuneSettings, out: Path) -> Accelerator:

@@ -29,7 +29,6 @@ from dbes.intervention.settings import Arm, Run, Settings, run_key, run_of
 from dbes.intervention.storage import load_data, save_data
 from dbes.models import load_model, load_weights
 from dbes.models.windows import embedding_rows
-from dbes.paths.files import write_path
 from dbes.reporting.outcome import EXPERIMENT_FILE, OUTCOME_FILE, OUTCOME_SCHEMA, Outcome
 from dbes.schema import read_record
 from dbes.shipped import EMBEDDED_MODEL, EMBEDDED_NAME
@@ -116,7 +115,7 @@ def _intervene(
     for skipped in plan.skipped:
         say(f"{skipped['target']}: no arm {skipped['arm']} at {skipped['budget']:.0%}: {skipped['reason']}")
     for (target, rule, budget), path in plan.paths.items():
-        write_path(path, out / "paths" / f"{target}-{rule}-{budget:g}.json")
+        path.save(out / "paths" / f"{target}-{rule}-{budget:g}.json")
     save_data(data, out / DATA)
     about = {
         "schema_version": EXPERIMENT_SCHEMA,

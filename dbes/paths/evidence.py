@@ -12,16 +12,17 @@ import numpy as np
 
 from dbes.errors import PathError, SettingError
 from dbes.results import RESULT_FILE, Result, load_result
-from dbes.scoring.counts import PHASES, Counts
+from dbes.scoring.counting import counts_of
+from dbes.scoring.counts import Counts
 from dbes.scoring.descriptive import transitions
 from dbes.scoring.metrics import usage_of
 from dbes.scoring.sampling import TokenSample, even_documents
 from dbes.scoring.score import read_routes
 from dbes.scoring.specialists import SpecialistTable, find_specialists
-from dbes.scoring.stored import COUNTS, counts_of
+from dbes.scoring.stored import COUNTS
 from dbes.text import unknown
 from dbes.trace.store import MANIFEST, TRACE_FOLDER, Trace
-from dbes.trace.types import RoutingShape, TokenRoutes
+from dbes.trace.types import PHASES, RoutingShape, TokenRoutes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from dbes.errors import SettingError
-from dbes.schema import Finite
+from dbes.errors import FileError, PathError, SettingError
+from dbes.files import write_json
+from dbes.schema import Finite, read_json, read_versioned
 from dbes.text import unknown
 
 PATH_SCHEMA = 1
@@ -105,9 +106,11 @@ class ExpertPath(Finite):
         Raises:
             PathError: missing, not JSON, another schema version, unknown fields, cells that the model does not have.
         """
-        from dbes.paths.files import read_path
-
-        return read_path(file)
+        file = Path(file)
+        content = read_object(file)
+        if "schema_version" not in content and "experts" in content and "non_expert_modules" in content:
+            raise PathError(f"{file}: this is an ESFT expert config; read it with read_esft, which needs the model's layers and experts")
+        return read_versioned(file, cls, error=PathError, versions=(PATH_SCHEMA,))
 
     def save(self, file: str | Path, *, format: str = "dbes") -> Path:
         """Write the path as strict JSON, whole or not at all, and return the file.
@@ -119,11 +122,20 @@ class ExpertPath(Finite):
             SettingError: there is no such format.
             PathError: the file cannot be written.
         """
-        from dbes.paths.files import write_esft, write_path
-
         if format not in FORMATS:
             raise SettingError(unknown("format", format, FORMATS))
-        return (write_esft if format == "esft" else write_path)(self, file)
+        try:
+            write_json(Path(file), self._esft() if format == "esft" else self.model_dump(mode="json"))
+        except FileError as problem:
+            raise PathError(str(problem)) from problem
+        return Path(file)
+
+    def _esft(self) -> dict[str, Any]:
+        """Every MoE layer is named, also one without a cell."""
+        by_layer: dict[str, list[int]] = {str(layer): [] for layer in self.layers}
+        for cell in self.cells:
+            by_layer[str(cell.layer)].append(cell.expert)
+        return {"experts": by_layer, "shared_experts": False, "non_expert_modules": False}
 
     @model_validator(mode="after")
     def _cells_of_the_model(self) -> ExpertPath:
@@ -139,3 +151,15 @@ class ExpertPath(Finite):
                 known = f"experts 0 to {sizes[cell.layer] - 1}" if cell.layer in sizes else f"MoE layers {list(self.layers)}"
                 raise ValueError(f"cell (layer {cell.layer}, expert {cell.expert}) does not exist: the model has {known}")
         return self
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file of a path.
+
+    Raises:
+        PathError: missing, not strict JSON, or no object.
+    """
+    content = read_json(file, error=PathError, missing=f"{file}: there is no such file; run `dbes paths` first")
+    if not isinstance(content, dict):
+        raise PathError(f"{file}: expected a JSON object, got {type(content).__name__}")
+    return content

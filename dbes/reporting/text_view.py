@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from dbes.results import Specialist
+from dbes.scoring.counting import counts_of
 from dbes.scoring.counts import Counts
 from dbes.scoring.sampling import READ_BEGINNING, TokenSample, documents_to_read
-from dbes.scoring.stored import counts_of
 from dbes.text import TOKEN_WIDTH, label, labels, legible
 from dbes.trace.store import Trace
 from dbes.trace.types import RoutingShape, TokenRoutes

@@ -14,19 +14,22 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from threading import Lock
 from typing import IO
 
 import numpy as np
 
+from dbes.errors import DbesError, TraceError
 from dbes.scoring.counts import Counts
 from dbes.scoring.layer_counts import WIDE, LayerCounts, domain_sums, layer_of, one_layer
 from dbes.scoring.metrics import NGRAM_SIZES, expert_group
 from dbes.scoring.sampling import Sampler
+from dbes.scoring.stored import COUNTS, COUNTS_FOLDER, save_counts
 from dbes.scoring.sums import Piece, group_sums, of_phase, sums_of
 from dbes.scoring.texts import TextReader, Texts
 from dbes.trace.store import Trace
-from dbes.trace.types import GENERATED, PROMPT, TokenRoutes, document_starts, pieces_of, storage_dtype
+from dbes.trace.types import GENERATED, PHASES, PROMPT, TokenRoutes, document_starts, pieces_of, storage_dtype
 
 WORKERS = min(os.cpu_count() or 1, 8)
 
@@ -233,3 +236,47 @@ class _Pass:
             grouped=not self.plain,
             seal=trace.seal,
         )
+
+
+def counts_of(source: Trace | Counts, *, phase: int | None = None) -> Counts:
+    """The counts of a trace with those of its control: those that lie beside it, or made now and, where the disk allows, kept there.
+
+    Args:
+        phase: as in ``count_routes``.
+
+    Raises:
+        TraceError: the trace is incomplete, altered or inconsistent; counts of another phase were given.
+    """
+    if phase not in PHASES:
+        raise TraceError(f"phase: expected 0 (prompt), 1 (generated) or None (all tokens), got {phase!r}")
+    if isinstance(source, Counts):
+        if phase is not None and phase != source.phase:
+            raise TraceError(f"phase {PHASES[phase]}: these are the counts of {PHASES[source.phase]} tokens; count the trace again")
+        return source
+    folder = None if source.path is None or source.seal is None else source.path / COUNTS_FOLDER / PHASES[phase]
+    if folder is not None and (found := _kept(folder, source)) is not None:
+        return found
+    counts = count_routes(source, phase=phase)
+    if source.control is not None:
+        counts = replace(counts, control=count_routes(source.control, phase=phase, plain=True))
+    if folder is None or not counts.tokens.any():
+        return counts
+    try:
+        save_counts(counts, folder)
+    except DbesError:
+        return counts  # on a read-only or full disk
+    size = len(counts.tokens) * len(counts.shape.layers) * counts.shape.width * 4 * len(WIDE)
+    return Counts.load(folder) if size > MEMORY_BYTES else counts
+
+
+def _kept(folder: Path, trace: Trace) -> Counts | None:
+    """The counts beside a trace when they are of this very trace and control."""
+    if not (folder / COUNTS).is_file():
+        return None
+    try:
+        found = Counts.load(folder)
+    except DbesError:
+        return None  # damaged, or of another version: made again
+    seals = [None if each is None else each.seal for each in (found, found.control, trace, trace.control)]
+    same = seals[:2] == seals[2:] and found.grouped
+    return replace(found, vocabulary=trace.vocabulary) if same else None

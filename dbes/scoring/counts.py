@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from dbes.scoring.given import given_documents, given_domains
 from dbes.scoring.layer_counts import (
     LayerCounts,
     NgramSums,
@@ -19,14 +20,15 @@ from dbes.scoring.layer_counts import (
     side_by_side,
     units_of,
 )
+from dbes.scoring.merging import merged
 from dbes.scoring.sampling import TokenSample
+from dbes.scoring.stored import COUNTS, save_counts, stored
 from dbes.scoring.texts import Texts
+from dbes.trace.store import CONTROL
 from dbes.trace.types import RoutingShape
 from dbes.trace.vocabulary import TokenText
 
-__all__ = ["PHASES", "Counts", "LayerCounts", "NgramSums", "StiffnessSums"]
-
-PHASES = {None: "all", 0: "prompt", 1: "generated"}
+__all__ = ["Counts", "LayerCounts", "NgramSums", "StiffnessSums"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,21 +106,21 @@ class Counts:
         Raises:
             TraceError: shapes disagree; a number is not finite, below 0 or not whole; more hits than tokens x top_k.
         """
-        from dbes.scoring.given import counts_from_arrays
-
-        return counts_from_arrays(
-            hits,
-            domains=domains,
-            document_domain=document_domain,
-            layers=layers,
-            experts=experts,
-            top_k=top_k,
-            mass=mass,
-            tokens=tokens,
-            active=active,
-            document_ids=document_ids,
-            document_source=document_source,
-            provenance=provenance,
+        return cls(
+            **given_documents(
+                hits,
+                domains=domains,
+                document_domain=document_domain,
+                layers=layers,
+                experts=experts,
+                top_k=top_k,
+                mass=mass,
+                tokens=tokens,
+                active=active,
+                document_ids=document_ids,
+                document_source=document_source,
+                provenance=provenance,
+            )
         )
 
     @classmethod
@@ -144,18 +146,18 @@ class Counts:
         Raises:
             TraceError: as ``from_arrays``.
         """
-        from dbes.scoring.given import counts_from_domains
-
-        return counts_from_domains(
-            hits,
-            domains=domains,
-            layers=layers,
-            experts=experts,
-            top_k=top_k,
-            mass=mass,
-            tokens=tokens,
-            active=active,
-            provenance=provenance,
+        return cls(
+            **given_domains(
+                hits,
+                domains=domains,
+                layers=layers,
+                experts=experts,
+                top_k=top_k,
+                mass=mass,
+                tokens=tokens,
+                active=active,
+                provenance=provenance,
+            )
         )
 
     @classmethod
@@ -170,9 +172,9 @@ class Counts:
             TraceError: other layers, experts, top_k, domains, phase or model; a control in some only; a document with two domains;
                 documents that have only numbers.
         """
-        from dbes.scoring.merging import merge_counts
-
-        return merge_counts(parts)
+        fields = merged(parts)
+        controls = [part.control for part in parts if part.control is not None]
+        return cls(**fields, control=cls.merge(controls) if controls else None)
 
     @classmethod
     def load(cls, folder: str | Path) -> Counts:
@@ -181,9 +183,9 @@ class Counts:
         Raises:
             TraceError: there are none, they are damaged, or of another schema version.
         """
-        from dbes.scoring.stored import load_counts
-
-        return load_counts(Path(folder))
+        folder = Path(folder)
+        control = folder / CONTROL
+        return cls(**stored(folder), control=cls.load(control) if (control / COUNTS).is_file() else None)
 
     def save(self, folder: str | Path) -> Counts:
         """Write the counts as a folder and return those that read it.
@@ -191,10 +193,8 @@ class Counts:
         Raises:
             FileError: it cannot be written.
         """
-        from dbes.scoring.stored import load_counts, save_counts
-
         save_counts(self, Path(folder))
-        return load_counts(Path(folder))
+        return self.load(folder)
 
     def layer(self, column: int) -> LayerCounts:
         """The sums of one layer (by its place, not its number in the model): every array has a layers axis of length 1."""

@@ -9,7 +9,8 @@ import numpy as np
 
 from dbes.errors import TraceError
 from dbes.results import DomainFacts, ModelFacts, TaskFacts
-from dbes.scoring.counts import PHASES, Counts
+from dbes.scoring.counts import Counts
+from dbes.trace.types import PHASES
 from dbes.wording import counted
 
 

@@ -11,7 +11,6 @@ from pydantic import ValidationError
 
 from dbes.errors import TraceError
 from dbes.schema import first_problem
-from dbes.scoring.counts import Counts
 from dbes.scoring.layer_counts import LayerCounts, layer_of, one_layer
 from dbes.scoring.texts import TextReader
 from dbes.trace.manifest import Provenance, shape_problems
@@ -26,7 +25,7 @@ NO_DOCUMENTS = (
 Sizes = int | Sequence[int]
 
 
-def counts_from_arrays(
+def given_documents(
     hits: np.ndarray,
     *,
     domains: Sequence[str],
@@ -40,8 +39,8 @@ def counts_from_arrays(
     document_ids: Sequence[str] | None = None,
     document_source: Sequence[str] | None = None,
     provenance: Mapping[str, Any] | None = None,
-) -> Counts:
-    """See ``Counts.from_arrays``."""
+) -> dict[str, Any]:
+    """The fields of the counts, see ``Counts.from_arrays``."""
     hits = np.asarray(hits)
     if hits.ndim != 3:
         raise TraceError(f"hits: expected [documents, layers, experts], got {hits.shape}")
@@ -96,15 +95,17 @@ def counts_from_arrays(
         return layer_of(one_layer(shape, column), whole, {name: array[:, column] for name, array in arrays.items()})
 
     texts = TextReader(shape).done()
-    return Counts(shape=shape, tokens=whole, read=read, provenance=dict(provenance or {}), texts=texts, grouped=False, notes=(NO_TOKENS,))
+    about = {"provenance": dict(provenance or {}), "texts": texts, "grouped": False, "notes": (NO_TOKENS,)}
+    return {"shape": shape, "tokens": whole, "read": read, **about}
 
 
-def counts_from_domains(hits: np.ndarray, *, domains: Sequence[str], **more: Any) -> Counts:
-    """See ``Counts.from_domains``."""
+def given_domains(hits: np.ndarray, *, domains: Sequence[str], **more: Any) -> dict[str, Any]:
+    """The fields of the counts, see ``Counts.from_domains``."""
     if np.ndim(hits) != 3 or len(hits) != len(domains):
         raise TraceError(f"hits: expected [domains, layers, experts] of {len(domains)} domains, got {np.shape(hits)}")
-    counts = counts_from_arrays(hits, domains=domains, document_domain=np.arange(len(domains)), document_ids=domains, **more)
-    return replace(counts, by_documents=False, notes=(NO_DOCUMENTS, NO_TOKENS), texts=replace(counts.texts, fingerprint=None))
+    found = given_documents(hits, domains=domains, document_domain=np.arange(len(domains)), document_ids=domains, **more)
+    texts = replace(found["texts"], fingerprint=None)
+    return {**found, "by_documents": False, "notes": (NO_DOCUMENTS, NO_TOKENS), "texts": texts}
 
 
 def _for_each(name: str, sizes: Sizes, layers: Sequence[int]) -> tuple[int, ...]:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dbes.errors import TraceError
-from dbes.scoring.counts import PHASES, Counts
 from dbes.scoring.layer_counts import OPTIONAL_WINDOWS, LayerCounts, arrays_of, domain_sums, layer_of, one_layer
 from dbes.scoring.metrics import expert_group
 from dbes.scoring.sampling import KEPT_CELLS, KEPT_TOKENS, SAMPLE_TOKENS, TokenSample, even_documents, joined_sample
 from dbes.scoring.texts import combined
 from dbes.trace.joining import same_router
-from dbes.trace.types import RoutingShape
+from dbes.trace.types import PHASES, RoutingShape
 from dbes.trace.vocabulary import joined_vocabularies
+
+if TYPE_CHECKING:
+    from dbes.scoring.counts import Counts
 
 OTHER_GROUPS = "merged parts have other expert groups than the whole: windows inside these groups are unknown where they differ, and NaN"
 
@@ -23,8 +26,8 @@ WHOLE_ONLY = ("mass", "primaries", *OPTIONAL_WINDOWS)
 """Arrays that are unknown for all as soon as one part has none."""
 
 
-def merge_counts(parts: Sequence[Counts]) -> Counts:
-    """See ``Counts.merge``."""
+def merged(parts: Sequence[Counts]) -> dict[str, Any]:
+    """The fields of the counts but their control, see ``Counts.merge``."""
     if not parts:
         raise TraceError("nothing to merge: no counts were given")
     first = parts[0]
@@ -36,9 +39,9 @@ def merge_counts(parts: Sequence[Counts]) -> Counts:
     tokens = np.zeros(len(shape.document_domain), np.int64)
     for part, place in zip(parts, places, strict=True):
         tokens[place] += part.tokens
-    controls = [part.control for part in parts if part.control is not None]
-    if controls and len(controls) < len(parts):
-        raise TraceError(f"{len(controls)} of {len(parts)} counts have a random-router control: all of them must, or none")
+    controls = sum(part.control is not None for part in parts)
+    if 0 < controls < len(parts):
+        raise TraceError(f"{controls} of {len(parts)} counts have a random-router control: all of them must, or none")
 
     def read(column: int) -> LayerCounts:
         return _merged_layer([part.layer(column) for part in parts], places, one_layer(shape, column), tokens)
@@ -48,21 +51,20 @@ def merge_counts(parts: Sequence[Counts]) -> Counts:
     if grouped and any(_unknown_windows(read(column)) for column in range(len(shape.layers))):
         notes = (*notes, OTHER_GROUPS)
     apart = len(np.unique(np.concatenate(places))) == sum(map(len, places))
-    return Counts(
-        shape=shape,
-        tokens=tokens,
-        read=read,
-        phase=first.phase,
-        phase_tokens=(sum(part.phase_tokens[0] for part in parts), sum(part.phase_tokens[1] for part in parts)),
-        provenance=first.provenance,
-        vocabulary=joined_vocabularies([part.vocabulary for part in parts], error=TraceError),
-        texts=combined([part.texts for part in parts], apart=apart),
-        sample_of=lambda: _merged_sample(parts, places, shape, tokens),
-        control=merge_counts(controls) if controls else None,
-        grouped=grouped,
-        by_documents=first.by_documents,
-        notes=notes,
-    )
+    return {
+        "shape": shape,
+        "tokens": tokens,
+        "read": read,
+        "phase": first.phase,
+        "phase_tokens": (sum(part.phase_tokens[0] for part in parts), sum(part.phase_tokens[1] for part in parts)),
+        "provenance": first.provenance,
+        "vocabulary": joined_vocabularies([part.vocabulary for part in parts], error=TraceError),
+        "texts": combined([part.texts for part in parts], apart=apart),
+        "sample_of": lambda: _merged_sample(parts, places, shape, tokens),
+        "grouped": grouped,
+        "by_documents": first.by_documents,
+        "notes": notes,
+    }
 
 
 def _documents(parts: Sequence[Counts]) -> tuple[RoutingShape, list[np.ndarray]]:

@@ -18,7 +18,8 @@ from dbes.files import locked
 from dbes.results import DomainFacts, RecordingFacts, Result, Specialist
 from dbes.scoring import descriptive
 from dbes.scoring.companions import companions, similarity
-from dbes.scoring.counts import PHASES, Counts
+from dbes.scoring.counting import counts_of
+from dbes.scoring.counts import Counts
 from dbes.scoring.estimates import Estimate, calibrated_records
 from dbes.scoring.facts import environment, model_facts, require_tokens, task_facts
 from dbes.scoring.given import NO_TOKENS
@@ -27,11 +28,13 @@ from dbes.scoring.layers import score_layers
 from dbes.scoring.published import published_values
 from dbes.scoring.sampling import TokenSample, even_documents, example_tokens
 from dbes.scoring.specialists import SpecialistTable
-from dbes.scoring.stored import COUNTS, counts_of
+from dbes.scoring.stored import COUNTS
+from dbes.scoring.tables import save_scores
 from dbes.scoring.verdict import verdict
 from dbes.text import unknown
 from dbes.trace.baselines import ROUTERS, blocks_overlap, imitate
 from dbes.trace.store import TRACE_FOLDER, Trace
+from dbes.trace.types import PHASES
 from dbes.wording import counted
 
 RECORDED = "recorded"
@@ -92,8 +95,6 @@ def score(
         ResultError: ``output_path`` holds an evaluation with its recorded routes.
         FileError: it cannot be written, or another run is writing there.
     """
-    from dbes.scoring.tables import save_scores
-
     numbers = {name: number for number, name in PHASES.items()}
     if phase not in numbers:
         raise SettingError(unknown("phase", phase, numbers))

@@ -9,9 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, ModelWrapValidatorHandler, field_validator, model_validator
@@ -19,20 +18,21 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as parse_safetensors
 from safetensors.numpy import save as encode_safetensors
 
-from dbes.errors import DbesError, TraceError
+from dbes.errors import TraceError
 from dbes.files import discard, read_bytes, write_bytes, write_json, write_text
 from dbes.schema import Strict, Whole, read_versioned
-from dbes.scoring.counting import MEMORY_BYTES, count_routes
-from dbes.scoring.counts import PHASES, Counts
 from dbes.scoring.layer_counts import WIDE, LayerCounts, arrays_of, layer_of, one_layer, shapes_of
 from dbes.scoring.sampling import TokenSample
 from dbes.scoring.texts import Texts
 from dbes.text import clipped
 from dbes.trace.manifest import SEAL, Experts, Index, Provenance, digest, shape_problems, unsealed
 from dbes.trace.shards import validate_routes
-from dbes.trace.store import CONTROL, Trace, read_vocabulary
-from dbes.trace.types import RoutingShape, TokenRoutes
+from dbes.trace.store import CONTROL, read_vocabulary
+from dbes.trace.types import PHASES, RoutingShape, TokenRoutes
 from dbes.trace.vocabulary import as_json
+
+if TYPE_CHECKING:
+    from dbes.scoring.counts import Counts
 from dbes.trace.writer import VOCABULARY
 
 COUNTS_SCHEMA = 1
@@ -103,50 +103,6 @@ class CountsFile(Strict):
         )
 
 
-def counts_of(source: Trace | Counts, *, phase: int | None = None) -> Counts:
-    """The counts of a trace with those of its control: those that lie beside it, or made now and, where the disk allows, kept there.
-
-    Args:
-        phase: as in ``count_routes``.
-
-    Raises:
-        TraceError: the trace is incomplete, altered or inconsistent; counts of another phase were given.
-    """
-    if phase not in PHASES:
-        raise TraceError(f"phase: expected 0 (prompt), 1 (generated) or None (all tokens), got {phase!r}")
-    if isinstance(source, Counts):
-        if phase is not None and phase != source.phase:
-            raise TraceError(f"phase {PHASES[phase]}: these are the counts of {PHASES[source.phase]} tokens; count the trace again")
-        return source
-    folder = None if source.path is None or source.seal is None else source.path / COUNTS_FOLDER / PHASES[phase]
-    if folder is not None and (found := _kept(folder, source)) is not None:
-        return found
-    counts = count_routes(source, phase=phase)
-    if source.control is not None:
-        counts = replace(counts, control=count_routes(source.control, phase=phase, plain=True))
-    if folder is None or not counts.tokens.any():
-        return counts
-    try:
-        save_counts(counts, folder)
-    except DbesError:
-        return counts  # on a read-only or full disk
-    size = len(counts.tokens) * len(counts.shape.layers) * counts.shape.width * 4 * len(WIDE)
-    return load_counts(folder) if size > MEMORY_BYTES else counts
-
-
-def _kept(folder: Path, trace: Trace) -> Counts | None:
-    """The counts beside a trace when they are of this very trace and control."""
-    if not (folder / COUNTS).is_file():
-        return None
-    try:
-        found = load_counts(folder)
-    except DbesError:
-        return None  # damaged, or of another version: made again
-    seals = [None if each is None else each.seal for each in (found, found.control, trace, trace.control)]
-    same = seals[:2] == seals[2:] and found.grouped
-    return replace(found, vocabulary=trace.vocabulary) if same else None
-
-
 def save_counts(counts: Counts, folder: Path) -> None:
     """Write counts as a folder; ``counts.json`` last, so that what was interrupted is no folder of counts.
 
@@ -200,8 +156,8 @@ def save_counts(counts: Counts, folder: Path) -> None:
     write_json(folder / COUNTS, {**content, SEAL: digest(content)})
 
 
-def load_counts(folder: Path) -> Counts:
-    """The counts in a folder; a layer is read, and its sha256 checked, when it is asked for.
+def stored(folder: Path) -> dict[str, Any]:
+    """The fields of the counts in a folder, but their control; a layer is read, and its sha256 checked, when it is asked for.
 
     Raises:
         TraceError: there are none, they are damaged, or of another schema version.
@@ -219,22 +175,21 @@ def load_counts(folder: Path) -> Counts:
     def sample() -> TokenSample | None:
         return _read_sample(folder, about.files, shape, whole=about.sample_whole) if SAMPLE in about.files else None
 
-    return Counts(
-        shape=shape,
-        tokens=tokens,
-        read=read,
-        phase={name: code for code, name in PHASES.items()}[about.phase],
-        phase_tokens=about.phase_tokens,
-        provenance=about.provenance,
-        vocabulary=read_vocabulary(folder / VOCABULARY),
-        texts=Texts(fingerprint=about.fingerprint, digests={name: frozenset(found) for name, found in about.digests.items()}),
-        sample_of=sample,
-        control=load_counts(folder / CONTROL) if (folder / CONTROL / COUNTS).is_file() else None,
-        grouped=about.grouped,
-        by_documents=about.by_documents,
-        seal=about.trace,
-        notes=about.notes,
-    )
+    return {
+        "shape": shape,
+        "tokens": tokens,
+        "read": read,
+        "phase": {name: code for code, name in PHASES.items()}[about.phase],
+        "phase_tokens": about.phase_tokens,
+        "provenance": about.provenance,
+        "vocabulary": read_vocabulary(folder / VOCABULARY),
+        "texts": Texts(fingerprint=about.fingerprint, digests={name: frozenset(found) for name, found in about.digests.items()}),
+        "sample_of": sample,
+        "grouped": about.grouped,
+        "by_documents": about.by_documents,
+        "seal": about.trace,
+        "notes": about.notes,
+    }
 
 
 def _layer_name(column: int) -> str:

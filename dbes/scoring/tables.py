@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -16,8 +17,10 @@ from dbes.errors import DbesError, ResultError
 from dbes.files import discard, read_bytes, regular, replacing, sha256_of, sorted_metadata, write_bytes
 from dbes.results import PAGE_FILE, RESULT_FILE, Result
 from dbes.scoring.metrics import usage_of
-from dbes.scoring.score import Scores
 from dbes.text import clipped, printable
+
+if TYPE_CHECKING:
+    from dbes.scoring.score import Scores
 
 SCORES, USAGE, MATRICES = "scores", "expert_usage", "matrices.safetensors"
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 PROMPT, GENERATED = 0, 1
+PHASES = {None: "all", PROMPT: "prompt", GENERATED: "generated"}
 """Values of ``TokenRoutes.phase``: text that was given, text the model wrote."""
 
 NOISE_SCALES = (1e-4, 1e-3, 1e-2, 1e-1)

@@ -12,7 +12,6 @@ from test_run import path_of
 from typer.testing import CliRunner
 
 from dbes.cli import app
-from dbes.paths.files import write_path
 
 DOMAINS = {"law": "abcd", "code": "(){};", "math": "0123"}
 SMALL = {"batch_size": 2, "seq_len": 24}
@@ -20,7 +19,7 @@ SMALL = {"batch_size": 2, "seq_len": 24}
 
 @pytest.fixture
 def call(tiny_checkpoint, tiny_task, tmp_path):
-    path = write_path(path_of(tiny_checkpoint), tmp_path / "paths.json")
+    path = path_of(tiny_checkpoint).save(tmp_path / "paths.json")
 
     def go(*arguments, out=tmp_path / "out", data="task:code", **config):
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(SMALL | config))

@@ -29,7 +29,6 @@ from dbes.finetuning.run import checked_path, finetune
 from dbes.finetuning.settings import Tracker, make_settings
 from dbes.finetuning.state import LOG, STATE
 from dbes.models import load_model
-from dbes.paths.files import write_esft, write_path
 from dbes.paths.types import Cell, ExpertPath, Provenance
 
 CELLS = (Cell(0, 1), Cell(0, 3), Cell(1, 0), Cell(1, 5), Cell(2, 2), Cell(2, 7))
@@ -311,8 +310,8 @@ def test_paths_of_other_models_are_refused(tiny_checkpoint, changes, message):
 
 def test_paths_are_read_from_both_formats_and_empty_ones_refused(tiny_checkpoint, tmp_path):
     loaded, path = load_model(tiny_checkpoint), path_of(tiny_checkpoint)
-    assert checked_path(write_path(path, tmp_path / "own.json"), loaded) == path
-    assert checked_path(write_esft(path, tmp_path / "esft.json"), loaded).cells == CELLS
+    assert checked_path(path.save(tmp_path / "own.json"), loaded) == path
+    assert checked_path(path.save(tmp_path / "esft.json", format="esft"), loaded).cells == CELLS
     content = json.loads((tmp_path / "own.json").read_text())
     (tmp_path / "empty.json").write_text(json.dumps({**content, "cells": []}))
     (tmp_path / "empty_esft.json").write_text('{"experts": {"0": []}, "shared_experts": false, "non_expert_modules": false}')
@@ -464,7 +463,7 @@ def slow(value):
 
 def command(checkpoint, task, folder, out, steps, pause=0, protect=None, rate=1e-2):
     script = Path(__file__).parent / "finetune_process.py"
-    path = write_path(path_of(checkpoint), folder / "paths.json")
+    path = path_of(checkpoint).save(folder / "paths.json")
     return [sys.executable, *map(str, (script, checkpoint, task, path, out, steps, pause, protect or "", rate))]
 
 
