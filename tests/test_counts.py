@@ -30,7 +30,7 @@ from dbes.paths.evidence import read_evidence
 from dbes.reporting.page import render_page, write_page
 from dbes.reporting.terminal import render
 from dbes.results import RESULT_FILE
-from dbes.scoring import counting, sampling, stored
+from dbes.scoring import counting, sampling
 from dbes.scoring.counting import count_routes, counts_of
 from dbes.scoring.counts import Counts, LayerCounts
 from dbes.scoring.merging import OTHER_GROUPS
@@ -291,7 +291,6 @@ def test_where_nothing_can_be_written_counts_are_made_all_the_same(tmp_path: Pat
     trace = named(CASES["plain"]).save(tmp_path / "trace")
     (tmp_path / "trace" / "counts").write_text("not a folder")
     monkeypatch.setattr(counting, "MEMORY_BYTES", 0)
-    monkeypatch.setattr(stored, "MEMORY_BYTES", 0)
     assert_same(counts_of(trace).whole(), count_routes(CASES["plain"].trace()).whole())
 
 

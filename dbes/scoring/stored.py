@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field, ModelWrapValidatorHandler, field_validator, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, model_validator
 from safetensors import SafetensorError
 from safetensors.numpy import load as parse_safetensors
 from safetensors.numpy import save as encode_safetensors
@@ -25,7 +25,7 @@ from dbes.scoring.layer_counts import WIDE, LayerCounts, arrays_of, layer_of, on
 from dbes.scoring.sampling import TokenSample
 from dbes.scoring.texts import Texts
 from dbes.text import clipped
-from dbes.trace.manifest import SEAL, Experts, Index, Provenance, digest, shape_problems, unsealed
+from dbes.trace.manifest import SEAL, Experts, Facts, Index, digest, shape_of, shape_problems, unsealed
 from dbes.trace.shards import validate_routes
 from dbes.trace.store import CONTROL, read_vocabulary
 from dbes.trace.types import PHASES, RoutingShape, TokenRoutes
@@ -62,18 +62,12 @@ class CountsFile(Strict):
     document_source: tuple[str, ...] | None = None
     tokens: tuple[Whole, ...]
     phase_tokens: tuple[Whole, Whole]
-    provenance: dict[str, Any]
+    provenance: Facts
     fingerprint: str | None
     digests: dict[str, tuple[str, ...]]
     sample_whole: bool
     notes: tuple[str, ...] = ()
     files: dict[Annotated[str, Field(pattern=r"^[a-z0-9-]+\.safetensors$")], Sha]
-
-    @field_validator("provenance")
-    @classmethod
-    def _known_facts_have_their_types(cls, provenance: dict[str, Any]) -> dict[str, Any]:
-        Provenance.model_validate(provenance)
-        return provenance
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> CountsFile:
@@ -92,15 +86,7 @@ class CountsFile(Strict):
 
     @property
     def shape(self) -> RoutingShape:
-        return RoutingShape(
-            layers=self.layers,
-            experts=self.experts,
-            top_k=self.top_k,
-            domains=self.domains,
-            document_domain=np.asarray(self.document_domain, np.int32),
-            document_ids=self.document_ids,
-            document_source=self.document_source,
-        )
+        return shape_of(self)
 
 
 def save_counts(counts: Counts, folder: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeVar
 
 import numpy as np
-from pydantic import Field, ModelWrapValidatorHandler, field_validator, model_validator
+from pydantic import AfterValidator, Field, ModelWrapValidatorHandler, model_validator
 
 from dbes.errors import TraceError
 from dbes.schema import Open, Strict, Whole, read_versioned
@@ -58,6 +58,15 @@ class Provenance(Open):
     slots_without_expert: dict[str, float] = Field(default_factory=dict)
 
 
+def _known_facts_have_their_types(provenance: dict[str, Any]) -> dict[str, Any]:
+    Provenance.model_validate(provenance)
+    return provenance
+
+
+Facts = Annotated[dict[str, Any], AfterValidator(_known_facts_have_their_types)]
+"""A provenance as it stands in a file: any facts, of which the known ones have their types."""
+
+
 class Manifest(Strict):
     """What a trace folder says of itself. ``complete`` is false while a recording is under way or was interrupted."""
 
@@ -70,14 +79,8 @@ class Manifest(Strict):
     document_domain: tuple[Index, ...]
     document_ids: tuple[str, ...]
     document_source: tuple[str, ...] | None = None
-    provenance: dict[str, Any]
+    provenance: Facts
     shards: tuple[ShardEntry, ...]
-
-    @field_validator("provenance")
-    @classmethod
-    def _known_facts_have_their_types(cls, provenance: dict[str, Any]) -> dict[str, Any]:
-        Provenance.model_validate(provenance)
-        return provenance
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Manifest:
@@ -105,15 +108,7 @@ class Manifest(Strict):
 
     @property
     def shape(self) -> RoutingShape:
-        return RoutingShape(
-            layers=self.layers,
-            experts=self.experts,
-            top_k=self.top_k,
-            domains=self.domains,
-            document_domain=np.asarray(self.document_domain, np.int32),
-            document_ids=self.document_ids,
-            document_source=self.document_source,
-        )
+        return shape_of(self)
 
 
 Value = TypeVar("Value")
@@ -151,6 +146,19 @@ class Sizes(Protocol):
     def document_ids(self) -> tuple[str, ...]: ...
     @property
     def document_source(self) -> tuple[str, ...] | None: ...
+
+
+def shape_of(sizes: Sizes) -> RoutingShape:
+    """The shape that a file declares."""
+    return RoutingShape(
+        layers=sizes.layers,
+        experts=sizes.experts,
+        top_k=sizes.top_k,
+        domains=sizes.domains,
+        document_domain=np.asarray(sizes.document_domain, np.int32),
+        document_ids=sizes.document_ids,
+        document_source=sizes.document_source,
+    )
 
 
 def shape_problems(shape: Sizes) -> Iterator[str]:
