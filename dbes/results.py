@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 RESULT_SCHEMA = 1
+METRICS_VERSION = 2
+"""Rises when a score comes to mean something else; results of different versions do not stand in one table."""
+
 RESULT_FILE = "result.json"
 PAGE_FILE = "report.html"
 """Written from a result, beside it."""
@@ -85,9 +88,10 @@ class CalibratedRecord(_Strict):
     """One calibrated value. ``layer`` None: mean over layers; ``domain`` None: all domains.
 
     Attributes:
-        value: the plug-in estimate; null: its mean when documents' domain labels are shuffled (chance inside documents for
-            n-grams); corrected, ci_low, ci_high: jackknife over documents; p: one-sided; reference: the ideal domain router.
-        score: (value - null) / (reference - null), 0 no better than chance, 1 the ideal router; for stiffness and n-grams
+        value: of the counts as they are; null: its mean when documents' domain labels are shuffled (chance inside documents for
+            n-grams), a line to look at; corrected, ci_low, ci_high: jackknife over documents; reference: the ideal domain router.
+        p: one-sided; the domain metrics share the test that domains use the experts alike.
+        score: corrected / reference, 0 no better than chance, 1 the ideal router; for stiffness and n-grams
             their own normalised form. score_low, score_high: its 95 % interval.
         control: score of the frozen random router on the same representation; excess: score - control, with its interval.
     """
@@ -167,6 +171,7 @@ class Result(_Strict):
     """Everything one evaluation found, with what is needed to repeat it."""
 
     schema_version: Literal[1] = RESULT_SCHEMA
+    metrics_version: Whole = 1
     status: Literal["ok", "error"]
     error: str | None = None
     created: str

@@ -218,13 +218,13 @@ def with_accuracies(entries: Sequence[LeaderboardEntry], known: Accuracies, *, e
     return made
 
 
-def _identity(result: Result) -> tuple[str, int | None, str | None, str]:
+def _identity(result: Result) -> tuple[str, int | None, str | None, int, str]:
     """What results of one table have in common; a result without a fingerprint has nothing in common with another."""
     own = result.task.fingerprint or f"{UNKNOWN_DATA}{result.model.name}{id(result)}"
-    return result.task.name, result.task.version, own, str(result.settings.get("phase", "all"))
+    return result.task.name, result.task.version, own, result.metrics_version, str(result.settings.get("phase", "all"))
 
 
-def _why_apart(found: tuple[str, int | None, str | None, str], chosen: tuple[str, int | None, str | None, str]) -> str:
+def _why_apart(found: tuple[str, int | None, str | None, int, str], chosen: tuple[str, int | None, str | None, int, str]) -> str:
     """Why a result of one identity is not in the table of another."""
     data = str(found[2]), str(chosen[2])
     if any(each.startswith(UNKNOWN_DATA) for each in data):
@@ -233,7 +233,7 @@ def _why_apart(found: tuple[str, int | None, str | None, str], chosen: tuple[str
             f"{which} no fingerprint of its data, so that nothing shows that both read the same texts; score the trace again with "
             "document ids or token ids, or name the data in provenance['task']['fingerprint']"
         )
-    names = ("task", "task version", "task fingerprint", "phase")
+    names = ("task", "task version", "task fingerprint", "metrics version", "phase")
     words = [f"{name} {str(a)[:12]} instead of {str(b)[:12]}" for name, a, b in zip(names, found, chosen, strict=True) if a != b]
     made = all(each.startswith(DATA) for each in data) and data[0] != data[1]
     hint = " (made from document ids, domains and token ids; where both read the same texts give both the fingerprint of the task)"
@@ -324,13 +324,12 @@ def difference(first: LeaderboardEntry, second: LeaderboardEntry, metric: str, d
     (score_first, left_first), (score_second, left_second) = sides[0], sides[1]
     domain = first.replicates.document_domain
     value = score_first - score_second
-    _, error = jackknife(np.asarray(value), left_first - left_second, domain)
-    freedom = len(domain) - len(np.unique(domain))
-    reach = float(student.ppf(1 - LEVEL / 2, freedom) * error)
+    found = jackknife(np.asarray(value), left_first - left_second, domain)
+    error, reach = float(found.error), float(found.reach)
     if math.isnan(error):
         p = math.nan
     elif error > 0:
-        p = float(2 * student.sf(abs(value) / error, freedom))
+        p = float(2 * student.sf(abs(value) / error, found.freedom))
     else:
         p = 1.0 if value == 0 else 0.0
     return Difference(

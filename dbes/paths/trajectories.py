@@ -165,8 +165,8 @@ def measured_lift(
         left_out[index] = _log_lift(fewer, domain)
     if not np.isfinite(left_out).all() or (document_domain == domain).sum() < 2:
         return value, None, None
-    corrected, error = jackknife(np.asarray(value), left_out, document_domain)
-    return float(corrected), float(corrected - 1.96 * error), float(corrected + 1.96 * error)
+    found = jackknife(np.asarray(value), left_out, document_domain)
+    return float(found.corrected), float(found.corrected - found.reach), float(found.corrected + found.reach)
 
 
 def _log_lift(sums: np.ndarray, domain: int) -> float:

@@ -18,8 +18,7 @@ from dbes.trace.types import LOGIT_NOISE, NOISE_SCALES
 def similarity(totals: LayerCounts) -> np.ndarray:
     """Cosine similarity of the domains at each layer with unbiased norms, [layers, domains, domains]."""
     hits = totals.by_domain(totals.hits)
-    gram = metrics.grams(metrics.usage_of(hits))
-    return metrics.unbiased_cosines(gram, totals.by_domain(totals.active), hits.sum(axis=-1))
+    return metrics.unbiased_cosines(metrics.unbiased_grams(metrics.usage_of(hits), totals.by_domain(totals.active), hits.sum(axis=-1)))
 
 
 def companions(found: AllLayers, sample: TokenSample | None, counts: Counts, *, seed: int) -> dict[str, Any]:
@@ -46,6 +45,7 @@ def companions(found: AllLayers, sample: TokenSample | None, counts: Counts, *, 
         "max_violation": metrics.max_violation(usage, experts),
         "load_entropy": metrics.load_entropy(usage, experts),
         "dead_experts": ((totals.hits.sum(axis=0) == 0) & real).sum(axis=1),
+        "der_entropy": metrics.entropy_rank(usage, experts),
         "purity": metrics.purity(usage),
         "within_domain_similarity": found.halves.mean(axis=0),
         "neighbour_overlap_any": neighbours["any"],

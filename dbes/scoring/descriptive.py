@@ -110,8 +110,9 @@ def split_half_similarity(sums: LayerCounts, half: np.ndarray) -> np.ndarray:
     hits, tokens = (np.stack([getattr(side, name) for side in sides]) for name in ("hits", "active"))
     similarity = []
     for domain in range(hits.shape[1]):
-        gram = metrics.grams(metrics.usage_of(hits[:, domain]))
-        similarity.append(metrics.unbiased_cosines(gram, tokens[:, domain], hits[:, domain].sum(axis=-1))[:, 0, 1])
+        slots = hits[:, domain].sum(axis=-1)
+        gram = metrics.unbiased_grams(metrics.usage_of(hits[:, domain]), tokens[:, domain], slots)
+        similarity.append(metrics.unbiased_cosines(gram)[:, 0, 1])
     return np.stack(similarity)
 
 

@@ -1,5 +1,9 @@
 """Calibrated estimates: each metric with its chance level, jackknife, p, reference and score, for every domain and layer.
 
+The score is the corrected value as a share of the ideal router's, with the interval of the corrected value; nothing is subtracted,
+because the jackknife is centred on 0 already. Chance, the mean under permuted labels, is a line to look at; whether there is more
+than chance is for the test of ``equal_usage``, which all domain metrics share.
+
 They are made one layer at a time. Rows are the domains and, last, their mean; columns are the layers and, last, their mean. All
 domain metrics are means over domains (``I(D;E)`` is the mean of the domains' divergences from the mixture), and what is measured
 of the model is the mean over layers of what is measured at each, so that running sums over layers are enough. DER has the last
@@ -13,23 +17,22 @@ from dataclasses import dataclass, fields, replace
 from typing import Self
 
 import numpy as np
+from scipy.stats import norm
 
 from dbes.results import CalibratedRecord
 from dbes.scoring import metrics
-from dbes.scoring.counting import count_routes
-from dbes.scoring.counts import Counts
 from dbes.scoring.layer_counts import LayerCounts
 from dbes.scoring.resampling import (
+    CONFIDENCE,
     DomainScores,
+    document_scores,
     domain_ratio,
     domain_scores,
     jackknife,
     left_out_ratios,
-    left_out_scores,
-    permutation_p,
     without_each_expert,
 )
-from dbes.trace.baselines import ideal_trace, one_layer_each
+from dbes.trace.baselines import expert_blocks
 from dbes.trace.types import NOISE_SCALES, RoutingShape
 
 STABILITY_SCALE = NOISE_SCALES.index(1e-2)
@@ -37,12 +40,8 @@ STABILITY_SCALE = NOISE_SCALES.index(1e-2)
 
 NGRAMS = tuple(f"ngram_expertise_{size}" for size in metrics.NGRAM_SIZES)
 
-SIGNIFICANCE = 0.05
-
 NO_SPAN = 1e-9
-"""An ideal router this close to chance differs from it by rounding only: a score relative to it would be noise over noise."""
-
-Z95 = 1.959963984540054
+"""An ideal router this close to 0 differs from it by rounding only: a score relative to it would be noise over noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,22 +49,21 @@ class Measured:
     """One metric at one layer, or summed over layers, before anything is compared; None where the metric has no such thing.
 
     Attributes:
-        value: [rows].
-        left_out: [documents, rows], the value without each document.
-        draws: [permutations, rows], under permuted labels.
+        value: [rows], of the counts as they are.
+        whole, left_out: [rows], [documents, rows], what the jackknife starts from: of all documents and without each.
+        null: [rows], mean of the value under permuted labels.
         reference: [rows], of the ideal router.
         chance, chance_left_out: [rows], [documents, rows], where chance is exact (n-grams).
-        lower: [rows], DER with the sampling noise taken off.
         draw_variance: [rows], variance over draws of a random router.
     """
 
     value: np.ndarray
+    whole: np.ndarray
     left_out: np.ndarray
-    draws: np.ndarray | None = None
+    null: np.ndarray | None = None
     reference: np.ndarray | None = None
     chance: np.ndarray | None = None
     chance_left_out: np.ndarray | None = None
-    lower: np.ndarray | None = None
     draw_variance: np.ndarray | None = None
 
     def plus(self, other: Self) -> Self:
@@ -84,9 +82,9 @@ class Estimate:
     """One metric for every domain at one layer, arrays [rows]; or for all layers and their mean, [rows, columns].
 
     Attributes:
-        value, null, p, reference, score, corrected, ci_low, ci_high, control, excess: as in ``CalibratedRecord``.
-        score_error, excess_error: standard errors.
-        replicates: float32 [documents] or [documents, columns], the score of the last row without each document.
+        replicates: float32 [documents] or [documents, columns], the score of the last row without each document, shifted by the
+            jackknife's correction, so that they lie around the score.
+        others: as in ``CalibratedRecord``.
     """
 
     value: np.ndarray
@@ -94,13 +92,15 @@ class Estimate:
     p: np.ndarray
     reference: np.ndarray
     score: np.ndarray
-    score_error: np.ndarray
+    score_low: np.ndarray
+    score_high: np.ndarray
     corrected: np.ndarray
     ci_low: np.ndarray
     ci_high: np.ndarray
     control: np.ndarray
     excess: np.ndarray
-    excess_error: np.ndarray
+    excess_low: np.ndarray
+    excess_high: np.ndarray
     replicates: np.ndarray
 
     @classmethod
@@ -109,53 +109,56 @@ class Estimate:
 
 
 def measure_layer(
-    sums: LayerCounts, null: DomainScores, reference: DomainScores, variance: np.ndarray, *, control: bool = False
+    sums: LayerCounts, null: DomainScores | None, reference: DomainScores, *, control: bool = False
 ) -> tuple[dict[str, Measured], np.ndarray]:
     """Every calibrated metric of one layer, and the documents' shares in the n-grams above chance, [documents, sizes].
 
     Args:
-        null: scores under permuted labels, with a leading [permutations] axis.
-        reference: scores of the ideal router on the same documents, see ``reference_scores``.
-        variance: [domains, 1, experts], sampling variance of the usage.
+        null: scores under permuted labels, with a leading [permutations] axis; None for a control, whose chance level nobody asks for.
+        reference: scores of the ideal router, see ``ideal_scores``.
         control: the trace is of a random router; say how much its scores vary with the draw of it.
     """
     shape = sums.shape
     domains, sizes, top_k = len(shape.domains), np.asarray(shape.experts), np.asarray(shape.top_k)
     counts, tokens = sums.by_domain(sums.hits), sums.by_domain(sums.active)
-    scores = (
-        domain_scores(counts, tokens, experts=sizes),
-        left_out_scores(sums.hits, sums.active, shape.document_domain, domains, sizes=sizes),
-        null,
-        reference,
-    )
+    value = domain_scores(counts, tokens, experts=sizes)
+    whole, left_out = document_scores(sums.hits, shape.document_domain, domains, sizes=sizes)
     fewer = without_each_expert(counts, tokens, experts=sizes) if control else None
     bound = metrics.information_bound(domains, sizes, top_k)
     choice = np.where(sizes > top_k, 1.0, np.nan)  # k = E leaves nothing to choose
 
-    def of_domains(cells: Callable[[DomainScores], np.ndarray], last: slice = slice(None), **more: np.ndarray) -> Measured:
-        value, left_out, draws, ideal = (_rows((cells(each) * choice)[..., 0])[..., last] for each in scores)
-        variance = None if fewer is None else _draw_variance(_rows(cells(fewer)[..., 0])[..., last])
-        return Measured(value=value, left_out=left_out, draws=draws, reference=ideal, draw_variance=variance, **more)
+    def of_domains(cells: Callable[[DomainScores], np.ndarray], last: slice = slice(None)) -> Measured:
+        def rows(scores: DomainScores) -> np.ndarray:
+            return _rows((cells(scores) * choice)[..., 0])[..., last]
 
-    lower = _noiseless_rank(metrics.usage_of(counts), variance, sizes) * choice
+        drawn = None if null is None else rows(null)
+        return Measured(
+            value=rows(value),
+            whole=rows(whole),
+            left_out=rows(left_out),
+            null=None if drawn is None else drawn.mean(axis=0) if len(drawn) else np.full(drawn.shape[1:], np.nan),
+            reference=rows(reference),
+            draw_variance=None if fewer is None else _draw_variance(rows(fewer)),
+        )
+
     ngrams, share = _ngrams(sums)
     return {
         "specialization": of_domains(lambda scores: scores.divergence),
         "specialization_normalized": of_domains(lambda scores: scores.divergence / bound),
-        "der": of_domains(lambda scores: scores.effective_rank[..., None, :], slice(-1, None), lower=lower),
+        "der": of_domains(lambda scores: scores.effective_rank[..., None, :], slice(-1, None)),
         "domain_isolation": of_domains(lambda scores: scores.isolation),
         "stiffness": _stiffness(sums),
         **ngrams,
     }, share
 
 
-def reference_scores(counts: Counts, *, seed: int) -> Callable[[int], DomainScores]:
-    """The ideal domain router on the same documents and lengths, through the same code: its scores at each layer of the trace."""
-    distinct, index = one_layer_each(counts.shape)
-    ideal = count_routes(ideal_trace(distinct, counts.tokens, seed=seed), plain=True)
-    layers = [ideal.layer(column).totals() for column in range(len(distinct.layers))]
-    scores = [domain_scores(sums.hits, sums.active, experts=np.asarray(sums.shape.experts)) for sums in layers]
-    return lambda column: scores[index[column]]
+def ideal_scores(shape: RoutingShape) -> DomainScores:
+    """Scores of the ideal domain router at the one layer of a shape, of infinitely many tokens."""
+    domains, experts, top_k = len(shape.domains), shape.experts[0], shape.top_k[0]
+    usage = np.zeros((domains, 1, experts))
+    for domain, block in enumerate(expert_blocks(domains, experts, top_k)):
+        usage[domain, 0, block] = 1 / len(block)
+    return DomainScores.of(usage, metrics.grams(usage), np.array([experts]))
 
 
 def _rows(cells: np.ndarray) -> np.ndarray:
@@ -168,18 +171,12 @@ def _draw_variance(fewer: np.ndarray) -> np.ndarray:
     return (len(fewer) - 1) / len(fewer) * ((fewer - fewer.mean(axis=0)) ** 2).sum(axis=0)
 
 
-def _noiseless_rank(usage: np.ndarray, variance: np.ndarray, experts: np.ndarray) -> np.ndarray:
-    """DER of the Gram matrix with each domain's sampling variance taken off its diagonal, [1]; arrays [domains, 1, experts]."""
-    rows = usage[:, 0]
-    gram = rows @ rows.T - np.diag(variance[:, 0].sum(axis=-1))
-    return metrics.effective_rank_of_gram(gram[None], experts)
-
-
 def _stiffness(sums: LayerCounts) -> Measured:
     """Set stability at noise 1e-2."""
     shape, stiffness = sums.shape, sums.stiffness
     ratio = stiffness.unchanged[:, 0, STABILITY_SCALE], stiffness.kept_count[:, 0], shape.document_domain, len(shape.domains)
-    return Measured(value=_rows(domain_ratio(*ratio)), left_out=_rows(left_out_ratios(*ratio)))
+    value = _rows(domain_ratio(*ratio))
+    return Measured(value=value, whole=value, left_out=_rows(left_out_ratios(*ratio)))
 
 
 def _ngrams(sums: LayerCounts) -> tuple[dict[str, Measured], np.ndarray]:
@@ -188,7 +185,7 @@ def _ngrams(sums: LayerCounts) -> tuple[dict[str, Measured], np.ndarray]:
     share = np.full((len(sums.tokens), len(NGRAMS)), np.nan)
     if ngrams is None:
         rows, documents = np.full(domains + 1, np.nan), np.full((len(sums.tokens), domains + 1), np.nan)
-        unknown = Measured(value=rows, left_out=documents, chance=rows, chance_left_out=documents)
+        unknown = Measured(value=rows, whole=rows, left_out=documents, chance=rows, chance_left_out=documents)
         return dict.fromkeys(NGRAMS, unknown), share
     found = {}
     for index, (metric, size) in enumerate(zip(NGRAMS, metrics.NGRAM_SIZES, strict=True)):
@@ -196,7 +193,7 @@ def _ngrams(sums: LayerCounts) -> tuple[dict[str, Measured], np.ndarray]:
         expected = np.nan_to_num(metrics.shuffled_ratio(ngrams.primaries[:, 0], size)) * windows
         value, chance = (_rows(domain_ratio(part, windows, shape.document_domain, domains)) for part in (alike, expected))
         without, chance_without = (_rows(left_out_ratios(part, windows, shape.document_domain, domains)) for part in (alike, expected))
-        found[metric] = Measured(value=value, left_out=without, chance=chance, chance_left_out=chance_without)
+        found[metric] = Measured(value=value, whole=value, left_out=without, chance=chance, chance_left_out=chance_without)
         with np.errstate(invalid="ignore", divide="ignore"):
             share[:, index] = (alike - expected) / sums.by_domain(windows)[shape.document_domain]
     return found, share
@@ -204,54 +201,51 @@ def _ngrams(sums: LayerCounts) -> tuple[dict[str, Measured], np.ndarray]:
 
 @dataclass(frozen=True)
 class _Scored:
-    """Chance [rows], reference, score, score without each document [documents, rows], and variance of the score over routers."""
+    """The score before its correction [rows], the same without each document [documents, rows], and its variance over routers."""
 
-    chance: np.ndarray
-    reference: np.ndarray
-    score: np.ndarray
+    whole: np.ndarray
     left_out: np.ndarray
     draw_variance: np.ndarray | float
 
 
 def _scored(found: Measured) -> _Scored:
-    unknown = np.full(found.value.shape, np.nan)
     if found.chance is not None and found.chance_left_out is not None:
-        score, left_out = metrics.above_chance(found.value, found.chance), metrics.above_chance(found.left_out, found.chance_left_out)
-        return _Scored(found.chance, unknown, score, left_out, 0.0)
-    if found.draws is None or found.reference is None:  # stiffness: its score is the value itself
-        return _Scored(unknown, unknown, found.value, found.left_out, 0.0)
-    chance = found.draws.mean(axis=0) if len(found.draws) else unknown
-    with np.errstate(invalid="ignore", divide="ignore"):
-        span = np.where(np.abs(found.reference - chance) > NO_SPAN, found.reference - chance, np.nan)
-    variance = 0.0 if found.draw_variance is None else found.draw_variance / span**2
-    return _Scored(chance, found.reference, (found.value - chance) / span, (found.left_out - chance) / span, variance)
+        ratios = metrics.above_chance(found.whole, found.chance), metrics.above_chance(found.left_out, found.chance_left_out)
+        return _Scored(*ratios, 0.0)
+    if found.reference is None:  # stiffness: its score is the value itself
+        return _Scored(found.whole, found.left_out, 0.0)
+    scale = np.where(np.abs(found.reference) > NO_SPAN, found.reference, np.nan)
+    variance = 0.0 if found.draw_variance is None else found.draw_variance / scale**2
+    return _Scored(found.whole / scale, found.left_out / scale, variance)
 
 
-def estimate(found: Measured, control: Measured | None, document_domain: np.ndarray) -> Estimate:
-    """The estimate of one metric at one layer, or of the model, beside what the random router shows."""
-    scored = _scored(found)
+def estimate(found: Measured, control: Measured | None, document_domain: np.ndarray, p: np.ndarray) -> Estimate:
+    """The estimate of one metric at one layer, or of the model, beside what the random router shows.
+
+    Args:
+        p: [domains + 1], of the test of equal usage; used where the metric compares domains.
+    """
     unknown = np.full(found.value.shape, np.nan)
-    p = permutation_p(found.value, found.draws) if found.draws is not None and len(found.draws) else unknown
-    corrected, error = jackknife(found.value, found.left_out, document_domain)
-    low = high = corrected
-    if found.lower is not None:
-        low, high = np.minimum(found.lower, corrected), np.maximum(found.lower, corrected)
-        corrected = (found.lower + corrected) / 2
-    low, high = low - Z95 * error, high + Z95 * error
-    if found.lower is not None:
-        low = np.where(p > SIGNIFICANCE, np.minimum(low, 0.0), low)
-    control_score = excess = excess_error = unknown
+    value = jackknife(found.whole, found.left_out, document_domain)
+    scored = _scored(found)
+    score = jackknife(scored.whole, scored.left_out, document_domain)
+    control_score = excess = reach = unknown
     if control is not None:
         random = _scored(control)
-        control_score, excess = random.score, scored.score - random.score
+        control_score = jackknife(random.whole, random.left_out, document_domain).corrected
         # Paired: both routers read the same documents. An excess has to be larger than what another draw of the random router
         # would show against this one, or an untrained model would "exceed" its control: hence twice the variance of a draw.
-        _, paired_error = jackknife(excess, scored.left_out - random.left_out, document_domain)
-        excess_error = np.sqrt(paired_error**2 + 2 * random.draw_variance)
+        paired = jackknife(scored.whole - random.whole, scored.left_out - random.left_out, document_domain)
+        excess, reach = paired.corrected, np.sqrt(paired.reach**2 + 2 * random.draw_variance * norm.ppf((1 + CONFIDENCE) / 2) ** 2)
     return Estimate(
-        value=found.value, null=scored.chance, p=p, reference=scored.reference, score=scored.score,
-        score_error=jackknife(scored.score, scored.left_out, document_domain)[1], corrected=corrected, ci_low=low, ci_high=high,
-        control=control_score, excess=excess, excess_error=excess_error, replicates=scored.left_out[:, -1].astype(np.float32),
+        value=found.value,
+        null=found.chance if found.chance is not None else unknown if found.null is None else found.null,
+        p=unknown if found.null is None else np.where(np.isnan(found.value), np.nan, p[-len(found.value) :]),
+        reference=unknown if found.reference is None else found.reference,
+        score=score.corrected, score_low=score.corrected - score.reach, score_high=score.corrected + score.reach,
+        corrected=value.corrected, ci_low=value.corrected - value.reach, ci_high=value.corrected + value.reach,
+        control=control_score, excess=excess, excess_low=excess - reach, excess_high=excess + reach,
+        replicates=(scored.left_out + (score.corrected - scored.whole))[:, -1].astype(np.float32),
     )  # fmt: skip
 
 
@@ -259,12 +253,7 @@ def calibrated_records(metric: str, found: Estimate, shape: RoutingShape) -> Ite
     """The records of one metric: the model first, then its domains, then every layer with its domains."""
     rows: list[str | None] = [*shape.domains, None] if len(found.value) > 1 else [None]
     columns: list[int | None] = [*shape.layers, None]
-    names = ("value", "null", "corrected", "ci_low", "ci_high", "p", "reference", "score", "control", "excess")
-    arrays = {name: getattr(found, name) for name in names} | {
-        f"{name}_{end}": getattr(found, name) + side * Z95 * getattr(found, f"{name}_error")
-        for name in ("score", "excess")
-        for end, side in (("low", -1), ("high", 1))
-    }
+    arrays = {entry.name: getattr(found, entry.name) for entry in fields(Estimate) if entry.name != "replicates"}
     for column in (len(columns) - 1, *range(len(columns) - 1)):
         for row in (len(rows) - 1, *range(len(rows) - 1)):
             cells = {name: array[row, column] for name, array in arrays.items()}

@@ -5,7 +5,7 @@ Layers know nothing of each other, so that each may be scored in a process of it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import repeat
 
@@ -13,10 +13,11 @@ import numpy as np
 
 from dbes.scoring.counts import Counts
 from dbes.scoring.descriptive import random_halves, split_half_similarity
-from dbes.scoring.estimates import NGRAMS, Estimate, Measured, estimate, measure_layer, reference_scores
+from dbes.scoring.equal_usage import UsageTest
+from dbes.scoring.estimates import NGRAMS, Estimate, Measured, estimate, ideal_scores, measure_layer
 from dbes.scoring.layer_counts import LayerCounts, joined_layers
-from dbes.scoring.permutation import permutation_null, permuted_labels, permuted_scores
-from dbes.scoring.resampling import DomainScores, clustered_usage, sign_flip_p
+from dbes.scoring.permutation import permutation_null, permuted_labels
+from dbes.scoring.resampling import clustered_usage, sign_flip_p
 from dbes.scoring.specialists import SpecialistTable, joined, layer_specialists
 
 
@@ -30,6 +31,7 @@ class LayerScores:
         halves: [domains, 1], similarity of random halves of a domain's documents.
         estimates: of the layer.
         measured, control: of the router and of the random router, to be summed over layers.
+        products: [blocks, blocks], what the test of equal usage needs of the layer, to be summed too.
         share: [documents, sizes], what each document adds to the n-grams above chance.
     """
 
@@ -39,6 +41,7 @@ class LayerScores:
     estimates: dict[str, Estimate]
     measured: dict[str, Measured]
     control: dict[str, Measured] | None
+    products: np.ndarray
     share: np.ndarray
 
 
@@ -52,76 +55,74 @@ class AllLayers:
     estimates: dict[str, Estimate]
 
 
-def score_layers(
-    counts: Counts,
-    *,
-    permutations: int,
-    seed: int,
-    sign_flips: int | None = None,
-    reference: Callable[[int], DomainScores] | None = None,
-) -> AllLayers:
+def score_layers(counts: Counts, *, permutations: int, seed: int, sign_flips: int | None = None) -> AllLayers:
     """The estimates and specialists of all layers.
 
     Args:
         counts: with those of the control, of the same documents, if there is one.
         sign_flips: draws of the n-gram test; by default as many as permutations.
-        reference: scores of the ideal router at each layer; by default on these documents.
     """
-    domain = counts.shape.document_domain
+    shape, domain = counts.shape, counts.shape.document_domain
     labels = permuted_labels(domain, permutations=permutations, seed=seed)
+    test = UsageTest.of(counts.tokens, domain, domains=len(shape.domains), permutations=permutations, seed=seed)
     half = random_halves(domain, seed=seed)
-    reference = reference_scores(counts, seed=seed) if reference is None else reference
     controls = repeat(None) if counts.control is None else counts.control.layers()
     layers = (
-        score_layer(sums, control, labels=labels, half=half, reference=reference(column))
-        for column, (sums, control) in enumerate(zip(counts.layers(), controls, strict=False))
+        score_layer(sums, control, labels=labels, test=test, half=half)
+        for sums, control in zip(counts.layers(), controls, strict=False)
     )
-    return put_together(layers, domain, sign_flips=permutations if sign_flips is None else sign_flips, seed=seed)
+    return put_together(layers, test, domain, sign_flips=permutations if sign_flips is None else sign_flips, seed=seed)
 
 
-def score_layer(
-    sums: LayerCounts, control: LayerCounts | None, *, labels: np.ndarray, half: np.ndarray, reference: DomainScores
-) -> LayerScores:
+def score_layer(sums: LayerCounts, control: LayerCounts | None, *, labels: np.ndarray, test: UsageTest, half: np.ndarray) -> LayerScores:
     """Everything of one layer that its counts are needed for.
 
     Args:
         control: sums of the random router on the same documents.
         labels: [permutations, documents], see ``permuted_labels``.
         half: 0 or 1 for each document, see ``random_halves``.
-        reference: scores of the ideal router.
     """
+    reference = ideal_scores(sums.shape)
     usage, variance = clustered_usage(sums)
     null = permutation_null(sums, labels)
-    measured, share = measure_layer(sums, null.scores, reference, variance)
+    measured, share = measure_layer(sums, null.scores, reference)
     random = None
     if control is not None:
-        random, _ = measure_layer(control, permuted_scores(control, labels), reference, clustered_usage(control)[1], control=True)
+        random, _ = measure_layer(control, None, reference, control=True)
+    products = test.products(sums.hits[:, 0])
     return LayerScores(
         totals=sums.totals(),
         specialists=layer_specialists(sums, null, half, usage, variance),
         halves=split_half_similarity(sums, half),
-        estimates=estimates_of(measured, random, sums.shape.document_domain),
+        estimates=estimates_of(measured, random, sums.shape.document_domain, test.p(products)),
         measured=measured,
         control=random,
+        products=products,
         share=share,
     )
 
 
-def estimates_of(measured: dict[str, Measured], control: dict[str, Measured] | None, document_domain: np.ndarray) -> dict[str, Estimate]:
-    return {metric: estimate(found, control[metric] if control else None, document_domain) for metric, found in measured.items()}
+def estimates_of(
+    measured: dict[str, Measured], control: dict[str, Measured] | None, document_domain: np.ndarray, p: np.ndarray
+) -> dict[str, Estimate]:
+    return {metric: estimate(found, control[metric] if control else None, document_domain, p) for metric, found in measured.items()}
 
 
-def put_together(layers: Iterable[LayerScores], document_domain: np.ndarray, *, sign_flips: int, seed: int) -> AllLayers:
+def put_together(
+    layers: Iterable[LayerScores], test: UsageTest, document_domain: np.ndarray, *, sign_flips: int, seed: int
+) -> AllLayers:
     """What all layers say together; only sums of what has a number for each document are kept from one layer to the next."""
     kept: list[LayerScores] = []
+    products = np.zeros((1, 1))
     sums: dict[str, Measured] = {}
     control_sums: dict[str, Measured] = {}
     for layer in layers:
         for total, more in ((sums, layer.measured), (control_sums, layer.control or {})):
             total |= {metric: total[metric].plus(found) if metric in total else found for metric, found in more.items()}
-        kept.append(replace(layer, measured={}, control=None))
+        products = products + layer.products
+        kept.append(replace(layer, measured={}, control=None, products=products[:0]))
     means, control = ({metric: found.over(len(kept)) for metric, found in total.items()} for total in (sums, control_sums))
-    columns = [layer.estimates for layer in kept] + [estimates_of(means, control or None, document_domain)]
+    columns = [layer.estimates for layer in kept] + [estimates_of(means, control or None, document_domain, test.p(products))]
     estimates = {metric: Estimate.side_by_side([column[metric] for column in columns]) for metric in means}
     if sign_flips:
         share = np.stack([layer.share for layer in kept], axis=1)

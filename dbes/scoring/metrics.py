@@ -158,36 +158,41 @@ def grams(usage: np.ndarray) -> np.ndarray:
     return rows @ np.swapaxes(rows, -1, -2)
 
 
-def effective_rank(usage: np.ndarray, experts: np.ndarray | None = None) -> np.ndarray:
+def effective_rank(gram: np.ndarray, experts: np.ndarray) -> np.ndarray:
     r"""DER: how many different routing profiles the domains have, [..., layers], scaled to 0..1.
 
-    .. math:: DER = \frac{\exp(-\sum_i s_i \ln s_i) - 1}{\min(D, E) - 1}
+    .. math:: DER = \Bigl(\frac{(\operatorname{tr} G)^2}{\sum_{d d'} G_{d d'}^2} - 1\Bigr) / (\min(D, E) - 1)
 
-    with s the singular values, scaled to sum 1, of the uncentred [domains, experts] matrix of one layer (Roy & Vetterli
-    2007). 0 when all domains route alike; 1 for D orthogonal profiles of equal norm. Unlike the published NER it does not
-    change when experts are renamed. NaN with one domain or a domain without tokens.
+    the participation ratio of the Gram matrix of the domains' usage at one layer. 0 when all domains route alike; 1 for D orthogonal
+    profiles of equal norm. Unlike the published NER it does not change when experts are renamed. It is a smooth function of inner
+    products, so that it is estimated without bias at 0 too, where singular values are square roots of noise. NaN with one domain or
+    a domain without tokens.
 
     Args:
-        experts: [layers], experts of each layer; the length of the last axis by default.
+        gram: [..., layers, domains, domains], see ``unbiased_grams``.
+        experts: [layers], experts of each layer.
+    """
+    most = np.minimum(gram.shape[-1], experts)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio = np.trace(gram, axis1=-2, axis2=-1) ** 2 / (gram**2).sum(axis=(-2, -1))
+        return (ratio - 1) / np.where(most < 2, np.nan, most - 1)
+
+
+def entropy_rank(usage: np.ndarray, experts: np.ndarray) -> np.ndarray:
+    r"""DER by the entropy of singular values, [layers] (Roy & Vetterli 2007); of the counts as they are, inflated in small samples.
+
+    .. math:: \bigl(\exp(-\sum_i s_i \ln s_i) - 1\bigr) / (\min(D, E) - 1)
+
+    with s the singular values, scaled to sum 1, of the uncentred [domains, experts] matrix. NaN as ``effective_rank``.
     """
     rows = np.moveaxis(usage, -3, -2)
     finite = np.asarray(np.isfinite(rows).all(axis=(-2, -1)))
     singular = np.linalg.svd(np.where(finite[..., None, None], rows, 0.0), compute_uv=False)
-    return np.where(finite, _rank_score(singular, usage.shape[-3], usage.shape[-1] if experts is None else experts), np.nan)
-
-
-def effective_rank_of_gram(gram: np.ndarray, experts: int | np.ndarray) -> np.ndarray:
-    """DER from inner products [..., layers, domains, domains]: the same to about 1e-6, and much cheaper than the SVD."""
-    finite = np.asarray(np.isfinite(gram).all(axis=(-2, -1)))
-    squared = np.linalg.eigvalsh(np.where(finite[..., None, None], gram, 0.0))
-    return np.where(finite, _rank_score(np.sqrt(np.clip(squared, 0.0, None)), gram.shape[-1], experts), np.nan)
-
-
-def _rank_score(singular: np.ndarray, domains: int, experts: int | np.ndarray) -> np.ndarray:
-    most = np.minimum(domains, experts)
+    most = np.minimum(usage.shape[-3], experts)
     with np.errstate(invalid="ignore", divide="ignore"):
         shares = singular / singular.sum(axis=-1, keepdims=True)
-        return (np.exp(entr(shares).sum(axis=-1)) - 1) / np.where(most < 2, np.nan, most - 1)
+        rank = (np.exp(entr(shares).sum(axis=-1)) - 1) / np.where(most < 2, np.nan, most - 1)
+    return np.where(finite, rank, np.nan)
 
 
 def unbiased_norms(squared: np.ndarray, tokens: np.ndarray, slots: np.ndarray) -> np.ndarray:
@@ -204,22 +209,34 @@ def unbiased_norms(squared: np.ndarray, tokens: np.ndarray, slots: np.ndarray) -
         return np.where((tokens > 1) & (estimate > 0), estimate, np.nan)
 
 
-def isolation_of_gram(gram: np.ndarray, tokens: np.ndarray, slots: np.ndarray) -> np.ndarray:
-    r"""Calibrated domain isolation, [..., domains, layers]: 1 - mean cosine with unbiased norms.
+def unbiased_grams(usage: np.ndarray, tokens: np.ndarray, slots: np.ndarray) -> np.ndarray:
+    """``grams`` with squared norms on the diagonal that are unbiased for independent tokens, see ``unbiased_norms``.
 
     Args:
-        gram: [..., layers, domains, domains].
         tokens, slots: [..., domains, layers].
+    """
+    gram = grams(usage)
+    diagonal = np.arange(gram.shape[-1])
+    squared = gram[..., diagonal, diagonal]
+    gram[..., diagonal, diagonal] = unbiased_norms(squared, np.swapaxes(tokens, -1, -2), np.swapaxes(slots, -1, -2))
+    return gram
+
+
+def isolation_of_gram(gram: np.ndarray) -> np.ndarray:
+    r"""Calibrated domain isolation, [..., domains, layers]: 1 - mean cosine with the other domains.
+
+    Args:
+        gram: [..., layers, domains, domains], inner products with unbiased norms on the diagonal.
     About 0 when all domains route alike (it can be below 0 by chance), 1 when no expert serves two domains. NaN with one domain.
     """
-    return isolation_of(unbiased_cosines(gram, tokens, slots))
+    return isolation_of(unbiased_cosines(gram))
 
 
-def unbiased_cosines(gram: np.ndarray, tokens: np.ndarray, slots: np.ndarray) -> np.ndarray:
-    """Cosine similarity of the domains at each layer, [..., layers, domains, domains], unbiased norms, 1 on the diagonal."""
-    squared = np.diagonal(gram, axis1=-2, axis2=-1)
-    norms = np.sqrt(unbiased_norms(squared, np.swapaxes(tokens, -1, -2), np.swapaxes(slots, -1, -2)))
-    similarity = gram / (norms[..., :, None] * norms[..., None, :])
+def unbiased_cosines(gram: np.ndarray) -> np.ndarray:
+    """Cosine similarity of the domains at each layer, [..., layers, domains, domains], from unbiased norms, 1 on the diagonal."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        norms = np.sqrt(np.diagonal(gram, axis1=-2, axis2=-1))
+        similarity = gram / (norms[..., :, None] * norms[..., None, :])
     diagonal = np.arange(gram.shape[-1])
     similarity[..., diagonal, diagonal] = 1.0
     return similarity

@@ -51,26 +51,14 @@ def permutation_null(sums: LayerCounts, labels: np.ndarray) -> NullDraws:
     domain_sums = _domain_sums(columns, domains)
     observed = _layer_moments(domain_sums(shape.document_domain[None]), experts)
     z = studentized_difference(*observed.parts)[0]
-    scores = [domain_scores(np.zeros((0, domains, 1, experts)), np.zeros((0, domains, 1)), exact=False)]
+    scores = [domain_scores(np.zeros((0, domains, 1, experts)), np.zeros((0, domains, 1)))]
     null_z: list[np.ndarray] = []
     for batch in batches(labels, domains * (columns.shape[1] + len(columns))):
         drawn = _layer_moments(domain_sums(batch), experts)
-        scores.append(domain_scores(drawn.hits[..., None, :], drawn.tokens[..., None], exact=False))
+        scores.append(domain_scores(drawn.hits[..., None, :], drawn.tokens[..., None]))
         null_z.append(studentized_difference(*drawn.parts).astype(np.float32))
     p = pooled_p(z, np.concatenate(null_z), expected=observed.hits[0].sum(axis=0)) if null_z else np.full(z.shape, np.nan)
     return NullDraws(scores=DomainScores.stack(scores, axis=0), specialist_p=p[:, None], z=z[:, None])
-
-
-def permuted_scores(sums: LayerCounts, labels: np.ndarray) -> DomainScores:
-    """The scores of ``permutation_null`` alone, for a router whose specialists are not asked for."""
-    shape = sums.shape
-    domains, scores = len(shape.domains), []
-    columns = np.concatenate([sums.hits[:, 0], sums.active.astype(np.float32)], axis=1)
-    domain_sums = _domain_sums(columns, domains)
-    for batch in batches(labels, domains * (columns.shape[1] + len(columns))):
-        drawn = domain_sums(batch).astype(np.float64)
-        scores.append(domain_scores(drawn[..., None, :-1], drawn[..., -1:], exact=False))
-    return DomainScores.stack(scores or [domain_scores(np.zeros((0, domains, 1, shape.width)), np.zeros((0, domains, 1)))], axis=0)
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,15 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import entr
 from scipy.stats import false_discovery_control
+from scipy.stats import t as student
 
 from dbes.scoring.layer_counts import LayerCounts
 from dbes.scoring.metrics import (
     domain_divergence,
-    domain_information,
     effective_rank,
-    effective_rank_of_gram,
     grams,
     isolation_of_gram,
+    unbiased_grams,
     usage_of,
 )
 
@@ -31,6 +31,9 @@ TIE = 1e-12
 
 PERMUTATION_CELLS = 1 << 22
 """Array elements worked on at a time by the permutations and the jackknife: bounds memory, changes no value."""
+
+CONFIDENCE = 0.95
+"""Of all intervals."""
 
 COUNT_BANDS = 4
 """Bands of expected count within which the null of the specialist test is pooled over the experts of a layer."""
@@ -41,42 +44,45 @@ class DomainScores:
     """The domain metrics of one set of counts, or of many: leading axes (permutations, left-out documents) come first.
 
     Attributes:
-        information: [..., layers], routing specialization in nats.
-        divergence: [..., domains, layers], each domain's share of it.
+        divergence: [..., domains, layers], routing specialization of each domain in nats; their mean is that of the model.
         effective_rank: [..., layers], DER.
         isolation: [..., domains, layers].
     """
 
-    information: np.ndarray
     divergence: np.ndarray
     effective_rank: np.ndarray
     isolation: np.ndarray
+
+    @classmethod
+    def of(cls, usage: np.ndarray, gram: np.ndarray, experts: np.ndarray) -> DomainScores:
+        """The domain metrics of usage [..., domains, layers, experts].
+
+        Args:
+            gram: [..., layers, domains, domains], its inner products, with squared norms of the truth on the diagonal.
+            experts: [layers], experts of each layer.
+        """
+        divergence = domain_divergence(usage)
+        return cls(
+            divergence=np.full_like(divergence, np.nan) if usage.shape[-3] == 1 else divergence,
+            effective_rank=effective_rank(gram, experts),
+            isolation=isolation_of_gram(gram),
+        )
 
     @classmethod
     def stack(cls, parts: list[DomainScores], axis: int) -> DomainScores:
         return cls(**{field.name: np.concatenate([getattr(part, field.name) for part in parts], axis=axis) for field in fields(cls)})
 
 
-def domain_scores(counts: np.ndarray, tokens: np.ndarray, *, experts: np.ndarray | None = None, exact: bool = True) -> DomainScores:
-    """The domain metrics of counts [..., domains, layers, experts].
+def domain_scores(counts: np.ndarray, tokens: np.ndarray, *, experts: np.ndarray | None = None) -> DomainScores:
+    """The domain metrics of counts [..., domains, layers, experts], with norms that are unbiased for independent tokens.
 
     Args:
         tokens: [..., domains, layers], tokens that were routed at each layer.
         experts: [layers], experts of each layer; the length of the last axis by default.
-        exact: singular values by SVD; otherwise through the Gram matrix, the same to about 1e-6 and cheaper.
     """
     usage = usage_of(counts)
-    slots = counts.sum(axis=-1, dtype=np.float64)
     experts = np.full(usage.shape[-2], usage.shape[-1]) if experts is None else experts
-    gram = grams(usage)
-    alone = usage.shape[-3] == 1
-    divergence = domain_divergence(usage)
-    return DomainScores(
-        information=domain_information(usage),
-        divergence=np.full_like(divergence, np.nan) if alone else divergence,
-        effective_rank=effective_rank(usage, experts) if exact else effective_rank_of_gram(gram, experts),
-        isolation=isolation_of_gram(gram, tokens, slots),
-    )
+    return DomainScores.of(usage, unbiased_grams(usage, tokens, counts.sum(axis=-1, dtype=np.float64)), experts)
 
 
 def batches(labels: np.ndarray, elements_each: int) -> Iterator[np.ndarray]:
@@ -97,61 +103,74 @@ def permutation_p(value: np.ndarray, null: np.ndarray) -> np.ndarray:
 # Jackknife
 
 
-def left_out_scores(
-    hits: np.ndarray, active: np.ndarray, document_domain: np.ndarray, domains: int, *, sizes: np.ndarray | None = None
-) -> DomainScores:
-    """The domain metrics with each document left out in turn: a leading [documents] axis.
+def document_scores(
+    hits: np.ndarray, document_domain: np.ndarray, domains: int, *, sizes: np.ndarray | None = None
+) -> tuple[DomainScores, DomainScores]:
+    r"""The domain metrics for the jackknife: of all documents, and with each left out in turn (a leading [documents] axis).
 
-    One document changes one domain's row, so only that row, the mixture and one row of the Gram matrix are computed again.
+    Norms are those of section 10 of the contract: products of different documents only,
+
+    .. math:: |p_d|^2 = \frac{|\sum_i h_i|^2 - \sum_i |h_i|^2}{(\sum_i n_i)^2 - \sum_i n_i^2},
+
+    unbiased whatever the lengths of documents and however much they differ; NaN for a domain of one document. Leaving out one
+    document changes one domain's row, so only that row, the mixture and one row of the Gram matrix are computed again.
 
     Args:
+        hits: [documents, layers, experts].
         sizes: [layers], experts of each layer; the length of the last axis by default.
     """
     documents, layers, experts = hits.shape
+    sizes = np.full(layers, experts) if sizes is None else sizes
+    length = hits.sum(axis=-1, dtype=np.float64)
+    square = np.einsum("nle,nle->nl", hits, hits, dtype=np.float64)
     inside = [document_domain == domain for domain in range(domains)]
-    sums, tokens = (np.stack([part[each].sum(axis=0, dtype=np.float64) for each in inside]) for part in (hits, active))
-    slots = sums.sum(axis=-1)
-    usage = usage_of(sums)
-    entropy = entr(usage).sum(axis=-1)
-    gram = grams(usage)
-    result = DomainScores(
-        information=np.full((documents, layers), np.nan),
-        divergence=np.full((documents, domains, layers), np.nan),
-        effective_rank=np.full((documents, layers), np.nan),
-        isolation=np.full((documents, domains, layers), np.nan),
+    sums, slots, slots_squared, squares = (
+        np.stack([part[each].sum(axis=0, dtype=np.float64) for each in inside]) for part in (hits, length, length**2, square)
     )
+    usage = usage_of(sums)
+    gram = grams(usage)
+    diagonal = np.arange(domains)
+    gram[..., diagonal, diagonal] = _norms(sums, slots, slots_squared, squares).swapaxes(-1, -2)
+    whole = DomainScores.of(usage, gram, sizes)
+    left_out = DomainScores(**{
+        each.name: np.full((documents, *getattr(whole, each.name).shape), np.nan) for each in fields(DomainScores)
+    })  # fmt: skip
     if domains < 2:
-        return result
+        return whole, left_out
+    entropy = entr(usage).sum(axis=-1)
     by_layer = np.ascontiguousarray(np.moveaxis(usage, 0, 2))  # [layers, experts, domains]
     mixture = usage.mean(axis=0)
     size = max(1, PERMUTATION_CELLS // (layers * max(experts, domains * domains)))
     for domain in range(domains):
-        members = np.flatnonzero(document_domain == domain)
+        members = np.flatnonzero(inside[domain])
         for start in range(0, len(members), size):
             chosen = members[start : start + size]
-            row = usage_of(sums[domain] - hits[chosen])
+            fewer = sums[domain] - hits[chosen]
+            row = usage_of(fewer)
             mixed = np.clip(mixture + (row - usage[domain]) / domains, 0.0, None)
             with np.errstate(divide="ignore"):
                 log_mixed = np.where(mixed == 0, 0.0, np.log(mixed))
-            row_entropy = entr(row).sum(axis=-1)
-            others_entropy = entropy.sum(axis=0) - entropy[domain]
-            result.information[chosen] = entr(mixed).sum(axis=-1) - (others_entropy + row_entropy) / domains
             crossed = np.moveaxis(log_mixed, 0, 1) @ by_layer  # [layers, chosen, domains]
             divergence = -entropy - np.moveaxis(crossed, 0, 1).swapaxes(-1, -2)
-            divergence[:, domain] = -row_entropy - (row * log_mixed).sum(axis=-1)
-            result.divergence[chosen] = divergence
+            divergence[:, domain] = -entr(row).sum(axis=-1) - (row * log_mixed).sum(axis=-1)
+            left_out.divergence[chosen] = divergence
             products = np.moveaxis(np.moveaxis(row, 0, 1) @ by_layer, 0, 1)  # [chosen, layers, domains]
-            products[..., domain] = (row * row).sum(axis=-1)
+            products[..., domain] = _norms(
+                fewer, slots[domain] - length[chosen], slots_squared[domain] - length[chosen] ** 2, squares[domain] - square[chosen]
+            )
             changed = np.repeat(gram[None], len(chosen), axis=0)
             changed[..., domain, :] = products
             changed[..., :, domain] = products
-            result.effective_rank[chosen] = effective_rank_of_gram(changed, experts if sizes is None else sizes)
-            fewer_tokens = np.repeat(tokens[None], len(chosen), axis=0)
-            fewer_slots = np.repeat(slots[None], len(chosen), axis=0)
-            fewer_tokens[:, domain] -= active[chosen]
-            fewer_slots[:, domain] -= hits[chosen].sum(axis=-1)
-            result.isolation[chosen] = isolation_of_gram(changed, fewer_tokens, fewer_slots)
-    return result
+            left_out.effective_rank[chosen] = effective_rank(changed, sizes)
+            left_out.isolation[chosen] = isolation_of_gram(changed)
+    return whole, left_out
+
+
+def _norms(sums: np.ndarray, slots: np.ndarray, slots_squared: np.ndarray, squares: np.ndarray) -> np.ndarray:
+    """Squared norms of usage from products of different documents, [...], of hits [..., experts] and sums over documents [...]."""
+    pairs = slots**2 - slots_squared
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(pairs > 0.5, ((sums**2).sum(axis=-1) - squares) / pairs, np.nan)
 
 
 def without_each_expert(counts: np.ndarray, tokens: np.ndarray, *, experts: np.ndarray) -> DomainScores:
@@ -170,7 +189,7 @@ def without_each_expert(counts: np.ndarray, tokens: np.ndarray, *, experts: np.n
         dropped = np.arange(start, min(start + size, width))
         fewer = np.repeat(counts[None], len(dropped), axis=0)
         fewer[np.arange(len(dropped)), :, :, dropped] = 0
-        parts.append(domain_scores(fewer, np.repeat(tokens[None], len(dropped), axis=0), experts=experts, exact=False))
+        parts.append(domain_scores(fewer, np.repeat(tokens[None], len(dropped), axis=0), experts=experts))
     return DomainScores.stack(parts, axis=0)
 
 
@@ -197,28 +216,48 @@ def domain_ratio(numerator: np.ndarray, denominator: np.ndarray, document_domain
         return np.where(below > 0, above / below, np.nan)
 
 
-def jackknife(value: np.ndarray, left_out: np.ndarray, document_domain: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    r"""Bias-corrected value and its standard error from the delete-one-document jackknife, stratified by domain.
+@dataclass(frozen=True, kw_only=True)
+class Jackknife:
+    """Bias-corrected estimate, its standard error, and Satterthwaite's degrees of freedom of this, all of one shape."""
+
+    corrected: np.ndarray
+    error: np.ndarray
+    freedom: np.ndarray
+
+    @property
+    def reach(self) -> np.ndarray:
+        """Half the width of the 95 % interval (Student's t); NaN where the error is."""
+        return student.ppf((1 + CONFIDENCE) / 2, self.freedom) * self.error
+
+
+def jackknife(value: np.ndarray, left_out: np.ndarray, document_domain: np.ndarray) -> Jackknife:
+    r"""The delete-one-document jackknife, stratified by domain.
 
     .. math:: \theta + \sum_d (n_d - 1)(\theta - \bar\theta_{(\cdot) d}), \qquad
-              se^2 = \sum_d \frac{n_d - 1}{n_d} \sum_{i \in d} (\theta_{(i)} - \bar\theta_{(\cdot) d})^2
+              se^2 = \sum_d v_d, \quad v_d = \frac{n_d - 1}{n_d} \sum_{i \in d} (\theta_{(i)} - \bar\theta_{(\cdot) d})^2, \qquad
+              \nu = \frac{(\sum_d v_d)^2}{\sum_d v_d^2 / (n_d - 1)}
+
+    with Satterthwaite's degrees of freedom. The percentile bootstrap is not offered: resampling adds the small-sample bias a second
+    time, and it covered the truth in no run.
 
     Args:
-        value: [...]; left_out: [documents, ...], the value without each document.
-    Returns:
-        corrected [...], standard error [...]; NaN where a domain that matters has one document only. The percentile
-        bootstrap is not offered: resampling adds the small-sample bias a second time, and it covered the truth in no run.
+        value: [...]; left_out: [documents, ...], the value without each document. NaN comes out where a domain that matters has one
+            document only.
     """
     corrected = np.array(value, np.float64, copy=True)
-    variance = np.zeros_like(corrected)
+    variance, fourth = np.zeros_like(corrected), np.zeros_like(corrected)
     for domain in np.unique(document_domain):
         inside = left_out[document_domain == domain]
         count = len(inside)
         mean = inside.mean(axis=0)
         corrected += (count - 1) * (value - mean)
-        variance += (count - 1) / count * ((inside - mean) ** 2).sum(axis=0)
+        part = (count - 1) / count * ((inside - mean) ** 2).sum(axis=0)
+        variance += part
+        fourth += part**2 / max(count - 1, 1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        freedom = np.where(fourth > 0, variance**2 / fourth, np.where(np.isnan(fourth), np.nan, np.inf))
     error = np.sqrt(variance)
-    return np.where(np.isnan(error), np.nan, corrected), error
+    return Jackknife(corrected=np.where(np.isnan(error), np.nan, corrected), error=error, freedom=freedom)
 
 
 def sign_flip_p(share: np.ndarray, document_domain: np.ndarray, domains: int, *, permutations: int, seed: int) -> np.ndarray:

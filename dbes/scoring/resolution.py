@@ -19,9 +19,6 @@ EXACT = 40.0
 SIGN_FLIPPED = "ngram_expertise_"
 """Beginning of the names of metrics that are tested by flipping signs of texts, not by permuting labels."""
 
-SYMMETRIC_PAIR = "domain_isolation"
-"""Metric whose value of a domain is the same for both domains where there are two."""
-
 
 def smallest_label_p(units: Sequence[int], *, domain: int | None = None) -> float:
     r"""The smallest p that permuting the domain labels of texts can give.
@@ -71,8 +68,8 @@ def smallest_p(result: Result, metric: str = "specialization", domain: str | Non
     if metric.startswith(SIGN_FLIPPED):
         tested = sum(texts.values()) if domain is None else texts.get(domain, 0)
         return max(drawn, 0.5 ** min(tested, 1000))
-    pair = metric == SYMMETRIC_PAIR and len(texts) == 2
-    index = None if domain is None or pair else list(texts).index(domain)
+    # Of two domains, what one differs from the mixture the other does too: the statistics of both are the same.
+    index = None if domain is None or len(texts) == 2 else list(texts).index(domain)
     return max(drawn, smallest_label_p(list(texts.values()), domain=index))
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from dbes.errors import ResultError, SettingError, TraceError
 from dbes.files import locked
-from dbes.results import DomainFacts, RecordingFacts, Result, Specialist
+from dbes.results import METRICS_VERSION, DomainFacts, RecordingFacts, Result, Specialist
 from dbes.scoring import descriptive
 from dbes.scoring.companions import companions, similarity
 from dbes.scoring.counting import counts_of
@@ -149,6 +149,7 @@ def score_tables(trace: Trace | Counts, *, permutations: int = 1000, seed: int =
     found = score_layers(units, permutations=permutations, seed=seed)
     totals, table = found.totals, found.specialists
     result = Result(
+        metrics_version=METRICS_VERSION,
         status="ok",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         model=model_facts(counts),
