@@ -396,31 +396,97 @@ def load(rows: Sequence[Sequence[float]]) -> float:
     return kl(mixture(rows), [1 / len(rows[0])] * len(rows[0]))
 
 
-def der(rows: Sequence[Sequence[float]]) -> float:
+def der_entropy(rows: Sequence[Sequence[float]]) -> float:
     return NAN if len(rows) < 2 else (exp_entropy(rows) - 1) / (min(len(rows), len(rows[0])) - 1)
+
+
+def gram(rows: Sequence[Sequence[float]], norms: Sequence[float] | None = None) -> Matrix:
+    """Inner products, with other squared norms on the diagonal where they are given."""
+    found = [[dot(a, b) for b in rows] for a in rows]
+    for place, norm in enumerate(norms or ()):
+        found[place][place] = norm
+    return found
+
+
+def der(rows: Sequence[Sequence[float]], norms: Sequence[float] | None = None) -> float:
+    """Participation ratio of the domains' inner products."""
+    if len(rows) < 2:
+        return NAN
+    matrix = gram(rows, norms)
+    trace = sum(matrix[d][d] for d in range(len(rows)))
+    return (trace**2 / sum(value**2 for row in matrix for value in row) - 1) / (min(len(rows), len(rows[0])) - 1)
 
 
 def unbiased_norm(row: Sequence[float], tokens: float, slots: float) -> float:
     return (dot(row, row) - 1 / slots) / (1 - 1 / tokens) if tokens > 1 else NAN
 
 
-def isolation_matrix(rows: Sequence[Sequence[float]], tokens: Sequence[float], slots: Sequence[float]) -> Matrix:
-    """[domains][domains], cosine with unbiased norms; n tokens, nk slots that ran."""
+def token_norms(rows: Sequence[Sequence[float]], tokens: Sequence[float], slots: Sequence[float]) -> Vector:
+    """Squared norms that are unbiased for independent tokens; n tokens, nk slots that ran."""
     norms = [unbiased_norm(*sizes) for sizes in zip(rows, tokens, slots, strict=True)]
-    norms = [norm if norm > 0 else NAN for norm in norms]
-    return [[dot(a, b) / math.sqrt(norms[i] * norms[j]) for j, b in enumerate(rows)] for i, a in enumerate(rows)]
+    return [norm if norm > 0 else NAN for norm in norms]
 
 
-def isolation_by_domain(rows: Sequence[Sequence[float]], tokens: Sequence[float], slots: Sequence[float]) -> Vector:
-    matrix = isolation_matrix(rows, tokens, slots)
+def document_norm(documents: Sequence[Sequence[float]]) -> float:
+    """Squared norm of a domain's usage from products of different documents, every pair by itself."""
+    above = below = 0.0
+    for i, first in enumerate(documents):
+        for j, second in enumerate(documents):
+            if i != j:
+                above += dot(first, second)
+                below += math.fsum(first) * math.fsum(second)
+    return above / below if below > 0 else NAN
+
+
+def isolation_matrix(rows: Sequence[Sequence[float]], norms: Sequence[float]) -> Matrix:
+    """[domains][domains], cosines from squared norms."""
+    known = [norm if norm > 0 else NAN for norm in norms]
+    return [[dot(a, b) / math.sqrt(known[i] * known[j]) for j, b in enumerate(rows)] for i, a in enumerate(rows)]
+
+
+def isolation_by_domain(rows: Sequence[Sequence[float]], norms: Sequence[float]) -> Vector:
+    matrix = isolation_matrix(rows, norms)
     return [1 - mean([matrix[i][j] for j in range(len(rows)) if j != i]) if len(rows) > 1 else NAN for i in range(len(rows))]
 
 
-def jackknife(values: Callable[[Recording], Vector], recording: Recording) -> tuple[Vector, Vector]:
-    """Delete-one-document jackknife, stratified by domain: corrected values and their standard errors."""
+def equal_usage(usage: Sequence[Sequence[Sequence[float]]], tokens: Sequence[float], label: Sequence[int], domains: int) -> Vector:
+    """Studentized statistic of the test of equal usage, of every domain and of all; hits [documents][layers][experts]."""
+    documents = range(len(usage))
+    pairs = [[0.0] * len(usage) for _ in documents]
+    for layer in range(len(usage[0])):
+        rows = [document[layer] for document in usage]
+        every = math.fsum(map(math.fsum, rows))
+        pooled = [math.fsum(row[e] for row in rows) / every for e in range(len(rows[0]))]
+        apart = [
+            [tokens[i] * (h / math.fsum(rows[i]) - q) / math.sqrt(q) if q > 0 and math.fsum(rows[i]) > 0 else 0.0
+             for h, q in zip(rows[i], pooled, strict=True)]
+            for i in documents
+        ]  # fmt: skip
+        for i in documents:
+            for j in documents:
+                pairs[i][j] += dot(apart[i], apart[j])
+    mean_of, square_of = ([[0.0] * domains for _ in range(domains)] for _ in range(2))
+    for d in range(domains):
+        for e in range(domains):
+            chosen = [(i, j) for i in documents for j in documents if i != j and label[i] == d and label[j] == e]
+            scale = math.fsum(tokens[i] * tokens[j] for i, j in chosen)
+            if chosen:
+                mean_of[d][e] = math.fsum(pairs[i][j] for i, j in chosen) / scale
+                square_of[d][e] = math.fsum(pairs[i][j] ** 2 for i, j in chosen) / scale**2
+    centre = [[(d == e) - 1 / domains for e in range(domains)] for d in range(domains)]
+    forms = [[[a * b for b in row] for a in row] for row in centre]
+    forms.append([[mean([form[d][e] for form in forms]) for e in range(domains)] for d in range(domains)])
+    cells = [(d, e) for d in range(domains) for e in range(domains)]
+    spreads = [math.sqrt(2 * math.fsum(form[d][e] ** 2 * square_of[d][e] for d, e in cells)) for form in forms]
+    values = [math.fsum(form[d][e] * mean_of[d][e] for d, e in cells) for form in forms]
+    return [value / spread if spread > 0 else 0.0 for value, spread in zip(values, spreads, strict=True)]
+
+
+def jackknife(values: Callable[[Recording], Vector], recording: Recording) -> tuple[Vector, Vector, Vector]:
+    """Delete-one-document jackknife, stratified by domain: corrected values, standard errors, degrees of freedom (Satterthwaite)."""
     whole = values(recording)
     corrected = list(whole)
-    variance = [0.0] * len(whole)
+    variance, fourth = [0.0] * len(whole), [0.0] * len(whole)
     for domain in range(len(recording.domains)):
         members = sorted({int(d) for d in recording.document if recording.domain[d] == domain})
         left_out = [values(recording.take(np.flatnonzero(recording.document != member))) for member in members]
@@ -428,14 +494,14 @@ def jackknife(values: Callable[[Recording], Vector], recording: Recording) -> tu
         if count == 0:
             continue
         for place in range(len(whole)):
-            if count == 1:
-                corrected[place] = variance[place] = NAN
-                continue
             column = [value[place] for value in left_out]
             centre = math.fsum(column) / count
             corrected[place] += (count - 1) * (whole[place] - centre)
-            variance[place] += (count - 1) / count * math.fsum((value - centre) ** 2 for value in column)
-    return corrected, [math.sqrt(value) for value in variance]
+            part = (count - 1) / count * math.fsum((value - centre) ** 2 for value in column)
+            variance[place] += part
+            fourth[place] += part**2 / max(count - 1, 1)
+    freedom = [NAN if math.isnan(low) else high**2 / low if low > 0 else math.inf for high, low in zip(variance, fourth, strict=True)]
+    return corrected, [math.sqrt(value) for value in variance], freedom
 
 
 # ------------------------------------------------------------------------------------------------------------ companions
@@ -527,8 +593,12 @@ def routed(recording: Recording) -> list[Vector]:
     return counts
 
 
-def domain_metrics(recording: Recording) -> dict[str, list[Vector]]:
-    """Plug-in values [domains + 1][layers + 1] (last row, last column: means) of the calibrated domain metrics; DER [1][layers + 1]."""
+def domain_metrics(recording: Recording, *, by_documents: bool = False) -> dict[str, list[Vector]]:
+    """Values [domains + 1][layers + 1] (last row, last column: means) of the calibrated domain metrics; DER [1][layers + 1].
+
+    Norms are unbiased for independent tokens, or, ``by_documents``, made of products of different documents.
+    """
+    counts = hits(recording)
     p = profile(recording)
     sums = of_domain(recording, hits(recording))
     tokens = routed(recording)
@@ -542,13 +612,17 @@ def domain_metrics(recording: Recording) -> dict[str, list[Vector]]:
         if domains < 2 or experts <= k:
             ranks.append(NAN)
             continue
-        isolation = isolation_by_domain(rows, [row[layer] for row in tokens], [math.fsum(sums[domain][layer]) for domain in range(domains)])
+        norms = token_norms(rows, [row[layer] for row in tokens], [math.fsum(sums[domain][layer]) for domain in range(domains)])
+        if by_documents:
+            own = [[counts[i][layer] for i in range(len(counts)) if recording.domain[i] == domain] for domain in range(domains)]
+            norms = [document_norm(documents) for documents in own]
+        isolation = isolation_by_domain(rows, norms)
         bound = min(math.log(domains), math.log(experts / k))
         for domain, divergence in enumerate(divergences(rows)):
             cells["specialization"][domain][layer] = divergence
             cells["specialization_normalized"][domain][layer] = divergence / bound
             cells["domain_isolation"][domain][layer] = isolation[domain]
-        ranks.append(der(rows))
+        ranks.append(der(rows, norms))
     table = {name: with_means(values) for name, values in cells.items()}
     table["der"] = [[*ranks, mean(ranks)]]
     return table

@@ -218,7 +218,6 @@ def null_p(*, runs: int, permutations: int = 200, seed: int = 0, documents: int 
     """p-values of the domain metrics on shuffled traces of a router that does specialize, [runs] (model), [runs, ...] (cells)."""
     about = population(3, domains=4, layers=3, experts=24, top_k=3, effect=effect)
     found: dict[str, list[np.ndarray]] = {}
-    reference = reference_of(about, documents=documents, tokens=50, seed=seed)
     for run in range(runs):
         random = np.random.default_rng((seed, run, 1))
         statistics = shuffled(draw_statistics(about, random, documents=documents, tokens=50), random)

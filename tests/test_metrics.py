@@ -130,24 +130,27 @@ def test_domain_divergence_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "experts", "expected"),
+    ("rows", "experts", "ratio", "entropy"),
     [
-        pytest.param([[1, 0, 0], [0, 1, 0]], 3, 1.0, id="orthogonal, equal norm"),
-        pytest.param([[0.2, 0.8], [0.2, 0.8]], 2, 0.0, id="alike"),
-        pytest.param([[1, 0], [0.6, 0.8]], 2, math.exp(-(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3))) - 1, id="by hand: s = 2 : 1"),
-        pytest.param([[1, 0, 0], [0, 1, 0], [0.5, 0.5, 0]], 2, 0.9656, id="layer with fewer experts than domains"),
-        pytest.param([[0.2, 0.8]], 2, math.nan, id="one domain"),
-        pytest.param([[1, 0], [math.nan, math.nan]], 2, math.nan, id="a domain without tokens"),
+        pytest.param([[1, 0, 0], [0, 1, 0]], 3, 1.0, 1.0, id="orthogonal, equal norm"),
+        pytest.param([[0.2, 0.8], [0.2, 0.8]], 2, 0.0, 0.0, id="alike"),
+        pytest.param(  # Gram 1, .6, .6, 1: 4 / 2.72; s = sqrt(1.6), sqrt(.4), as 2 to 1
+            [[1, 0], [0.6, 0.8]], 2, 4 / 2.72 - 1, math.exp(-(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3))) - 1, id="by hand"
+        ),
+        pytest.param(  # Gram eigenvalues 3/2, 1 and 0
+            [[1, 0, 0], [0, 1, 0], [0.5, 0.5, 0]], 2, 2.5**2 / 3.25 - 1, None, id="layer with fewer experts than domains"
+        ),
+        pytest.param([[0.2, 0.8]], 2, math.nan, math.nan, id="one domain"),
+        pytest.param([[1, 0], [math.nan, math.nan]], 2, math.nan, math.nan, id="a domain without tokens"),
     ],
 )
-def test_effective_rank_by_hand(rows: list[list[float]], experts: int, expected: float) -> None:
+def test_effective_rank_by_hand(rows: list[list[float]], experts: int, ratio: float, entropy: float | None) -> None:
     usage = one_layer(*rows)
-    if experts == 2 and len(rows) == 3:  # singular values sqrt(3/2), 1 (and 0)
+    if entropy is None:
         shares = np.array([math.sqrt(1.5), 1.0]) / (math.sqrt(1.5) + 1)
-        expected = math.exp(-(shares * np.log(shares)).sum()) - 1
-    assert metrics.effective_rank(usage, np.array([experts]))[0] == pytest.approx(expected, abs=1e-9, nan_ok=True)
-    through_gram = metrics.effective_rank_of_gram(metrics.grams(usage), np.array([experts]))
-    assert through_gram[0] == pytest.approx(expected, abs=1e-6, nan_ok=True)
+        entropy = math.exp(-(shares * np.log(shares)).sum()) - 1
+    assert metrics.effective_rank(metrics.grams(usage), np.array([experts]))[0] == pytest.approx(ratio, abs=1e-12, nan_ok=True)
+    assert metrics.entropy_rank(usage, np.array([experts]))[0] == pytest.approx(entropy, abs=1e-9, nan_ok=True)
 
 
 @pytest.mark.parametrize(
@@ -324,6 +327,10 @@ def test_plug_in_cosines_are_those_of_sklearn(usage: np.ndarray) -> None:
         np.testing.assert_allclose(metrics.cosines(usage)[layer], cosine_similarity(usage[:, layer]), atol=1e-12)
 
 
+def rank_of(usage: np.ndarray, experts: np.ndarray) -> np.ndarray:
+    return metrics.effective_rank(metrics.grams(usage), experts)
+
+
 @quick
 @given(usages(), st.randoms(use_true_random=False))
 def test_renaming_the_experts_of_a_layer_changes_nothing_but_ner(usage: np.ndarray, random: st.DataObject) -> None:
@@ -333,9 +340,9 @@ def test_renaming_the_experts_of_a_layer_changes_nothing_but_ner(usage: np.ndarr
         random.shuffle(order)  # type: ignore[attr-defined]
         renamed[:, layer] = usage[:, layer][:, order]
     experts = np.full(usage.shape[1], usage.shape[2])
-    for measure in (metrics.domain_information, metrics.domain_divergence, metrics.effective_rank, metrics.cosines, metrics.purity):
+    for measure in (metrics.domain_information, metrics.domain_divergence, metrics.cosines, metrics.purity):
         np.testing.assert_allclose(measure(renamed), measure(usage), atol=1e-9)
-    for measure in (metrics.load_divergence, metrics.utilization, metrics.max_violation, metrics.routing_specialization):
+    for measure in (metrics.load_divergence, metrics.utilization, metrics.max_violation, metrics.routing_specialization, rank_of):
         np.testing.assert_allclose(measure(renamed, experts), measure(usage, experts), atol=1e-9)
     np.testing.assert_allclose(metrics.published_domain_isolation(renamed)[0], metrics.published_domain_isolation(usage)[0], atol=1e-9)
 
@@ -360,7 +367,7 @@ def test_dead_experts_add_ln_to_rs_and_change_no_comparison_of_domains(usage: np
     np.testing.assert_allclose(metrics.domain_information(wider), metrics.domain_information(usage), atol=1e-12)
     np.testing.assert_allclose(metrics.published_domain_isolation(wider)[0], metrics.published_domain_isolation(usage)[0], atol=1e-12)
     if experts >= domains:
-        np.testing.assert_allclose(metrics.effective_rank(wider), metrics.effective_rank(usage), atol=1e-9)
+        np.testing.assert_allclose(rank_of(wider, after), rank_of(usage, before), atol=1e-9)
 
 
 @quick
@@ -369,9 +376,8 @@ def test_values_keep_to_their_range(usage: np.ndarray) -> None:
     domains, _, experts = usage.shape
     information = metrics.domain_information(usage)
     assert (information >= -1e-12).all() and (information <= math.log(min(domains, experts)) + 1e-12).all()
-    rank = metrics.effective_rank(usage)
-    assert (rank >= -1e-12).all() and (rank <= 1 + 1e-9).all()
-    np.testing.assert_allclose(metrics.effective_rank_of_gram(metrics.grams(usage), experts), rank, atol=1e-6)
+    for rank in (rank_of(usage, np.full(1, experts)), metrics.entropy_rank(usage, np.full(1, experts))):
+        assert (rank >= -1e-12).all() and (rank <= 1 + 1e-9).all()
 
 
 # --------------------------------------------------------------------------------------------------- extremes (section 6)
@@ -417,7 +423,7 @@ def test_extremes(
     assert metrics.published_domain_isolation(usage)[0].mean() == pytest.approx(di, abs=1e-9)
     assert metrics.load_divergence(usage, experts).mean() == pytest.approx(load, abs=5e-5)
     assert metrics.domain_information(usage).mean() == pytest.approx(specialization, abs=5e-5)
-    assert metrics.effective_rank(usage).mean() == pytest.approx(der, abs=1e-9)
+    assert rank_of(usage, experts).mean() == pytest.approx(der, abs=1e-9)
 
 
 def test_extremes_are_the_same_by_plain_loops() -> None:
@@ -425,7 +431,7 @@ def test_extremes_are_the_same_by_plain_loops() -> None:
         usage, experts = extreme(router), np.full(LAYERS, EXPERTS)
         rows = usage[:, 0].tolist()
         assert metrics.domain_information(usage)[0] == pytest.approx(naive.specialization(rows), abs=1e-9)
-        assert metrics.effective_rank(usage)[0] == pytest.approx(naive.der(rows), abs=1e-9)
+        assert rank_of(usage, experts)[0] == pytest.approx(naive.der(rows), abs=1e-9)
         assert metrics.normalized_effective_rank(usage, experts)[0] == pytest.approx(naive.ner(usage[0].tolist()), abs=1e-9)
         assert metrics.routing_specialization(usage, experts)[0, 0] == pytest.approx(naive.rs_row(rows[0]), abs=1e-9)
 
@@ -468,5 +474,5 @@ def test_unbiased_norms_take_the_bias_out_of_domain_isolation() -> None:
     counts = uniform_counts(100, 4, 60)
     usage = metrics.usage_of(counts)
     tokens = np.full((60, 4, 1), 100.0)
-    found = metrics.isolation_of_gram(metrics.grams(usage), tokens, tokens * 6)
+    found = metrics.isolation_of_gram(metrics.unbiased_grams(usage, tokens, tokens * 6))
     assert abs(found.mean()) < 4 * found.mean(axis=(1, 2)).std() / math.sqrt(60)

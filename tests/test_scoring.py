@@ -13,6 +13,7 @@ import naive
 import numpy as np
 import pytest
 from naive import Recording
+from scipy import stats
 from sklearn.metrics import mutual_info_score
 from sklearn.metrics.pairwise import cosine_similarity
 
@@ -20,7 +21,7 @@ from dbes.errors import TraceError
 from dbes.results import PublishedMetric, RecordingFacts, Result
 from dbes.scoring.permutation import permuted_labels
 from dbes.scoring.score import Scores, score, score_tables
-from dbes.trace.baselines import ideal_trace, imitate, one_layer_each
+from dbes.trace.baselines import expert_blocks, imitate
 from dbes.trace.store import Trace
 
 PERMUTATIONS = 12
@@ -83,55 +84,75 @@ def test_calibrated_values_are_those_of_plain_loops(name: str) -> None:
 @every_case
 def test_corrected_and_interval_are_the_stratified_jackknife(name: str) -> None:
     recording = CASES[name]
-    metrics = [metric for metric in naive.domain_metrics(recording) if metric != "der"]
+    metrics = list(naive.domain_metrics(recording))
 
     def values(some: Recording) -> list[float]:
-        found = naive.domain_metrics(some)
+        found = naive.domain_metrics(some, by_documents=True)
         return [value for metric in metrics for row in found[metric] for value in row]
 
-    corrected, error = naive.jackknife(values, recording)
+    corrected, error, freedom = naive.jackknife(values, recording)
     place = 0
     for metric in metrics:
         fields = {field: table(scored(name).result, metric, field, recording) for field in ("corrected", "ci_low", "ci_high")}
-        for row in range(len(recording.domains) + 1):
+        for row in range(len(fields["corrected"])):
             for column in range(len(recording.layers) + 1):
-                expected = [corrected[place] + sign * 1.959963984540054 * error[place] for sign in (0, -1, 1)]
+                reach = stats.t.ppf(0.975, freedom[place]) * error[place]
+                expected = [corrected[place] + sign * reach for sign in (0, -1, 1)]
                 assert_same([fields[field][row][column] for field in fields], expected, 1e-7)
                 place += 1
 
 
 @every_case
-def test_null_and_p_are_those_of_the_documents_with_permuted_labels(name: str) -> None:
+def test_null_is_the_mean_over_the_documents_with_permuted_labels(name: str) -> None:
     recording = with_tokens(CASES[name])
     labels = permuted_labels(recording.domain, permutations=PERMUTATIONS, seed=3)
-    observed = naive.domain_metrics(recording)
     drawn = [naive.domain_metrics(replace(recording, domain=np.asarray(row))) for row in labels]
-    result = scored(name).result
-    for metric, values in observed.items():
+    for metric in naive.domain_metrics(recording):
         draws = np.array([draw[metric] for draw in drawn])
-        within = 1e-6 if metric == "der" else EXACT
-        assert_same(table(result, metric, "null", recording), draws.mean(axis=0), within)
-        reached = (draws >= np.array(values) - within).sum(axis=0)
-        expected = np.where(np.isnan(values), np.nan, (1 + reached) / (1 + PERMUTATIONS))
-        assert_same(table(result, metric, "p", recording), expected)
+        assert_same(table(scored(name).result, metric, "null", recording), draws.mean(axis=0))
 
 
 @every_case
-def test_reference_is_the_ideal_router_through_the_same_definitions_and_score_is_relative_to_it(name: str) -> None:
+def test_p_is_that_of_the_test_of_equal_usage_with_permuted_labels(name: str) -> None:
     recording = with_tokens(CASES[name])
-    statistics = scored(name).counts
-    distinct, index = one_layer_each(statistics.shape)
-    ideal = naive.domain_metrics(naive.of_trace(ideal_trace(distinct, statistics.tokens, seed=3)))
-    result = scored(name).result
-    for metric, values in ideal.items():
-        layers = np.array(values)[:, :-1][:, index]
-        reference = np.concatenate([layers, layers.mean(axis=1, keepdims=True)], axis=1)
-        found = {field: np.array(table(result, metric, field, recording)) for field in ("value", "null", "reference", "score")}
-        assert_same(found["reference"], reference)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            expected = (found["value"] - found["null"]) / (reference - found["null"])
-        expected[np.isinf(expected)] = np.nan
-        assert_same(found["score"], expected)
+    domains, layers = len(recording.domains), range(len(recording.layers))
+    usage, tokens = naive.hits(recording), np.bincount(recording.document).tolist()
+    labels = [recording.domain, *permuted_labels(recording.domain, permutations=PERMUTATIONS, seed=3)]
+    unknown = np.isnan(naive.domain_metrics(recording)["specialization"])
+    for column in (*layers, None):
+        chosen = layers if column is None else [column]
+        found = [naive.equal_usage([[row[layer] for layer in chosen] for row in usage], tokens, label, domains) for label in labels]
+        expected = [(1 + sum(draw[row] >= found[0][row] - 1e-9 for draw in found[1:])) / len(found) for row in range(domains + 1)]
+        at = -1 if column is None else column
+        for metric in ("specialization", "specialization_normalized", "der", "domain_isolation"):
+            actual = [row[at] for row in table(scored(name).result, metric, "p", recording)]
+            known = [math.nan if unknown[row][at] else value for row, value in enumerate(expected)]
+            assert_same(actual, known[-len(actual) :])
+
+
+@every_case
+def test_score_is_the_corrected_value_over_that_of_the_ideal_router(name: str) -> None:
+    recording, result = with_tokens(CASES[name]), scored(name).result
+    domains = len(recording.domains)
+    for metric in naive.domain_metrics(recording):
+        layers = []
+        for experts, k in zip(recording.experts, map(recording.slots, range(len(recording.layers))), strict=True):
+            rows = [[1 / len(block) if e in block else 0.0 for e in range(experts)] for block in expert_blocks(domains, experts, k)]
+            norms = [naive.dot(row, row) for row in rows]
+            of = {
+                "specialization": naive.divergences(rows),
+                "specialization_normalized": np.array(naive.divergences(rows)) / max(min(math.log(domains), math.log(experts / k)), 1e-300),
+                "domain_isolation": naive.isolation_by_domain(rows, norms),
+                "der": [naive.der(rows)],
+            }
+            layers.append(np.array(of[metric]) if domains > 1 and experts > k else np.full(len(of[metric]), math.nan))
+        cells = np.stack(layers, axis=1).tolist()
+        reference = np.array(naive.with_means(cells))[: len(cells) + (metric != "der")]
+        assert_same(table(result, metric, "reference", recording), reference)
+        for score_field, field in (("score", "corrected"), ("score_low", "ci_low"), ("score_high", "ci_high")):
+            with np.errstate(invalid="ignore", divide="ignore"):
+                expected = np.array(table(result, metric, field, recording)) / np.where(np.abs(reference) > 1e-9, reference, math.nan)
+            assert_same(table(result, metric, score_field, recording), expected)
 
 
 @every_case
@@ -147,10 +168,14 @@ def test_ngram_expertise_is_the_ratio_above_the_shuffle_inside_documents(name: s
         chance = naive.with_means(naive.shuffle_chance(recording, n))
         assert_same(found["value"], ratio)
         assert_same(found["null"], chance)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            expected = (np.array(ratio) - np.array(chance)) / (1 - np.array(chance))
-        usable = np.array(chance) < 1
-        assert_same(np.array(found["score"])[usable], expected[usable])
+
+        def above(some: Recording, size: int = n) -> list[float]:
+            pairs = (naive.with_means(cells(some, size)) for cells in (naive.ngram_ratio, naive.shuffle_chance))
+            flat = [[value for row in rows for value in row] for rows in pairs]
+            return [(r - c) / (1 - c) if c < 1 else math.nan for r, c in zip(*flat, strict=True)]
+
+        if n == 2:
+            assert_same(np.ravel(found["score"]), naive.jackknife(above, recording)[0], 1e-7)
 
 
 @every_case
@@ -190,6 +215,7 @@ def test_companions_are_those_of_plain_loops(name: str) -> None:
             "utilization": naive.utilization(rows),
             "max_violation": naive.maxvio(rows),
             "load_entropy": naive.load_entropy(rows) / math.log(experts),
+            "der_entropy": naive.der_entropy(rows),
             "purity": math.fsum(float(np.max([row[e] for row in rows])) for e in range(experts)) / len(rows),
             "neighbour_overlap_any": naive.mean([pair[0] for pair in pairs]),
             "neighbour_overlap_share": naive.mean([pair[1] for pair in pairs]),
@@ -219,7 +245,8 @@ def test_domain_similarity_has_unbiased_norms(name: str) -> None:
     p, sums, tokens = naive.profile(recording), naive.of_domain(recording, naive.hits(recording)), naive.routed(recording)
     for layer in range(len(recording.layers)):
         rows = [rows[layer] for rows in p]
-        expected = np.array(naive.isolation_matrix(rows, [row[layer] for row in tokens], [math.fsum(row[layer]) for row in sums]))
+        norms = naive.token_norms(rows, [row[layer] for row in tokens], [math.fsum(row[layer]) for row in sums])
+        expected = np.array(naive.isolation_matrix(rows, norms))
         np.fill_diagonal(expected, 1.0)
         assert_same(scored(name).arrays["similarity"][layer], expected)
 
@@ -430,7 +457,8 @@ def test_the_same_seed_gives_the_same_result_and_another_seed_another_null() -> 
 def test_without_permutations_there_is_no_null_and_no_claim() -> None:
     result = score(CASES["plain"].trace(), permutations=0)
     record = result.record("specialization")
-    assert record.value > 0 and math.isnan(record.null) and math.isnan(record.p) and math.isnan(record.score)
+    assert record.value > 0 and math.isnan(record.null) and math.isnan(record.p)
+    assert record.score == scored("plain").result.record("specialization").score
     assert "nothing can be said" in result.verdict
 
 
