@@ -9,7 +9,7 @@ Every document has its own usage, drawn around its domain's (Dirichlet): its tok
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import naive

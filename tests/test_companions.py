@@ -171,7 +171,7 @@ def test_split_half_similarity_by_plain_loops() -> None:
             sides = [np.flatnonzero((recording.domain == domain) & (half == side)) for side in (0, 1)]
             rows = [naive.share(hits[side, layer].sum(axis=0).tolist()) for side in sides]
             tokens = [float(np.isin(recording.document, side).sum()) for side in sides]
-            matrix = naive.isolation_matrix(rows, tokens, [2 * count for count in tokens])
+            matrix = naive.isolation_matrix(rows, naive.token_norms(rows, tokens, [2 * count for count in tokens]))
             assert found[domain, layer] == pytest.approx(matrix[0][1], abs=1e-9)
 
 

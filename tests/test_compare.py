@@ -110,9 +110,10 @@ def test_difference_is_the_paired_jackknife(folder: Path) -> None:
     found = difference(a, b, "specialization", "all layers", 0.0, 1.0)
     assert found is not None
     left = a.replicates.by_metric["specialization"][:, -1].astype(float) - b.replicates.by_metric["specialization"][:, -1].astype(float)
-    _, error = jackknife(np.asarray(found.difference), left, a.replicates.document_domain)
+    paired = jackknife(np.asarray(found.difference), left, a.replicates.document_domain)
     assert found.difference == pytest.approx(a.result.record("specialization").score - b.result.record("specialization").score)
-    assert found.high - found.difference == pytest.approx(2.0154 * error, rel=1e-3)  # t of 48 - 4 degrees of freedom
+    assert found.high - found.difference == pytest.approx(float(paired.reach))
+    assert 11 <= paired.freedom <= 44, "Satterthwaite's, between those of one domain and of all"
     back = difference(b, a, "specialization", "all layers", 0.0, 1.0)
     assert back is not None and (back.difference, back.p) == pytest.approx((-found.difference, found.p))
 
@@ -391,8 +392,8 @@ def test_prompt_and_generated_text_are_compared_on_the_same_documents(by_phase: 
     sides = [entry.phases[phase].replicates for phase in ("generated", "prompt")]
     assert sides[0] is not None and sides[1] is not None
     left = sides[0].by_metric["specialization"][:, -1].astype(float) - sides[1].by_metric["specialization"][:, -1].astype(float)
-    _, error = jackknife(np.asarray(each.test.difference), left, sides[0].document_domain)
-    assert each.test.high - each.test.difference == pytest.approx(2.1199 * error, rel=1e-3)  # t of 20 - 4 degrees of freedom
+    paired = jackknife(np.asarray(each.test.difference), left, sides[0].document_domain)
+    assert each.test.high - each.test.difference == pytest.approx(float(paired.reach))
 
 
 def test_phases_of_namesakes_are_not_guessed(by_phase: Path, tmp_path: Path) -> None:
@@ -517,7 +518,7 @@ def edited(kind: str, content: dict) -> None:
         each for each in content["calibrated"] if each["metric"] == "specialization" and each["layer"] == 2 and each["domain"] == "law"
     )
     if kind == "score above 1":
-        model["score"] = 1.5
+        model |= {"score": 1.5, "score_low": 1.2, "score_high": 1.8}
     elif kind == "mean":
         model["value"] += 0.1
     elif kind == "score does not follow":
@@ -540,7 +541,8 @@ def edited(kind: str, content: dict) -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("score above 1", "score 1.5"), ("mean", "is not the mean of its domains"), ("score does not follow", "is not (value - null)"),
+        ("score above 1", "score 1.5"), ("mean", "is not the mean of its domains"),
+            ("score does not follow", "is not corrected / reference"),
         ("p", "p = 0"), ("record missing", "records, one for each layer and domain"), ("tokens", "do not add up"),
         ("specialist", "no such expert"), ("revision", "no revision"), ("date", "is not a date"),
     ],

@@ -8,6 +8,7 @@ from itertools import product
 import naive
 import numpy as np
 import pytest
+from scipy import stats
 
 from dbes.paths.evidence import gather
 from dbes.paths.trajectories import best_chain, best_through, chain_counts, disjoint_chains, log_lifts, measured_lift, strongest
@@ -107,14 +108,16 @@ def test_jackknife_of_the_lift_leaves_out_one_text_at_a_time() -> None:
     chain = (0, 1, 1)
     counts = chain_counts(evidence.routes, evidence.routes.document, 9, chain)  # pyright: ignore
     value, low, high = measured_lift(*counts, evidence.shape.document_domain, 2, 0)
-    whole, variance, corrected = lift_by_loops(recording, 0, chain), 0.0, lift_by_loops(recording, 0, chain)
+    whole, variance, fourth, corrected = lift_by_loops(recording, 0, chain), 0.0, 0.0, lift_by_loops(recording, 0, chain)
     for members in (range(4), range(4, 9)):
         left = [lift_by_loops(recording.take(np.flatnonzero(recording.document != m)), 0, chain) for m in members]
         mean, count = sum(left) / len(left), len(left)
         corrected += (count - 1) * (whole - mean)
-        variance += (count - 1) / count * sum((one - mean) ** 2 for one in left)
+        part = (count - 1) / count * sum((one - mean) ** 2 for one in left)
+        variance, fourth = variance + part, fourth + part**2 / (count - 1)
     assert value == pytest.approx(corrected)
-    assert (low, high) == pytest.approx((corrected - 1.96 * math.sqrt(variance), corrected + 1.96 * math.sqrt(variance)))
+    reach = stats.t.ppf(0.975, variance**2 / fourth) * math.sqrt(variance)
+    assert (low, high) == pytest.approx((corrected - reach, corrected + reach))
 
 
 def walks(seed: int, *, bias: float, documents: int = 40) -> Trace:

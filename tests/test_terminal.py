@@ -31,7 +31,8 @@ def test_where_nothing_can_be_told_every_form_says_so_and_calls_nothing_chance(d
     for text in (shown(result), card_section(result), page):
         assert why in text
         assert "No specialization" not in text and "is above chance" not in text and "strongest for" not in text
-    assert "? marks scores that could not be told from chance" in shown(result) and "│ ? " in shown(result)
+    if documents > 1:  # of one text a domain there is no score at all
+        assert "? marks scores that could not be told from chance" in shown(result) and "│ ? " in shown(result)
     assert 'class="not">not above chance' not in page.split("N-gram")[0]
 
 

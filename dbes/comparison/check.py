@@ -152,19 +152,16 @@ def _impossible(record: CalibratedRecord, domains: int) -> str | None:
     where = f"layer {record.layer}, domain {record.domain}"
     if not math.isnan(record.p) and not 0 < record.p <= 1:
         return f"p = {record.p} ({where})"
-    if record.score > 1.05 or record.score < -5:
+    if (record.score > 1.05 and not record.score_low <= 1.0) or record.score < -5:
         return f"score {record.score} ({where})"
     if record.metric == "specialization" and not -CLOSE <= (0.0 if math.isnan(record.value) else record.value) <= math.log(domains) + CLOSE:
         return f"value {record.value} outside 0..ln {domains} ({where})"
     for value, low, high in ((record.score, record.score_low, record.score_high), (record.excess, record.excess_low, record.excess_high)):
         if not any(map(math.isnan, (value, low, high))) and not low - CLOSE <= value <= high + CLOSE:
             return f"{value} outside its own interval {low}..{high} ({where})"
-    known = (record.value, record.null, record.reference, record.score)
-    if record.metric in ("specialization", "der", "domain_isolation") and not any(map(math.isnan, known)):
-        # The mean over layers is a mean of scores, so only the cells of one layer can be recomputed.
-        gap = record.reference - record.null
-        if record.layer is not None and abs(gap) > 1e-3 and abs((record.value - record.null) / gap - record.score) > 1e-3:
-            return f"score {record.score} is not (value - null) / (reference - null) ({where})"
+    scaled = record.metric in ("specialization", "der", "domain_isolation") and record.reference > 1e-3
+    if scaled and abs(record.corrected / record.reference - record.score) > 1e-3:  # never where either is NaN
+        return f"score {record.score} is not corrected / reference ({where})"
     return None
 
 

@@ -68,8 +68,7 @@ def score_layers(counts: Counts, *, permutations: int, seed: int, sign_flips: in
     half = random_halves(domain, seed=seed)
     controls = repeat(None) if counts.control is None else counts.control.layers()
     layers = (
-        score_layer(sums, control, labels=labels, test=test, half=half)
-        for sums, control in zip(counts.layers(), controls, strict=False)
+        score_layer(sums, control, labels=labels, test=test, half=half) for sums, control in zip(counts.layers(), controls, strict=False)
     )
     return put_together(layers, test, domain, sign_flips=permutations if sign_flips is None else sign_flips, seed=seed)
 
@@ -108,9 +107,7 @@ def estimates_of(
     return {metric: estimate(found, control[metric] if control else None, document_domain, p) for metric, found in measured.items()}
 
 
-def put_together(
-    layers: Iterable[LayerScores], test: UsageTest, document_domain: np.ndarray, *, sign_flips: int, seed: int
-) -> AllLayers:
+def put_together(layers: Iterable[LayerScores], test: UsageTest, document_domain: np.ndarray, *, sign_flips: int, seed: int) -> AllLayers:
     """What all layers say together; only sums of what has a number for each document are kept from one layer to the next."""
     kept: list[LayerScores] = []
     products = np.zeros((1, 1))
