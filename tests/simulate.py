@@ -9,7 +9,7 @@ Every document has its own usage, drawn around its domain's (Dirichlet): its tok
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import naive
@@ -17,6 +17,7 @@ import numpy as np
 
 from dbes.scoring.counting import count_routes
 from dbes.scoring.counts import Counts, LayerCounts, StiffnessSums
+from dbes.scoring.equal_usage import UsageTest
 from dbes.scoring.estimates import Estimate
 from dbes.scoring.layers import score_layers
 from dbes.trace.store import Trace
@@ -94,11 +95,22 @@ def lengths(random: np.random.Generator, documents: int, tokens: float, spread: 
     return np.maximum(2, (random.lognormal(np.log(tokens) - spread**2 / 2, spread, documents)).astype(int))
 
 
-def draw_statistics(about: Population, random: np.random.Generator, *, documents: int, tokens: float = 100.0) -> LayerCounts:
+LENGTHS: dict[str, Callable[[np.random.Generator, np.ndarray], np.ndarray]] = {
+    "equal": lambda random, domain: np.full(len(domain), 200),
+    "60 or 600 by domain": lambda random, domain: np.where(domain % 2, 600, 60),
+    "30 to 1,500": lambda random, domain: np.exp(random.uniform(np.log(30), np.log(1500), len(domain))).astype(int),
+    "one domain ten times shorter": lambda random, domain: np.where(domain == 0, 20, 200),
+}
+"""Lengths of documents of domains [documents], in tokens."""
+
+
+def draw_statistics(
+    about: Population, random: np.random.Generator, *, documents: int, tokens: float = 100.0, spread: str = "log-normal"
+) -> LayerCounts:
     """Counts of a recording of ``documents`` documents per domain, without going through its tokens."""
     domains, layers, experts = about.shape
     domain = np.repeat(np.arange(domains), documents)
-    size = lengths(random, len(domain), tokens)
+    size = lengths(random, len(domain), tokens) if spread == "log-normal" else LENGTHS[spread](random, domain)
     usage = document_usage(about, domain, random)
     hits = random.multinomial(size[:, None, None], usage).reshape(len(domain), layers, experts).astype(np.float32)
     return of_hits(hits, size, domain, domains=domains, top_k=about.top_k)
@@ -173,7 +185,14 @@ class Coverage:
 
 
 def coverage(
-    about: Population, *, documents: int, runs: int, permutations: int = 100, seed: int = 0, tokens: float = 100.0
+    about: Population,
+    *,
+    documents: int,
+    runs: int,
+    permutations: int = 0,
+    seed: int = 0,
+    tokens: float = 100.0,
+    spread: str = "log-normal",
 ) -> Iterator[Coverage]:
     """How often the 95 % intervals hold the truth."""
     true = truth(about)
@@ -183,7 +202,7 @@ def coverage(
     widths: dict[str, list[float]] = {name: [] for name in true}
     for run in range(runs):
         random = np.random.default_rng((seed, run))
-        statistics = draw_statistics(about, random, documents=documents, tokens=tokens)
+        statistics = draw_statistics(about, random, documents=documents, tokens=tokens, spread=spread)
         found = estimates(statistics, permutations=permutations, seed=run)
         for name, value in true.items():
             held[name].append((found[name].ci_low <= value + 1e-12) & (value - 1e-12 <= found[name].ci_high))
@@ -212,6 +231,21 @@ def shuffled(statistics: LayerCounts, random: np.random.Generator) -> LayerCount
     return replace(
         statistics, shape=replace(statistics.shape, document_domain=random.permutation(statistics.shape.document_domain).astype(np.int32))
     )
+
+
+def rejections(
+    about: Population, *, documents: int, runs: int, spread: str, permutations: int = 199, seed: int = 0
+) -> tuple[float, np.ndarray, np.ndarray]:
+    """Shares of runs in which the test of equal usage rejects at 5 %: of the model, of each layer [layers], of each domain [domains]."""
+    found = []
+    for run in range(runs):
+        sums = draw_statistics(about, np.random.default_rng((seed, run)), documents=documents, spread=spread)
+        domains = len(sums.shape.domains)
+        test = UsageTest.of(sums.tokens, sums.shape.document_domain, domains=domains, permutations=permutations, seed=run)
+        layers = [test.products(sums.hits[:, layer]) for layer in range(len(sums.shape.layers))]
+        found.append(np.stack([*(test.p(each) for each in layers), test.p(np.sum(layers, axis=0))], axis=1))
+    share = (np.array(found) <= 0.05).mean(axis=0)
+    return float(share[-1, -1]), share[-1, :-1], share[:-1, -1]
 
 
 def null_p(*, runs: int, permutations: int = 200, seed: int = 0, documents: int = 12, effect: float = 0.8) -> dict[str, np.ndarray]:

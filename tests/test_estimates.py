@@ -113,17 +113,64 @@ def test_intervals_hold_the_truth(effect: str) -> None:
         assert found.model * runs >= stats.binom.ppf(0.0005, runs, 0.95), found
 
 
+EFFECTS_SIZES = {"none": 0.0, "small": 0.15, "middle": 0.4, "large": 1.0}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("documents", [20, 80])
-@pytest.mark.parametrize("effect", simulate.EFFECTS)
-def test_intervals_hold_the_truth_in_92_to_98_percent_of_400_runs(effect: str, documents: int) -> None:
-    for found in simulate.coverage(settings_of(effect), documents=documents, runs=400, permutations=60):
-        assert found.model >= 0.92 and found.layer >= 0.92, found
-        if effect != "null":
-            assert found.model <= 0.985, found
+@pytest.mark.parametrize("spread", ["equal", "30 to 1,500"])
+@pytest.mark.parametrize("documents", [8, 20, 80])
+@pytest.mark.parametrize("effect", EFFECTS_SIZES)
+def test_intervals_hold_the_truth_in_400_runs(effect: str, documents: int, spread: str) -> None:
+    """Between 92 and 98 %, with 8 documents 90 and 99 %; give or take what 400 runs allow (three standard errors).
+
+    Where there is nothing, intervals are wider than they need be: the jackknife counts the products of two documents twice.
+    """
+    about = simulate.population(7, layers=1, effect=EFFECTS_SIZES[effect])
+    low, high = (0.90, 0.99) if documents < 20 else (0.92, 0.98)
+    for found in simulate.coverage(about, documents=documents, runs=400, spread=spread):
+        assert found.model >= low - 3 * math.sqrt(low * (1 - low) / 400), found
+        if EFFECTS_SIZES[effect] > 0.3:
+            assert found.model <= high + 3 * math.sqrt(high * (1 - high) / 400), found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spread", simulate.LENGTHS)
+@pytest.mark.parametrize("concentration", [1e6, 60.0, 6.0])
+@pytest.mark.parametrize(("domains", "documents"), [(4, 20), (2, 8), (20, 8), (4, 80)])
+def test_equal_usage_is_rejected_in_5_percent_of_400_runs(domains: int, documents: int, concentration: float, spread: str) -> None:
+    """Whatever lengths and however documents differ: 3 to 7 % (with 8 documents 2 to 10 %), give or take three standard errors."""
+    about = simulate.population(3, domains=domains, layers=2, experts=32, top_k=4, concentration=concentration)
+    low, high = (0.02, 0.10) if documents < 20 else (0.03, 0.07)
+    runs = 400 if documents < 80 else 200
+    model, layers, by_domain = simulate.rejections(about, documents=documents, runs=runs, spread=spread)
+    for share, count in ((model, runs), (layers.mean(), runs), (by_domain.mean(), runs)):
+        assert low - 3 * math.sqrt(low * (1 - low) / count) <= share <= high + 3 * math.sqrt(high * (1 - high) / count), share
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spread", simulate.LENGTHS)
+def test_a_true_effect_is_found_whatever_the_lengths(spread: str) -> None:
+    about = simulate.population(3, layers=1, effect=0.3)
+    model, layers, _ = simulate.rejections(about, documents=20, runs=100, spread=spread)
+    assert model >= 0.95 and layers.min() >= 0.9
+
+
+@pytest.mark.slow
+def test_scores_do_not_move_with_the_number_of_texts() -> None:
+    """8, 13 and 40 texts a domain: within 3 % of the value, where the plug-in moves by half."""
+    about = simulate.population(7, layers=1, effect=0.3)
+    for metric in ("specialization", "der", "domain_isolation"):
+        means = {
+            documents: next(each for each in simulate.coverage(about, documents=documents, runs=400) if each.metric == metric)
+            for documents in (8, 13, 40)
+        }
+        true = means[40].true
+        for found in means.values():
+            assert abs(found.mean_corrected - true) <= 0.03 * true + 3 * found.width / 4 / 20, found
+        assert means[8].mean_value > means[40].mean_value * 1.2
 
 
 @pytest.mark.slow
 def test_corrected_is_nearly_unbiased() -> None:
-    for found in simulate.coverage(settings_of("strong"), documents=20, runs=200, permutations=20):
-        assert abs(found.mean_corrected - found.true) < 0.2 * abs(found.mean_value - found.true), found
+    for found in simulate.coverage(settings_of("strong"), documents=20, runs=200):
+        assert abs(found.mean_corrected - found.true) < 0.2 * abs(found.mean_value - found.true) + found.width / 20, found
