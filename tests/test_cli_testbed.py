@@ -151,8 +151,10 @@ def test_a_built_mix_says_what_it_holds(mix, tmp_path):
     assert [line.split(":")[0] for line in lines[:-1]] == list(WORDS) and "held-out documents" in lines[0]
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_grid_and_its_report(mix, tmp_path, monkeypatch, processes):
+@pytest.mark.parametrize("processes", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+def test_a_grid_and_its_report(mix, tmp_path, monkeypatch, request, processes):
+    if not processes:
+        request.getfixturevalue("in_process")
     arms = {}
     for name, routing in (("aux_loss/global_batch", {}), ("frozen", {"router": "frozen", "balancing": "none", "coefficient": 0.0})):
         content = {**SETTINGS, "routing": routing, "optimizer": {"steps": 2, "warmup": 1}}
@@ -160,7 +162,7 @@ def test_a_grid_and_its_report(mix, tmp_path, monkeypatch, processes):
     tiny = Preset(name="smoke", mix="embedded", seeds=1, vocabulary=300, arms=arms, experiments={"scope": list(arms)})
     monkeypatch.setattr(grid_module, "preset", lambda _: tiny)
     arguments = ("run", "--preset", "smoke", "--out", tmp_path / "grid", "--mix", mix, "--cache", tmp_path / "cache")
-    done = run(*arguments, "--processes", processes)
+    done = run(*arguments, "--processes", max(1, processes))
     assert done.exit_code == 0, done.output
     assert "0 of 2 runs are finished; 2 to train" in done.stderr
     assert Path(done.stdout.strip()) == tmp_path / "grid" / "report" / "index.html"

@@ -219,6 +219,7 @@ def test_analyses_see_what_is_there(prepared):
     assert values["forking"] > 0.8 and values["others"] > 0.8
 
 
+@pytest.mark.usefixtures("in_process")
 def test_the_grid_trains_each_cell_once_and_names_what_it_lacks(prepared, tmp_path, monkeypatch):
     arms = {
         name: Run(arm=name, settings=settings(2, routing=routing), documents=3, permutations=10)
@@ -232,12 +233,6 @@ def test_the_grid_trains_each_cell_once_and_names_what_it_lacks(prepared, tmp_pa
     )
     monkeypatch.setattr(grid_module, "preset", lambda _: tiny)
     monkeypatch.setattr(grid_module, "prepare_mix", lambda *_, **__: prepared)
-
-    def at_once(work, jobs, *, tell, **_):
-        for place, job in enumerate(jobs):
-            tell(place + 1, place, work(*job))
-
-    monkeypatch.setattr(grid_module, "run_jobs", at_once)
     told = []
     run_grid("smoke", tmp_path, progress=told.append)
     assert told[0] == "0 of 4 runs are finished; 4 to train"

@@ -40,7 +40,21 @@ dbes() { echo "dbes $*"; "$work/venv/bin/dbes" "$@"; }
 dbes tasks > tasks.txt
 grep --quiet smoke tasks.txt && grep --quiet embedded tasks.txt
 dbes doctor embedded
-dbes testbed run --preset smoke --out testbed > testbed.txt 2>&1 &
+# Every arm of the smoke grid and its workers, with one seed and a tenth of the steps.
+"$work/venv/bin/python" - > testbed.txt 2>&1 << 'END' &
+from dataclasses import replace
+
+from dbes.cli import app
+from dbes.testbed import grid
+
+smoke = grid.preset("smoke")
+steps = {"optimizer": {"steps": 8, "warmup": 1}}
+arms = {
+    name: run.model_validate({**run.model_dump(), "settings": {**run.settings.model_dump(), **steps}}) for name, run in smoke.arms.items()
+}
+grid.preset = lambda _: replace(smoke, seeds=1, arms=arms)
+app(["testbed", "run", "--preset", "smoke", "--out", "testbed"])
+END
 testbed=$!
 dbes evaluate --tasks smoke --output-path results
 result=$(dirname "$(find results -name result.json)")
