@@ -54,6 +54,23 @@ def test_every_name_is_there_and_says_what_it_is() -> None:
     assert set(dbes.__all__) < set(dir(dbes))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param({"domains": {"law": ["a"]}}, "1 domain given", id="one domain"),
+        pytest.param({"domains": {"law": ["a"], "code": 3}}, "domains.code", id="a domain that is a number"),
+        pytest.param({"window": 1}, "window: ", id="a window of one token"),
+        pytest.param({"winodw": 64}, "winodw: unknown key", id="a field that there is not"),
+        pytest.param({"name": "a/b"}, "name: ", id="a name that is a path"),
+    ],
+)
+def test_a_task_built_wrongly_in_python_names_the_field(change: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {"name": "mine", "version": 1, "domains": {"law": ["a"], "code": ["b"]}, **change}
+    with pytest.raises(dbes.TaskError, match=message) as told:
+        dbes.Task(**given)
+    assert "\n" not in str(told.value) and "pydantic" not in str(told.value)
+
+
 def test_a_task_built_in_python_is_that_of_the_same_texts_in_files(task: dbes.Task, tmp_path: Path) -> None:
     lines = [f"name: {task.name}", "version: 1", "window: 64", "domains:"]
     for domain in WORDS:
@@ -167,8 +184,19 @@ def test_a_path_is_found_in_a_result_its_folder_a_trace_and_counts(result: dbes.
         dbes.find_path(dbes.score(trace, permutations=5), domain="law")
 
 
+def test_a_path_is_found_by_a_model_in_memory(model: OlmoeForCausalLM, task: dbes.Task, tiny_checkpoint: Path) -> None:
+    tokenizer = dbes.load_model(tiny_checkpoint).tokenizer
+    trace = dbes.record(model, tokenizer=tokenizer, tasks=task)
+    given: dict[str, Any] = {"domain": "law", "rule": "gradient", "tasks": task, "resamples": 0}
+    assert dbes.find_path(trace, model=model, tokenizer=tokenizer, **given).share <= 0.15
+    with pytest.raises(dbes.ModelError, match="needs its tokenizer"):
+        dbes.find_path(trace, model=model, **given)
+
+
 def test_the_whole_round_with_a_task_that_has_no_file(result: dbes.Result, task: dbes.Task, tiny_checkpoint: Path, folder: Path) -> None:
     path = dbes.find_path(result, domain="law", rule="gradient", budget=0.2, model=tiny_checkpoint, tasks=task)
+    loaded = dbes.load_model(tiny_checkpoint)
+    assert dbes.find_path(result, domain="law", rule="gradient", budget=0.2, model=loaded, tasks=task) == path
     options: dict[str, Any] = {"tasks": task, "steps": 2, "lr": 0.05, "limit": 2, "seq_len": 32}
     told = dbes.finetune(tiny_checkpoint, path, "task:law", folder / "law", **options)
     assert told.target == "law" and told.cells == path.cells and set(told.after) == set(WORDS)

@@ -23,7 +23,7 @@ from dbes.intervention.outcomes import (
     pareto,
     strata_of,
 )
-from dbes.intervention.settings import Arm, Settings, run_of
+from dbes.intervention.settings import Arm, InterventionSettings, run_of
 from dbes.intervention.verdicts import overall_verdict, target_verdict
 from dbes.reporting.arms import CONTROL, EXTRA_ARMS, FULL, FULL_REPLAY, LOAD, PROTECTED, REPLAY, SLOWER, rule_of
 from dbes.reporting.outcome import KIND, OUTCOME_SCHEMA
@@ -43,7 +43,7 @@ def analyse(about: Mapping[str, Any], records: Records, masks: Sequence[Mapping[
     Args:
         about, records, masks: as ``grid.read_experiment`` gives them.
     """
-    settings = Settings.model_validate(about["settings"])
+    settings = InterventionSettings.model_validate(about["settings"])
     base = {name: np.asarray(nats) for name, nats in about["base"].items()}
     sizes = {name: np.asarray(count, np.float64) for name, count in about["bytes"].items()}
     targets = {}
@@ -75,7 +75,7 @@ def _target(
     target: str,
     others: Sequence[str],
     records: Records,
-    settings: Settings,
+    settings: InterventionSettings,
     *,
     base: Mapping[str, np.ndarray],
     sizes: Mapping[str, np.ndarray],
@@ -302,7 +302,12 @@ def _compared(
 
 
 def _masked(
-    mask: Mapping[str, Any], settings: Settings, domains: Sequence[str], *, base: Mapping[str, np.ndarray], sizes: Mapping[str, np.ndarray]
+    mask: Mapping[str, Any],
+    settings: InterventionSettings,
+    domains: Sequence[str],
+    *,
+    base: Mapping[str, np.ndarray],
+    sizes: Mapping[str, np.ndarray],
 ) -> dict[str, Any]:
     """Loss added by masking the chosen cells and the controls, inside and outside the domain; replicates leave out control sets too."""
     target = mask["job"]["target"]

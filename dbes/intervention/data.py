@@ -20,7 +20,7 @@ from dbes.errors import FinetuneError, InterventionError, MixError, SettingError
 from dbes.evaluation.request import read_benchmark
 from dbes.finetuning.encoding import Sample, cut_rows
 from dbes.finetuning.evaluation import encode_choices
-from dbes.intervention.settings import Settings
+from dbes.intervention.settings import InterventionSettings
 from dbes.models.token_text import text_bytes
 from dbes.models.windows import refuse_unknown, token_ids
 from dbes.tasks.entries import Entry, by_hash, entry_of_document, hold_out, read_entries
@@ -193,7 +193,9 @@ def _plain(entry: Entry, domain: str, path: str) -> Text:
     return Text(id=entry.id, domain=domain, source=entry.source, text=text, item=entry.item)
 
 
-def tokenize(texts: Texts, tokenizer: Any, *, targets: Sequence[str], settings: Settings, known: int | None = None) -> ExperimentData:
+def tokenize(
+    texts: Texts, tokenizer: Any, *, targets: Sequence[str], settings: InterventionSettings, known: int | None = None
+) -> ExperimentData:
     """The documents an experiment measures and trains on.
 
     Args:
@@ -328,7 +330,7 @@ def _part(documents: Sequence[np.ndarray], sizes: Sequence[int]) -> Part:
     return Part(tokens=np.concatenate(documents).astype(np.int32), starts=starts, bytes=np.maximum(np.asarray(sizes, np.int64), 1))
 
 
-def training_batches(part: Part, settings: Settings, *, boundary: int, seed: int) -> list[np.ndarray]:
+def training_batches(part: Part, settings: InterventionSettings, *, boundary: int, seed: int) -> list[np.ndarray]:
     """The batches of a run, int64 [sequences, length] each: documents in random order, joined, cut; the same for every arm of a seed."""
     random = np.random.default_rng([seed, 17])
     needed = settings.steps * settings.sequences * settings.length

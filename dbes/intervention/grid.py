@@ -25,7 +25,7 @@ from dbes.intervention.masking import MaskJob, execute_masks, plan_masks
 from dbes.intervention.records import EXPERIMENT_SCHEMA, check_curve, check_documents, read_about, read_mask_record, read_run_record
 from dbes.intervention.routing import prescription_facts, prescription_from, prescription_of, routable, routed
 from dbes.intervention.runs import execute, measure, measure_items
-from dbes.intervention.settings import Arm, Run, Settings, run_key, run_of
+from dbes.intervention.settings import Arm, ArmRun, InterventionSettings, run_key, run_of
 from dbes.intervention.storage import load_data, save_data
 from dbes.models import load_model, load_weights
 from dbes.models.windows import embedding_rows
@@ -42,34 +42,48 @@ Progress = Callable[[str], None]
 
 
 def intervene(
-    model: str,
-    out: Path,
-    settings: Settings,
+    model: str | Path,
+    out: str | Path,
+    settings: InterventionSettings,
     *,
-    texts: str,
+    texts: str | Path = "task:embedded",
     targets: Sequence[str] | None = None,
     cache: Path = Path("build/testbed"),
     processes: int = 2,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Run what ``out`` does not hold yet of an experiment, and return (and write) its outcome.
+    """Does training a domain's expert path pay? Train every kind of path, and what it must beat, and compare on held-out texts.
+
+    What ``out`` does not hold yet is run, so the same call resumes an interrupted experiment. `report` makes a page of the folder.
 
     Args:
-        texts, targets: see ``data.read_sources``; the settings' own domains by default.
+        model: folder, hub id, or ``"embedded"``.
+        out: folder of the experiment.
+        settings: targets, rules, budgets, seeds, steps, ...
+        texts: ``task:NAME``, ``mix:NAME`` (of the testbed), or a folder of JSONL files.
+        targets: a domain of the texts, ``NAME=FILE`` or ``NAME=TRAINING,HELDOUT`` for each of the settings' domains; by default these.
+        cache: where built mixes are kept.
         processes: runs at a time, one thread each; 1 runs them in this process.
+        progress: called with what is done now, in words.
+
+    Returns:
+        The outcome, as in ``intervention.json``: arms, contrasts and verdicts of every target, and ``verdict`` over all.
 
     Raises:
         InterventionError: the texts or settings cannot be used; the folder holds another experiment.
         FileError: the folder cannot be written to, or another run is writing there.
         DbesError: the model or the texts cannot be read.
     """
+    model, out, texts = str(model), Path(out), str(texts)
     if (out / OUTCOME_FILE).is_file() and not os.access(out, os.W_OK):
         return _outcome_on_read_only_disk(model, out, settings, texts=texts, targets=targets)
     with locked(out):
         return _intervene(model, out, settings, texts=texts, targets=targets, cache=cache, processes=processes, progress=progress)
 
 
-def _outcome_on_read_only_disk(model: str, out: Path, settings: Settings, *, texts: str, targets: Sequence[str] | None) -> dict[str, Any]:
+def _outcome_on_read_only_disk(
+    model: str, out: Path, settings: InterventionSettings, *, texts: str, targets: Sequence[str] | None
+) -> dict[str, Any]:
     """The finished outcome of an experiment that was asked for in the same words; nothing can be added to it.
 
     Raises:
@@ -85,7 +99,7 @@ def _outcome_on_read_only_disk(model: str, out: Path, settings: Settings, *, tex
 def _intervene(
     model: str,
     out: Path,
-    settings: Settings,
+    settings: InterventionSettings,
     *,
     texts: str,
     targets: Sequence[str] | None,
@@ -155,7 +169,7 @@ def _intervene(
 
 
 def _sources(
-    texts: str, targets: Sequence[str], settings: Settings, prescription: Prescription | None, *, cache: Path, say: Progress
+    texts: str, targets: Sequence[str], settings: InterventionSettings, prescription: Prescription | None, *, cache: Path, say: Progress
 ) -> Texts:
     """The texts of all domains that the model can be routed by."""
     sources, names = read_sources(texts, targets, cache=cache)
@@ -201,7 +215,7 @@ def _measured_on(data: ExperimentData) -> dict[str, Any]:
 
 
 def search_rates(
-    out: Path, plan: Plan, settings: Settings, key: str, *, where: str, processes: int, say: Progress
+    out: Path, plan: Plan, settings: InterventionSettings, key: str, *, where: str, processes: int, say: Progress
 ) -> dict[tuple[str, str, float | None], float]:
     """The learning rate of every (target, arm, budget): the one that leaves the lowest loss on the tuning part, with one seed."""
     searched = [arm for arm in plan.arms if arm.seed == SEARCH_SEED and arm.rate_of is None]
@@ -227,13 +241,13 @@ def _rate(arm: Arm, rates: dict[tuple[str, str, float | None], float]) -> float:
     return rates[arm.target, arm.rate_of or arm.name, arm.budget] * arm.rate_factor
 
 
-def _run_all(out: Path, runs: Iterable[Run], masks: Iterable[MaskJob], key: str, *, where: str, processes: int, say: Progress) -> None:
+def _run_all(out: Path, runs: Iterable[ArmRun], masks: Iterable[MaskJob], key: str, *, where: str, processes: int, say: Progress) -> None:
     distinct = {run.identity(key): run for run in runs}
-    pending: list[tuple[str, Run | MaskJob]] = [
+    pending: list[tuple[str, ArmRun | MaskJob]] = [
         (name, run) for name, run in distinct.items() if not (out / RUNS / f"{name}.json").is_file()
     ]
     # expensive runs first, so that no process is left alone with a long one at the end
-    pending.sort(key=lambda job: job[1].kind != "full" if isinstance(job[1], Run) else 0)
+    pending.sort(key=lambda job: job[1].kind != "full" if isinstance(job[1], ArmRun) else 0)
     jobs = {job.identity(key): job for job in masks}
     pending += [(name, job) for name, job in jobs.items() if not (out / MASKS / f"{name}.json").is_file()]
     say(f"{len(distinct) + len(jobs) - len(pending)} of {len(distinct) + len(jobs)} runs are finished; {len(pending)} to do")
@@ -263,11 +277,11 @@ def _load(where: str, out: Path) -> None:
     about = read_about(out)
     facts = about["data"]
     data = load_data(out / DATA, domains=facts["domains"], boundary=facts["boundary"], digest=facts["digest"])
-    _STATE.update(model=load_weights(where), data=data, settings=Settings.model_validate(about["settings"]), out=out)
+    _STATE.update(model=load_weights(where), data=data, settings=InterventionSettings.model_validate(about["settings"]), out=out)
     _STATE.update(prescription=prescription_from(about.get("prescribed")))
 
 
-def _do(name: str, job: Run | MaskJob) -> str:
+def _do(name: str, job: ArmRun | MaskJob) -> str:
     model, data, settings, out = (_STATE[part] for part in ("model", "data", "settings", "out"))
     with routed(model, _STATE["prescription"]) as prescribed:
         if isinstance(job, MaskJob):
@@ -278,7 +292,7 @@ def _do(name: str, job: Run | MaskJob) -> str:
     return f"{job.target}, {job.kind} {len(job.cells)} cells, rate {job.rate:g}: {record['error'] or record['losses'][-1]}"
 
 
-def read_run(out: Path, run: Run, key: str) -> dict[str, Any]:
+def read_run(out: Path, run: ArmRun, key: str) -> dict[str, Any]:
     """The record of a finished run.
 
     Raises:
@@ -294,7 +308,7 @@ def read_experiment(out: Path) -> tuple[dict[str, Any], list[tuple[Arm, dict[str
         InterventionError: no experiment there, or a file that cannot be read.
     """
     about = read_about(out)
-    key, settings = about["key"], Settings.model_validate(about["settings"])
+    key, settings = about["key"], InterventionSettings.model_validate(about["settings"])
     arms = [Arm.model_validate(arm) for arm in about["arms"]]
     rates: dict[tuple[str, str, float | None], float] = {}
     for arm in arms:

@@ -9,12 +9,12 @@ from typing import Any
 
 from dbes.errors import InterventionError, MixError
 from dbes.intervention.data import Texts
-from dbes.intervention.settings import AS_TRAINED, PLAIN, Settings
+from dbes.intervention.settings import AS_TRAINED, PLAIN, InterventionSettings
 from dbes.testbed.prescribed import Prescribed, Prescription, read_prescription
 from dbes.testbed.settings import RoutingSettings
 
 
-def prescription_of(model: str, settings: Settings) -> Prescription | None:
+def prescription_of(model: str, settings: InterventionSettings) -> Prescription | None:
     """How the model is routed in every forward of the experiment; None where it routes by its own router.
 
     Raises:

@@ -16,7 +16,7 @@ from dbes.finetuning.evaluation import choice_likelihoods, right_choices
 from dbes.finetuning.machine import status_bytes
 from dbes.intervention.data import ExperimentData, Items, Part, training_batches
 from dbes.intervention.routing import under
-from dbes.intervention.settings import Run, Settings
+from dbes.intervention.settings import ArmRun, InterventionSettings
 from dbes.intervention.trainables import protected_texts, trainable, with_replay
 from dbes.models.losses import in_batches, padded_nats, token_nats
 from dbes.testbed.prescribed import Prescribed
@@ -81,7 +81,9 @@ def measure_items(
     return found
 
 
-def execute(model: Any, run: Run, data: ExperimentData, settings: Settings, *, prescribed: Prescribed | None = None) -> dict[str, Any]:
+def execute(
+    model: Any, run: ArmRun, data: ExperimentData, settings: InterventionSettings, *, prescribed: Prescribed | None = None
+) -> dict[str, Any]:
     """The record of one run; the model is as before afterwards.
 
     ``curve`` holds, for every point, the nats of each held-out document by domain (of each tuning document in a run of the
@@ -150,7 +152,7 @@ def execute(model: Any, run: Run, data: ExperimentData, settings: Settings, *, p
     }
 
 
-def _optimizer(groups: Sequence[tuple[list[nn.Parameter], float]], settings: Settings) -> torch.optim.AdamW:
+def _optimizer(groups: Sequence[tuple[list[nn.Parameter], float]], settings: InterventionSettings) -> torch.optim.AdamW:
     """AdamW whose groups remember the factor of their learning rate."""
     made = [{"params": parameters, "factor": factor} for parameters, factor in groups]
     return torch.optim.AdamW(made, lr=0.0, betas=BETAS, weight_decay=settings.weight_decay)

@@ -23,7 +23,9 @@ from dbes.text import unknown
 from dbes.trace.store import Trace
 
 if TYPE_CHECKING:
-    from dbes.models import LoadedModel
+    from transformers import PreTrainedTokenizerBase
+
+    from dbes.evaluation.request import Model
 
 DEFAULT_BUDGET = 0.15
 MATCHED = "random-load-matched"
@@ -45,7 +47,8 @@ def find_path(
     rule: str = "specialization",
     budget: float | Literal["auto"] | None = "auto",
     match: str = "specialization",
-    model: str | Path | LoadedModel | None = None,
+    model: Model | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     tasks: str | Path | Task = EMBEDDED,
     average: str = "tokens",
     seed: int = 0,
@@ -62,7 +65,8 @@ def find_path(
         budget: share of the routed-expert parameters, not exceeded; ``"auto"``: 0.15, or ESFT's own sets for ESFT's rules; None: all
             cells the rule admits.
         match: the rule whose cells ``random-load-matched`` carries the load of.
-        model: the evaluated model, for rules that look at it (gradients, masking); with it, budgets count its parameters.
+        model, tokenizer: the evaluated model as `evaluate` takes it, for rules that look at it (gradients, masking); with it, budgets
+            count its parameters.
         tasks: the evaluated task, for rules that look at the model.
         average: of ESFT's rules: ``tokens`` pools the tokens of the domain, as the released code does; ``samples`` takes the mean over
             source texts of each one's mean, as the paper has it.
@@ -85,11 +89,13 @@ def find_path(
     evidence = replace(_evidence(result), average=average)
     index = evidence.domain(domain)
     if model is not None:
+        from dbes.evaluation.request import given_model
         from dbes.paths.model_evidence import with_model
 
         asked = {rule, match} if rule == MATCHED else {rule}
         gradients = bool(asked & {*NEED_MODEL} - {"causal"})
-        evidence = with_model(evidence, model, tasks=tasks, gradients=gradients, effects="causal" in asked)
+        with given_model(model, tokenizer) as given:
+            evidence = with_model(evidence, given, tasks=tasks, gradients=gradients, effects="causal" in asked)
     chosen = chosen_cells(evidence, index, rule, budget=budget, match=match, seed=seed)
     shape, about = evidence.shape, evidence.provenance
     task = about.get("task") or {}
