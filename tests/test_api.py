@@ -57,7 +57,7 @@ def test_every_name_is_there_and_says_what_it_is() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        pytest.param({"domains": {"law": ["a"]}}, "1 domain given", id="one domain"),
+        pytest.param({"domains": {"law": ["a"]}}, "task: 1 domain given", id="one domain"),
         pytest.param({"domains": {"law": ["a"], "code": 3}}, "domains.code", id="a domain that is a number"),
         pytest.param({"window": 1}, "window: ", id="a window of one token"),
         pytest.param({"winodw": 64}, "winodw: unknown key", id="a field that there is not"),

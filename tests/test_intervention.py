@@ -15,12 +15,11 @@ from torch.nn import functional
 from dbes.errors import InterventionError, PathError, SettingError
 from dbes.finetuning.cells import TrainableCells
 from dbes.intervention.arms import SEARCH_SEED, equal_rank, evidence_of, plan_arms
-from dbes.intervention.data import ExperimentData, joined_rows, read_sources, tokenize, training_batches, tuning_split
+from dbes.intervention.data import ExperimentData, joined_rows, load_data, read_sources, save_data, tokenize, training_batches, tuning_split
 from dbes.intervention.grid import MASKS, RUNS, best_rate, intervene
 from dbes.intervention.masking import plan_masks
 from dbes.intervention.runs import document_nats, execute
 from dbes.intervention.settings import IDEAS, ArmRun, InterventionSettings, read_configuration, run_key
-from dbes.intervention.storage import load_data, save_data
 from dbes.intervention.trainables import protected_texts, with_replay
 from dbes.models import LoadedModel, load_model
 from dbes.paths.types import Cell

@@ -12,12 +12,11 @@ import torch
 from scipy.stats import t as student
 
 from dbes.intervention.analysis import analyse
-from dbes.intervention.data import ITEM_COLUMNS, ExperimentData, read_sources, tokenize
+from dbes.intervention.data import ITEM_COLUMNS, ExperimentData, load_data, read_sources, save_data, tokenize
 from dbes.intervention.grid import RUNS, intervene, read_experiment
 from dbes.intervention.outcomes import accuracy_changes, accuracy_figure
 from dbes.intervention.runs import execute, measure_items
 from dbes.intervention.settings import ArmRun, InterventionSettings, run_key
-from dbes.intervention.storage import load_data, save_data
 from dbes.models import LoadedModel, load_model
 from dbes.paths.types import Cell
 from dbes.reporting.outcome import EXPERIMENT_FILE

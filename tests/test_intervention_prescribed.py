@@ -26,7 +26,7 @@ from dbes.intervention.arms import evidence_of, plan_arms
 from dbes.intervention.data import ExperimentData, Texts, read_sources, tokenize, training_batches
 from dbes.intervention.grid import MASKS, RUNS, intervene
 from dbes.intervention.masking import MaskJob, execute_masks
-from dbes.intervention.routing import prescription_from, prescription_of, routable, routed
+from dbes.intervention.routing import prescription_of, routable, routed
 from dbes.intervention.runs import document_nats, execute, measure
 from dbes.intervention.settings import ArmRun, InterventionSettings, run_key
 from dbes.models import LoadedModel, load_model
@@ -399,7 +399,7 @@ def test_the_whole_experiment_from_the_command_line(folder: Path, loaded: Loaded
     about, outcome = (json.loads((out / name).read_text("utf-8")) for name in (EXPERIMENT_FILE, OUTCOME_FILE))
     assert outcome["settings"]["routing"] == about["settings"]["routing"] == "as-trained"
     assert outcome["domains"] == sorted(WORDS) and about["prescribed"]["domains"] == list(WORDS)
-    assert prescription_from(about["prescribed"]) == read_prescription(folder)
+    assert Prescription.model_validate(about["prescribed"]) == read_prescription(folder)
     arms = {row["arm"]: row for row in outcome["targets"]["fruit"]["arms"]}
     assert {"target-load", "full", "router"} <= set(arms) and done.stdout.splitlines()[-1] == outcome["verdict"]
     chosen = [arm["cells"] for arm in about["arms"] if arm["name"] == "target-load"]

@@ -20,13 +20,12 @@ from dbes.files import locked, write_json
 from dbes.finetuning.output import refuse_untrainable
 from dbes.intervention.analysis import analyse
 from dbes.intervention.arms import SEARCH_SEED, Plan, evidence_of, plan_arms
-from dbes.intervention.data import ExperimentData, Texts, read_sources, tokenize
+from dbes.intervention.data import ExperimentData, Texts, load_data, read_sources, save_data, tokenize
 from dbes.intervention.masking import MaskJob, execute_masks, plan_masks
 from dbes.intervention.records import EXPERIMENT_SCHEMA, check_curve, check_documents, read_about, read_mask_record, read_run_record
-from dbes.intervention.routing import prescription_facts, prescription_from, prescription_of, routable, routed
+from dbes.intervention.routing import prescription_of, routable, routed
 from dbes.intervention.runs import execute, measure, measure_items
 from dbes.intervention.settings import Arm, ArmRun, InterventionSettings, run_key, run_of
-from dbes.intervention.storage import load_data, save_data
 from dbes.models import load_model, load_weights
 from dbes.models.windows import embedding_rows
 from dbes.reporting.outcome import EXPERIMENT_FILE, OUTCOME_FILE, OUTCOME_SCHEMA, Outcome
@@ -118,7 +117,7 @@ def _intervene(
     for name in settings.domains:
         if not [other for other in data.domains if other not in (name, *settings.new)]:
             raise InterventionError(f"domain {name!r}: no other domain is left to measure forgetting on")
-    facts = None if prescription is None else prescription_facts(prescription)
+    facts = None if prescription is None else prescription.model_dump(mode="json")
     data, key = _checked_folder(out, data, partial(run_key, settings, model=loaded.revision, prescribed=facts), say=say)
     say(f"finding paths in {len(data.domains)} domains")
     with routed(loaded.model, prescription) as prescribed:
@@ -278,7 +277,8 @@ def _load(where: str, out: Path) -> None:
     facts = about["data"]
     data = load_data(out / DATA, domains=facts["domains"], boundary=facts["boundary"], digest=facts["digest"])
     _STATE.update(model=load_weights(where), data=data, settings=InterventionSettings.model_validate(about["settings"]), out=out)
-    _STATE.update(prescription=prescription_from(about.get("prescribed")))
+    prescribed = about.get("prescribed")
+    _STATE.update(prescription=prescribed and Prescription.model_validate(prescribed))
 
 
 def _do(name: str, job: ArmRun | MaskJob) -> str:

@@ -81,22 +81,22 @@ class Task(Strict):
     domains: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_ -]*$")], DomainSource]
     _path: Path = PrivateAttr(default=Path("task.yaml"))
 
+    @model_validator(mode="after")
+    def _at_least_two_domains(self) -> Task:
+        if len(self.domains) < 2:
+            raise ValueError(f"{len(self.domains)} domain given; specialization compares domains, so at least 2 are needed")
+        return self
+
     @model_validator(mode="wrap")
     @classmethod
     def _checked(cls, content: Any, check: Callable[[Any], Task]) -> Task:
-        """Faults as one TaskError of one line, also of a task that is built in Python."""
+        """Faults as one TaskError of one line, also of a task that is built in Python. Stands last, so that it sees those of the others."""
         try:
             return check(content)
         except ValidationError as error:
             faults = error.errors(include_url=False)
             more = [f"and {len(faults) - PROBLEMS} more"] if len(faults) > PROBLEMS else []
             raise TaskError("; ".join([*map(_told, faults[:PROBLEMS]), *more])) from None
-
-    @model_validator(mode="after")
-    def _at_least_two_domains(self) -> Task:
-        if len(self.domains) < 2:
-            raise ValueError(f"{len(self.domains)} domain given; specialization compares domains, so at least 2 are needed")
-        return self
 
     @property
     def path(self) -> Path:

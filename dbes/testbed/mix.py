@@ -1,14 +1,14 @@
 """Documents of distinguishable domains, tokenized, and the batches that training draws from them.
 
 A batch depends only on (mix, settings, seed, step): nothing about the data order has to be saved, every arm of a comparison
-sees the same data, and a resumed run goes on as if it had never stopped.
+sees the same data, and a resumed run gives what an uninterrupted one gives.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -92,14 +92,8 @@ class Mix:
         unknown = sorted(set(names) - set(self.domains))
         if unknown or len(set(names)) != len(names):
             raise MixError(f"domains {unknown or list(names)}: expected distinct names among {list(self.domains)}")
-        order = [self.domains.index(name) for name in names]
-        return Mix(
-            training=tuple(self.training[index] for index in order),
-            heldout=tuple(self.heldout[index] for index in order),
-            boundary=self.boundary,
-            token_bytes=self.token_bytes,
-            digest=self.digest,
-        )
+        training, heldout = (tuple(side[self.domains.index(name)] for name in names) for side in (self.training, self.heldout))
+        return replace(self, training=training, heldout=heldout)
 
 
 @dataclass(frozen=True, kw_only=True)

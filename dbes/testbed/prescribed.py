@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeGuard
 
@@ -18,15 +17,14 @@ from torch import Tensor, nn
 
 from dbes.errors import MixError
 from dbes.models.sites import base_of
-from dbes.schema import read_json
+from dbes.schema import Strict, read_json
 from dbes.testbed.checkpoint import PRESCRIBED_ROUTERS, TRAINING
 from dbes.testbed.routers import Routing
 from dbes.testbed.settings import RoutingSettings, parse_settings
 from dbes.text import clipped
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prescription:
+class Prescription(Strict):
     """How a checkpoint of ``dbes testbed train --prescribed`` is routed.
 
     Attributes:
