@@ -90,7 +90,7 @@ class Choice(Strict):
         guard_texts: of protected domains, by which rates and steps were refused; 0: none were.
         rises: (updates, worst protected domain) of every check.
         none_keeps: no rate of the range test kept the protected domains, so the smallest was taken.
-        retreats: how often a check refused the state, and training went on from the best one at a third of the rate (a rate that
+        retreats: how often a check refused the state, and training continued from the best one at a third of the rate (a rate that
             was found only). A trial is short: what it keeps, a whole run at that rate may not.
     """
 

@@ -73,46 +73,45 @@ def intervene(
         FileError: the folder cannot be written to, or another run is writing there.
         DbesError: the model or the texts cannot be read.
     """
-    model, out, texts = str(model), Path(out), str(texts)
+    model, out, texts, given = str(model), Path(out), str(texts), list(targets or settings.domains)
     if (out / OUTCOME_FILE).is_file() and not os.access(out, os.W_OK):
-        return _outcome_on_read_only_disk(model, out, settings, texts=texts, targets=targets)
+        return _outcome_on_read_only_disk(out, [model, texts, given, settings.model_dump(mode="json")])
+    say = progress or (lambda _: None)
+    torch.set_num_threads(1)
+    where = str(EMBEDDED_MODEL) if model == "embedded" else model
     with locked(out):
-        return _intervene(model, out, settings, texts=texts, targets=targets, cache=cache, processes=processes, progress=progress)
+        plan, masks, key = _planned(model, where, out, settings, texts=texts, given=given, cache=cache, say=say)
+        rates = search_rates(out, plan, settings, key, where=where, processes=processes, say=say)
+        final = [run_of(arm, rate=_rate(arm, rates)) for arm in plan.arms if arm.seed != SEARCH_SEED]
+        _run_all(out, final, masks, key, where=where, processes=processes, say=say)
+        outcome = analyse(*read_experiment(out))
+        write_json(out / OUTCOME_FILE, outcome)
+    return outcome
 
 
-def _outcome_on_read_only_disk(
-    model: str, out: Path, settings: InterventionSettings, *, texts: str, targets: Sequence[str] | None
-) -> dict[str, Any]:
+def _outcome_on_read_only_disk(out: Path, asked: list[Any]) -> dict[str, Any]:
     """The finished outcome of an experiment that was asked for in the same words; nothing can be added to it.
+
+    Args:
+        asked: model, texts, targets and settings, as they were given.
 
     Raises:
         FileError: it was asked for otherwise.
     """
     about, outcome = read_about(out), read_record(out / OUTCOME_FILE, Outcome, error=InterventionError, versions=(OUTCOME_SCHEMA,))
-    asked = [model, texts, list(targets or settings.domains), settings.model_dump(mode="json")]
     if [about["model"].get("where"), about.get("texts"), about.get("given"), outcome.get("settings")] != asked:
         raise FileError(f"{out}: cannot be written, and holds an experiment with other settings; choose another --out")
     return outcome
 
 
-def _intervene(
-    model: str,
-    out: Path,
-    settings: InterventionSettings,
-    *,
-    texts: str,
-    targets: Sequence[str] | None,
-    cache: Path,
-    processes: int,
-    progress: Progress | None,
-) -> dict[str, Any]:
-    say = progress or (lambda _: None)
-    torch.set_num_threads(1)
-    where = str(EMBEDDED_MODEL) if model == "embedded" else model
+def _planned(
+    model: str, where: str, out: Path, settings: InterventionSettings, *, texts: str, given: list[str], cache: Path, say: Progress
+) -> tuple[Plan, list[MaskJob], str]:
+    """The arms and masks of an experiment and its key, after what it is and its data were written to the folder."""
     prescription = prescription_of(where, settings)
     refuse_untrainable(where)
     loaded = load_model(where, name=EMBEDDED_NAME if model == "embedded" else None)
-    sources = _sources(texts, targets or settings.domains, settings, prescription, cache=cache, say=say)
+    sources = _sources(texts, given, settings, prescription, cache=cache, say=say)
     data = tokenize(sources, loaded.tokenizer, targets=settings.domains, settings=settings, known=embedding_rows(loaded.model))
     for name in settings.domains:
         if not [other for other in data.domains if other not in (name, *settings.new)]:
@@ -135,7 +134,7 @@ def _intervene(
         "key": key,
         "model": {"name": loaded.name, "revision": loaded.revision, "parameters": loaded.parameters, "where": model},
         "texts": texts,
-        "given": list(targets or settings.domains),
+        "given": given,
         **_measured_on(data),
         "base": base,
         "settings": settings.model_dump(mode="json"),
@@ -158,13 +157,7 @@ def _intervene(
             asked = measure_items(loaded.model, data.items, padding=data.boundary, prescribed=prescribed)
         about["accuracy"] = {"choices": choices, **asked}
     write_json(out / EXPERIMENT_FILE, about)
-    del loaded, prescribed
-    rates = search_rates(out, plan, settings, key, where=where, processes=processes, say=say)
-    final = [run_of(arm, rate=_rate(arm, rates)) for arm in plan.arms if arm.seed != SEARCH_SEED]
-    _run_all(out, final, masks, key, where=where, processes=processes, say=say)
-    outcome = analyse(*read_experiment(out))
-    write_json(out / OUTCOME_FILE, outcome)
-    return outcome
+    return plan, masks, key
 
 
 def _sources(

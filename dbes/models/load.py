@@ -16,6 +16,7 @@ from transformers.utils.quantization_config import Mxfp4Config
 from dbes.errors import ModelError
 from dbes.models.adapters import Adapter, find_adapter, inner_model, merge_adapter
 from dbes.models.classes import build, choose_class
+from dbes.models.execution import input_device
 from dbes.models.explained import explained
 from dbes.models.folder import (
     ADAPTER_CONFIG,
@@ -30,7 +31,7 @@ from dbes.models.folder import (
 )
 from dbes.models.identity import folder_fingerprint, joined, model_fingerprint, tokenizer_fingerprint
 from dbes.models.leftovers import account, refuse_unfit, watched_loading
-from dbes.models.sites import find_sites, input_device
+from dbes.models.sites import find_sites
 from dbes.shipped import located
 
 NOT_A_FOLDER = "no-adapter-here"

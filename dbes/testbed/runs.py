@@ -61,7 +61,7 @@ class GridRun(Strict):
 
 
 def execute(run: GridRun, mix_folder: Path, folder: Path) -> dict[str, Any]:
-    """The record of a run; a finished one is read back, an interrupted one goes on, a diverged one is recorded as failed."""
+    """The record of a run; a finished one is read back, an interrupted one is resumed, a diverged one is recorded as failed."""
     path = folder / RUN_FILE
     if path.exists():
         return read_run(path)
