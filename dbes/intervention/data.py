@@ -27,7 +27,7 @@ from dbes.models.token_text import text_bytes
 from dbes.models.windows import refuse_unknown, token_ids
 from dbes.scoring.tables import read_safetensors
 from dbes.tasks.entries import Entry, by_hash, entry_of_document, hold_out, read_entries
-from dbes.testbed.mix import Text, is_heldout, read_texts
+from dbes.testbed.mix import Text, TokenDocuments, is_heldout, read_texts
 from dbes.testbed.mixes import HELDOUT_SHARE, mix_files
 from dbes.text import clipped, unknown
 
@@ -48,22 +48,14 @@ class Texts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
-    """Documents as tokens: document i is ``tokens[starts[i]:starts[i + 1]]``.
+class Part(TokenDocuments):
+    """Documents of one domain for one use.
 
     Attributes:
         bytes: int64 [documents], bytes of text behind all but the first token of each.
     """
 
-    tokens: np.ndarray
-    starts: np.ndarray
     bytes: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.bytes)
-
-    def document(self, index: int) -> np.ndarray:
-        return self.tokens[self.starts[index] : self.starts[index + 1]]
 
 
 @dataclass(frozen=True, kw_only=True)

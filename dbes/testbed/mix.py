@@ -47,10 +47,9 @@ class Text:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DomainTokens:
-    """The tokenized documents of one domain: document i is ``tokens[starts[i]:starts[i + 1]]``."""
+class TokenDocuments:
+    """Tokenized documents: document i is ``tokens[starts[i]:starts[i + 1]]``."""
 
-    name: str
     tokens: np.ndarray
     starts: np.ndarray
 
@@ -59,6 +58,13 @@ class DomainTokens:
 
     def document(self, index: int) -> np.ndarray:
         return self.tokens[self.starts[index] : self.starts[index + 1]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DomainTokens(TokenDocuments):
+    """The documents of one domain."""
+
+    name: str
 
 
 @dataclass(frozen=True, kw_only=True)
