@@ -15,8 +15,9 @@ from torch import nn
 
 from dbes.errors import ModelError, RecordingError
 from dbes.models.doctor import ablation_agrees
+from dbes.models.execution import base_of
 from dbes.models.hooks import Decision, watching
-from dbes.models.sites import base_of, find_sites
+from dbes.models.sites import find_sites
 from dbes.recording.stiffness import Noise, logit_stiffness, noise_rows, selection_stiffness
 
 FAMILIES = discovered()

@@ -21,8 +21,9 @@ from rounding import assert_same_routes
 
 from dbes.errors import ModelError, RecordingError, TraceError
 from dbes.models import LoadedModel, load_model
+from dbes.models.execution import base_of
 from dbes.models.hooks import watching
-from dbes.models.sites import base_of, find_sites
+from dbes.models.sites import find_sites
 from dbes.recording import forward
 from dbes.recording import record as recording
 from dbes.recording.forward import ForwardEngine, Window, record_batch

@@ -324,11 +324,11 @@ def test_quantized_tensors_are_refused_whatever_the_config_says(tiny_checkpoint,
 
 def test_intervene_refuses_a_quantized_model_too(tiny_checkpoint, tmp_path):
     from dbes.intervention.grid import intervene
-    from dbes.intervention.settings import Settings
+    from dbes.intervention.settings import InterventionSettings
 
     base = copy_of(tiny_checkpoint, tmp_path / "base", quantization_config={"quant_method": "fp8"})
     with pytest.raises(FinetuneError, match="weights are quantized"):
-        intervene(str(base), tmp_path / "out", Settings(domains=("law",)), texts="none")
+        intervene(str(base), tmp_path / "out", InterventionSettings(domains=("law",)), texts="none")
 
 
 def altered(delta, where, change=None, **facts):

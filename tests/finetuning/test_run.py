@@ -423,7 +423,7 @@ class Recorder(GeneralTracker):
 
 
 def test_what_a_tracker_prints_keeps_off_the_standard_output(run, monkeypatch, capsys):
-    monkeypatch.setattr("dbes.finetuning.run._installed", lambda _: True)
+    monkeypatch.setattr("dbes.finetuning.run.is_installed", lambda _: True)
     monkeypatch.setattr("accelerate.accelerator.filter_trackers", lambda *_: [Recorder()])
     monkeypatch.setattr(Accelerator, "init_trackers", lambda *_, **__: print("hello from the tracker"))
     monkeypatch.setattr(Accelerator, "end_training", lambda _: print("bye from the tracker"))
