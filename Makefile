@@ -7,15 +7,16 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 # The pages then name the command as any reader starts it, wherever they were built.
 SHARED := PATH="$(CURDIR)/$(BIN):$$PATH" dbes
 # Two processes of one thread each: twice as fast as one process of two threads.
-TESTS := $(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+# Bytecode is kept whatever the environment says: both workers, and the processes that tests start, read it instead of compiling again.
+TESTS := $(OFFLINE) OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2
 
 .PHONY: evaluate test test-slow check lint types contracts docs model benchmark-data wheel imports layout benchmarks leaderboard reports browser clean
 
 evaluate: $(READY)  ## Evaluate the embedded checkpoint on the embedded benchmark.
 	$(OFFLINE) $(BIN)/dbes evaluate --model embedded --tasks embedded --output-path results
 
-test: $(READY)  ## The tests that finish in minutes.
-	$(TESTS)
+test: $(READY)  ## The tests that finish in minutes; a file stays with one worker, which makes its fixtures once.
+	$(TESTS) --dist loadfile
 
 test-slow: $(READY)  ## The simulations and the other slow tests.
 	$(TESTS) -m slow

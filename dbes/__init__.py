@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from dbes.finetuning.output import merge
     from dbes.finetuning.run import finetune
     from dbes.finetuning.settings import FinetuneSettings
+    from dbes.intervention.grid import intervene
+    from dbes.intervention.settings import InterventionSettings
     from dbes.models.doctor import Diagnosis, examine
     from dbes.models.load import LoadedModel, load_model
     from dbes.paths.search import find_path
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from dbes.scoring.counts import Counts
     from dbes.scoring.score import score
     from dbes.tasks.task import Task, list_tasks, load_task
+    from dbes.testbed.report import run_testbed
     from dbes.trace.store import Trace
 
 _HOMES = {
@@ -54,6 +57,8 @@ _HOMES = {
     "find_path": "dbes.paths.search",
     "finetune": "dbes.finetuning.run",
     "merge": "dbes.finetuning.output",
+    "intervene": "dbes.intervention.grid",
+    "run_testbed": "dbes.testbed.report",
     "examine": "dbes.models.doctor",
     "load_model": "dbes.models.load",
     "load_task": "dbes.tasks.task",
@@ -66,6 +71,7 @@ _HOMES = {
     "Comparison": "dbes.comparison.compare",
     "Diagnosis": "dbes.models.doctor",
     "FinetuneSettings": "dbes.finetuning.settings",
+    "InterventionSettings": "dbes.intervention.settings",
     "LoadedModel": "dbes.models.load",
 }
 
@@ -79,6 +85,7 @@ __all__ = [
     "FinetuneError",
     "FinetuneSettings",
     "InterventionError",
+    "InterventionSettings",
     "LoadedModel",
     "MixError",
     "ModelError",
@@ -96,6 +103,7 @@ __all__ = [
     "examine",
     "find_path",
     "finetune",
+    "intervene",
     "list_tasks",
     "load_model",
     "load_result",
@@ -104,6 +112,7 @@ __all__ = [
     "merge",
     "record",
     "report",
+    "run_testbed",
     "score",
 ]
 __version__ = "0.1.0"

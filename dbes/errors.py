@@ -73,12 +73,18 @@ def refusal(problem: BaseException) -> str | None:
     """
     if isinstance(problem, OSError):
         return problem.strerror or str(problem) or type(problem).__name__
-    if isinstance(problem, MemoryError):
-        return f"out of memory: {problem}" if str(problem) else "out of memory"
     if not isinstance(problem, Exception) or isinstance(problem, DbesError):
         return None
     if found := re.search(r"\(os error (\d+)\)", str(problem)):
         return os.strerror(int(found[1]))
-    if isinstance(problem, RuntimeError | ImportError) and any(words in str(problem).lower() for words in OUT_OF_MEMORY):
-        return f"out of memory: {str(problem).strip().splitlines()[0][:200]}"
+    return out_of_memory(problem)
+
+
+def out_of_memory(problem: BaseException) -> str | None:
+    """That memory ran out, in a line, whatever library tells it; None for anything else."""
+    told = str(problem).strip()
+    if isinstance(problem, MemoryError) or (
+        isinstance(problem, RuntimeError | ImportError) and any(words in told.lower() for words in OUT_OF_MEMORY)
+    ):
+        return f"out of memory: {told.splitlines()[0][:200]}" if told else "out of memory"
     return None

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,3 +63,16 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     OlmoeForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runs of a grid in this process, one after the other, from pickled jobs as a worker gets them: a worker takes seconds to start."""
+    from dbes.testbed import grid
+
+    def run_jobs(work: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], *, tell: Callable[[int, int, Any], None], **_: Any) -> None:
+        for place, job in enumerate(jobs):
+            called, given = pickle.loads(pickle.dumps((work, job)))
+            tell(place + 1, place, called(*given))
+
+    monkeypatch.setattr(grid, "run_jobs", run_jobs)

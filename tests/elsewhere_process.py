@@ -26,7 +26,7 @@ from dbes.finetuning.encoding import Sample, collate
 from dbes.finetuning.evaluation import measure as bits_per_byte
 from dbes.intervention.data import ExperimentData, Part
 from dbes.intervention.runs import document_nats, execute
-from dbes.intervention.settings import Run, Settings
+from dbes.intervention.settings import ArmRun, InterventionSettings
 from dbes.models import load_model
 from dbes.models.doctor import examine
 from dbes.models.losses import next_token_loss, token_nats
@@ -123,7 +123,7 @@ def part(seed: int) -> Part:
 
 def run_of(**changes: Any) -> Callable[[Any], Any]:
     def executed(model: Any) -> Any:
-        settings = Settings(
+        settings = InterventionSettings(
             domains=DOMAINS, budgets=(0.2,), rules=("target-load",), extras=(), ideas=(), protected=(), idea_rule="target-load", seeds=1,
             rates=(1e-2,), steps=2, warmup=0, sequences=2, length=8, points=(1, 2), full_points=(1, 2), documents=3, other_documents=2,
             tuning_documents=2, evidence_tokens=100, permutations=10, masks=2,
@@ -131,7 +131,7 @@ def run_of(**changes: Any) -> Callable[[Any], Any]:
         names = ("train", "tuning", "heldout", "protected")
         parts = {(domain, kind): part(10 * place + of) for place, domain in enumerate(DOMAINS) for of, kind in enumerate(names)}
         data = ExperimentData(domains=DOMAINS, parts=parts, boundary=1, digest="x", items={})
-        run = Run(**{"target": "a", "cells": (), "rank": None, "only": None, "rate": 1e-2, "seed": 0, "tuning": False, **changes})
+        run = ArmRun(**{"target": "a", "cells": (), "rank": None, "only": None, "rate": 1e-2, "seed": 0, "tuning": False, **changes})
         record = execute(model, run, data, settings)
         assert record["status"] == "ok", record
         return [record["losses"], *[list(values) for point in record["curve"] for values in point["nats"].values()]]

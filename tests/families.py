@@ -8,9 +8,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer
@@ -26,6 +28,12 @@ from transformers.models.auto.modeling_auto import (
 from transformers.models.dbrx.configuration_dbrx import DbrxAttentionConfig
 
 EXPERTS, TOP_K, LAYERS, VOCABULARY, HIDDEN = 8, 2, 4, 128, 32
+
+REPRESENTATIVES = (
+    "olmoe", "deepseek_v3", "deepseek_v4", "gpt_oss", "llama4_text", "nemotron_h", "dbrx", "doge", "longcat_flash",
+)  # fmt: skip
+"""Families that differ most: the plain one; groups and a bias; experts from a table; biases and interleaved rows; scores in place of
+ids; no gate; flat weights; rows of an embedding; zero experts. The default tests run these, the slow ones every other."""
 
 # transformers 5.23: DbrxAttention reads rope_theta, which its config class lacks
 DbrxAttentionConfig.rope_theta = 10000.0
@@ -118,6 +126,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "zaya": {"num_experts_per_tok": 1},
 }
+
+
+def representatives(families: Iterable[str]) -> list[Any]:
+    """Values for ``parametrize``: all these families, of which only the representatives are tested by default."""
+    return [family if family in REPRESENTATIVES else pytest.param(family, marks=pytest.mark.slow) for family in families]
 
 
 @functools.cache

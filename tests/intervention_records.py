@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from dbes.intervention.settings import Arm, Settings
+from dbes.intervention.settings import Arm, InterventionSettings
 
 OTHERS = ("b", "c", "d")
 STEPS = (5, 10, 20, 40)
 BYTES = 300.0
 
 
-def settings(*, seeds: int = 5, **more: Any) -> Settings:
-    return Settings(domains=("a",), seeds=seeds, rules=("specialization", "target-load", "random-load-matched"), **more)
+def settings(*, seeds: int = 5, **more: Any) -> InterventionSettings:
+    return InterventionSettings(domains=("a",), seeds=seeds, rules=("specialization", "target-load", "random-load-matched"), **more)
 
 
 def experiment(

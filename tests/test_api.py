@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pydantic import ValidationError
 from transformers import AutoTokenizer, OlmoeForCausalLM
 from transformers.modeling_utils import PreTrainedModel
 
@@ -54,6 +53,28 @@ def test_every_name_is_there_and_says_what_it_is() -> None:
     assert set(dbes.__all__) < set(dir(dbes))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param({"domains": {"law": ["a"]}}, "task: 1 domain given.*at least 2 are needed", id="one domain"),
+        pytest.param({"domains": {"law": ["a"], "code": []}}, r"domains\.code\.texts: .*at least 1 item", id="no text"),
+        pytest.param({"domains": {"law": ["a"], "code": [3]}}, r"domains\.code\.texts\.0: .*valid string", id="no string"),
+        pytest.param(
+            {"domains": {"law": ["a"], "code": {"texts": ["x"], "colour": 1}}}, r"domains\.code\.colour: unknown key", id="unknown key"
+        ),
+        pytest.param({"domains": {"law": ["a"], "code": 3}}, "domains.code", id="a domain that is a number"),
+        pytest.param({"window": 1}, "window: ", id="a window of one token"),
+        pytest.param({"winodw": 64}, "winodw: unknown key", id="a field that there is not"),
+        pytest.param({"name": "a/b"}, "name: ", id="a name that is a path"),
+    ],
+)
+def test_a_task_built_wrongly_in_python_names_the_field(change: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {"name": "mine", "version": 1, "domains": {"law": ["a"], "code": ["b"]}, **change}
+    with pytest.raises(dbes.TaskError, match=message) as told:
+        dbes.Task(**given)
+    assert "\n" not in str(told.value) and "pydantic" not in str(told.value)
+
+
 def test_a_task_built_in_python_is_that_of_the_same_texts_in_files(task: dbes.Task, tmp_path: Path) -> None:
     lines = [f"name: {task.name}", "version: 1", "window: 64", "domains:"]
     for domain in WORDS:
@@ -69,20 +90,6 @@ def test_a_task_built_in_python_is_that_of_the_same_texts_in_files(task: dbes.Ta
 
     mixed = dbes.Task(name="mixed", version=1, domains={"law": {"files": [str(tmp_path / "law.jsonl")]}, "code": ["a = 1", "b = 2"]})  # pyright: ignore[reportArgumentType]
     assert [document.domain for document in read_benchmark(mixed).documents] == ["law"] * 8 + ["code"] * 2
-
-
-@pytest.mark.parametrize(
-    ("domains", "message"),
-    [
-        pytest.param({"a": ["x"]}, "at least 2 are needed", id="one domain"),
-        pytest.param({"a": ["x"], "b": []}, "at least 1 item", id="no text"),
-        pytest.param({"a": ["x"], "b": [3]}, "valid string", id="no string"),
-        pytest.param({"a": ["x"], "b": {"texts": ["x"], "colour": "blue"}}, "Extra inputs", id="unknown key"),
-    ],
-)
-def test_a_task_that_cannot_be_one_is_refused(domains: Any, message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
-        dbes.Task(name="mine", version=1, domains=domains)
 
 
 def test_an_empty_text_is_refused_by_its_place() -> None:
@@ -167,8 +174,19 @@ def test_a_path_is_found_in_a_result_its_folder_a_trace_and_counts(result: dbes.
         dbes.find_path(dbes.score(trace, permutations=5), domain="law")
 
 
+def test_a_path_is_found_by_a_model_in_memory(model: OlmoeForCausalLM, task: dbes.Task, tiny_checkpoint: Path) -> None:
+    tokenizer = dbes.load_model(tiny_checkpoint).tokenizer
+    trace = dbes.record(model, tokenizer=tokenizer, tasks=task)
+    given: dict[str, Any] = {"domain": "law", "rule": "gradient", "tasks": task, "resamples": 0}
+    assert dbes.find_path(trace, model=model, tokenizer=tokenizer, **given).share <= 0.15
+    with pytest.raises(dbes.ModelError, match="needs its tokenizer"):
+        dbes.find_path(trace, model=model, **given)
+
+
 def test_the_whole_round_with_a_task_that_has_no_file(result: dbes.Result, task: dbes.Task, tiny_checkpoint: Path, folder: Path) -> None:
     path = dbes.find_path(result, domain="law", rule="gradient", budget=0.2, model=tiny_checkpoint, tasks=task)
+    loaded = dbes.load_model(tiny_checkpoint)
+    assert dbes.find_path(result, domain="law", rule="gradient", budget=0.2, model=loaded, tasks=task) == path
     options: dict[str, Any] = {"tasks": task, "steps": 2, "lr": 0.05, "limit": 2, "seq_len": 32}
     told = dbes.finetune(tiny_checkpoint, path, "task:law", folder / "law", **options)
     assert told.target == "law" and told.cells == path.cells and set(told.after) == set(WORDS)

@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import COMPOSITE, EXPERTS, HIDDEN, LAYERS, TOP_K, discovered, tiny_model
+from families import COMPOSITE, EXPERTS, HIDDEN, LAYERS, TOP_K, discovered, representatives, tiny_model
 from mock_remote_moe import BLOCKS, READ, Mixtral, MockMoeConfig, MockMoeForCausalLM
 from torch import nn
 
 from dbes.errors import ModelError, RecordingError
 from dbes.models.doctor import ablation_agrees
+from dbes.models.execution import base_of
 from dbes.models.hooks import Decision, watching
-from dbes.models.sites import base_of, find_sites
+from dbes.models.sites import find_sites
 from dbes.recording.stiffness import Noise, logit_stiffness, noise_rows, selection_stiffness
 
 FAMILIES = discovered()
@@ -54,7 +55,7 @@ def test_every_family_is_covered() -> None:
         assert len(set(FAMILIES) | set(COMPOSITE)) == 62
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", representatives(FAMILIES))
 def test_changing_one_expert_changes_exactly_the_recorded_rows(family: str) -> None:
     model = model_of(family)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -83,7 +84,7 @@ def test_the_ablation_notices_wrong_ids(monkeypatch: pytest.MonkeyPatch) -> None
     assert not any(ablation_agrees(model, site, text()) for site in find_sites(model))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", representatives(FAMILIES))
 def test_every_site_is_seen_once_and_the_model_is_untouched(family: str) -> None:
     model, input_ids = model_of(family), text()
     sites, hooked = find_sites(model), hooks(model)
@@ -103,7 +104,7 @@ def test_every_site_is_seen_once_and_the_model_is_untouched(family: str) -> None
     assert all(torch.equal(stopped[index][0].ids, found[index][0].ids) for index in found)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", representatives(FAMILIES))
 def test_scores_are_those_the_top_k_was_taken_on(family: str) -> None:
     """Exact in every family but where there is no score: a table of token ids (deepseek_v4), product keys (doge)."""
     model = model_of(family)

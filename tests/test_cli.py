@@ -51,7 +51,18 @@ def test_help_loads_nothing_heavy() -> None:
     print(f"dbes --help: {time.perf_counter() - started:.2f} s")
 
 
-def test_json_is_the_result_and_nothing_else(results: Path, tiny_checkpoint: Path, tiny_task: Path) -> None:
+def test_json_is_the_result_and_nothing_else(
+    results: Path, tiny_checkpoint: Path, tiny_task: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--model", tiny_checkpoint, "--tasks", tiny_task, "--output-path", results, "--permutations", "50")
+    with pytest.raises(SystemExit) as done:
+        app(["evaluate", *map(str, arguments), "--format", "json"])
+    assert not done.value.code
+    assert json.loads(capfd.readouterr().out)["status"] == "ok"
+
+
+@pytest.mark.slow
+def test_json_of_a_process_of_its_own(results: Path, tiny_checkpoint: Path, tiny_task: Path) -> None:
     arguments = ("--model", tiny_checkpoint, "--tasks", tiny_task, "--output-path", results, "--permutations", "50")
     done = run("evaluate", *arguments, "--format", "json")
     assert done.returncode == 0

@@ -41,6 +41,7 @@ NAMES: dict[str, tuple[str, str]] = {
     "paths match": ("target-laod", "target-load"),
     "paths tasks": ("smoek", "smoke"),
     "paths format": ("esff", "esft"),
+    "paths average": ("sample", "samples"),
     "finetune data": ("task:lwa", "law"),
     "finetune tasks": ("embeded", "embedded"),
     "finetune save": ("modle", "model"),

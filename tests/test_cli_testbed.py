@@ -22,7 +22,7 @@ from dbes.files import locked
 from dbes.testbed import grid as grid_module
 from dbes.testbed.presets import Preset
 from dbes.testbed.runner import run_jobs
-from dbes.testbed.runs import Run
+from dbes.testbed.runs import GridRun
 from dbes.testbed.settings import parse_settings
 from dbes.testbed.training import TrainingError
 
@@ -151,16 +151,18 @@ def test_a_built_mix_says_what_it_holds(mix, tmp_path):
     assert [line.split(":")[0] for line in lines[:-1]] == list(WORDS) and "held-out documents" in lines[0]
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_grid_and_its_report(mix, tmp_path, monkeypatch, processes):
+@pytest.mark.parametrize("processes", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+def test_a_grid_and_its_report(mix, tmp_path, monkeypatch, request, processes):
+    if not processes:
+        request.getfixturevalue("in_process")
     arms = {}
     for name, routing in (("aux_loss/global_batch", {}), ("frozen", {"router": "frozen", "balancing": "none", "coefficient": 0.0})):
         content = {**SETTINGS, "routing": routing, "optimizer": {"steps": 2, "warmup": 1}}
-        arms[name] = Run(arm=name, settings=parse_settings(content, where="test"), documents=3, permutations=10)
+        arms[name] = GridRun(arm=name, settings=parse_settings(content, where="test"), documents=3, permutations=10)
     tiny = Preset(name="smoke", mix="embedded", seeds=1, vocabulary=300, arms=arms, experiments={"scope": list(arms)})
     monkeypatch.setattr(grid_module, "preset", lambda _: tiny)
     arguments = ("run", "--preset", "smoke", "--out", tmp_path / "grid", "--mix", mix, "--cache", tmp_path / "cache")
-    done = run(*arguments, "--processes", processes)
+    done = run(*arguments, "--processes", max(1, processes))
     assert done.exit_code == 0, done.output
     assert "0 of 2 runs are finished; 2 to train" in done.stderr
     assert Path(done.stdout.strip()) == tmp_path / "grid" / "report" / "index.html"

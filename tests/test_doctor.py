@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import EXPERTS, character_tokenizer, discovered, tiny_config, tiny_model
+from families import EXPERTS, character_tokenizer, discovered, representatives, tiny_config, tiny_model
 from mock_remote_moe import MockMoeConfig, MockMoeForCausalLM
 from rich.console import Console
 from torch import nn
@@ -100,7 +100,7 @@ def test_weights_too_large_are_not_loaded(tmp_path: Path, monkeypatch: pytest.Mo
     assert found.weights == "random, scaled down" and "were not loaded: only their names, shapes and files" in found.notes[0]
 
 
-@pytest.mark.parametrize("family", discovered())
+@pytest.mark.parametrize("family", representatives(discovered()))
 def test_every_family_scales_down(family: str) -> None:
     """From the family's default config, which has the sizes of its first checkpoint."""
     config = CONFIG_MAPPING[family](**INCOMPLETE.get(family, {}))

@@ -106,7 +106,7 @@ def settings_of(effect: str, *, domains: int = 4) -> simulate.Population:
     return simulate.population(7, domains=domains, effect=simulate.EFFECTS[effect])
 
 
-@pytest.mark.parametrize("effect", simulate.EFFECTS)
+@pytest.mark.parametrize("effect", [pytest.param(name, marks=pytest.mark.slow) if name == "weak" else name for name in simulate.EFFECTS])
 def test_intervals_hold_the_truth(effect: str) -> None:
     runs = 60
     for found in simulate.coverage(settings_of(effect), documents=20, runs=runs, permutations=60, tokens=60):

@@ -15,12 +15,11 @@ from torch.nn import functional
 from dbes.errors import InterventionError, PathError, SettingError
 from dbes.finetuning.cells import TrainableCells
 from dbes.intervention.arms import SEARCH_SEED, equal_rank, evidence_of, plan_arms
-from dbes.intervention.data import ExperimentData, joined_rows, read_sources, tokenize, training_batches, tuning_split
+from dbes.intervention.data import ExperimentData, joined_rows, load_data, read_sources, save_data, tokenize, training_batches, tuning_split
 from dbes.intervention.grid import MASKS, RUNS, best_rate, intervene
 from dbes.intervention.masking import plan_masks
 from dbes.intervention.runs import document_nats, execute
-from dbes.intervention.settings import IDEAS, Run, Settings, read_configuration, run_key
-from dbes.intervention.storage import load_data, save_data
+from dbes.intervention.settings import IDEAS, ArmRun, InterventionSettings, read_configuration, run_key
 from dbes.intervention.trainables import protected_texts, with_replay
 from dbes.models import LoadedModel, load_model
 from dbes.paths.types import Cell
@@ -33,7 +32,7 @@ RULES = ("target-load", "gradient", "random", "random-load-matched")
 EPS = torch.finfo(torch.float32).eps
 """Logits are rounded to float32 before the loss, also those of a model in float64."""
 
-SETTINGS = Settings(
+SETTINGS = InterventionSettings(
     domains=("law", "new"),
     new=("new",),
     budgets=(0.2,),
@@ -171,7 +170,7 @@ def test_document_nats_against_one_document_at_a_time(loaded: LoadedModel) -> No
     ],
 )
 def test_a_run_learns_and_leaves_the_model_as_it_was(change: dict[str, Any], loaded: LoadedModel, data: ExperimentData) -> None:
-    run = Run(**{"target": "law", "cells": (), "rank": None, "only": None, "rate": 3e-3, "seed": 0, "tuning": False, **change})
+    run = ArmRun(**{"target": "law", "cells": (), "rank": None, "only": None, "rate": 3e-3, "seed": 0, "tuning": False, **change})
     before = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
     flags = [parameter.requires_grad for parameter in loaded.model.parameters()]
     record = execute(loaded.model, run, data, SETTINGS)
@@ -195,8 +194,8 @@ def test_a_run_learns_and_leaves_the_model_as_it_was(change: dict[str, Any], loa
 def test_router_first_trains_the_routers_and_only_then_the_path(loaded: LoadedModel, data: ExperimentData) -> None:
     """With as many router steps as there are steps the run is the router's; a path alone differs from both."""
     common: dict[str, Any] = {"target": "law", "rank": None, "only": None, "rate": 3e-3, "seed": 0, "tuning": False}
-    routers = Run(kind="router", cells=(), **common)
-    cells = Run(kind="cells", cells=(Cell(0, 1), Cell(2, 5)), **common)
+    routers = ArmRun(kind="router", cells=(), **common)
+    cells = ArmRun(kind="cells", cells=(Cell(0, 1), Cell(2, 5)), **common)
     found = {steps: execute(loaded.model, cells.model_copy(update={"router_steps": steps}), data, SETTINGS)["losses"] for steps in (2, 4)}
     alone = execute(loaded.model, routers, data, SETTINGS)["losses"]
     assert found[4] == alone and found[2][:3] == alone[:3] and found[2][3] != alone[3]
@@ -205,7 +204,7 @@ def test_router_first_trains_the_routers_and_only_then_the_path(loaded: LoadedMo
 
 def test_rates_by_layer_of_one_are_none_and_twice_the_rate_is_a_factor_of_two(loaded: LoadedModel, data: ExperimentData) -> None:
     common: dict[str, Any] = {"target": "law", "rank": None, "only": None, "seed": 0, "tuning": False, "kind": "cells"}
-    plain = Run(cells=(Cell(0, 1), Cell(2, 5)), rate=2e-3, **common)
+    plain = ArmRun(cells=(Cell(0, 1), Cell(2, 5)), rate=2e-3, **common)
     by_layer = [plain.model_copy(update={"rate": rate, "layer_rates": ((0, f), (2, f))}) for rate, f in ((2e-3, 1.0), (1e-3, 2.0))]
     losses = [execute(loaded.model, run, data, SETTINGS)["losses"] for run in (plain, *by_layer)]
     assert losses[0] == losses[1] == losses[2]
@@ -249,21 +248,24 @@ def test_replay_takes_its_share_from_other_domains() -> None:
 
 def test_identities_of_finished_runs_stay() -> None:
     """Names that version 37d9854 gave: folders of experiments made before protection can be gone on with."""
-    run = Run(target="law", kind="cells", cells=(Cell(0, 1), Cell(2, 5)), rank=None, only=None, rate=1e-3, seed=0, tuning=False)
+    run = ArmRun(target="law", kind="cells", cells=(Cell(0, 1), Cell(2, 5)), rank=None, only=None, rate=1e-3, seed=0, tuning=False)
     assert run.identity("k") == "910c32dcfb07732367dd"
-    assert run_key(Settings(domains=("law",)), model="m", data="d") == "85cb3db078a6d42c7cf74feb361dfe3aec7dc6dda32c68fc3541faa4cfe9f10e"
+    assert (
+        run_key(InterventionSettings(domains=("law",)), model="m", data="d")
+        == "85cb3db078a6d42c7cf74feb361dfe3aec7dc6dda32c68fc3541faa4cfe9f10e"
+    )
     assert run.model_copy(update={"protect": 0.03}).identity("k") != run.model_copy(update={"protect": 0.1}).identity("k")
 
 
 def test_a_run_of_the_search_sees_no_held_out_document(loaded: LoadedModel, data: ExperimentData) -> None:
-    run = Run(target="new", kind="router", cells=(), rank=None, only=None, rate=1e-3, seed=SEARCH_SEED, tuning=True)
+    run = ArmRun(target="new", kind="router", cells=(), rank=None, only=None, rate=1e-3, seed=SEARCH_SEED, tuning=True)
     (point,) = execute(loaded.model, run, data, SETTINGS)["curve"]
     assert point["step"] == 4 and point["nats"].keys() == {"new"} and len(point["nats"]["new"]) == len(data.parts["new", "tuning"])
 
 
 def test_a_rate_that_breaks_the_loss_is_recorded_and_never_chosen(loaded: LoadedModel, data: ExperimentData) -> None:
     runs = [
-        Run(target="law", kind="full", cells=(), rank=None, only=None, rate=rate, seed=SEARCH_SEED, tuning=True) for rate in (1e-3, 1e30)
+        ArmRun(target="law", kind="full", cells=(), rank=None, only=None, rate=rate, seed=SEARCH_SEED, tuning=True) for rate in (1e-3, 1e30)
     ]
     records = [execute(loaded.model, run, data, SETTINGS) for run in runs]
     assert records[1]["status"] == "failed" and "not a number at step" in records[1]["error"]

@@ -12,17 +12,16 @@ import torch
 from scipy.stats import t as student
 
 from dbes.intervention.analysis import analyse
-from dbes.intervention.data import ITEM_COLUMNS, ExperimentData, read_sources, tokenize
+from dbes.intervention.data import ITEM_COLUMNS, ExperimentData, load_data, read_sources, save_data, tokenize
 from dbes.intervention.grid import RUNS, intervene, read_experiment
 from dbes.intervention.outcomes import accuracy_changes, accuracy_figure
 from dbes.intervention.runs import execute, measure_items
-from dbes.intervention.settings import Run, Settings, run_key
-from dbes.intervention.storage import load_data, save_data
+from dbes.intervention.settings import ArmRun, InterventionSettings, run_key
 from dbes.models import LoadedModel, load_model
 from dbes.paths.types import Cell
 from dbes.reporting.outcome import EXPERIMENT_FILE
 
-SETTINGS = Settings(
+SETTINGS = InterventionSettings(
     domains=("quiz",),
     budgets=(0.2,),
     rules=("target-load", "random-load-matched"),
@@ -42,7 +41,7 @@ SETTINGS = Settings(
     permutations=40,
     masks=2,
 )
-FULL = Run(target="quiz", kind="full", cells=(), rank=None, only=None, rate=3e-3, seed=0, tuning=False)
+FULL = ArmRun(target="quiz", kind="full", cells=(), rank=None, only=None, rate=3e-3, seed=0, tuning=False)
 
 
 def row_of(index: int, random: np.random.Generator) -> dict[str, Any]:
@@ -190,7 +189,7 @@ def test_without_items_identities_are_what_they_were(data: ExperimentData, loade
     rows = [{"id": f"n{i}", "text": " ".join(random.choice(["ut", "sed", "non", "quo", "vel"], 60))} for i in range(15)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     texts, names = read_sources(f"task:{tiny_task}", ("law", f"new={path}"), cache=tmp_path)
-    settings = Settings(
+    settings = InterventionSettings(
         domains=names, new=("new",), steps=4, warmup=0, sequences=2, length=32, points=(2, 4), full_points=(1, 2, 4), documents=3,
         other_documents=2, tuning_documents=2, evidence_tokens=2000,
     )  # fmt: skip
@@ -199,7 +198,7 @@ def test_without_items_identities_are_what_they_were(data: ExperimentData, loade
     assert found.digest == "d8ef773afbcc85a1fe2cb5e989dff43fcb251e44b828383987b2f460f4c49394"
     key = run_key(settings, model="m", data=found.digest)
     assert key == "1f74f3536af0fdf2793a6b4b0db8af060bd8330f2efa0f35080ac753c2edd024"
-    run = Run(target="law", kind="cells", cells=(Cell(0, 1), Cell(2, 5)), rank=2, only=None, rate=1e-3, seed=0, tuning=False)
+    run = ArmRun(target="law", kind="cells", cells=(Cell(0, 1), Cell(2, 5)), rank=2, only=None, rate=1e-3, seed=0, tuning=False)
     assert run.identity(key) == "58365c433c980e398be4"
     save_data(found, tmp_path / "data.safetensors")
     assert not load_data(tmp_path / "data.safetensors", domains=found.domains, boundary=0, digest=found.digest).items

@@ -11,7 +11,7 @@ from intervention_records import BYTES, OTHERS, experiment
 from scipy import stats
 
 from dbes.intervention.analysis import analyse
-from dbes.intervention.outcomes import Curves, Measured, Strata, best_within, curves_of, figure, log_ratio, matched, pareto, strata_of
+from dbes.intervention.outcomes import Curves, Measured, best_within, curves_of, figure, log_ratio, matched, pareto, strata_of
 from dbes.scoring.resampling import jackknife
 
 EQUAL = {
@@ -157,10 +157,10 @@ def test_gain_by_hand() -> None:
     base = {"a": np.array([300.0, 500.0]), "b": np.array([400.0])}
     nats = {"a": np.array([[[290.0, 480.0]], [[280.0, 490.0]]]), "b": np.array([[[404.0]], [[408.0]]])}
     sizes = {"a": np.array([100.0, 200.0]), "b": np.array([100.0])}
-    measured = Measured(steps=(1,), nats=nats, seconds=np.array([[1.0], [2.0]]))
+    measured = Measured(nats=nats, seconds=np.array([[1.0], [2.0]]))
     curves = curves_of(measured, "a", ["b"], base=base, sizes=sizes)
-    strata = strata_of("a", ["b"], seeds=2, documents={"a": 2, "b": 1})
-    assert strata.label.tolist() == [-1, 0, 0, 1, 1]
+    strata = strata_of(2, 2, 1)
+    assert strata.tolist() == [-1, 0, 0, 1, 1]
     nat = math.log(2)
     whole = (10 + 20 + 20 + 10) / 2 / 300 / nat
     gains = [whole, 30 / 300 / nat, 30 / 300 / nat, 15 / 200 / nat, 15 / 100 / nat]
@@ -182,23 +182,23 @@ def test_worst_is_the_domain_that_forgets_most() -> None:
 
 def test_variance_is_the_stratified_jackknife() -> None:
     random = np.random.default_rng(1)
-    strata = Strata.of(5, 1, 7)
-    replicates = random.normal(1.0, 0.1, len(strata.label))
-    _, error = jackknife(replicates[0], replicates[1:], strata.label[1:])
+    strata = strata_of(5, 1, 7)
+    replicates = random.normal(1.0, 0.1, len(strata))
+    _, error = jackknife(replicates[0], replicates[1:], strata[1:])
     found = figure(replicates, strata)
-    terms = [(n - 1) * np.var(replicates[strata.label == label]) for label, n in ((0, 5), (2, 7))]
+    terms = [(n - 1) * np.var(replicates[strata == label]) for label, n in ((0, 5), (2, 7))]
     freedom = sum(terms) ** 2 / (terms[0] ** 2 / 4 + terms[1] ** 2 / 6)
     assert found.high - found.value == pytest.approx(error * stats.t.ppf(0.975, freedom))  # pyright: ignore[reportOptionalOperand]
     assert found.p == pytest.approx(2 * stats.t.sf(found.value / error, freedom))
 
 
 def test_one_seed_and_one_document_leave_no_interval() -> None:
-    found = figure(np.array([0.3]), Strata.of(1, 1))
+    found = figure(np.array([0.3]), strata_of(1, 1))
     assert (found.value, found.low, found.high, found.p) == (0.3, None, None, None)
 
 
 def test_identical_arms_differ_by_exactly_nothing() -> None:
-    found = figure(np.zeros(6), Strata.of(5))
+    found = figure(np.zeros(6), strata_of(5))
     assert (found.low, found.high, found.p) == (0.0, 0.0, 1.0)
 
 
@@ -239,7 +239,7 @@ def test_pareto_by_hand() -> None:
 
 
 def test_a_ratio_with_nothing_is_not_given() -> None:
-    strata = Strata.of(3)
+    strata = strata_of(3)
     assert log_ratio(np.array([1.0, 1, 1, 1]), np.array([0.0, 1, 1, 1]), strata) is None
     found = log_ratio(np.array([2.0, 2.1, 1.9, 2.0]), np.array([1.0, 1.0, 1.0, 1.0]), strata)
     assert found is not None and found.value == pytest.approx(2.0) and found.low is not None and found.low > 1

@@ -26,9 +26,9 @@ from dbes.intervention.arms import evidence_of, plan_arms
 from dbes.intervention.data import ExperimentData, Texts, read_sources, tokenize, training_batches
 from dbes.intervention.grid import MASKS, RUNS, intervene
 from dbes.intervention.masking import MaskJob, execute_masks
-from dbes.intervention.routing import prescription_from, prescription_of, routable, routed
+from dbes.intervention.routing import prescription_of, routable, routed
 from dbes.intervention.runs import document_nats, execute, measure
-from dbes.intervention.settings import Run, Settings, run_key
+from dbes.intervention.settings import ArmRun, InterventionSettings, run_key
 from dbes.models import LoadedModel, load_model
 from dbes.paths.evidence import Evidence
 from dbes.paths.search import find_path
@@ -58,7 +58,7 @@ SMALL: dict[str, Any] = {
     "steps": 2, "warmup": 0, "sequences": 2, "length": 32, "points": [2], "full_points": [1, 2], "documents": 3, "other_documents": 2,
     "tuning_documents": 2, "evidence_tokens": 1500, "permutations": 20, "masks": 2,
 }  # fmt: skip
-SETTINGS = Settings(domains=("fruit",), routing="as-trained", **{**SMALL, "rules": ["specialization", "gradient", "causal"]})
+SETTINGS = InterventionSettings(domains=("fruit",), routing="as-trained", **{**SMALL, "rules": ["specialization", "gradient", "causal"]})
 
 
 def written_texts(folder: Path, words: dict[str, str]) -> Path:
@@ -321,7 +321,7 @@ def test_masking_the_experts_of_another_block_changes_nothing(
 @pytest.mark.parametrize("kind", ["cells", "full", "router"])
 def test_a_run_trains_on_batches_of_its_target(kind: Any, loaded: LoadedModel, prescription: Prescription, data: ExperimentData) -> None:
     cells = (Cell(0, 4), Cell(1, 7)) if kind == "cells" else ()
-    run = Run(target="fruit", kind=kind, cells=cells, rank=None, only=None, rate=3e-3, seed=0, tuning=False)
+    run = ArmRun(target="fruit", kind=kind, cells=cells, rank=None, only=None, rate=3e-3, seed=0, tuning=False)
     before = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
     with routed(loaded.model, prescription) as prescribed:
         record = execute(loaded.model, run, data, SETTINGS, prescribed=prescribed)
@@ -364,9 +364,9 @@ def test_training_a_path_changes_only_its_cells(loaded: LoadedModel, prescriptio
 def test_plain_experiments_keep_their_keys() -> None:
     """Values of the version before there was a choice of routing: folders of that time must be gone on with."""
     about = {"model": "sha256:one", "data": "two"}
-    plain = Settings(domains=("law",))
+    plain = InterventionSettings(domains=("law",))
     assert run_key(plain, **about) == "2282be380a1b9eca8f6948d0375ed612bcd7c744898f02e9ffe26b1c81c06894"
-    small = Settings(domains=("law",), new=("new",), steps=4, points=(2, 4), full_points=(4,), length=32)
+    small = InterventionSettings(domains=("law",), new=("new",), steps=4, points=(2, 4), full_points=(4,), length=32)
     assert run_key(small, **about) == "29c194d4fc7a19540b231ec37a694509f6c86bc8889004cbcda97b25dca21d64"
     as_trained = plain.model_copy(update={"routing": "as-trained"})
     keys = {run_key(as_trained, **about, prescribed={"domains": list(names)}) for names in ("ab", "ba")}
@@ -399,7 +399,7 @@ def test_the_whole_experiment_from_the_command_line(folder: Path, loaded: Loaded
     about, outcome = (json.loads((out / name).read_text("utf-8")) for name in (EXPERIMENT_FILE, OUTCOME_FILE))
     assert outcome["settings"]["routing"] == about["settings"]["routing"] == "as-trained"
     assert outcome["domains"] == sorted(WORDS) and about["prescribed"]["domains"] == list(WORDS)
-    assert prescription_from(about["prescribed"]) == read_prescription(folder)
+    assert Prescription.model_validate(about["prescribed"]) == read_prescription(folder)
     arms = {row["arm"]: row for row in outcome["targets"]["fruit"]["arms"]}
     assert {"target-load", "full", "router"} <= set(arms) and done.stdout.splitlines()[-1] == outcome["verdict"]
     chosen = [arm["cells"] for arm in about["arms"] if arm["name"] == "target-load"]
@@ -409,11 +409,11 @@ def test_the_whole_experiment_from_the_command_line(folder: Path, loaded: Loaded
     assert arms["target-load"]["forgetting"]["value"] == 0 and arms["full"]["forgetting"]["value"] != 0
     records = [json.loads(path.read_text("utf-8")) for path in (out / RUNS).iterdir()]
     record = next(one for one in records if one["run"]["kind"] == "full" and not one["run"]["tuning"])
-    settings = Settings.model_validate(about["settings"])
+    settings = InterventionSettings.model_validate(about["settings"])
     sources, _ = routable(read_sources(str(texts), ("fruit",), cache=tmp_path / "cache")[0], read_prescription(folder))
     data = tokenize(sources, loaded.tokenizer, targets=("fruit",), settings=settings)
     with routed(loaded.model, read_prescription(folder)) as prescribed:
-        again = execute(loaded.model, Run.model_validate(record["run"]), data, settings, prescribed=prescribed)
+        again = execute(loaded.model, ArmRun.model_validate(record["run"]), data, settings, prescribed=prescribed)
     assert [point["nats"] for point in again["curve"]] == [point["nats"] for point in record["curve"]]
     assert len(list((out / MASKS).glob("*.json"))) == len(about["masks"])
     assert plan_arms(evidence, loaded.model, SETTINGS).arms, "the evidence serves every rule that needs the model"

@@ -14,9 +14,9 @@ from families import NOT_CAUSAL, character_tokenizer, composites, discovered, ti
 from safetensors.torch import load_file, save_file
 
 from dbes.errors import ModelError
-from dbes.models import find_sites, folder_fingerprint, load_model, max_positions
+from dbes.models import find_sites, folder_fingerprint, load_model
 from dbes.models.doctor import examine
-from dbes.models.sites import expert_weights, router_std
+from dbes.models.sites import expert_weights, max_positions, router_std
 from dbes.recording.record import record_documents
 
 MOCK = Path(__file__).with_name("mock_remote_moe.py")

@@ -16,7 +16,7 @@ from dbes.errors import ModelError
 from dbes.models import adapters, load_model
 from dbes.models.doctor import examine
 
-needs_peft = pytest.mark.skipif(not adapters.peft_is_installed(), reason="peft is not installed")
+needs_peft = pytest.mark.skipif(not adapters.is_installed("peft"), reason="peft is not installed")
 IDS = torch.arange(3, 23)[None]
 
 
@@ -40,7 +40,7 @@ def refused(folder: Path, match: str) -> None:
 
 
 def test_without_peft_an_adapter_is_refused(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adapters, "peft_is_installed", lambda: False)
+    monkeypatch.setattr(adapters, "is_installed", lambda _: False)
     match = r"holds a PEFT adapter .*install peft \(pip install 'dbes\[peft\]'\)"
     refused(adapter_files(base), match)
     refused(adapter_files(tmp_path / "alone", str(base)), match)
@@ -61,7 +61,7 @@ def test_half_an_adapter(base: Path) -> None:
 
 @pytest.fixture
 def with_peft(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adapters, "peft_is_installed", lambda: True)
+    monkeypatch.setattr(adapters, "is_installed", lambda _: True)
 
 
 @pytest.mark.usefixtures("with_peft")

@@ -99,9 +99,9 @@ def experiment_folder(folder: Path) -> Path:
     """A small experiment on disk: one arm and its search, one mask."""
     from dbes.intervention.grid import run_key
     from dbes.intervention.masking import MaskJob
-    from dbes.intervention.settings import Arm, Settings, run_of
+    from dbes.intervention.settings import Arm, InterventionSettings, run_of
 
-    settings = Settings(
+    settings = InterventionSettings(
         domains=("a",), rules=("specialization",), extras=(), seeds=1, rates=(0.01,), steps=2, points=(1, 2), full_points=(1, 2), masks=2
     )
     cells = ((0, 1),)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import product
+from pathlib import Path
 
 import naive
 import numpy as np
@@ -16,6 +18,7 @@ from dbes.paths.evidence import Evidence, gather
 from dbes.paths.rules import RULES, Rule, score_cells, smallest_sets
 from dbes.paths.search import chosen_cells, find_path
 from dbes.paths.selection import choose, random_load_matched
+from dbes.scoring.counting import counts_of
 from dbes.scoring.counts import Counts
 
 RECORDING = naive.random_recording(4, documents=(6, 5, 6), length=(40, 60), experts=(8, 6, 9), effect=1.2)
@@ -47,35 +50,91 @@ def usage_by_loops(domain: int) -> list[list[float]]:
 USAGE = [usage_by_loops(domain) for domain in range(3)]
 
 
-def esft_by_the_paper(domain: int, *, gate: bool, reach: float) -> set[tuple[int, int]]:
+def esft_by_the_paper(recording: naive.Recording, domain: int, *, gate: bool, reach: float) -> set[tuple[int, int]]:
     """ESFT section 3.2 read again: average over samples of the average over tokens; take experts from the top until p is reached."""
     chosen = set()
-    for layer, width in enumerate(RECORDING.experts):
+    for layer, width in enumerate(recording.experts):
         samples = []
-        for document in np.flatnonzero(RECORDING.domain == domain):
-            rows = np.flatnonzero(RECORDING.document == document)
+        for document in np.flatnonzero(recording.domain == domain):
+            rows = np.flatnonzero(recording.document == document)
             score = [0.0] * width
             for token in rows:
-                for slot, expert in enumerate(RECORDING.ids[token, layer]):
-                    weights = RECORDING.weights[token, layer]
-                    score[expert] += (weights[slot] / weights.sum() if gate else 1 / RECORDING.slots(layer)) / len(rows)
+                for slot, expert in enumerate(recording.ids[token, layer]):
+                    score[expert] += (recording.weights[token, layer, slot] if gate else 1 / recording.slots(layer)) / len(rows)
             samples.append(score)
         ranked = sorted(((math.fsum(s[e] for s in samples) / len(samples), e) for e in range(width)), key=lambda pair: (-pair[0], pair[1]))
-        total = math.fsum(score for score, _ in ranked)
         reached = 0.0
         for score, expert in ranked:
             if reached >= reach - 1e-9:
                 break
-            chosen.add((RECORDING.layers[layer], expert))
-            reached += score / total
+            chosen.add((recording.layers[layer], expert))
+            reached += score
     return chosen
 
 
-@pytest.mark.parametrize("domain", range(3))
+def esft_by_its_code(recording: naive.Recording, domain: int, *, gate: bool, reach: float) -> set[tuple[int, int]]:
+    """As ESFT's scores were published: means over all tokens, rounded to 4 digits; experts from the top until the sum reaches p."""
+    rows = np.flatnonzero(recording.domain[recording.document] == domain)
+    chosen = set()
+    for layer, width in enumerate(recording.experts):
+        score = [0.0] * width
+        for token in rows:
+            for slot, expert in enumerate(recording.ids[token, layer]):
+                score[expert] += float(recording.weights[token, layer, slot]) if gate else 1 / recording.slots(layer)
+        rounded = {expert: round(score[expert] / len(rows), 4) for expert in range(width)}
+        reached = 0.0
+        for expert, share in sorted(rounded.items(), key=lambda pair: pair[1], reverse=True):
+            if reached >= reach - 1e-9:
+                break
+            chosen.add((recording.layers[layer], expert))
+            reached += share
+    return chosen
+
+
+LENGTHS = naive.random_recording(21, documents=(4, 4, 5), length=(5, 200), experts=(24, 30, 24), layers=3, top_k=4, effect=1.0, missing=0)
+SOFTMAX = replace(LENGTHS, weights=(LENGTHS.weights * np.float32(0.4)).astype(np.float16).astype(np.float32))
+"""Texts of very different lengths; gate weights of a token sum to 0.4, as where the model does not normalise its top-k."""
+
+
 @pytest.mark.parametrize(("rule", "reach"), [("esft-token", 0.2), ("esft-gate", 0.1)])
-def test_esft_sets_by_the_papers_text(domain: int, rule: Rule, reach: float) -> None:
-    path = find_path(EVIDENCE, domain=f"domain{domain}", rule=rule, budget=None, resamples=0, trajectories=0)
-    assert cells(path.cells) == esft_by_the_paper(domain, gate=rule == "esft-gate", reach=reach)
+def test_esft_sets_by_its_code_and_by_the_papers_text(rule: Rule, reach: float, tmp_path: Path) -> None:
+    trace = SOFTMAX.trace()
+    trace.save(tmp_path / "trace")
+    found = {}
+    for average, expected in (("tokens", esft_by_its_code), ("samples", esft_by_the_paper)):
+        for domain, source in product(range(3), (trace, tmp_path / "trace")):
+            path = find_path(source, domain=f"domain{domain}", rule=rule, average=average, resamples=2, trajectories=0)
+            found[average, domain] = cells(path.cells)
+            assert found[average, domain] == expected(SOFTMAX, domain, gate=rule == "esft-gate", reach=reach)
+            assert path.average == average and path.stability is not None
+    assert any(found["tokens", domain] != found["samples", domain] for domain in range(3))
+
+
+def test_gate_weights_of_a_half_are_those_of_its_texts() -> None:
+    evidence = gather(SOFTMAX.trace(), permutations=10)
+    half = evidence.half(seed=3, permutations=10)
+    kept = [evidence.shape.document_ids.index(name) for name in half.shape.document_ids]
+    assert half.gates is not None and evidence.gates is not None and 0 < len(kept) < len(evidence.gates)
+    np.testing.assert_array_equal(half.gates, evidence.gates[kept])
+
+
+def test_counts_alone_know_gate_weights_that_sum_to_1() -> None:
+    normal = replace(SOFTMAX, weights=LENGTHS.weights)
+    found = [find_path(source, domain="domain0", rule="esft-gate", resamples=0) for source in (normal.trace(), counts_of(normal.trace()))]
+    assert found[0].cells == found[1].cells
+
+
+def test_an_unknown_average_is_named() -> None:
+    with pytest.raises(SettingError, match="average"):
+        find_path(EVIDENCE, domain="domain0", rule="esft-token", average="texts")
+
+
+@pytest.mark.parametrize(("average", "expected"), [("tokens", {(0, 0)}), ("samples", {(0, 0), (0, 1)})])
+def test_the_code_rounds_shares_before_it_adds_them_up(average: str, expected: set[tuple[int, int]]) -> None:
+    """19,996 of 100,000 slots are 0.2 of them in 4 digits, and the set is full; as they are, a second expert is needed."""
+    hits = np.array([[[19_996, 16_004, 16_000, 16_000, 16_000, 16_000]]])
+    counts = Counts.from_arrays(hits, domains=("law",), document_domain=[0], top_k=2)
+    assert cells(find_path(counts, domain="law", rule="esft-token", average=average, resamples=0).cells) == expected
 
 
 def test_esft_cut_by_a_budget_keeps_the_largest_shares() -> None:

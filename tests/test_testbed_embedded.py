@@ -1,6 +1,7 @@
 """The checkpoint and the mix that ship: what they were made of, that they load anywhere, and that routing is specialized."""
 
 import gzip
+import importlib.util
 import json
 import re
 
@@ -13,12 +14,14 @@ from dbes.files import sha256_of
 from dbes.scoring.score import score
 from dbes.shipped import EMBEDDED_MIX as EMBEDDED
 from dbes.shipped import ROOT
-from dbes.testbed.card import model_card
-from dbes.testbed.embedded import DOMAINS, RECIPE
 from dbes.testbed.heldout import measure
 from dbes.testbed.mix import Mix, Text, tokenize_mix
 
 MODEL = ROOT / "benchmark_data" / "model"
+_SCRIPT = importlib.util.spec_from_file_location("build_model", ROOT / "benchmark_data" / "build_model.py")
+build_model = importlib.util.module_from_spec(_SCRIPT)
+_SCRIPT.loader.exec_module(build_model)
+DOMAINS, RECIPE = build_model.DOMAINS, build_model.RECIPE
 MANIFEST = ROOT / "benchmark_data" / "training_manifest.json"
 
 
@@ -78,7 +81,7 @@ def test_it_is_the_recipe_and_the_card_says_so(facts):
     recipe = RECIPE.model_copy(update={"seed": facts["settings"]["seed"], "data_seed": facts["settings"]["data_seed"]})
     assert facts["settings"] == recipe.model_dump(mode="json")
     assert recipe.identity(facts["mix_digest"]) == facts["identity"]
-    assert (MODEL / "README.md").read_text("utf-8") == model_card(facts)
+    assert (MODEL / "README.md").read_text("utf-8") == build_model.model_card(facts)
     log = [json.loads(line) for line in (MODEL / "training_log.jsonl").read_text("utf-8").splitlines()]
     assert (log[0], log[-1]) == (facts["first"], facts["last"])
     assert log[-1]["step"] == recipe.optimizer.steps - 1

@@ -26,7 +26,7 @@ from dbes.testbed.models import build_model
 from dbes.testbed.presets import SCALE_STEPS, Preset, preset
 from dbes.testbed.report import page as render_page
 from dbes.testbed.report import write_report
-from dbes.testbed.runs import RUN_FILE, Run, execute
+from dbes.testbed.runs import RUN_FILE, GridRun, execute
 from dbes.testbed.settings import MixSettings, ModelSettings, OptimizerSettings, RoutingSettings, TrainSettings
 from dbes.testbed.tables import TRUTH, explained_by, frozen_baseline, kendall_tau, metric_table
 from dbes.testbed.training import STATE, StateError, TrainingError
@@ -78,7 +78,7 @@ def test_a_folder_without_domains_is_no_mix(tmp_path):
 
 
 def test_a_finished_cell_is_read_back_and_its_state_removed(prepared, tmp_path, monkeypatch):
-    run = Run(arm="any", settings=settings(), documents=4, permutations=20, probe=True)
+    run = GridRun(arm="any", settings=settings(), documents=4, permutations=20, probe=True)
     record = execute(run, prepared.folder, tmp_path)
     assert record["status"] == "ok"
     assert set(record["bits_per_byte"]) == set(WORDS)
@@ -99,7 +99,7 @@ def test_what_a_killed_cell_left_is_removed(tmp_path):
 
 
 def test_a_state_that_cannot_be_resumed_is_no_diverged_cell(prepared, tmp_path):
-    run = Run(arm="any", settings=settings(), documents=4, permutations=20)
+    run = GridRun(arm="any", settings=settings(), documents=4, permutations=20)
     (tmp_path / STATE).write_bytes(b"damaged")
     with pytest.raises(StateError, match=r"training state is damaged .*delete it"):
         execute(run, prepared.folder, tmp_path)
@@ -111,7 +111,7 @@ def test_a_diverged_cell_is_recorded_as_failed(prepared, tmp_path, monkeypatch):
         raise TrainingError("the loss is nan at step 3")
 
     monkeypatch.setattr(runs_module, "train", diverges)
-    record = execute(Run(arm="any", settings=settings()), prepared.folder, tmp_path)
+    record = execute(GridRun(arm="any", settings=settings()), prepared.folder, tmp_path)
     assert (record["status"], record["error"]) == ("failed", "the loss is nan at step 3")
 
 
@@ -219,9 +219,10 @@ def test_analyses_see_what_is_there(prepared):
     assert values["forking"] > 0.8 and values["others"] > 0.8
 
 
+@pytest.mark.usefixtures("in_process")
 def test_the_grid_trains_each_cell_once_and_names_what_it_lacks(prepared, tmp_path, monkeypatch):
     arms = {
-        name: Run(arm=name, settings=settings(2, routing=routing), documents=3, permutations=10)
+        name: GridRun(arm=name, settings=settings(2, routing=routing), documents=3, permutations=10)
         for name, routing in (
             ("reference", RoutingSettings(router="reference")),
             ("frozen", RoutingSettings(router="frozen", balancing="none")),
@@ -232,12 +233,6 @@ def test_the_grid_trains_each_cell_once_and_names_what_it_lacks(prepared, tmp_pa
     )
     monkeypatch.setattr(grid_module, "preset", lambda _: tiny)
     monkeypatch.setattr(grid_module, "prepare_mix", lambda *_, **__: prepared)
-
-    def at_once(work, jobs, *, tell, **_):
-        for place, job in enumerate(jobs):
-            tell(place + 1, place, work(*job))
-
-    monkeypatch.setattr(grid_module, "run_jobs", at_once)
     told = []
     run_grid("smoke", tmp_path, progress=told.append)
     assert told[0] == "0 of 4 runs are finished; 4 to train"
@@ -274,7 +269,7 @@ def test_a_folder_without_a_grid_or_with_a_broken_one_is_named(tmp_path):
         read_grid(tmp_path)
     (tmp_path / RUN_FILE).write_text("[]", "utf-8")
     with pytest.raises(MixError, match="expected a JSON object, found list"):
-        execute(Run(arm="any", settings=settings()), tmp_path, tmp_path)
+        execute(GridRun(arm="any", settings=settings()), tmp_path, tmp_path)
 
 
 def test_interval_is_students():

@@ -40,7 +40,22 @@ dbes() { echo "dbes $*"; "$work/venv/bin/dbes" "$@"; }
 dbes tasks > tasks.txt
 grep --quiet smoke tasks.txt && grep --quiet embedded tasks.txt
 dbes doctor embedded
-dbes testbed run --preset smoke --out testbed > testbed.txt 2>&1 &
+# Every arm of the smoke grid and its workers, with one seed and a tenth of the steps.
+cat > short_grid.py << 'END'
+from dataclasses import replace
+
+from dbes.cli import app
+from dbes.testbed import grid
+from dbes.testbed.settings import OptimizerSettings
+
+if __name__ == "__main__":
+    smoke = grid.preset("smoke")
+    short = {"optimizer": OptimizerSettings(steps=8, warmup=1)}
+    arms = {name: run.model_copy(update={"settings": run.settings.model_copy(update=short)}) for name, run in smoke.arms.items()}
+    grid.preset = lambda _: replace(smoke, seeds=1, arms=arms)
+    app(["testbed", "run", "--preset", "smoke", "--out", "testbed"])
+END
+"$work/venv/bin/python" short_grid.py > testbed.txt 2>&1 &
 testbed=$!
 dbes evaluate --tasks smoke --output-path results
 result=$(dirname "$(find results -name result.json)")

@@ -33,6 +33,9 @@ def paths(
     match: Annotated[str, typer.Option(help="Rule whose cells random-load-matched carries the load of.")] = "specialization",
     model: Annotated[str | None, typer.Option(help="The evaluated model, for rules that look at it: folder, hub id or embedded.")] = None,
     tasks: Annotated[str, typer.Option(help="The evaluated task, for rules that look at the model.")] = "embedded",
+    average: Annotated[
+        str, one_of("average", ("tokens", "samples"), "For ESFT's rules: all tokens alike (its code), or samples (its paper).")
+    ] = "tokens",
     seed: Annotated[int, typer.Option(help="Seed of random rules and of resampling.")] = 0,
     format: Annotated[str, one_of("format", ("dbes", "esft"), "dbes: everything; esft: ESFT's expert config.")] = "dbes",
 ) -> None:
@@ -42,7 +45,7 @@ def paths(
 
     check_writable(out)
     size = "auto" if budget is None else budget
-    path = find_path(result, domain=domain, rule=rule, budget=size, match=match, model=model, tasks=tasks, seed=seed)
+    path = find_path(result, domain=domain, rule=rule, budget=size, match=match, model=model, tasks=tasks, average=average, seed=seed)
     written = path.save(out, format=format)
     stability = "" if path.stability is None else f", {path.stability:.0%} chosen again on half of the texts"
     say(

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from dbes.cli.common import names, one_of, say, tell
-from dbes.errors import FileError
+from dbes.cli.common import names, one_of, say
 
 app = typer.Typer(
     help="Train small MoEs under many routers and balancing methods; what the metrics should see is known.",
@@ -31,19 +29,9 @@ def run(
     cache: CacheOption = Path("build/testbed"),
 ) -> None:
     """Train and measure a grid of routers; the same command resumes an interrupted one."""
-    from dbes.testbed.grid import run_grid
-    from dbes.testbed.report import PAGE, write_report
+    from dbes.testbed.report import run_testbed
 
-    wanted = names(only)
-    run_grid(preset, out, mix=mix, cache=cache, processes=processes, only=wanted, progress=_say)
-    try:
-        page = write_report(out)
-    except FileError as problem:
-        page = out / PAGE
-        if os.access(out, os.W_OK) or not page.is_file():
-            raise
-        tell(f"{problem}; the page is that of an earlier run")
-    say(page)
+    say(run_testbed(preset, out, mix=mix, cache=cache, processes=processes, only=names(only), progress=_say))
 
 
 @app.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -69,24 +69,24 @@ class Request:
         SettingError: a value that no evaluation can use.
     """
 
+    permutations: int
+    seed: int
+    limit: int | None
+    batch_size: int | Literal["auto"]
+    dtype: str | None
+    device_map: str | None
+    trust_remote_code: bool
+    embedded_fallback: bool = False
     model: str | None
     tasks: str | None
     revision: str | None
-    limit: int | None
-    dtype: str | None
-    device_map: str | None
-    batch_size: int | Literal["auto"]
-    seed: int
-    permutations: int
-    trust_remote_code: bool
-    embedded_fallback: bool = False
 
     @classmethod
-    def of(cls, model: str | Path | LoadedModel, *, dtype: str, device_map: str | None, **options: Any) -> Request:
+    def of(cls, model: str | Path | LoadedModel, **options: Any) -> Request:
         """What is asked of a model, before any task is named; how a model in memory computes was settled elsewhere."""
-        if isinstance(model, str | Path):
-            return cls(model=str(model), tasks=None, dtype=dtype, device_map=device_map, **options)
-        return cls(model=None, tasks=None, dtype=None, device_map=None, **options)
+        if not isinstance(model, str | Path):
+            options |= {"dtype": None, "device_map": None}
+        return cls(model=str(model) if isinstance(model, str | Path) else None, tasks=None, **options)
 
     def on(self, task: str | Path | Task) -> Request:
         return replace(self, tasks=None if isinstance(task, Task) else str(task))
@@ -107,19 +107,7 @@ class Request:
     @property
     def settings(self) -> dict[str, Any]:
         """What a result keeps under ``settings``; enough to compare it and to write the command that makes it again."""
-        return {
-            "permutations": self.permutations,
-            "seed": self.seed,
-            "limit": self.limit,
-            "batch_size": self.batch_size,
-            "dtype": self.dtype,
-            "device_map": self.device_map,
-            "trust_remote_code": self.trust_remote_code,
-            "embedded_fallback": self.embedded_fallback,
-            "model": self.model,
-            "tasks": self.tasks,
-            "revision": self.revision,
-        }
+        return asdict(self)
 
 
 def _whole(value: Any) -> bool:

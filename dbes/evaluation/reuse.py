@@ -5,12 +5,13 @@ Whatever can change a number is compared. Results of earlier versions do not hol
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from dbes.errors import DbesError, FileError, ResultError
 from dbes.evaluation.request import Expected, Job, Request
@@ -109,14 +110,11 @@ def whole_trace(folder: Path) -> Trace | None:
 
 
 def _complete(path: Path) -> bool:
-    """Whether a safetensors file is as long as its header says."""
+    """Whether a safetensors file is as long as its header says, which safetensors checks as it opens one."""
     try:
-        with path.open("rb") as content:
-            size = int.from_bytes(content.read(8), "little")
-            header = json.loads(content.read(min(size, path.stat().st_size)))
-        ends = [about["data_offsets"][1] for name, about in header.items() if name != "__metadata__"]
-        return path.stat().st_size == 8 + size + max(ends, default=0)
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+        with safe_open(path, "numpy"):
+            return True
+    except (OSError, SafetensorError):
         return False
 
 

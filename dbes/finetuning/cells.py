@@ -171,7 +171,7 @@ class TrainableCells:
         return sum(seen)
 
     def merge(self) -> None:
-        """Write the trained values into the model's own tensors, where they stay; training may go on."""
+        """Write the trained values into the model's own tensors, where they stay; training may continue."""
         for tensor in self._tensors:
             tensor.write()
         self._merged = True

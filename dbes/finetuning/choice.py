@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -90,7 +90,7 @@ class Choice(Strict):
         guard_texts: of protected domains, by which rates and steps were refused; 0: none were.
         rises: (updates, worst protected domain) of every check.
         none_keeps: no rate of the range test kept the protected domains, so the smallest was taken.
-        retreats: how often a check refused the state, and training went on from the best one at a third of the rate (a rate that
+        retreats: how often a check refused the state, and training continued from the best one at a third of the rate (a rate that
             was found only). A trial is short: what it keeps, a whole run at that rate may not.
     """
 
@@ -151,24 +151,16 @@ class Found(BaseModel):
 
     def choice(self, most: int, steps: int, *, check_every: int, sequences: int, patience: int, guard_texts: int) -> Choice:
         """The choice of a run that made so many steps of at most so many."""
-        assert self.lr is not None
         last = [step for step, _ in self.losses[1:]][-patience:]
         stopped = "forgetting" if len(last) == patience and self.exceeded.issuperset(last) else "stalled"
+        own: dict[str, Any] = {name: value for name, value in self if name in Choice.model_fields}
         return Choice(
-            lr=self.lr,
-            source=self.source,
-            trials=tuple(self.trials),
-            trial_steps=self.trial_steps,
-            search_seconds=round(self.search_seconds, 2),
+            **own | {"search_seconds": round(self.search_seconds, 2)},
             validation_sequences=sequences,
             check_every=check_every,
-            losses=tuple(self.losses),
             best_step=best_step(self.losses, self.exceeded) if check_every else steps,
             stopped=stopped if steps < most else "all steps made",
             guard_texts=guard_texts,
-            rises=tuple(self.rises),
-            none_keeps=self.none_keeps,
-            retreats=self.retreats,
         )
 
 

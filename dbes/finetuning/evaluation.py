@@ -184,6 +184,17 @@ def _summed(values: np.ndarray, accelerator: Any) -> np.ndarray:
     return accelerator.reduce(torch.from_numpy(values).to(accelerator.device), "sum").cpu().numpy()
 
 
+def ratio_of_sums(more: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
+    r"""A ratio of sums over texts, [texts] each, and its standard error, 0 where there is one text.
+
+    .. math:: R = \frac{\sum_i d_i}{\sum_i b_i} \qquad SE^2 = \frac{n}{n-1} \frac{\sum_i (d_i - R b_i)^2}{(\sum_i b_i)^2}
+    """
+    count, whole = len(sizes), float(sizes.sum())
+    ratio = float(more.sum()) / whole
+    spread = float(np.square(more - ratio * sizes).sum()) * count / (count - 1) if count > 1 else 0.0
+    return ratio, math.sqrt(spread) / whole if math.isfinite(spread) else math.nan
+
+
 def right_choices(likelihood: np.ndarray, *, text_bytes: Sequence[int], choices: Sequence[int], right: Sequence[int]) -> np.ndarray:
     """Whether the right choice of every item is the most likely, and the most likely per byte: bool [2, items].
 

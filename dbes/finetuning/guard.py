@@ -7,7 +7,7 @@ kept to if for every domain
 
 .. math:: r_d \le \mathrm{KEPT} \cdot \max(f, 0) + \mathrm{NOISE} \cdot SE(r_d)
 
-with the standard error over the domain's texts, of the same ratio of sums as in `dbes.finetuning.report.change_of`. The texts are
+with the standard error over the domain's texts (`dbes.finetuning.evaluation.ratio_of_sums`). The texts are
 never the held-out ones of a report, and not those that the matrices of protection are made of, unless a domain has too few.
 """
 
@@ -23,6 +23,7 @@ from torch import nn
 
 from dbes.finetuning.choice import Rise
 from dbes.finetuning.encoding import Sample, encode, windows
+from dbes.finetuning.evaluation import ratio_of_sums
 from dbes.finetuning.settings import FinetuneSettings
 from dbes.finetuning.validation import eval_nats
 from dbes.tasks.entries import Entry, by_hash
@@ -80,13 +81,8 @@ class Guard:
 
 def ratio(text_bytes: Sequence[int], nats: np.ndarray) -> tuple[float | None, float]:
     """(change in bits per byte, its standard error over texts, 0 where there is one text); None where it is not finite."""
-    sizes, more = np.asarray(text_bytes, np.float64), nats / math.log(2)
-    count, whole = len(sizes), float(sizes.sum())
-    change = float(more.sum()) / whole
-    if not math.isfinite(change):
-        return None, 0.0
-    spread = float(np.square(more - change * sizes).sum()) * count / (count - 1) if count > 1 else 0.0
-    return change, math.sqrt(spread) / whole
+    change, error = ratio_of_sums(nats / math.log(2), np.asarray(text_bytes, np.float64))
+    return (change, error) if math.isfinite(change) else (None, 0.0)
 
 
 def split_protected(

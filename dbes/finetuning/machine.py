@@ -8,14 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from dbes.errors import FinetuneError
+from dbes.errors import FinetuneError, out_of_memory
 
 SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP")
 """What accelerate calls ways to spread one model over processes."""
-
-MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
 
 
 def refuse_sharding(accelerator: Any = None) -> None:
@@ -39,17 +35,11 @@ def memory_explained() -> Iterator[None]:
     """Turns running out of memory into a FinetuneError that names the remedies."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as problem:
-        text = str(problem).lower()
-        if (
-            isinstance(problem, RuntimeError)
-            and not isinstance(problem, torch.OutOfMemoryError)
-            and not any(said in text for said in MEMORY)
-        ):
+    except (MemoryError, RuntimeError) as problem:
+        if (reason := out_of_memory(problem)) is None:
             raise
-        first = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
         raise FinetuneError(
-            f"out of memory ({first}). In this order, in the file of --config: micro_batch_size: 1, gradient_checkpointing: true, "
+            f"{reason}. In this order, in the file of --config: micro_batch_size: 1, gradient_checkpointing: true, "
             "a shorter seq_len, bf16: true, a lora_rank; or a path with a smaller budget"
         ) from problem
 

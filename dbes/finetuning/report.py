@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from scipy.stats import t as student
 from dbes.errors import FinetuneError
 from dbes.files import sha256_of, write_json
 from dbes.finetuning.choice import Choice
-from dbes.finetuning.evaluation import DomainScore, Measured
+from dbes.finetuning.evaluation import DomainScore, Measured, ratio_of_sums
 from dbes.finetuning.machine import status_bytes
 from dbes.finetuning.settings import FinetuneSettings
 from dbes.paths.types import Cell
@@ -98,6 +97,11 @@ class FinetuneReport(Strict):
     versions: dict[str, str]
     files: dict[str, tuple[int, str]] = Field(default_factory=dict)
 
+    @property
+    def can_protect(self) -> bool:
+        """Whether a run like this can have updates that other domains hardly feel."""
+        return self.method == "split_bank" and self.settings.lora_rank is None and not self.settings.train_router
+
     @model_validator(mode="before")
     @classmethod
     def _of_schema_1(cls, content: Any) -> Any:
@@ -123,23 +127,18 @@ def changes(before: Mapping[str, Measured], after: Mapping[str, Measured], targe
 
 
 def change_of(before: Measured, after: Measured, *, error: float) -> Change:
-    r"""The change of a ratio of sums, with an interval over source texts.
-
-    .. math:: R = \frac{\sum_i d_i}{\sum_i b_i} \qquad SE^2 = \frac{n}{n-1} \frac{\sum_i (d_i - R b_i)^2}{(\sum_i b_i)^2}
-
-    with :math:`d_i` the bits that source text i needs more, :math:`b_i` its bytes; Student's t with n - 1 degrees of freedom.
+    """The change, the bits that source texts need more by their bytes, with an interval of Student's t with n - 1 degrees of freedom.
 
     Args:
         error: probability that the interval misses.
     """
     _, group = np.unique(np.asarray(before.sources), return_inverse=True)
     more, text_bytes = np.bincount(group, after.bits - before.bits), np.bincount(group, before.text_bytes)
-    count, whole = len(text_bytes), float(text_bytes.sum())
+    count = len(text_bytes)
     change = after.score.bits_per_byte - before.score.bits_per_byte
     if count < 2:
         return Change(change=change, low=None, high=None)
-    spread = float(np.square(more - more.sum() / whole * text_bytes).sum()) * count / (count - 1)
-    half = float(student.ppf(1 - error / 2, count - 1)) * math.sqrt(spread) / whole
+    half = float(student.ppf(1 - error / 2, count - 1)) * ratio_of_sums(more, text_bytes)[1]
     return Change(change=change, low=change - half, high=change + half)
 
 

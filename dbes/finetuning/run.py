@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout, suppress
@@ -29,6 +28,7 @@ from dbes.finetuning.summary import warnings_after, warnings_before
 from dbes.finetuning.training import Trained, train
 from dbes.finetuning.validation import Split, split_validation
 from dbes.models import LoadedModel, load_model
+from dbes.models.adapters import is_installed
 from dbes.models.sites import find_sites
 from dbes.models.windows import embedding_rows, padding_id
 from dbes.paths.esft import read_esft
@@ -333,19 +333,13 @@ def _read_path(file: Path, layers: tuple[int, ...], experts: tuple[int, ...], lo
 
 def _accelerator(settings: FinetuneSettings, out: Path) -> Accelerator:
     tracker = settings.tracker
-    if tracker != "none" and not _installed(tracker):
+    if tracker != "none" and not is_installed(tracker):
         raise FinetuneError(f"tracker {tracker}: this needs the package {tracker}; install it with pip install 'dbes[{tracker}]'")
     return Accelerator(
         mixed_precision="bf16" if settings.bf16 else None,
         log_with=tracker if tracker != "none" else None,
         project_dir=str(out),
     )
-
-
-def _installed(package: str) -> bool:
-    """Whether it can be imported. A folder of that name (W&B leaves one in the working directory) is no package."""
-    found = importlib.util.find_spec(package)
-    return found is not None and found.origin is not None
 
 
 def _start_tracker(accelerator: Accelerator, settings: FinetuneSettings, out: Path) -> None:

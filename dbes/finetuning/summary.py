@@ -64,11 +64,10 @@ def advice(report: FinetuneReport) -> list[str]:
     """What the measured numbers suggest to change; nothing where they suggest nothing."""
     settings, choice = report.settings, report.choice
     found = []
-    can = report.method == "split_bank" and settings.lora_rank is None and not settings.train_router
     if forgotten(report) and settings.protect is not None:
         rate = f", or a smaller --lr than {choice.lr:g}," if choice is not None else ""
         found.append(f"a smaller --protect than {settings.protect:g}{rate} keeps other domains better, at some cost of the gain")
-    elif forgotten(report) and not can:
+    elif forgotten(report) and not report.can_protect:
         found.append("other domains can be protected (--protect) where whole experts are trained in the split bank, routers frozen")
     if choice is not None and choice.source == "given" and _within_noise(report):
         found.append(f"the learning rate {choice.lr:g} was given; without --lr one is found for this model and this text")
@@ -85,9 +84,7 @@ def forgotten(report: FinetuneReport) -> dict[str, Change]:
 
 def protects_next(report: FinetuneReport) -> bool:
     """Whether the run forgot, and the same run with protection is possible and was not made."""
-    settings = report.settings
-    can = report.method == "split_bank" and settings.lora_rank is None and not settings.train_router
-    return bool(forgotten(report)) and can and settings.protect is None
+    return bool(forgotten(report)) and report.can_protect and report.settings.protect is None
 
 
 def _of_others(report: FinetuneReport) -> dict[str, Change]:

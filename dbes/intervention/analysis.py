@@ -13,7 +13,6 @@ from dbes.intervention.outcomes import (
     Curves,
     Figure,
     Measured,
-    Strata,
     accuracy_changes,
     accuracy_figure,
     curves_of,
@@ -23,7 +22,7 @@ from dbes.intervention.outcomes import (
     pareto,
     strata_of,
 )
-from dbes.intervention.settings import Arm, Settings, run_of
+from dbes.intervention.settings import Arm, InterventionSettings, run_of
 from dbes.intervention.verdicts import overall_verdict, target_verdict
 from dbes.reporting.arms import CONTROL, EXTRA_ARMS, FULL, FULL_REPLAY, LOAD, PROTECTED, REPLAY, SLOWER, rule_of
 from dbes.reporting.outcome import KIND, OUTCOME_SCHEMA
@@ -43,7 +42,7 @@ def analyse(about: Mapping[str, Any], records: Records, masks: Sequence[Mapping[
     Args:
         about, records, masks: as ``grid.read_experiment`` gives them.
     """
-    settings = Settings.model_validate(about["settings"])
+    settings = InterventionSettings.model_validate(about["settings"])
     base = {name: np.asarray(nats) for name, nats in about["base"].items()}
     sizes = {name: np.asarray(count, np.float64) for name, count in about["bytes"].items()}
     targets = {}
@@ -75,7 +74,7 @@ def _target(
     target: str,
     others: Sequence[str],
     records: Records,
-    settings: Settings,
+    settings: InterventionSettings,
     *,
     base: Mapping[str, np.ndarray],
     sizes: Mapping[str, np.ndarray],
@@ -90,7 +89,7 @@ def _target(
             failed.append({"arm": arm.name, "budget": arm.budget, "seed": arm.seed, "error": record["error"]})
     # figures are paired by seed: an arm that misses one is left out until it has run
     whole = {key: runs for key, runs in by_arm.items() if len(runs) == settings.seeds}
-    strata = strata_of(target, others, seeds=settings.seeds, documents={name: len(size) for name, size in sizes.items()})
+    strata = strata_of(settings.seeds, *(len(sizes[name]) for name in (target, *others)))
     curves = {key: curves_of(_measured(runs), target, others, base=base, sizes=sizes) for key, runs in whole.items()}
     arms = [_arm(key, runs, curves, strata, whole) for key, runs in whole.items()]
     for arm, kept in zip(arms, pareto([(arm["gain"]["value"], arm["forgetting"]["value"]) for arm in arms]), strict=True):
@@ -158,19 +157,18 @@ def _accuracy_of(
 
 def _measured(runs: Mapping[int, tuple[Arm, dict[str, Any]]]) -> Measured:
     records = [runs[seed][1] for seed in sorted(runs)]
-    points = [[entry["step"] for entry in record["curve"]] for record in records]
     # runs of another version may have measured domains more than needed
     names = [name for name in records[0]["curve"][0]["nats"] if all(name in record["curve"][0]["nats"] for record in records)]
     nats = {name: np.asarray([[entry["nats"][name] for entry in record["curve"]] for record in records]) for name in names}
     seconds = np.asarray([[entry["seconds"] for entry in record["curve"]] for record in records])
-    return Measured(steps=tuple(points[0]), nats=nats, seconds=seconds)
+    return Measured(nats=nats, seconds=seconds)
 
 
 def _arm(
     key: Key,
     runs: Mapping[int, tuple[Arm, dict[str, Any]]],
     curves: Mapping[Key, Curves],
-    strata: Strata,
+    strata: np.ndarray,
     every: Mapping[Key, Mapping[int, tuple[Arm, dict[str, Any]]]],
 ) -> dict[str, Any]:
     """The figures of one arm."""
@@ -225,7 +223,9 @@ def _at_equal_compute(full: Curves, measured: Measured, seconds: float | None) -
     }
 
 
-def _contrasts(control: str, curves: Mapping[Key, Curves], strata: Strata, trained: Mapping[Key, Sequence[Arm]]) -> list[dict[str, Any]]:
+def _contrasts(
+    control: str, curves: Mapping[Key, Curves], strata: np.ndarray, trained: Mapping[Key, Sequence[Arm]]
+) -> list[dict[str, Any]]:
     """Every arm of a budget against the control of the same budget: gain at matched forgetting, and plain gain. Holm over the arms.
 
     Like is compared with like: a protected arm with the protected control. An arm that trains the control's own cells in the same
@@ -256,20 +256,20 @@ def overlap(one: Sequence[Arm], other: Sequence[Arm]) -> float | None:
     return round(float(np.mean(shares)), 5) if shares else None
 
 
-def _twins(curves: Mapping[Key, Curves], strata: Strata) -> list[dict[str, Any]]:
+def _twins(curves: Mapping[Key, Curves], strata: np.ndarray) -> list[dict[str, Any]]:
     """Every protected arm against the same parameters without protection."""
     twins = {key: (rule_of(key[0]), key[1]) for key in curves if key[0].endswith(PROTECTED)}
     return _compared([(key, twin[0], [curves[twin]]) for key, twin in twins.items() if twin in curves], curves, strata)
 
 
-def _against_replay(curves: Mapping[Key, Curves], strata: Strata) -> list[dict[str, Any]]:
+def _against_replay(curves: Mapping[Key, Curves], strata: np.ndarray) -> list[dict[str, Any]]:
     """Every path against the best of full finetuning with replay at its rates."""
     family = [curves[name, None] for name in REPLAY if (name, None) in curves]
     return _compared([(key, FULL_REPLAY, family) for key in curves if family and key[0] not in EXTRA_ARMS], curves, strata)
 
 
 def _compared(
-    pairs: Sequence[tuple[Key, str, Sequence[Curves]]], curves: Mapping[Key, Curves], strata: Strata, *, same: Sequence[bool] = ()
+    pairs: Sequence[tuple[Key, str, Sequence[Curves]]], curves: Mapping[Key, Curves], strata: np.ndarray, *, same: Sequence[bool] = ()
 ) -> list[dict[str, Any]]:
     """A row for each (arm, name of what it is compared with, its trajectories; gain at the end is that of the first).
 
@@ -302,7 +302,12 @@ def _compared(
 
 
 def _masked(
-    mask: Mapping[str, Any], settings: Settings, domains: Sequence[str], *, base: Mapping[str, np.ndarray], sizes: Mapping[str, np.ndarray]
+    mask: Mapping[str, Any],
+    settings: InterventionSettings,
+    domains: Sequence[str],
+    *,
+    base: Mapping[str, np.ndarray],
+    sizes: Mapping[str, np.ndarray],
 ) -> dict[str, Any]:
     """Loss added by masking the chosen cells and the controls, inside and outside the domain; replicates leave out control sets too."""
     target = mask["job"]["target"]
@@ -331,7 +336,7 @@ def _masked(
                 )
             )
     table = np.asarray(rows)
-    strata = Strata.of(len(controls), *(len(sizes[name]) for name in names))
+    strata = strata_of(len(controls), *(len(sizes[name]) for name in names))
     titles = ("inside", "outside", "control_inside", "control_outside")
     found = {title: figure(table[:, column], strata).as_json() for column, title in enumerate(titles)}
     selectivity, by_control = table[:, 0] - table[:, 1], table[:, 2] - table[:, 3]

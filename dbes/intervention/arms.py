@@ -12,7 +12,7 @@ from dbes.errors import InterventionError, PathError
 from dbes.finetuning.cells import TrainableCells
 from dbes.intervention.data import Texts, tuning_split
 from dbes.intervention.routing import under
-from dbes.intervention.settings import AS_TRAINED, DOWN, LAYER_RATES, LAYERED, PATH_LORA, ROUTER_FIRST, Arm, Settings
+from dbes.intervention.settings import AS_TRAINED, DOWN, LAYER_RATES, LAYERED, PATH_LORA, ROUTER_FIRST, Arm, InterventionSettings
 from dbes.models import LoadedModel
 from dbes.models.windows import token_ids
 from dbes.paths.evidence import Evidence, gather
@@ -55,7 +55,7 @@ class Plan:
 
 
 def evidence_of(
-    loaded: LoadedModel, texts: Texts, *, targets: Sequence[str], settings: Settings, prescribed: Prescribed | None = None
+    loaded: LoadedModel, texts: Texts, *, targets: Sequence[str], settings: InterventionSettings, prescribed: Prescribed | None = None
 ) -> Evidence:
     """The model's routing of training texts of every domain (of a target without its tuning part); gradients if a rule needs them.
 
@@ -98,7 +98,7 @@ def evidence_of(
 
 
 def _recorded(
-    loaded: LoadedModel, documents: Sequence[Text], domains: Sequence[str], settings: Settings, prescribed: Prescribed | None
+    loaded: LoadedModel, documents: Sequence[Text], domains: Sequence[str], settings: InterventionSettings, prescribed: Prescribed | None
 ) -> Trace:
     """The routing of the documents, in order of domains; where it is prescribed one recording per domain, put together."""
 
@@ -116,7 +116,7 @@ def _recorded(
     return join_traces(traces, provenance={"routing": AS_TRAINED})
 
 
-def plan_arms(evidence: Evidence, model: Any, settings: Settings) -> Plan:
+def plan_arms(evidence: Evidence, model: Any, settings: InterventionSettings) -> Plan:
     """The arms of every target; an arm that cannot be made is skipped, with the reason."""
     arms: list[Arm] = []
     paths: dict[tuple[str, str, float], ExpertPath] = {}
@@ -164,7 +164,7 @@ def equal_rank(model: Any, evidence: Evidence, budget: float) -> int:
     return max(1, round(wanted / each))
 
 
-def protected_twin(arm: Arm, settings: Settings) -> Arm:
+def protected_twin(arm: Arm, settings: InterventionSettings) -> Arm:
     """The same cells, trained with updates that other domains hardly feel."""
     return arm.model_copy(update={"name": arm.name + PROTECTED, "protect": settings.protect})
 
@@ -176,7 +176,9 @@ def cannot_protect(model: Any, evidence: Evidence) -> str | None:
     return "this model's experts have no experts interface of transformers, which protection needs"
 
 
-def _without_budget(target: str, settings: Settings, seeds: Sequence[int], evidence: Evidence, *, protects: bool) -> Iterator[Arm]:
+def _without_budget(
+    target: str, settings: InterventionSettings, seeds: Sequence[int], evidence: Evidence, *, protects: bool
+) -> Iterator[Arm]:
     for seed in seeds:
         full = Arm(name=FULL, target=target, seed=seed, kind="full")
         for name, factor in REPLAY.items():
@@ -197,7 +199,9 @@ def _without_budget(target: str, settings: Settings, seeds: Sequence[int], evide
             yield Arm(name=ROUTER, target=target, seed=seed, kind="router")
 
 
-def _idea(name: str, evidence: Evidence, index: int, target: str, budget: float, settings: Settings, seeds: Sequence[int]) -> list[Arm]:
+def _idea(
+    name: str, evidence: Evidence, index: int, target: str, budget: float, settings: InterventionSettings, seeds: Sequence[int]
+) -> list[Arm]:
     rule = _rule(settings.idea_rule)
     if name == LAYERED:
         chosen = same_in_every_layer(evidence, index, rule, budget=budget)

@@ -14,19 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save
 from torch import Tensor
 
 from dbes.errors import FinetuneError, InterventionError, MixError, SettingError
 from dbes.evaluation.request import read_benchmark
+from dbes.files import write_bytes
 from dbes.finetuning.encoding import Sample, cut_rows
 from dbes.finetuning.evaluation import encode_choices
-from dbes.intervention.settings import Settings
+from dbes.intervention.settings import InterventionSettings
 from dbes.models.token_text import text_bytes
 from dbes.models.windows import refuse_unknown, token_ids
+from dbes.scoring.tables import read_safetensors
 from dbes.tasks.entries import Entry, by_hash, entry_of_document, hold_out, read_entries
-from dbes.testbed.mix import Text, is_heldout, read_texts
+from dbes.testbed.mix import Text, TokenDocuments, is_heldout, read_texts
 from dbes.testbed.mixes import HELDOUT_SHARE, mix_files
-from dbes.text import unknown
+from dbes.text import clipped, unknown
 
 TASK, MIX = "task:", "mix:"
 TUNING_SHARE = 0.1
@@ -45,22 +48,14 @@ class Texts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
-    """Documents as tokens: document i is ``tokens[starts[i]:starts[i + 1]]``.
+class Part(TokenDocuments):
+    """Documents of one domain for one use.
 
     Attributes:
         bytes: int64 [documents], bytes of text behind all but the first token of each.
     """
 
-    tokens: np.ndarray
-    starts: np.ndarray
     bytes: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.bytes)
-
-    def document(self, index: int) -> np.ndarray:
-        return self.tokens[self.starts[index] : self.starts[index + 1]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +188,9 @@ def _plain(entry: Entry, domain: str, path: str) -> Text:
     return Text(id=entry.id, domain=domain, source=entry.source, text=text, item=entry.item)
 
 
-def tokenize(texts: Texts, tokenizer: Any, *, targets: Sequence[str], settings: Settings, known: int | None = None) -> ExperimentData:
+def tokenize(
+    texts: Texts, tokenizer: Any, *, targets: Sequence[str], settings: InterventionSettings, known: int | None = None
+) -> ExperimentData:
     """The documents an experiment measures and trains on.
 
     Args:
@@ -328,7 +325,7 @@ def _part(documents: Sequence[np.ndarray], sizes: Sequence[int]) -> Part:
     return Part(tokens=np.concatenate(documents).astype(np.int32), starts=starts, bytes=np.maximum(np.asarray(sizes, np.int64), 1))
 
 
-def training_batches(part: Part, settings: Settings, *, boundary: int, seed: int) -> list[np.ndarray]:
+def training_batches(part: Part, settings: InterventionSettings, *, boundary: int, seed: int) -> list[np.ndarray]:
     """The batches of a run, int64 [sequences, length] each: documents in random order, joined, cut; the same for every arm of a seed."""
     random = np.random.default_rng([seed, 17])
     needed = settings.steps * settings.sequences * settings.length
@@ -343,3 +340,38 @@ def training_batches(part: Part, settings: Settings, *, boundary: int, seed: int
 def joined_rows(part: Part, *, length: int, boundary: int) -> list[Tensor]:
     """A part's documents one after the other, as batches of full rows, int64 [8 or fewer, length] each."""
     return cut_rows(np.concatenate([piece for index in range(len(part)) for piece in (part.document(index), [boundary])]), length=length)
+
+
+def save_data(data: ExperimentData, path: Path) -> None:
+    """Write the documents and items as one file, which the processes of an experiment read."""
+    arrays = {}
+    for (domain, name), part in data.parts.items():
+        index = data.domains.index(domain)
+        arrays |= {f"{index}.{name}.tokens": part.tokens, f"{index}.{name}.starts": part.starts, f"{index}.{name}.bytes": part.bytes}
+    for domain, items in data.items.items():
+        arrays |= {f"{data.domains.index(domain)}.items.{column}": getattr(items, column) for column in ITEM_COLUMNS}
+    write_bytes(path, save(arrays))
+
+
+def load_data(path: Path, *, domains: Sequence[str], boundary: int, digest: str) -> ExperimentData:
+    """What ``save_data`` wrote.
+
+    Raises:
+        InterventionError: the file is damaged, or of other domains.
+    """
+    again = "remove it and run the same command again"
+    arrays = read_safetensors(path, error=InterventionError, hint=again)[1]
+    parts, items = {}, {}
+    try:
+        # safetensors gives them in another order each time; what is drawn from several domains depends on theirs
+        for index, name, column in sorted((key.split(".") for key in arrays), key=lambda key: (int(key[0]), *key[1:])):
+            domain = domains[int(index)]
+            if name == "items":
+                items[domain] = Items(**{column: arrays[f"{index}.items.{column}"] for column in ITEM_COLUMNS})
+            elif column == "tokens":
+                parts[domain, name] = Part(**{column: arrays[f"{index}.{name}.{column}"] for column in ("tokens", "starts", "bytes")})
+    except (KeyError, IndexError, ValueError) as problem:
+        raise InterventionError(f"{path}: not the data of this experiment ({clipped(str(problem))}); {again}") from None
+    if digest_of(parts, items) != digest:
+        raise InterventionError(f"{path}: other documents than experiment.json says; {again}")
+    return ExperimentData(domains=tuple(domains), parts=parts, boundary=boundary, digest=digest, items=items)

@@ -20,13 +20,12 @@ from dbes.files import locked, write_json
 from dbes.finetuning.output import refuse_untrainable
 from dbes.intervention.analysis import analyse
 from dbes.intervention.arms import SEARCH_SEED, Plan, evidence_of, plan_arms
-from dbes.intervention.data import ExperimentData, Texts, read_sources, tokenize
+from dbes.intervention.data import ExperimentData, Texts, load_data, read_sources, save_data, tokenize
 from dbes.intervention.masking import MaskJob, execute_masks, plan_masks
 from dbes.intervention.records import EXPERIMENT_SCHEMA, check_curve, check_documents, read_about, read_mask_record, read_run_record
-from dbes.intervention.routing import prescription_facts, prescription_from, prescription_of, routable, routed
+from dbes.intervention.routing import prescription_of, routable, routed
 from dbes.intervention.runs import execute, measure, measure_items
-from dbes.intervention.settings import Arm, Run, Settings, run_key, run_of
-from dbes.intervention.storage import load_data, save_data
+from dbes.intervention.settings import Arm, ArmRun, InterventionSettings, run_key, run_of
 from dbes.models import load_model, load_weights
 from dbes.models.windows import embedding_rows
 from dbes.reporting.outcome import EXPERIMENT_FILE, OUTCOME_FILE, OUTCOME_SCHEMA, Outcome
@@ -42,69 +41,82 @@ Progress = Callable[[str], None]
 
 
 def intervene(
-    model: str,
-    out: Path,
-    settings: Settings,
+    model: str | Path,
+    out: str | Path,
+    settings: InterventionSettings,
     *,
-    texts: str,
+    texts: str | Path = "task:embedded",
     targets: Sequence[str] | None = None,
     cache: Path = Path("build/testbed"),
     processes: int = 2,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Run what ``out`` does not hold yet of an experiment, and return (and write) its outcome.
+    """Does training a domain's expert path pay? Train every kind of path, and what it must beat, and compare on held-out texts.
+
+    What ``out`` does not hold yet is run, so the same call resumes an interrupted experiment. `report` makes a page of the folder.
 
     Args:
-        texts, targets: see ``data.read_sources``; the settings' own domains by default.
+        model: folder, hub id, or ``"embedded"``.
+        out: folder of the experiment.
+        settings: targets, rules, budgets, seeds, steps, ...
+        texts: ``task:NAME``, ``mix:NAME`` (of the testbed), or a folder of JSONL files.
+        targets: a domain of the texts, ``NAME=FILE`` or ``NAME=TRAINING,HELDOUT`` for each of the settings' domains; by default these.
+        cache: where built mixes are kept.
         processes: runs at a time, one thread each; 1 runs them in this process.
+        progress: called with what is done now, in words.
+
+    Returns:
+        The outcome, as in ``intervention.json``: arms, contrasts and verdicts of every target, and ``verdict`` over all.
 
     Raises:
         InterventionError: the texts or settings cannot be used; the folder holds another experiment.
         FileError: the folder cannot be written to, or another run is writing there.
         DbesError: the model or the texts cannot be read.
     """
+    model, out, texts, given = str(model), Path(out), str(texts), list(targets or settings.domains)
     if (out / OUTCOME_FILE).is_file() and not os.access(out, os.W_OK):
-        return _outcome_on_read_only_disk(model, out, settings, texts=texts, targets=targets)
+        return _outcome_on_read_only_disk(out, [model, texts, given, settings.model_dump(mode="json")])
+    say = progress or (lambda _: None)
+    torch.set_num_threads(1)
+    where = str(EMBEDDED_MODEL) if model == "embedded" else model
     with locked(out):
-        return _intervene(model, out, settings, texts=texts, targets=targets, cache=cache, processes=processes, progress=progress)
+        plan, masks, key = _planned(model, where, out, settings, texts=texts, given=given, cache=cache, say=say)
+        rates = search_rates(out, plan, settings, key, where=where, processes=processes, say=say)
+        final = [run_of(arm, rate=_rate(arm, rates)) for arm in plan.arms if arm.seed != SEARCH_SEED]
+        _run_all(out, final, masks, key, where=where, processes=processes, say=say)
+        outcome = analyse(*read_experiment(out))
+        write_json(out / OUTCOME_FILE, outcome)
+    return outcome
 
 
-def _outcome_on_read_only_disk(model: str, out: Path, settings: Settings, *, texts: str, targets: Sequence[str] | None) -> dict[str, Any]:
+def _outcome_on_read_only_disk(out: Path, asked: list[Any]) -> dict[str, Any]:
     """The finished outcome of an experiment that was asked for in the same words; nothing can be added to it.
+
+    Args:
+        asked: model, texts, targets and settings, as they were given.
 
     Raises:
         FileError: it was asked for otherwise.
     """
     about, outcome = read_about(out), read_record(out / OUTCOME_FILE, Outcome, error=InterventionError, versions=(OUTCOME_SCHEMA,))
-    asked = [model, texts, list(targets or settings.domains), settings.model_dump(mode="json")]
     if [about["model"].get("where"), about.get("texts"), about.get("given"), outcome.get("settings")] != asked:
         raise FileError(f"{out}: cannot be written, and holds an experiment with other settings; choose another --out")
     return outcome
 
 
-def _intervene(
-    model: str,
-    out: Path,
-    settings: Settings,
-    *,
-    texts: str,
-    targets: Sequence[str] | None,
-    cache: Path,
-    processes: int,
-    progress: Progress | None,
-) -> dict[str, Any]:
-    say = progress or (lambda _: None)
-    torch.set_num_threads(1)
-    where = str(EMBEDDED_MODEL) if model == "embedded" else model
+def _planned(
+    model: str, where: str, out: Path, settings: InterventionSettings, *, texts: str, given: list[str], cache: Path, say: Progress
+) -> tuple[Plan, list[MaskJob], str]:
+    """The arms and masks of an experiment and its key, after what it is and its data were written to the folder."""
     prescription = prescription_of(where, settings)
     refuse_untrainable(where)
     loaded = load_model(where, name=EMBEDDED_NAME if model == "embedded" else None)
-    sources = _sources(texts, targets or settings.domains, settings, prescription, cache=cache, say=say)
+    sources = _sources(texts, given, settings, prescription, cache=cache, say=say)
     data = tokenize(sources, loaded.tokenizer, targets=settings.domains, settings=settings, known=embedding_rows(loaded.model))
     for name in settings.domains:
         if not [other for other in data.domains if other not in (name, *settings.new)]:
             raise InterventionError(f"domain {name!r}: no other domain is left to measure forgetting on")
-    facts = None if prescription is None else prescription_facts(prescription)
+    facts = None if prescription is None else prescription.model_dump(mode="json")
     data, key = _checked_folder(out, data, partial(run_key, settings, model=loaded.revision, prescribed=facts), say=say)
     say(f"finding paths in {len(data.domains)} domains")
     with routed(loaded.model, prescription) as prescribed:
@@ -122,7 +134,7 @@ def _intervene(
         "key": key,
         "model": {"name": loaded.name, "revision": loaded.revision, "parameters": loaded.parameters, "where": model},
         "texts": texts,
-        "given": list(targets or settings.domains),
+        "given": given,
         **_measured_on(data),
         "base": base,
         "settings": settings.model_dump(mode="json"),
@@ -145,17 +157,11 @@ def _intervene(
             asked = measure_items(loaded.model, data.items, padding=data.boundary, prescribed=prescribed)
         about["accuracy"] = {"choices": choices, **asked}
     write_json(out / EXPERIMENT_FILE, about)
-    del loaded, prescribed
-    rates = search_rates(out, plan, settings, key, where=where, processes=processes, say=say)
-    final = [run_of(arm, rate=_rate(arm, rates)) for arm in plan.arms if arm.seed != SEARCH_SEED]
-    _run_all(out, final, masks, key, where=where, processes=processes, say=say)
-    outcome = analyse(*read_experiment(out))
-    write_json(out / OUTCOME_FILE, outcome)
-    return outcome
+    return plan, masks, key
 
 
 def _sources(
-    texts: str, targets: Sequence[str], settings: Settings, prescription: Prescription | None, *, cache: Path, say: Progress
+    texts: str, targets: Sequence[str], settings: InterventionSettings, prescription: Prescription | None, *, cache: Path, say: Progress
 ) -> Texts:
     """The texts of all domains that the model can be routed by."""
     sources, names = read_sources(texts, targets, cache=cache)
@@ -201,7 +207,7 @@ def _measured_on(data: ExperimentData) -> dict[str, Any]:
 
 
 def search_rates(
-    out: Path, plan: Plan, settings: Settings, key: str, *, where: str, processes: int, say: Progress
+    out: Path, plan: Plan, settings: InterventionSettings, key: str, *, where: str, processes: int, say: Progress
 ) -> dict[tuple[str, str, float | None], float]:
     """The learning rate of every (target, arm, budget): the one that leaves the lowest loss on the tuning part, with one seed."""
     searched = [arm for arm in plan.arms if arm.seed == SEARCH_SEED and arm.rate_of is None]
@@ -227,13 +233,13 @@ def _rate(arm: Arm, rates: dict[tuple[str, str, float | None], float]) -> float:
     return rates[arm.target, arm.rate_of or arm.name, arm.budget] * arm.rate_factor
 
 
-def _run_all(out: Path, runs: Iterable[Run], masks: Iterable[MaskJob], key: str, *, where: str, processes: int, say: Progress) -> None:
+def _run_all(out: Path, runs: Iterable[ArmRun], masks: Iterable[MaskJob], key: str, *, where: str, processes: int, say: Progress) -> None:
     distinct = {run.identity(key): run for run in runs}
-    pending: list[tuple[str, Run | MaskJob]] = [
+    pending: list[tuple[str, ArmRun | MaskJob]] = [
         (name, run) for name, run in distinct.items() if not (out / RUNS / f"{name}.json").is_file()
     ]
     # expensive runs first, so that no process is left alone with a long one at the end
-    pending.sort(key=lambda job: job[1].kind != "full" if isinstance(job[1], Run) else 0)
+    pending.sort(key=lambda job: job[1].kind != "full" if isinstance(job[1], ArmRun) else 0)
     jobs = {job.identity(key): job for job in masks}
     pending += [(name, job) for name, job in jobs.items() if not (out / MASKS / f"{name}.json").is_file()]
     say(f"{len(distinct) + len(jobs) - len(pending)} of {len(distinct) + len(jobs)} runs are finished; {len(pending)} to do")
@@ -263,11 +269,12 @@ def _load(where: str, out: Path) -> None:
     about = read_about(out)
     facts = about["data"]
     data = load_data(out / DATA, domains=facts["domains"], boundary=facts["boundary"], digest=facts["digest"])
-    _STATE.update(model=load_weights(where), data=data, settings=Settings.model_validate(about["settings"]), out=out)
-    _STATE.update(prescription=prescription_from(about.get("prescribed")))
+    _STATE.update(model=load_weights(where), data=data, settings=InterventionSettings.model_validate(about["settings"]), out=out)
+    prescribed = about.get("prescribed")
+    _STATE.update(prescription=prescribed and Prescription.model_validate(prescribed))
 
 
-def _do(name: str, job: Run | MaskJob) -> str:
+def _do(name: str, job: ArmRun | MaskJob) -> str:
     model, data, settings, out = (_STATE[part] for part in ("model", "data", "settings", "out"))
     with routed(model, _STATE["prescription"]) as prescribed:
         if isinstance(job, MaskJob):
@@ -278,7 +285,7 @@ def _do(name: str, job: Run | MaskJob) -> str:
     return f"{job.target}, {job.kind} {len(job.cells)} cells, rate {job.rate:g}: {record['error'] or record['losses'][-1]}"
 
 
-def read_run(out: Path, run: Run, key: str) -> dict[str, Any]:
+def read_run(out: Path, run: ArmRun, key: str) -> dict[str, Any]:
     """The record of a finished run.
 
     Raises:
@@ -294,7 +301,7 @@ def read_experiment(out: Path) -> tuple[dict[str, Any], list[tuple[Arm, dict[str
         InterventionError: no experiment there, or a file that cannot be read.
     """
     about = read_about(out)
-    key, settings = about["key"], Settings.model_validate(about["settings"])
+    key, settings = about["key"], InterventionSettings.model_validate(about["settings"])
     arms = [Arm.model_validate(arm) for arm in about["arms"]]
     rates: dict[tuple[str, str, float | None], float] = {}
     for arm in arms:

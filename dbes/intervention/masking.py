@@ -10,7 +10,7 @@ from dbes.errors import PathError
 from dbes.intervention.arms import Plan
 from dbes.intervention.data import ExperimentData
 from dbes.intervention.runs import RUN_SCHEMA, measure
-from dbes.intervention.settings import Settings
+from dbes.intervention.settings import InterventionSettings
 from dbes.paths.evidence import Evidence
 from dbes.paths.gradients import masked
 from dbes.paths.selection import cells_of, mask_of, random_load_matched
@@ -39,7 +39,7 @@ class MaskJob(Finite):
         return hashlib.sha256(content.encode()).hexdigest()[:20]
 
 
-def plan_masks(evidence: Evidence, plan: Plan, settings: Settings) -> list[MaskJob]:
+def plan_masks(evidence: Evidence, plan: Plan, settings: InterventionSettings) -> list[MaskJob]:
     """A job for every path of ``MASKED_RULES`` that random cells outside it can match."""
     jobs = []
     for (target, rule, budget), path in plan.paths.items():

@@ -29,26 +29,8 @@ class Measured:
         seconds: of training until each point, [seeds, points].
     """
 
-    steps: tuple[int, ...]
     nats: Mapping[str, np.ndarray]
     seconds: np.ndarray
-
-
-@dataclass(frozen=True, kw_only=True)
-class Strata:
-    """Which replicate leaves out what: replicate 0 is the whole sample, then come seeds, then documents by domain.
-
-    Attributes:
-        label: int [replicates]; -1 for the whole sample, else the stratum.
-    """
-
-    label: np.ndarray
-
-    @classmethod
-    def of(cls, *sizes: int) -> Strata:
-        """Strata of these sizes. One of a single unit cannot be left out and has no replicate."""
-        parts = [np.full(size, index) for index, size in enumerate(sizes) if size > 1]
-        return cls(label=np.concatenate([np.array([-1]), *parts]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +46,13 @@ class Curves:
     worst: np.ndarray
 
 
-def strata_of(target: str, others: Sequence[str], *, seeds: int, documents: Mapping[str, int]) -> Strata:
-    return Strata.of(seeds, *(documents[name] for name in (target, *others)))
+def strata_of(*sizes: int) -> np.ndarray:
+    """Which stratum each replicate leaves a unit of, int [replicates]; -1 for the first, the whole sample.
+
+    Args:
+        sizes: of the strata: seeds, then documents by domain. One of a single unit cannot be left out and has no replicate.
+    """
+    return np.concatenate([[-1], *(np.full(size, index) for index, size in enumerate(sizes) if size > 1)]).astype(int)
 
 
 def curves_of(
@@ -87,7 +74,7 @@ def replicates_of(saved: Mapping[str, np.ndarray], names: Sequence[str], *, size
     """The total of every domain with every seed and every unit (document or item) left out in turn, [replicates, domains, points].
 
     The total is the mean over seeds of the sum over units of ``saved`` [seeds, points, units] by the sum of their ``sizes`` [units].
-    Replicates are in the order of ``Strata.of`` for the seeds and then the units of each of ``names``.
+    Replicates are in the order of ``strata_of`` for the seeds and then the units of each of ``names``.
     """
     totals = {name: saved[name].sum(axis=-1) / sizes[name].sum() for name in names}  # [seeds, points]
     seeds = len(totals[names[0]])
@@ -110,7 +97,7 @@ def replicates_of(saved: Mapping[str, np.ndarray], names: Sequence[str], *, size
 
 def accuracy_changes(
     right: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray], target: str, others: Sequence[str]
-) -> tuple[np.ndarray | None, np.ndarray | None, Strata]:
+) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray]:
     """Change of accuracy in the target and in the other domains (their mean), [replicates, points] each, and the strata behind it.
 
     None for the target or for the others without items.
@@ -122,12 +109,12 @@ def accuracy_changes(
     names = [name for name in (target, *others) if name in right]
     saved = {name: right[name].astype(np.float64) - base[name] for name in names}
     changes = replicates_of(saved, names, sizes={name: np.ones(len(base[name])) for name in names})
-    strata = Strata.of(len(saved[names[0]]), *(len(base[name]) for name in names))
+    strata = strata_of(len(saved[names[0]]), *(len(base[name]) for name in names))
     first = int(target in right)
     return changes[:, 0] if first else None, changes[:, first:].mean(axis=1) if len(names) > first else None, strata
 
 
-def accuracy_figure(replicates: np.ndarray, strata: Strata) -> Figure:
+def accuracy_figure(replicates: np.ndarray, strata: np.ndarray) -> Figure:
     """As ``figure``, but without an interval where no seed and no item differs from another: the spread is unknown then, not 0."""
     if np.ptp(replicates) < 1e-12:
         return Figure(value=float(replicates[0]), low=None, high=None, p=None)
@@ -148,12 +135,12 @@ class Figure:
         return {name: None if one is None or not math.isfinite(one) else float(f"{one:.5g}") for name, one in digits.items()}
 
 
-def figure(replicates: np.ndarray, strata: Strata) -> Figure:
+def figure(replicates: np.ndarray, strata: np.ndarray) -> Figure:
     """A figure from its replicates [replicates]; NaN in any of them: no interval."""
     value = float(replicates[0])
     terms, degrees = [], []
-    for stratum in np.unique(strata.label[1:]):
-        left = replicates[strata.label == stratum]
+    for stratum in np.unique(strata[1:]):
+        left = replicates[strata == stratum]
         count = len(left)
         terms.append((count - 1) / count * float(((left - left.mean()) ** 2).sum()))
         degrees.append(count - 1)
@@ -168,7 +155,7 @@ def figure(replicates: np.ndarray, strata: Strata) -> Figure:
     return Figure(value=value, low=value - half, high=value + half, p=float(2 * student.sf(abs(value) / error, freedom)))
 
 
-def log_ratio(above: np.ndarray, below: np.ndarray, strata: Strata) -> Figure | None:
+def log_ratio(above: np.ndarray, below: np.ndarray, strata: np.ndarray) -> Figure | None:
     """Ratio of two replicated values with its interval on the log scale, p that it is 1; None unless both are positive throughout."""
     if not (np.isfinite(above).all() and np.isfinite(below).all() and (above > 0).all() and (below > 0).all()):
         return None

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from dbes.errors import InterventionError
 from dbes.intervention.masking import MaskJob
 from dbes.intervention.runs import RUN_SCHEMA
-from dbes.intervention.settings import Arm, Settings
+from dbes.intervention.settings import Arm, InterventionSettings
 from dbes.reporting.outcome import PathFacts, Skipped, TrainedModel
 from dbes.schema import Open, Real, Whole, read_record
 
@@ -42,7 +42,7 @@ class Experiment(Open):
     data: Data
     bytes: dict[str, tuple[Annotated[float, Field(gt=0, lt=1e15)], ...]]
     base: ByDomain
-    settings: Settings
+    settings: InterventionSettings
     arms: tuple[Arm, ...]
     masks: tuple[MaskJob, ...]
     paths: dict[str, PathFacts]

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from dbes.errors import InterventionError, MixError
 from dbes.intervention.data import Texts
-from dbes.intervention.settings import AS_TRAINED, PLAIN, Settings
+from dbes.intervention.settings import AS_TRAINED, PLAIN, InterventionSettings
 from dbes.testbed.prescribed import Prescribed, Prescription, read_prescription
-from dbes.testbed.settings import RoutingSettings
 
 
-def prescription_of(model: str, settings: Settings) -> Prescription | None:
+def prescription_of(model: str, settings: InterventionSettings) -> Prescription | None:
     """How the model is routed in every forward of the experiment; None where it routes by its own router.
 
     Raises:
@@ -66,16 +65,3 @@ def routed(model: Any, prescription: Prescription | None) -> Iterator[Prescribed
 def under(prescribed: Prescribed | None, domain: str) -> AbstractContextManager[None]:
     """Forwards inside the block are of this domain; nothing to say to a model that routes by its own router."""
     return nullcontext() if prescribed is None else prescribed.domain(domain)
-
-
-def prescription_facts(prescription: Prescription) -> dict[str, Any]:
-    """The prescription as JSON values, for the files of an experiment and its key."""
-    return {"routing": prescription.routing.model_dump(mode="json"), "domains": list(prescription.domains)}
-
-
-def prescription_from(facts: dict[str, Any] | None) -> Prescription | None:
-    """What ``prescription_facts`` made; None of None."""
-    if facts is None:
-        return None
-    domains: Sequence[str] = facts["domains"]
-    return Prescription(routing=RoutingSettings.model_validate(facts["routing"]), domains=tuple(domains))

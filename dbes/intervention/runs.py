@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from dbes.finetuning.evaluation import choice_likelihoods, right_choices
 from dbes.finetuning.machine import status_bytes
 from dbes.intervention.data import ExperimentData, Items, Part, training_batches
 from dbes.intervention.routing import under
-from dbes.intervention.settings import Run, Settings
+from dbes.intervention.settings import ArmRun, InterventionSettings
 from dbes.intervention.trainables import protected_texts, trainable, with_replay
 from dbes.models.losses import in_batches, padded_nats, token_nats
 from dbes.testbed.prescribed import Prescribed
@@ -37,19 +37,22 @@ def document_nats(model: Any, documents: Sequence[np.ndarray], *, batch_tokens: 
     return nats
 
 
+def _passes(names: Iterable[str], prescribed: Prescribed | None) -> Iterator[list[str]]:
+    """The domains that run together: all of them, or one after the other where routing is prescribed, each under its own."""
+    if prescribed is None:
+        yield list(names)
+        return
+    for name in names:
+        with prescribed.domain(name):
+            yield [name]
+
+
 def measure(model: Any, parts: Mapping[str, Part], prescribed: Prescribed | None = None) -> dict[str, list[float]]:
     """Nats of every document of some parts, by domain; one pass over all of them, or one per domain where routing is prescribed."""
-    if prescribed is not None:
-        by_domain: dict[str, list[float]] = {}
-        for name, part in parts.items():
-            with prescribed.domain(name):
-                by_domain |= measure(model, {name: part})
-        return by_domain
-    documents = [part.document(index) for part in parts.values() for index in range(len(part))]
-    nats, found, at = document_nats(model, documents), {}, 0
-    for name, part in parts.items():
-        found[name] = [round(float(value), 5) for value in nats[at : at + len(part)]]
-        at += len(part)
+    found = {}
+    for names in _passes(parts, prescribed):
+        nats = iter(document_nats(model, [parts[name].document(index) for name in names for index in range(len(parts[name]))]).tolist())
+        found |= {name: [round(next(nats), 5) for _ in range(len(parts[name]))] for name in names}
     return found
 
 
@@ -64,24 +67,19 @@ def measure_items(
         padding: a token id that fills up shorter rows.
     """
     found: dict[str, dict[str, list[int]]] = {"right": {}, "right_per_byte": {}}
-    if prescribed is not None:
-        for name, asked in items.items():
-            with prescribed.domain(name):
-                for kind, rows in measure_items(model, {name: asked}, padding=padding).items():
-                    found[kind] |= rows
-        return found
-    likelihood = choice_likelihoods(model, [sample for asked in items.values() for sample in asked.samples()], padding=padding)
-    at = 0
-    for name, asked in items.items():
-        own = likelihood[at : at + len(asked.bytes)]
-        at += len(own)
-        right = right_choices(own, text_bytes=asked.bytes.tolist(), choices=asked.choices.tolist(), right=asked.right.tolist())
-        for kind, row in zip(found, right.astype(int).tolist(), strict=True):
-            found[kind][name] = row
+    for names in _passes(items, prescribed):
+        likelihood = choice_likelihoods(model, [sample for name in names for sample in items[name].samples()], padding=padding)
+        for name in names:
+            asked, (own, likelihood) = items[name], np.split(likelihood, [len(items[name].bytes)])
+            right = right_choices(own, text_bytes=asked.bytes.tolist(), choices=asked.choices.tolist(), right=asked.right.tolist())
+            for kind, row in zip(found, right.astype(int).tolist(), strict=True):
+                found[kind][name] = row
     return found
 
 
-def execute(model: Any, run: Run, data: ExperimentData, settings: Settings, *, prescribed: Prescribed | None = None) -> dict[str, Any]:
+def execute(
+    model: Any, run: ArmRun, data: ExperimentData, settings: InterventionSettings, *, prescribed: Prescribed | None = None
+) -> dict[str, Any]:
     """The record of one run; the model is as before afterwards.
 
     ``curve`` holds, for every point, the nats of each held-out document by domain (of each tuning document in a run of the
@@ -150,7 +148,7 @@ def execute(model: Any, run: Run, data: ExperimentData, settings: Settings, *, p
     }
 
 
-def _optimizer(groups: Sequence[tuple[list[nn.Parameter], float]], settings: Settings) -> torch.optim.AdamW:
+def _optimizer(groups: Sequence[tuple[list[nn.Parameter], float]], settings: InterventionSettings) -> torch.optim.AdamW:
     """AdamW whose groups remember the factor of their learning rate."""
     made = [{"params": parameters, "factor": factor} for parameters, factor in groups]
     return torch.optim.AdamW(made, lr=0.0, betas=BETAS, weight_decay=settings.weight_decay)

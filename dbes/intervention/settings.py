@@ -28,7 +28,7 @@ IDEAS = (DOWN, PATH_LORA, LAYERED, ROUTER_FIRST, LAYER_RATES)
 DEFAULT_RULES = tuple(rule for rule in RULES if rule != ALL)
 
 
-class Settings(Finite):
+class InterventionSettings(Finite):
     """What an experiment does; part of the identity of its results.
 
     Attributes:
@@ -97,7 +97,7 @@ class Settings(Finite):
     routing: Literal["plain", "as-trained"] = PLAIN
 
     @model_validator(mode="after")
-    def _consistent(self) -> Settings:
+    def _consistent(self) -> InterventionSettings:
         if not self.domains or len(set(self.domains)) != len(self.domains):
             raise ValueError(f"domains {list(self.domains)}: expected at least one, each once")
         if not set(self.protected) <= set(self.rules):
@@ -113,14 +113,14 @@ class Settings(Finite):
         return self
 
     @model_validator(mode="after")
-    def _rates_to_take(self) -> Settings:
+    def _rates_to_take(self) -> InterventionSettings:
         for leader, followers in ((FULL, SLOWER), (FULL_REPLAY, REPLAY)):
             if {*followers} & {*self.extras} and leader not in self.extras:
                 raise ValueError(f"extras {sorted({*followers} & {*self.extras})} take their learning rates from {leader}; add {leader}")
         return self
 
     @model_validator(mode="after")
-    def _plain_where_others_text_is_used(self) -> Settings:
+    def _plain_where_others_text_is_used(self) -> InterventionSettings:
         if self.routing == AS_TRAINED and self.protects:
             raise ValueError(
                 "as-trained routing: other domains' text uses no expert of the target's block, so that protection and replay "
@@ -169,7 +169,7 @@ class Arm(Finite):
     coverage: float | None = None
 
 
-class Run(Finite):
+class ArmRun(Finite):
     """One training run. Arms that choose the same cells share it: the identity leaves names of arms and rules out.
 
     Attributes:
@@ -197,15 +197,15 @@ class Run(Finite):
         return hashlib.sha256(content.encode()).hexdigest()[:20]
 
 
-def run_of(arm: Arm, *, rate: float, tuning: bool = False) -> Run:
+def run_of(arm: Arm, *, rate: float, tuning: bool = False) -> ArmRun:
     """The run that an arm needs at a learning rate."""
-    return Run(
+    return ArmRun(
         target=arm.target, kind=arm.kind, cells=arm.cells, rank=arm.rank, only=arm.only, rate=rate, seed=arm.seed, tuning=tuning,
         protect=arm.protect, replay=arm.replay, router_steps=arm.router_steps, layer_rates=arm.layer_rates,
     )  # fmt: skip
 
 
-def run_key(settings: Settings, *, model: str, data: str, prescribed: Mapping[str, Any] | None = None) -> str:
+def run_key(settings: InterventionSettings, *, model: str, data: str, prescribed: Mapping[str, Any] | None = None) -> str:
     """What every run of an experiment depends on besides itself: not the targets, rules, budgets or number of seeds.
 
     Args:
@@ -220,7 +220,7 @@ def run_key(settings: Settings, *, model: str, data: str, prescribed: Mapping[st
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def read_configuration(file: Path | None, given: Mapping[str, Any]) -> Settings:
+def read_configuration(file: Path | None, given: Mapping[str, Any]) -> InterventionSettings:
     """The settings of a YAML file (all defaults without one), with those given on the command line on top.
 
     Raises:
@@ -232,7 +232,7 @@ def read_configuration(file: Path | None, given: Mapping[str, Any]) -> Settings:
         for name in (name for setting in names for name in given.get(setting, ()) if name not in known):
             raise SettingError(unknown(kind, name, known))
     content = read_named(file, error=InterventionError) if file is not None else {}
-    settings = validated(Settings, {**content, **given}, where=file or "settings", error=InterventionError)
+    settings = validated(InterventionSettings, {**content, **given}, where=file or "settings", error=InterventionError)
     for budget in settings.budgets:
         check_budget(budget)
     return settings

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dbes.errors import InterventionError
 from dbes.finetuning.cells import TrainableCells
 from dbes.intervention.data import ExperimentData, joined_rows
-from dbes.intervention.settings import Run
+from dbes.intervention.settings import ArmRun
 from dbes.models.execution import frozen
 from dbes.models.sites import expert_slices, find_sites
 from dbes.paths.types import Cell
@@ -39,7 +39,7 @@ class Trainable:
 
 
 @contextmanager
-def trainable(model: Any, run: Run, data: ExperimentData, *, length: int) -> Iterator[Trainable]:
+def trainable(model: Any, run: ArmRun, data: ExperimentData, *, length: int) -> Iterator[Trainable]:
     """The parameters of a run; the model is as before when the block ends.
 
     Args:

@@ -57,7 +57,7 @@ def find_adapter(where: str, folder: Path | None, *, revision: str | None) -> Ad
     base = content.get("base_model_name_or_path")
     if base is not None and not isinstance(base, str):
         raise ModelError(f"{path}: base_model_name_or_path {clipped(base)}, expected a folder or a hub id")
-    if not peft_is_installed():
+    if not is_installed("peft"):
         raise ModelError(
             f"{where}: holds a PEFT adapter ({ADAPTER_CONFIG}), without which it is another model; install peft "
             "(pip install 'dbes[peft]'), or give a folder into whose weights it was merged"
@@ -65,9 +65,10 @@ def find_adapter(where: str, folder: Path | None, *, revision: str | None) -> Ad
     return Adapter(source=where, base=base or None)
 
 
-def peft_is_installed() -> bool:
-    found = importlib.util.find_spec("peft")
-    return found is not None and found.origin is not None  # a mere folder of that name has no origin
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported; a mere folder of that name (W&B leaves one in the working directory) has no origin."""
+    found = importlib.util.find_spec(package)
+    return found is not None and found.origin is not None
 
 
 def merge_adapter(model: PreTrainedModel, adapter: Adapter, *, revision: str | None) -> PreTrainedModel:

@@ -7,7 +7,7 @@ from types import TracebackType
 import transformers
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from dbes.errors import DbesError, ModelError
+from dbes.errors import DbesError, ModelError, out_of_memory
 from dbes.text import clipped
 
 
@@ -43,7 +43,7 @@ class explained:
 
     def _reason(self, problem: Exception, text: str) -> str:
         said = clipped(" ".join(text.split()), 300) if text.strip() else type(problem).__name__
-        if _out_of_memory(problem, text):
+        if out_of_memory(problem):
             return f"the {self.part} does not fit in memory ({said}); a 16-bit dtype or a device map that offloads may help"
         if "trust_remote_code" in text:
             return needs_code(self.where).removeprefix(f"{self.where}: ")
@@ -60,9 +60,3 @@ class explained:
         if "does not recognize this architecture" in text or "Unrecognized model" in text:
             return f"transformers {transformers.__version__} does not know this architecture ({said})"
         return f"{self.problem} ({type(problem).__name__}: {said})"
-
-
-def _out_of_memory(problem: Exception, text: str) -> bool:
-    return isinstance(problem, MemoryError) or (
-        isinstance(problem, RuntimeError) and ("allocate memory" in text or "out of memory" in text)
-    )

@@ -84,7 +84,7 @@ def watching(
                 handles = _attach(index, site, keeper, observe, scores, last)
             for handle in handles:
                 stack.callback(handle.remove)
-        # whatever ends the block, the keeper does not go on listening
+        # whatever ends the block, the keeper no longer listens
         stack.callback(keeper.stop)
         with suppress(_LastRouterReached):
             yield

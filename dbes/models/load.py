@@ -16,11 +16,22 @@ from transformers.utils.quantization_config import Mxfp4Config
 from dbes.errors import ModelError
 from dbes.models.adapters import Adapter, find_adapter, inner_model, merge_adapter
 from dbes.models.classes import build, choose_class
+from dbes.models.execution import input_device
 from dbes.models.explained import explained
-from dbes.models.folder import CONFIG, check_code, check_folder, find_folder, read_config, read_tensors, refuse_contradictions, unread_files
+from dbes.models.folder import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    check_code,
+    check_folder,
+    find_folder,
+    read_config,
+    read_tensors,
+    refuse_contradictions,
+    unread_files,
+)
 from dbes.models.identity import folder_fingerprint, joined, model_fingerprint, tokenizer_fingerprint
 from dbes.models.leftovers import account, refuse_unfit, watched_loading
-from dbes.models.sites import find_sites, input_device
+from dbes.models.sites import find_sites
 from dbes.shipped import located
 
 NOT_A_FOLDER = "no-adapter-here"
@@ -114,11 +125,10 @@ def load_weights(
     *,
     revision: str | None = None,
     dtype: str = "auto",
-    device_map: str | dict | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The model of a checkpoint alone, in eval mode; arguments and errors as of `load_model`."""
-    return _load(where, revision=revision, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code).model
+    return _load(where, revision=revision, dtype=dtype, device_map=None, trust_remote_code=trust_remote_code).model
 
 
 def load_config(where: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -142,7 +152,7 @@ def find_commit(where: str, *, revision: str | None = None) -> str:
     Raises:
         ModelError: there is none, or the hub cannot be reached.
     """
-    return _commit(where, CONFIG, revision)
+    return _snapshot(where, revision).name
 
 
 def transformers_model(model: Any) -> PreTrainedModel:
@@ -190,7 +200,7 @@ def _load_beneath(
     if below is not None and find_adapter(adapter.base, below, revision=None) is not None:
         raise ModelError(f"{adapter.source}: its base {adapter.base} has an adapter of its own; merge that one first")
     base = _load_base(adapter.base, below, None, dtype, device_map, trust_remote_code=trust_remote_code)
-    own = folder_fingerprint(folder) if folder is not None else _commit(adapter.source, "adapter_config.json", revision)
+    own = folder_fingerprint(folder) if folder is not None else _snapshot(adapter.source, revision, ADAPTER_CONFIG).name
     tokenizer = folder is not None and (folder / "tokenizer_config.json").is_file()
     return _Checkpoint(
         merge_adapter(base.model, adapter, revision=revision),
@@ -248,19 +258,12 @@ def _has_config(where: str, folder: Path | None, revision: str | None) -> bool:
         return cached_file(where, CONFIG, revision=revision, _raise_exceptions_for_missing_entries=False) is not None
 
 
-def _snapshot(where: str, revision: str | None) -> Path:
+def _snapshot(where: str, revision: str | None, file: str = CONFIG) -> Path:
     """The folder of the cache that holds the files of one commit, which is its name."""
-    with explained(where, part=CONFIG):
-        found = cached_file(where, CONFIG, revision=revision)
-    assert found is not None
-    return Path(found).parent
-
-
-def _commit(where: str, file: str, revision: str | None) -> str:
     with explained(where, part=file):
         found = cached_file(where, file, revision=revision)
     assert found is not None
-    return Path(found).parent.name
+    return Path(found).parent
 
 
 def _quantization(config: Any) -> dict[str, Any] | None:

@@ -1,6 +1,6 @@
 """What a router computes while it runs: the scores of its top-k, its logits, its masks; copied at the moment they are seen.
 
-A router may go on working in place on any of these (scale its scores, clamp its ids): a copy keeps what the top-k saw.
+A router may change any of these in place afterwards (scale its scores, clamp its ids): a copy keeps what the top-k saw.
 """
 
 from __future__ import annotations

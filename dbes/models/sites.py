@@ -19,12 +19,6 @@ import torch
 from torch import nn
 
 from dbes.errors import ModelError
-from dbes.models.execution import base_of, input_device, is_offloaded
-
-__all__ = [  # base_of, input_device and is_offloaded are of dbes.models.execution
-    "Adapter", "RoutingSite", "base_of", "expert_modules", "expert_slices", "expert_weights", "find_sites", "input_device", "is_offloaded",
-    "max_positions", "router_std", "score_reason",
-]  # fmt: skip
 
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts", "num_moe_experts")
 TOP_K = (

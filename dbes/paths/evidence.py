@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dbes.errors import PathError, SettingError
+from dbes.paths.types import Average
 from dbes.results import RESULT_FILE, Result, load_result
 from dbes.scoring.counting import counts_of
 from dbes.scoring.counts import Counts
@@ -20,6 +21,7 @@ from dbes.scoring.sampling import TokenSample, even_documents
 from dbes.scoring.score import read_routes
 from dbes.scoring.specialists import SpecialistTable, find_specialists
 from dbes.scoring.stored import COUNTS
+from dbes.scoring.sums import of_phase
 from dbes.text import unknown
 from dbes.trace.store import MANIFEST, TRACE_FOLDER, Trace
 from dbes.trace.types import PHASES, RoutingShape, TokenRoutes
@@ -38,6 +40,8 @@ class Evidence:
             without a model.
         sizes: [layers], parameters of one expert; equal when the model was not looked at.
         provenance: as of the trace.
+        gate_sums: reads ``gates`` from the trace; None where only counts are known.
+        average: what ESFT's shares are means over, see ``esft_share``.
     """
 
     counts: Counts
@@ -48,6 +52,8 @@ class Evidence:
     effects: np.ndarray | None = None
     sizes: np.ndarray | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    gate_sums: Callable[[], np.ndarray | None] | None = None
+    average: Average = "tokens"
 
     @property
     def shape(self) -> RoutingShape:
@@ -67,6 +73,11 @@ class Evidence:
     def load(self) -> np.ndarray:
         """Share of all slots of a domain, over all its layers, that each cell takes: [domains, layers, experts]."""
         return self.hits / self.hits.sum(axis=(1, 2), keepdims=True)
+
+    @cached_property
+    def gates(self) -> np.ndarray | None:
+        """Sums of gate weights as the model used them, float32 [texts, layers, experts]; None where the trace has none or is not known."""
+        return self.gate_sums() if self.gate_sums else None
 
     @cached_property
     def exists(self) -> np.ndarray:
@@ -123,7 +134,8 @@ class Evidence:
         if routes is not None:
             rows = np.flatnonzero(np.isin(routes.document, kept))
             routes = replace(routes.take(rows), document=np.searchsorted(kept, routes.document[rows]))
-        return replace(self, counts=self.counts.take(kept), routes=routes, permutations=permutations)
+        gates = None if self.gate_sums is None else lambda: None if self.gates is None else self.gates[kept]
+        return replace(self, counts=self.counts.take(kept), routes=routes, permutations=permutations, gate_sums=gates)
 
     def _members(self, domain: int) -> np.ndarray:
         return np.flatnonzero(self.shape.document_domain == domain)
@@ -147,7 +159,34 @@ def gather(trace: Trace | Counts, *, permutations: int = 1000, seed: int = 0, ph
     routes = None
     if sample is not None:
         routes = replace(sample.routes, document=np.searchsorted(used, counts.shape.units[sample.routes.document]))
-    return Evidence(counts=units.take(used), routes=routes, permutations=permutations, seed=seed, provenance=dict(counts.provenance))
+    found = Evidence(counts=units.take(used), routes=routes, permutations=permutations, seed=seed, provenance=dict(counts.provenance))
+    if isinstance(trace, Counts):
+        return found
+    texts = np.where(np.isin(counts.shape.units, used), np.searchsorted(used, counts.shape.units), -1)
+    return replace(found, gate_sums=lambda: _gate_sums(trace, texts, phase=phase))
+
+
+def _gate_sums(trace: Trace, texts: np.ndarray, *, phase: int | None) -> np.ndarray | None:
+    """``Evidence.gates``, from one reading of the trace.
+
+    Args:
+        texts: int [documents], the text of each document of the trace; -1: none.
+    """
+    shape = trace.shape
+    count, width = int(texts.max()) + 1, shape.width
+    sums = np.zeros((count, len(shape.layers), width), np.float32)
+    for routes in trace.with_columns("weights", "phase"):
+        if routes.weights is None:
+            return None
+        rows = np.flatnonzero(of_phase(routes, phase) & (texts[routes.document] >= 0))
+        ids, weights = routes.ids[rows], routes.weights[rows]
+        ran = ids != np.iinfo(ids.dtype).max
+        cells = texts[routes.document[rows]][:, None, None] * width + ids
+        for layer in range(len(shape.layers)):
+            there = ran[:, layer]
+            found = np.bincount(cells[:, layer][there], weights[:, layer][there], minlength=count * width)
+            sums[:, layer] += found.reshape(count, width)
+    return sums
 
 
 def read_evidence(result: Result | str | Path) -> Evidence:

@@ -37,6 +37,9 @@ RULES: tuple[Rule, ...] = get_args(Rule)
 ESFT_SHARES = {"esft-token": 0.2, "esft-gate": 0.1}
 """Share p of a layer that ESFT's sets must reach (arXiv 2407.01906, section 4.1)."""
 
+ESFT_DIGITS = 4
+"""Decimals to which the released code rounds shares before it adds them up."""
+
 NEED_MODEL = ("gradient", "gradient-contrast", "gradient-layer", "causal")
 WITHOUT_TEXTS = ("random", "random-load-matched", "all", *NEED_MODEL)
 """Rules that do not look at single texts again, so that resampling these says nothing of their stability."""
@@ -48,7 +51,7 @@ def score_cells(evidence: Evidence, domain: int, rule: Rule, *, seed: int = 0) -
     * ``specialization``: the cell's part p ln(p / pbar) of the domain's specialization; only specialists (FDR test).
     * ``trajectory``: log-lift of the best chain through the cell, see ``trajectories``.
     * ``lift``: p / pbar, of cells that the domain would hit at least ``RARE_HITS`` times if it were like the mixture.
-    * ``esft-token``, ``esft-gate``: ESFT's selection ratio and average gate, of the cells in its per-layer sets.
+    * ``esft-token``, ``esft-gate``: ESFT's selection ratio and average gate, of the cells in its per-layer sets, see ``esft_share``.
     * ``target-load``: the domain's share of a layer's slots; ``load``: the same over all domains alike.
     * ``gradient``: squared norm of the cell's gradient on the domain; ``-contrast``: minus the mean over the other domains;
       ``-layer``: the same after both were divided by their sum over the layer's experts.
@@ -80,7 +83,8 @@ def score_cells(evidence: Evidence, domain: int, rule: Rule, *, seed: int = 0) -
             raise PathError("lift: every cell is seen too rarely to tell; give more documents")
     elif rule in ("esft-token", "esft-gate"):
         share = esft_share(evidence, domain, gate=rule == "esft-gate")
-        score = np.where(smallest_sets(share, ESFT_SHARES[rule]), share, -np.inf)
+        compared = np.round(share, ESFT_DIGITS) if evidence.average == "tokens" else share
+        score = np.where(smallest_sets(compared, ESFT_SHARES[rule]), share, -np.inf)
     elif rule == "target-load":
         score = usage
     elif rule == "load":
@@ -97,31 +101,36 @@ def score_cells(evidence: Evidence, domain: int, rule: Rule, *, seed: int = 0) -
 
 
 def esft_share(evidence: Evidence, domain: int, *, gate: bool) -> np.ndarray:
-    r"""ESFT's score of every expert, normalised over the experts of a layer, [layers, experts].
+    r"""ESFT's score of every expert of a layer (arXiv 2407.01906, eq. 6-7), [layers, experts].
 
-    .. math:: r = \frac1{N_s} \sum_j \frac1{L_j} \sum_{t \in j} \frac{1(e \text{ chosen})}{k}, \qquad
-              g = \frac1{N_s} \sum_j \frac1{L_j} \sum_{t \in j} gate_{t,e}
+    Selection ratio: share of the slots; average gate: mean over tokens of the expert's gate weight as the model used it, so that a
+    layer's scores sum to 1 only where a token's gate weights do. Averaged as ``evidence.average`` says:
 
-    (arXiv 2407.01906, eq. 6-7): the mean over samples (here source texts) of each one's mean over its tokens. Gate weights are
-    the trace's, which sum to 1 over a token's slots.
+    * ``tokens``: all tokens of the domain alike, as in the released code, whose published lists and scores these are
+      (github.com/deepseek-ai/ESFT: all 104 layers of DeepSeek-V2-Lite).
+    * ``samples``: the mean over source texts of each one's mean over its tokens, as the paper has it.
+
+    Counts without their trace know gate weights only as normalised to 1 over a token.
 
     Raises:
         PathError: the trace has no gate weights.
     """
     means = []
-    for counts in evidence.counts.layers():
-        sums = counts.mass if gate else counts.hits
+    for column, counts in enumerate(evidence.counts.layers()):
+        sums = counts.mass if gate and evidence.gates is None else counts.hits
+        if gate and evidence.gates is not None:
+            sums = evidence.gates[:, column : column + 1, : counts.shape.width]
         if sums is None:
             raise PathError("esft-gate: this trace has no gate weights; use esft-token")
         members = counts.shape.document_domain == domain
-        tokens = counts.active[members][..., None]
-        slots = 1.0 if gate else counts.shape.top_k[0]
+        own, tokens = sums[members].astype(np.float64), counts.active[members][..., None]
+        if evidence.average == "samples":
+            own, tokens = np.divide(own, tokens, out=np.zeros_like(own), where=tokens > 0), tokens > 0
         with np.errstate(invalid="ignore", divide="ignore"):
-            by_text = np.where(tokens > 0, sums[members] / (tokens * slots), 0.0)
-            means.append(by_text.sum(axis=0, keepdims=True) / np.maximum((tokens > 0).sum(axis=0), 1))
+            means.append(own.sum(axis=0, keepdims=True) / tokens.sum(axis=0))
     mean = side_by_side(means)[0]
     with np.errstate(invalid="ignore", divide="ignore"):
-        return mean / mean.sum(axis=-1, keepdims=True)
+        return mean if gate else mean / mean.sum(axis=-1, keepdims=True)
 
 
 def smallest_sets(share: np.ndarray, reach: float) -> np.ndarray:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from dbes.paths.evidence import Evidence, gather, read_evidence
 from dbes.paths.rules import ESFT_SHARES, NEED_MODEL, RULES, WITHOUT_TEXTS, Rule, score_cells
 from dbes.paths.selection import cells_of, check_budget, choose, jaccard, random_load_matched
 from dbes.paths.trajectories import strongest
-from dbes.paths.types import ExpertPath, Overlap, Provenance
+from dbes.paths.types import Average, ExpertPath, Overlap, Provenance
 from dbes.results import Result
 from dbes.scoring.counts import Counts
 from dbes.shipped import EMBEDDED
@@ -22,10 +23,13 @@ from dbes.text import unknown
 from dbes.trace.store import Trace
 
 if TYPE_CHECKING:
-    from dbes.models import LoadedModel
+    from transformers import PreTrainedTokenizerBase
+
+    from dbes.evaluation.request import Model
 
 DEFAULT_BUDGET = 0.15
 MATCHED = "random-load-matched"
+AVERAGES: tuple[Average, ...] = get_args(Average)
 
 RESAMPLES = 20
 """Random halves of the texts in which the rule chooses again."""
@@ -43,8 +47,10 @@ def find_path(
     rule: str = "specialization",
     budget: float | Literal["auto"] | None = "auto",
     match: str = "specialization",
-    model: str | Path | LoadedModel | None = None,
+    model: Model | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     tasks: str | Path | Task = EMBEDDED,
+    average: str = "tokens",
     seed: int = 0,
     resamples: int = RESAMPLES,
     trajectories: int = TRAJECTORIES,
@@ -59,14 +65,17 @@ def find_path(
         budget: share of the routed-expert parameters, not exceeded; ``"auto"``: 0.15, or ESFT's own sets for ESFT's rules; None: all
             cells the rule admits.
         match: the rule whose cells ``random-load-matched`` carries the load of.
-        model: the evaluated model, for rules that look at it (gradients, masking); with it, budgets count its parameters.
+        model, tokenizer: the evaluated model as `evaluate` takes it, for rules that look at it (gradients, masking); with it, budgets
+            count its parameters.
         tasks: the evaluated task, for rules that look at the model.
+        average: of ESFT's rules: ``tokens`` pools the tokens of the domain, as the released code does; ``samples`` takes the mean over
+            source texts of each one's mean, as the paper has it.
         seed: of random rules, the random halves of the stability figure and of the trajectories.
         resamples: random halves for the stability figure; 0 leaves it out.
         trajectories: chains to report at most.
 
     Raises:
-        SettingError: there is no such domain or rule.
+        SettingError: there is no such domain, rule or average.
         PathError: the routes were not kept; a budget that is no share; no cell passes; the rule needs the model, or it is another one.
         ResultError, TraceError, TaskError, ModelError: what is given cannot be read.
     """
@@ -75,14 +84,18 @@ def find_path(
         budget = None if rule in ESFT_SHARES else DEFAULT_BUDGET
     if budget is not None:
         check_budget(budget)
-    evidence = _evidence(result)
+    if average not in AVERAGES:
+        raise SettingError(unknown("average", average, AVERAGES))
+    evidence = replace(_evidence(result), average=average)
     index = evidence.domain(domain)
     if model is not None:
+        from dbes.evaluation.request import given_model
         from dbes.paths.model_evidence import with_model
 
         asked = {rule, match} if rule == MATCHED else {rule}
         gradients = bool(asked & {*NEED_MODEL} - {"causal"})
-        evidence = with_model(evidence, model, tasks=tasks, gradients=gradients, effects="causal" in asked)
+        with given_model(model, tokenizer) as given:
+            evidence = with_model(evidence, given, tasks=tasks, gradients=gradients, effects="causal" in asked)
     chosen = chosen_cells(evidence, index, rule, budget=budget, match=match, seed=seed)
     shape, about = evidence.shape, evidence.provenance
     task = about.get("task") or {}
@@ -90,6 +103,7 @@ def find_path(
     return ExpertPath(
         domain=domain,
         rule=rule,
+        average=average if rule in ESFT_SHARES else None,
         budget=budget,
         cells=cells_of(chosen, shape),
         layers=shape.layers,

@@ -14,6 +14,7 @@ from dbes.text import unknown
 
 PATH_SCHEMA = 1
 FORMATS = ("dbes", "esft")
+Average = Literal["tokens", "samples"]
 
 
 class Cell(NamedTuple):
@@ -74,6 +75,7 @@ class ExpertPath(Finite):
 
     Attributes:
         rule: how the cells were chosen.
+        average: what the shares of ESFT's rules are means over; None for other rules.
         budget: most of the routed-expert parameters the cells may hold, as a share; None: the rule's own size.
         cells: chosen cells, by layer and expert.
         layers: the model's MoE layers, ascending; experts: routed experts of each.
@@ -88,6 +90,7 @@ class ExpertPath(Finite):
     schema_version: Literal[1] = PATH_SCHEMA
     domain: str
     rule: str
+    average: Average | None = None
     budget: float | None = None
     cells: tuple[Cell, ...]
     layers: tuple[int, ...]

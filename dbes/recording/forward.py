@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dbes.errors import RecordingError
+from dbes.errors import RecordingError, out_of_memory
 from dbes.models import LoadedModel
 from dbes.models.execution import forward, input_device, is_offloaded
 from dbes.models.hooks import Decision, watching
@@ -263,7 +263,7 @@ def record_within_memory(engine: ForwardEngine, batch: Sequence[Window]) -> Iter
         yield record_batch(engine, batch)
         return
     except RuntimeError as problem:
-        if not isinstance(problem, torch.OutOfMemoryError) and "allocate memory" not in str(problem):
+        if out_of_memory(problem) is None:
             raise
     if len(batch) == 1:
         raise RecordingError(f"one window of {len(batch[0])} tokens does not fit in memory; choose a smaller window or dtype")

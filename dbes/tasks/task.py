@@ -11,7 +11,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -69,6 +69,9 @@ class Task(Strict):
         version: raised by any change that could alter a score.
         window: tokens of a document that a model reads at a time, at most.
         domains: source of the texts of each of at least two domains.
+
+    Raises:
+        TaskError: an unknown or missing field, a wrong value, fewer than two domains; the message names the field.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
@@ -83,6 +86,17 @@ class Task(Strict):
         if len(self.domains) < 2:
             raise ValueError(f"{len(self.domains)} domain given; specialization compares domains, so at least 2 are needed")
         return self
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _checked(cls, content: Any, check: Callable[[Any], Task]) -> Task:
+        """Faults as one TaskError of one line, also of a task that is built in Python. Stands last, so that it sees those of the others."""
+        try:
+            return check(content)
+        except ValidationError as error:
+            faults = error.errors(include_url=False)
+            more = [f"and {len(faults) - PROBLEMS} more"] if len(faults) > PROBLEMS else []
+            raise TaskError("; ".join([*map(_told, faults[:PROBLEMS]), *more])) from None
 
     @property
     def path(self) -> Path:
@@ -109,10 +123,8 @@ def load_task(task: str | Path | Task) -> Task:
         raise TaskError(f"{path}: a task is a mapping with name, version and domains, not {type(content).__name__}")
     try:
         found = Task.model_validate(content)
-    except ValidationError as error:
-        faults = error.errors(include_url=False)
-        more = [f"and {len(faults) - PROBLEMS} more"] if len(faults) > PROBLEMS else []
-        raise TaskError(f"{path}: {'; '.join([*map(_told, faults[:PROBLEMS]), *more])}") from None
+    except TaskError as problem:
+        raise TaskError(f"{path}: {problem}") from None
     found._path = path.resolve()
     return found
 

@@ -16,6 +16,8 @@ from dbes.trace.types import TokenRoutes
 TOKEN_CLASSES = ("word start", "word piece", "digit", "punctuation", "white space", "other script")
 """Classes of tokens, read off the tokenizer's own vocabulary; there is no tagger in this."""
 
+SHUFFLES = 5
+
 
 def token_classes(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
     """Class of every vocabulary id, int [vocabulary], index into TOKEN_CLASSES."""
@@ -56,21 +58,21 @@ def conditional_information(experts: np.ndarray, labels: np.ndarray, given: np.n
     return float(entr(table.sum(1)).sum() - entr(table.sum((1, 2))).sum() - joint + entr(table.sum(2)).sum())
 
 
-def topic_and_syntax(heldout: Heldout, classes: np.ndarray, *, shuffles: int = 5, seed: int = 0) -> dict[str, list[float]]:
+def topic_and_syntax(heldout: Heldout, classes: np.ndarray) -> dict[str, list[float]]:
     """How much of an expert's choice is topic and how much is syntax, by layer, in nats above chance.
 
     ``topic``: I(E; domain | token class), chance by shuffling the documents' domains; ``syntax``: I(E; token class | domain),
     chance by shuffling token classes inside documents. Each is conditional on the other, so that a class that only one domain
     has counts for neither.
     """
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     (routes,) = heldout.trace.loaded
     assert routes.token_ids is not None
     document_domain = heldout.trace.shape.document_domain
     domain, kind = document_domain[routes.document], classes[routes.token_ids]
     # Sorting by (document, random) permutes the tokens inside every document.
-    within = [np.lexsort((generator.random(len(kind)), routes.document)) for _ in range(shuffles)]
-    between = [generator.permutation(document_domain)[routes.document] for _ in range(shuffles)]
+    within = [np.lexsort((generator.random(len(kind)), routes.document)) for _ in range(SHUFFLES)]
+    between = [generator.permutation(document_domain)[routes.document] for _ in range(SHUFFLES)]
     found: dict[str, list[float]] = {"topic": [], "syntax": []}
     for layer in range(routes.ids.shape[1]):
         experts = routes.ids[:, layer].astype(np.int64)
@@ -81,10 +83,10 @@ def topic_and_syntax(heldout: Heldout, classes: np.ndarray, *, shuffles: int = 5
     return found
 
 
-def domain_probe(heldout: Heldout, *, ridge: float = 1.0) -> dict[str, list[float]]:
+def domain_probe(heldout: Heldout) -> dict[str, list[float]]:
     """How well a token's domain can be told from the router's input, and from the experts it was sent to, by layer.
 
-    ``input``: accuracy of a linear (ridge) probe on what the router sees; ``experts``: accuracy of naive Bayes on the chosen
+    ``input``: accuracy of a linear probe (ridge, penalty 1) on what the router sees; ``experts``: accuracy of naive Bayes on the chosen
     experts. Both learn on every other document of each domain and are tested on the rest; chance is ``chance``.
     """
     if heldout.inputs is None:
@@ -101,7 +103,7 @@ def domain_probe(heldout: Heldout, *, ridge: float = 1.0) -> dict[str, list[floa
     for layer in range(routes.ids.shape[1]):
         seen = heldout.inputs[:, layer].astype(np.float64)
         seen = np.concatenate([(seen - seen[learning].mean(0)) / (seen[learning].std(0) + 1e-9), np.ones((len(seen), 1))], axis=1)
-        gram = seen[learning].T @ seen[learning] + ridge * np.eye(seen.shape[1])
+        gram = seen[learning].T @ seen[learning] + np.eye(seen.shape[1])
         weights = np.linalg.solve(gram, seen[learning].T @ targets[learning])
         found["input"].append(float(((seen[~learning] @ weights).argmax(1) == domain[~learning]).mean()))
         counts = np.ones((len(shape.domains), shape.experts[layer]))
@@ -114,19 +116,19 @@ def domain_probe(heldout: Heldout, *, ridge: float = 1.0) -> dict[str, list[floa
     return found
 
 
-def forking_tokens(heldout: Heldout, *, share: float = 0.2, seed: int = 0) -> dict[str, float]:
+def forking_tokens(heldout: Heldout) -> dict[str, float]:
     """Normalised specialization (jackknifed) on the tokens of highest prediction entropy, and on as many of the others.
 
-    The highest-entropy share is taken inside every domain, so that both sides hold each domain equally.
+    The highest-entropy fifth is taken inside every domain, so that both sides hold each domain equally.
     """
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     (routes,) = heldout.trace.loaded
     domain = heldout.trace.shape.document_domain[routes.document]
     forking, others = [], []
     for index in range(len(heldout.trace.shape.domains)):
         rows = np.flatnonzero(domain == index)
         rows = rows[np.argsort(-heldout.entropy[rows], kind="stable")]
-        count = int(share * len(rows))
+        count = int(0.2 * len(rows))
         forking.append(rows[:count])
         others.append(generator.choice(rows[count:], count, replace=False))
     values = {}

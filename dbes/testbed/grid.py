@@ -19,7 +19,7 @@ from dbes.testbed.presets import preset
 from dbes.testbed.records import GRID_SCHEMA, read_grid_file, read_run, same_fields
 from dbes.testbed.routers import domain_experts
 from dbes.testbed.runner import run_jobs
-from dbes.testbed.runs import RUN_FILE, Run, execute, remove_state
+from dbes.testbed.runs import RUN_FILE, GridRun, execute, remove_state
 from dbes.testbed.training import TrainingError
 from dbes.text import unknown
 
@@ -41,17 +41,7 @@ def run_grid(
 ) -> dict[str, Any]:
     """Train and measure every run of a preset that ``out`` does not hold yet, and return what ``grid.json`` says.
 
-    Args:
-        mix: another mix than the preset's: ``embedded``, ``packages`` or a folder of JSONL files.
-        processes: runs at a time, one thread each; two of them beat one process of two threads.
-        only: experiments to run; all of them when empty.
-
-    Raises:
-        SettingError: the preset has no such experiment.
-        MixError: the mix cannot be built, has an empty domain or too few experts for a reference router (checked before any
-            training); the folder holds another grid.
-        FileError: the folder cannot be written to, or another run is writing there.
-        TrainingError: a training process was killed.
+    Arguments and errors as of ``report.run_testbed``.
     """
     say = progress or (lambda _: None)
     grid = preset(name)
@@ -95,7 +85,7 @@ def run_grid(
     return about
 
 
-def _train(pending: Sequence[tuple[str, int, Run, Path]], mix: Path, *, processes: int, say: Progress) -> None:
+def _train(pending: Sequence[tuple[str, int, GridRun, Path]], mix: Path, *, processes: int, say: Progress) -> None:
     began = time.monotonic()
 
     def tell(done: int, place: int, record: dict[str, Any]) -> None:
@@ -133,6 +123,6 @@ def _check_claim(out: Path, about: dict[str, Any]) -> None:
             raise MixError(f"{out}: holds a run of preset {earlier.get('preset')!r} on another mix or preset; choose another folder")
 
 
-def _cost(run: Run) -> float:
+def _cost(run: GridRun) -> float:
     weight = {"1m": 1.0, "4m": 2.5, "12m": 5.0}[run.settings.model.size]
     return weight * run.settings.optimizer.steps * run.settings.mix.tokens_per_step

@@ -21,10 +21,7 @@ from dbes.testbed.models import routers_of
 from dbes.testbed.routers import LayerRoutes, Routing
 from dbes.testbed.settings import MixSettings, RoutingSettings, TrainSettings
 from dbes.trace.store import Trace
-from dbes.trace.types import NOISE_SCALES
-
-NOT_KEPT = 255
-"""Mark of ``TokenRoutes.kept`` where there is no score."""
+from dbes.trace.types import NOISE_SCALES, UNKNOWN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +71,7 @@ def measure(
 ) -> Heldout:
     """Feed the beginning (at most ``length`` tokens) of at most ``documents`` held-out documents per domain, each by itself.
 
-    Routers decide as a plain checkpoint would: nothing is balanced or dropped. The prescribed ones go on prescribing.
+    Routers decide as a plain checkpoint would: nothing is balanced or dropped. Prescribed routers prescribe here too.
     """
     generator = np.random.default_rng([seed, 3])
     chosen: list[tuple[int, int, np.ndarray]] = []
@@ -181,9 +178,8 @@ def _routes(decisions: list[LayerRoutes], rows: Tensor, noise: Noise, noise_at: 
         by_layer["weights"].append(made.weights[rows].float())
         if made.selection is None:
             nothing = torch.full((len(ids),), torch.nan, device=ids.device)
-            kept = torch.full((len(ids), len(NOISE_SCALES)), NOT_KEPT, dtype=torch.uint8, device=ids.device)
-            margin, scaled = nothing, nothing
-            logit_margin = nothing
+            kept = torch.full((len(ids), len(NOISE_SCALES)), UNKNOWN, dtype=torch.uint8, device=ids.device)
+            margin = scaled = logit_margin = nothing
         else:
             margin, scaled, kept = selection_stiffness(made.selection[rows], ids, noise.normal[drawn], None)
             logit_margin, _ = logit_stiffness(made.logits[rows], ids, noise.uniform[drawn])

@@ -1,14 +1,14 @@
 """Documents of distinguishable domains, tokenized, and the batches that training draws from them.
 
 A batch depends only on (mix, settings, seed, step): nothing about the data order has to be saved, every arm of a comparison
-sees the same data, and a resumed run goes on as if it had never stopped.
+sees the same data, and a resumed run gives what an uninterrupted one gives.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -47,10 +47,9 @@ class Text:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DomainTokens:
-    """The tokenized documents of one domain: document i is ``tokens[starts[i]:starts[i + 1]]``."""
+class TokenDocuments:
+    """Tokenized documents: document i is ``tokens[starts[i]:starts[i + 1]]``."""
 
-    name: str
     tokens: np.ndarray
     starts: np.ndarray
 
@@ -59,6 +58,13 @@ class DomainTokens:
 
     def document(self, index: int) -> np.ndarray:
         return self.tokens[self.starts[index] : self.starts[index + 1]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DomainTokens(TokenDocuments):
+    """The documents of one domain."""
+
+    name: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,14 +98,8 @@ class Mix:
         unknown = sorted(set(names) - set(self.domains))
         if unknown or len(set(names)) != len(names):
             raise MixError(f"domains {unknown or list(names)}: expected distinct names among {list(self.domains)}")
-        order = [self.domains.index(name) for name in names]
-        return Mix(
-            training=tuple(self.training[index] for index in order),
-            heldout=tuple(self.heldout[index] for index in order),
-            boundary=self.boundary,
-            token_bytes=self.token_bytes,
-            digest=self.digest,
-        )
+        training, heldout = (tuple(side[self.domains.index(name)] for name in names) for side in (self.training, self.heldout))
+        return replace(self, training=training, heldout=heldout)
 
 
 @dataclass(frozen=True, kw_only=True)

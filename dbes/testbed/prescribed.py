@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeGuard
 
@@ -17,16 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from dbes.errors import MixError
-from dbes.models.sites import base_of
-from dbes.schema import read_json
+from dbes.models.execution import base_of
+from dbes.schema import Strict, read_json
 from dbes.testbed.checkpoint import PRESCRIBED_ROUTERS, TRAINING
 from dbes.testbed.routers import Routing
 from dbes.testbed.settings import RoutingSettings, parse_settings
 from dbes.text import clipped
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prescription:
+class Prescription(Strict):
     """How a checkpoint of ``dbes testbed train --prescribed`` is routed.
 
     Attributes:
@@ -92,7 +90,7 @@ class Prescribed:
         self._routing.__enter__()
         self._handles = [
             self._base.register_forward_pre_hook(self._begin, with_kwargs=True),
-            # also after a forward that was broken off, as recording does at the last router
+            # also after a forward that was ended early, as recording does at the last router
             self._base.register_forward_hook(self._end, always_call=True),
         ]
         return self

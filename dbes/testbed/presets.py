@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dbes.errors import SettingError
-from dbes.testbed.runs import Run
+from dbes.testbed.runs import GridRun
 from dbes.testbed.settings import (
     MixSettings,
     ModelSettings,
@@ -44,10 +44,10 @@ class Preset:
     mix: str
     seeds: int
     vocabulary: int
-    arms: dict[str, Run] = field(default_factory=dict)
+    arms: dict[str, GridRun] = field(default_factory=dict)
     experiments: dict[str, list[str]] = field(default_factory=dict)
 
-    def runs(self) -> Iterator[tuple[str, int, Run]]:
+    def runs(self) -> Iterator[tuple[str, int, GridRun]]:
         """Every (arm, seed, run); all arms of a seed see the same data in the same order."""
         for seed in range(self.seeds):
             for arm, run in self.arms.items():
@@ -181,4 +181,4 @@ def _add(grid: Preset, experiment: str, arm: str, settings: TrainSettings, routi
     if arm not in grid.arms:
         # Checked again as a whole: a copy with changed parts is not validated by itself.
         whole = TrainSettings.model_validate({**settings.model_dump(), "routing": routing.model_dump()})
-        grid.arms[arm] = Run(arm=arm, settings=whole, **extra)
+        grid.arms[arm] = GridRun(arm=arm, settings=whole, **extra)

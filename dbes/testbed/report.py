@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,12 +13,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dbes.errors import MixError
+from dbes.errors import FileError, MixError
 from dbes.files import check_writable, replacing, write_json, write_text
 from dbes.reporting import charts
 from dbes.reporting.page import render, slug
 from dbes.testbed.experiments import Findings, analyse
-from dbes.testbed.grid import read_grid
+from dbes.testbed.grid import Progress, read_grid, run_grid
 from dbes.text import label, labels, printable
 
 TITLES = {
@@ -67,6 +68,48 @@ OUTCOMES = {
 
 
 PAGE = "report/index.html"
+
+
+def run_testbed(
+    preset: str,
+    out: str | Path,
+    *,
+    mix: str | Path | None = None,
+    only: Sequence[str] = (),
+    cache: Path = Path("build/testbed"),
+    processes: int = 2,
+    progress: Progress | None = None,
+) -> Path:
+    """Train small MoEs under known routers, measure them, and write what the metrics make of them; the page of the report.
+
+    Runs that ``out`` holds already are not trained again, so the same call resumes an interrupted grid.
+
+    Args:
+        preset: ``smoke``: the main contrast; ``standard``: every experiment.
+        out: folder of the grid.
+        mix: another mix than the preset's: ``embedded``, ``packages`` or a folder of JSONL files.
+        only: experiments to run; all of them when empty.
+        cache: where built mixes are kept.
+        processes: runs trained at a time, one thread each; two of them beat one process of two threads.
+        progress: called with what is done now, in words.
+
+    Raises:
+        SettingError: there is no such preset or experiment.
+        MixError: the mix cannot be built, has an empty domain or too few experts for a reference router (checked before any
+            training); the folder holds another grid.
+        FileError: the folder cannot be written to, or another run is writing there.
+        TrainingError: a training process was killed.
+    """
+    out = Path(out)
+    run_grid(preset, out, mix=None if mix is None else str(mix), cache=cache, processes=processes, only=tuple(only), progress=progress)
+    try:
+        return write_report(out)
+    except FileError as problem:
+        if os.access(out, os.W_OK) or not (out / PAGE).is_file():
+            raise
+        if progress is not None:
+            progress(f"{problem}; the page is that of an earlier run")
+        return out / PAGE
 
 
 def write_report(folder: Path) -> Path:

@@ -27,7 +27,7 @@ def run_jobs(
     begin: Callable[..., None] | None = None,
     given: tuple[Any, ...] = (),
 ) -> None:
-    """Call ``work(*job)`` for every job, in fresh processes; on an error or Ctrl-C what they are doing is broken off.
+    """Call ``work(*job)`` for every job, in fresh processes, which are ended on an error or Ctrl-C.
 
     Args:
         tell: called with the number of finished jobs, and with the place and result of the last of them.
@@ -58,9 +58,9 @@ def _begin_worker(begin: Callable[..., None] | None, given: tuple[Any, ...]) -> 
 
 
 def end_with_parent() -> None:
-    """End this worker when the process that started it is killed: it would go on writing beside the run that takes over.
+    """End this worker when the process that started it is killed: it would write where the run started in its place does.
 
-    Ctrl-C is the parent's affair.
+    Ctrl-C is left to the parent.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

@@ -38,7 +38,7 @@ METRICS = (
 COMPANIONS = ("utilization", "max_violation", "load_entropy", "dead_experts", "within_domain_similarity", "scaled_margin")
 
 
-class Run(Strict):
+class GridRun(Strict):
     """One arm of the grid with one seed.
 
     Attributes:
@@ -60,8 +60,8 @@ class Run(Strict):
         return f"{self.settings.identity(mix_digest)}-{self.method}{probe}-{self.documents}-{self.permutations}"
 
 
-def execute(run: Run, mix_folder: Path, folder: Path) -> dict[str, Any]:
-    """The record of a run; a finished one is read back, an interrupted one goes on, a diverged one is recorded as failed."""
+def execute(run: GridRun, mix_folder: Path, folder: Path) -> dict[str, Any]:
+    """The record of a run; a finished one is read back, an interrupted one is resumed, a diverged one is recorded as failed."""
     path = folder / RUN_FILE
     if path.exists():
         return read_run(path)
@@ -93,7 +93,7 @@ def remove_state(folder: Path) -> None:
         remove_abandoned(path)
 
 
-def _measured(run: Run, trained: Trained, prepared: Prepared) -> dict[str, Any]:
+def _measured(run: GridRun, trained: Trained, prepared: Prepared) -> dict[str, Any]:
     settings = run.settings
     mix = prepared.mix.only(settings.mix.domains)
     heldout = measure(
@@ -128,7 +128,7 @@ def _measured(run: Run, trained: Trained, prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def _as_trained(run: Run, trained: Trained, mix: Mix) -> dict[str, Any] | None:
+def _as_trained(run: GridRun, trained: Trained, mix: Mix) -> dict[str, Any] | None:
     """Specialization and utilization with the assignment that training makes; None where that is no other than the checkpoint's."""
     routing = run.settings.routing
     if routing.balancing in ("none", "aux_loss") and routing.capacity is None:

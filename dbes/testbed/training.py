@@ -1,4 +1,4 @@
-"""The training loop: one global batch a step, resumed after a kill exactly where the last checkpoint stood."""
+"""The training loop: one global batch a step, and after a kill the run resumes at the step of its last saved state."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ STATE, LOG = "state.safetensors", "log.jsonl"
 
 
 class TrainingError(DbesError):
-    """Training cannot go on: the loss is not a number, or a process was killed."""
+    """Training cannot continue: the loss is not a number, or a process was killed."""
 
 
 class StateError(TrainingError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -50,7 +51,7 @@ def train_upcycled(settings: TrainSettings, mix: Mix, *, folder: Path | None = N
     last = _with(settings, steps=max(1, steps - 2 * third))
     trained = train(last, mix, folder=folder, initial=merged)
     spent = seedling.cpu_seconds + sum(branch.cpu_seconds for branch in branches) + trained.cpu_seconds
-    return Trained(model=trained.model, bias=trained.bias, log=trained.log, cpu_seconds=spent)
+    return replace(trained, cpu_seconds=spent)
 
 
 def merge_experts(models: Sequence[PreTrainedModel], settings: TrainSettings) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ import hashlib
 
 import pytest
 import torch
-from families import VOCABULARY, discovered, tiny_model
+from families import VOCABULARY, discovered, representatives, tiny_model
 from rounding import FACTOR, allowance, assert_rounding_only, exact
 
 from dbes.errors import FinetuneError
@@ -91,7 +91,7 @@ def trained(model, cells, ids, **named):
     return rows_of(model, cells), gradients, state
 
 
-@pytest.mark.parametrize("family", [*INTERFACE, *OTHERS])
+@pytest.mark.parametrize("family", representatives([*INTERFACE, *OTHERS]))
 @pytest.mark.parametrize("rank", [None, 2], ids=["full", "rank2"])
 def test_the_methods_agree_and_nothing_else_moves(family, rank):
     model, ids = tiny_model(family), tokens()
@@ -134,7 +134,7 @@ def full_gradients(model, cells, ids):
     }
 
 
-@pytest.mark.parametrize("family", [*INTERFACE, *OTHERS])
+@pytest.mark.parametrize("family", representatives([*INTERFACE, *OTHERS]))
 def test_before_the_first_step_the_logits_are_the_base_models(family):
     model, ids = tiny_model(family), tokens()
     cells = used_cells(model, ids)

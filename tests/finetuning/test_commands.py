@@ -74,12 +74,12 @@ def test_the_command_that_protects_is_printed_where_forgetting_was_measured_and_
 def test_many_passes_are_counted_and_warned_about(call, tmp_path):
     (tmp_path / "few.jsonl").write_text("".join(json.dumps({"text": f"text number {number}"}) + "\n" for number in range(15)))
     few = {"data": tmp_path / "few.jsonl", "packing": False, "patience": 99}
-    done = call("--steps", 50, "--lr", 1e-3, **few)
+    done = call("--steps", 30, "--lr", 1e-3, **few)
     assert done.exit_code == 0, done.output
-    report = json.loads(call("--steps", 50, "--lr", 1e-3, "--format", "json", **few).stdout)
+    report = json.loads(call("--steps", 30, "--lr", 1e-3, "--format", "json", **few).stdout)
     assert report["sequences"] == 10, "fifteen, less a fifth for the report, less two to stop by"
-    assert "warning: 50 steps are 10.0 passes over 10 sequences; beyond about 4" in done.stderr
-    assert report["warnings"] == ["the 50 steps made were 10.0 passes over 10 sequences; beyond about 4 a model learns its texts by heart"]
+    assert "warning: 30 steps are 6.0 passes over 10 sequences; beyond about 4" in done.stderr
+    assert report["warnings"] == ["the 30 steps made were 6.0 passes over 10 sequences; beyond about 4 a model learns its texts by heart"]
     assert report["warnings"][0] in " ".join(done.stdout.split())
     less = call("--lr", 1e-3, out=tmp_path / "less", **few)
     assert less.exit_code == 0 and "warning: " not in less.output, "four passes are the default"

@@ -47,6 +47,23 @@ def run(tiny_checkpoint, tiny_task, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def trained(run):
+    """A run that saves the model, and one that saves the delta."""
+    return {save: run(save=save) for save in ("model", "delta")}
+
+
+@pytest.fixture
+def finished(trained, tmp_path):
+    """The report of a finished run, and a copy of its folder to do with as one likes."""
+
+    def go(save="model"):
+        report, folder = trained[save]
+        return report, shutil.copytree(folder, tmp_path / "finished")
+
+    return go
+
+
+@pytest.fixture(scope="module")
 def delta(run):
     return run(save="delta", train_router=True)[1]
 
@@ -213,8 +230,8 @@ def test_a_second_copy_of_the_weights_is_not_left_beside_the_trained_ones(tiny_c
     assert {path.name for path in out.glob("*.safetensors*")} == {"model.safetensors", "voice.safetensors"}
 
 
-def test_a_base_that_is_itself_the_output_of_a_run(run):
-    _, first = run()
+def test_a_base_that_is_itself_the_output_of_a_run(run, finished):
+    _, first = finished()
     _, second = run(model=first, out=first / "second", seed=3)
     report = read_report(second)
     assert report is not None and report.identity != read_report(first).identity
@@ -307,11 +324,11 @@ def test_quantized_tensors_are_refused_whatever_the_config_says(tiny_checkpoint,
 
 def test_intervene_refuses_a_quantized_model_too(tiny_checkpoint, tmp_path):
     from dbes.intervention.grid import intervene
-    from dbes.intervention.settings import Settings
+    from dbes.intervention.settings import InterventionSettings
 
     base = copy_of(tiny_checkpoint, tmp_path / "base", quantization_config={"quant_method": "fp8"})
     with pytest.raises(FinetuneError, match="weights are quantized"):
-        intervene(str(base), tmp_path / "out", Settings(domains=("law",)), texts="none")
+        intervene(str(base), tmp_path / "out", InterventionSettings(domains=("law",)), texts="none")
 
 
 def altered(delta, where, change=None, **facts):
@@ -430,8 +447,8 @@ def test_a_damaged_training_state_is_refused(run, stopped, tmp_path, damage):
 
 
 @pytest.mark.parametrize("break_at", [0, slow(1), slow(2), slow(3), slow(4), 5])
-def test_a_run_stopped_while_it_wrote_is_finished_by_the_same_command(run, stopped, tmp_path, monkeypatch, break_at):
-    report, whole = run()
+def test_a_run_stopped_while_it_wrote_is_finished_by_the_same_command(run, trained, stopped, tmp_path, monkeypatch, break_at):
+    report, whole = trained["model"]
     out = tmp_path / "out"
     shutil.copytree(stopped, out)
     real, calls = Path.replace, []
@@ -455,8 +472,8 @@ def test_a_run_stopped_while_it_wrote_is_finished_by_the_same_command(run, stopp
     assert not list(out.glob(".*")) and not (out / STATE).exists()
 
 
-def test_state_and_litter_beside_a_finished_run_are_removed(run, stopped):
-    report, out = run()
+def test_state_and_litter_beside_a_finished_run_are_removed(run, finished, stopped):
+    report, out = finished()
     shutil.copy(stopped / STATE, out)
     (out / ".x.part").write_text("")
     assert run(out=out)[0] == report
@@ -467,15 +484,15 @@ def test_state_and_litter_beside_a_finished_run_are_removed(run, stopped):
 @pytest.mark.parametrize(
     ("save", "name"), [("model", "model.safetensors"), ("model", "tokenizer.json"), ("delta", DELTA), ("delta", DELTA_FACTS)]
 )
-def test_a_finished_run_whose_files_are_damaged_is_not_reported_as_finished(run, damage, save, name):
-    _, out = run(save=save)
+def test_a_finished_run_whose_files_are_damaged_is_not_reported_as_finished(run, finished, damage, save, name):
+    _, out = finished(save)
     damage(out / name)
     with pytest.raises(FinetuneError, match=rf"{name}: (was altered|is missing).*run the same command again"):
         run(out=out, save=save)
 
 
-def test_a_finished_run_is_shown_where_nothing_can_be_written(run, monkeypatch):
-    report, out = run()
+def test_a_finished_run_is_shown_where_nothing_can_be_written(run, finished, monkeypatch):
+    report, out = finished()
 
     def refuse(_):
         raise FileError("read-only")

@@ -1,5 +1,6 @@
 """A whole run: what is saved, that nothing else moved, and that it goes on after a kill, over processes, and not on bad input."""
 
+import functools
 import json
 import math
 import os
@@ -34,10 +35,15 @@ from dbes.paths.types import Cell, ExpertPath, Provenance
 CELLS = (Cell(0, 1), Cell(0, 3), Cell(1, 0), Cell(1, 5), Cell(2, 2), Cell(2, 7))
 
 
+@functools.cache
+def revision_of(checkpoint):
+    return load_model(checkpoint).revision
+
+
 def path_of(checkpoint, **changes):
     values = {
         "domain": "law", "rule": "specialization", "cells": CELLS, "layers": (0, 1, 2), "experts": (8, 8, 8), "share": 0.25,
-        "provenance": Provenance(model="tiny", revision=load_model(checkpoint).revision, dbes="0"),
+        "provenance": Provenance(model="tiny", revision=revision_of(checkpoint), dbes="0"),
     }  # fmt: skip
     return ExpertPath(**{**values, **changes})
 
@@ -151,16 +157,22 @@ def test_a_folder_with_a_checkpoint_is_refused(run, tmp_path):
 
 
 @pytest.mark.parametrize("changes", [{}, {"lora_rank": 2}, {"train_router": True}], ids=["full", "rank2", "router"])
-def test_a_delta_merges_into_what_would_have_been_saved(run, tmp_path, tiny_checkpoint, changes):
-    _, folder = run(**changes)
+def test_a_delta_merges_into_what_would_have_been_saved(run, finished, tmp_path, tiny_checkpoint, changes):
+    _, folder = run(**changes) if changes else finished
     _, delta = run(save="delta", **changes)
     assert sum(path.stat().st_size for path in delta.glob("delta.*")) < 0.3 * (folder / "model.safetensors").stat().st_size
     merged = merge(str(tiny_checkpoint), delta, tmp_path / "merged")
     assert load_file(merged / "model.safetensors").keys() == load_file(folder / "model.safetensors").keys()
     for name, value in load_file(folder / "model.safetensors").items():
         assert torch.equal(load_file(merged / "model.safetensors")[name], value), name
+
+
+def test_a_merge_is_found_finished_and_takes_no_other_base_or_delta(run, finished, tmp_path, tiny_checkpoint):
+    _, folder = finished
+    _, delta = run(save="delta")
+    merged = merge(str(tiny_checkpoint), delta, tmp_path / "merged")
     times = {path: path.stat().st_mtime_ns for path in merged.iterdir()}
-    assert merge(str(tiny_checkpoint), delta, tmp_path / "merged") == merged, "the same merge is found finished"
+    assert merge(str(tiny_checkpoint), delta, tmp_path / "merged") == merged
     assert times == {path: path.stat().st_mtime_ns for path in merged.iterdir()}
     shutil.copytree(tiny_checkpoint, tmp_path / "occupied")
     with pytest.raises(FinetuneError, match="holds a checkpoint already"):
@@ -411,7 +423,7 @@ class Recorder(GeneralTracker):
 
 
 def test_what_a_tracker_prints_keeps_off_the_standard_output(run, monkeypatch, capsys):
-    monkeypatch.setattr("dbes.finetuning.run._installed", lambda _: True)
+    monkeypatch.setattr("dbes.finetuning.run.is_installed", lambda _: True)
     monkeypatch.setattr("accelerate.accelerator.filter_trackers", lambda *_: [Recorder()])
     monkeypatch.setattr(Accelerator, "init_trackers", lambda *_, **__: print("hello from the tracker"))
     monkeypatch.setattr(Accelerator, "end_training", lambda _: print("bye from the tracker"))
