@@ -12,6 +12,7 @@ from itertools import repeat
 import numpy as np
 
 from dbes.scoring.counts import Counts
+from dbes.scoring.decoding import Decoder
 from dbes.scoring.descriptive import random_halves, split_half_similarity
 from dbes.scoring.estimates import NGRAMS, Estimate, Measured, estimate, measure_layer, reference_scores
 from dbes.scoring.layer_counts import LayerCounts, joined_layers
@@ -44,12 +45,13 @@ class LayerScores:
 
 @dataclass(frozen=True, kw_only=True)
 class AllLayers:
-    """What is kept of all layers: ``totals`` of each domain, ``specialists``, ``halves`` [domains, layers], ``estimates``."""
+    """What is kept of all layers: ``totals`` of each domain, ``specialists``, ``halves`` [domains, layers], ``estimates``, ``decoder``."""
 
     totals: LayerCounts
     specialists: SpecialistTable
     halves: np.ndarray
     estimates: dict[str, Estimate]
+    decoder: Decoder | None = None
 
 
 def score_layers(
@@ -71,12 +73,14 @@ def score_layers(
     labels = permuted_labels(domain, permutations=permutations, seed=seed)
     half = random_halves(domain, seed=seed)
     reference = reference_scores(counts, seed=seed) if reference is None else reference
+    decoder = Decoder(domain, len(counts.shape.domains), seed=seed)
     controls = repeat(None) if counts.control is None else counts.control.layers()
     layers = (
         score_layer(sums, control, labels=labels, half=half, reference=reference(column))
-        for column, (sums, control) in enumerate(zip(counts.layers(), controls, strict=False))
+        for column, (sums, control) in enumerate(zip(decoder.watching(counts.layers()), controls, strict=False))
     )
-    return put_together(layers, domain, sign_flips=permutations if sign_flips is None else sign_flips, seed=seed)
+    found = put_together(layers, domain, sign_flips=permutations if sign_flips is None else sign_flips, seed=seed)
+    return replace(found, decoder=decoder)
 
 
 def score_layer(
