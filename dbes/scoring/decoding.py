@@ -42,7 +42,9 @@ class Decoded:
     Attributes:
         accuracy: share of texts whose domain is named, mean of the domains; chance is 1 / domains. A tie counts as a draw by lot.
         accuracy_low, accuracy_high: 95 % interval over texts for the rules as they were trained: Wilson's in each domain, put
-            together by MOVER (Zou & Donner 2008, doi:10.1002/sim.3095).
+            together by MOVER (Zou & Donner 2008, doi:10.1002/sim.3095). Texts that one rule names err together: without any difference
+            between domains it held chance in 65 to 96 % of simulated runs, least with few texts of unequal lengths. Whether there is
+            a difference at all, the permutation test tells.
         bits: mean over domains and texts of log2(probability of the right domain x domains): 0 is chance, below 0 worse,
             log2(domains) the most. NaN where a domain has two texts.
         texts: how many there are.
@@ -185,8 +187,8 @@ def rule(hits: np.ndarray, squares: np.ndarray, sizes: np.ndarray) -> tuple[np.n
 def calibration(scores: np.ndarray, domain: np.ndarray) -> float:
     """The number >= 0 by which scores are multiplied to be log-odds: the likeliest, each domain weighing the same.
 
-    The labels are not taken for certain but
-    as Platt (1999) has them, as if there were one more text of every domain, so that a few texts that happen to be told apart prove nothing.
+    The labels are not taken for certain but as Platt (1999) has them, as if there were one more text of every domain, so that a few
+    texts that happen to be told apart prove nothing.
 
     Args:
         scores: [texts, domains], of texts that had no part in the rule that gave them.
