@@ -65,12 +65,31 @@ class _Passed(Open):
     by_domain: dict[str, Whole] = Field(default_factory=dict)
 
 
+class _Decoded(Open):
+    accuracy: Number = math.nan
+    accuracy_low: Number = math.nan
+    accuracy_high: Number = math.nan
+    chance: Number = math.nan
+    bits: Number = math.nan
+    texts: Whole = 0
+    bag_of_words: Number = math.nan
+    bag_of_words_texts: Whole = 0
+
+
+class _Decoding(Open):
+    """How often the domain of an unseen text is named from its routing; empty in results of earlier versions."""
+
+    model: _Decoded = _Decoded()
+    by_layer: dict[int, _Decoded] = Field(default_factory=dict)
+
+
 class _Companions(Open):
     by_layer: dict[str, dict[int, Number]] = Field(default_factory=dict)
     model: dict[str, Number] = Field(default_factory=dict)
     similarity: _Similarity = _Similarity()
     distinct_texts: dict[str, Whole] = Field(default_factory=dict)
     specialists: _Passed = _Passed()
+    decoding: _Decoding = _Decoding()
 
 
 class PublishedMetric(_Strict):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from dbes.scoring import descriptive, metrics
 from dbes.scoring.counts import Counts
+from dbes.scoring.decoding import Decoded, Decoder, decoded_words
 from dbes.scoring.layer_counts import LayerCounts
 from dbes.scoring.layers import AllLayers
 from dbes.scoring.resampling import domain_ratio
@@ -75,7 +78,21 @@ def companions(found: AllLayers, sample: TokenSample | None, counts: Counts, *, 
         "ngram": _ngram_companions(totals),
         "slots_without_expert": dict(counts.provenance.get("slots_without_expert", {})),
     }
+    if found.decoder is not None:
+        words = decoded_words(sample, counts.shape.document_domain, len(shape.domains), seed=seed)
+        told["decoding"] = _decoding_companions(found.decoder, words, shape.layers)
     return told | ({"distinct_texts": counts.texts.distinct} if counts.texts.digests else {})
+
+
+def _decoding_companions(decoder: Decoder, words: Decoded, layers: Sequence[int]) -> dict[str, Any]:
+    """How often the domain of an unseen text is named, beside chance and beside what its words alone tell."""
+    beside = {"chance": 1 / decoder.domains, "bag_of_words": words.accuracy, "bag_of_words_texts": words.texts}
+
+    def told(found: Decoded) -> dict[str, Any]:
+        return {name: _plain(value) for name, value in (asdict(found) | beside).items()}
+
+    by_layer = zip(map(str, layers), decoder.layers, strict=True)
+    return {"model": told(decoder.together()), "by_layer": {layer: told(found) for layer, found in by_layer}}
 
 
 def _first_tokens(sample: TokenSample) -> TokenSample:

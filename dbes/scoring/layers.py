@@ -12,6 +12,7 @@ from itertools import repeat
 import numpy as np
 
 from dbes.scoring.counts import Counts
+from dbes.scoring.decoding import Decoder
 from dbes.scoring.descriptive import random_halves, split_half_similarity
 from dbes.scoring.equal_usage import UsageTest
 from dbes.scoring.estimates import NGRAMS, Estimate, Measured, estimate, ideal_scores, measure_layer
@@ -47,12 +48,13 @@ class LayerScores:
 
 @dataclass(frozen=True, kw_only=True)
 class AllLayers:
-    """What is kept of all layers: ``totals`` of each domain, ``specialists``, ``halves`` [domains, layers], ``estimates``."""
+    """What is kept of all layers: ``totals`` of each domain, ``specialists``, ``halves`` [domains, layers], ``estimates``, ``decoder``."""
 
     totals: LayerCounts
     specialists: SpecialistTable
     halves: np.ndarray
     estimates: dict[str, Estimate]
+    decoder: Decoder | None = None
 
 
 def score_layers(counts: Counts, *, permutations: int, seed: int, sign_flips: int | None = None) -> AllLayers:
@@ -66,11 +68,14 @@ def score_layers(counts: Counts, *, permutations: int, seed: int, sign_flips: in
     labels = permuted_labels(domain, permutations=permutations, seed=seed)
     test = UsageTest.of(counts.tokens, domain, domains=len(shape.domains), permutations=permutations, seed=seed)
     half = random_halves(domain, seed=seed)
+    decoder = Decoder(domain, len(shape.domains), seed=seed)
     controls = repeat(None) if counts.control is None else counts.control.layers()
     layers = (
-        score_layer(sums, control, labels=labels, test=test, half=half) for sums, control in zip(counts.layers(), controls, strict=False)
+        score_layer(sums, control, labels=labels, test=test, half=half)
+        for sums, control in zip(decoder.watching(counts.layers()), controls, strict=False)
     )
-    return put_together(layers, test, domain, sign_flips=permutations if sign_flips is None else sign_flips, seed=seed)
+    found = put_together(layers, test, domain, sign_flips=permutations if sign_flips is None else sign_flips, seed=seed)
+    return replace(found, decoder=decoder)
 
 
 def score_layer(sums: LayerCounts, control: LayerCounts | None, *, labels: np.ndarray, test: UsageTest, half: np.ndarray) -> LayerScores:
