@@ -96,10 +96,10 @@ def lengths(random: np.random.Generator, documents: int, tokens: float, spread: 
 
 
 LENGTHS: dict[str, Callable[[np.random.Generator, np.ndarray], np.ndarray]] = {
-    "equal": lambda random, domain: np.full(len(domain), 200),
-    "60 or 600 by domain": lambda random, domain: np.where(domain % 2, 600, 60),
+    "equal": lambda _, domain: np.full(len(domain), 200),
+    "60 or 600 by domain": lambda _, domain: np.where(domain % 2, 600, 60),
     "30 to 1,500": lambda random, domain: np.exp(random.uniform(np.log(30), np.log(1500), len(domain))).astype(int),
-    "one domain ten times shorter": lambda random, domain: np.where(domain == 0, 20, 200),
+    "one domain ten times shorter": lambda _, domain: np.where(domain == 0, 20, 200),
 }
 """Lengths of documents of domains [documents], in tokens."""
 
