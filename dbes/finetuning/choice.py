@@ -154,8 +154,9 @@ class Found(BaseModel):
         last = [step for step, _ in self.losses[1:]][-patience:]
         stopped = "forgetting" if len(last) == patience and self.exceeded.issuperset(last) else "stalled"
         own: dict[str, Any] = {name: value for name, value in self if name in Choice.model_fields}
+        own["search_seconds"] = round(self.search_seconds, 2)
         return Choice(
-            **own | {"search_seconds": round(self.search_seconds, 2)},
+            **own,
             validation_sequences=sequences,
             check_every=check_every,
             best_step=best_step(self.losses, self.exceeded) if check_every else steps,
