@@ -15,9 +15,9 @@ from dbes.scoring.counts import Counts
 from dbes.scoring.descriptive import random_halves, split_half_similarity
 from dbes.scoring.estimates import NGRAMS, Estimate, Measured, estimate, measure_layer, reference_scores
 from dbes.scoring.layer_counts import LayerCounts, joined_layers
-from dbes.scoring.permutation import permutation_null, permuted_labels, permuted_scores
+from dbes.scoring.permutation import permuted_labels, permuted_scores
 from dbes.scoring.resampling import DomainScores, clustered_usage, sign_flip_p
-from dbes.scoring.specialists import SpecialistTable, joined, layer_specialists
+from dbes.scoring.specialists import LayerTests, SpecialistTable, half_labels, joined, layer_specialists
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class LayerScores:
 
     Attributes:
         totals: sums over the documents of each domain.
-        specialists: without ``q`` and ``specialist``.
+        specialists: what the test of specialists is made of.
         halves: [domains, 1], similarity of random halves of a domain's documents.
         estimates: of the layer.
         measured, control: of the router and of the random router, to be summed over layers.
@@ -34,7 +34,7 @@ class LayerScores:
     """
 
     totals: LayerCounts
-    specialists: SpecialistTable
+    specialists: LayerTests
     halves: np.ndarray
     estimates: dict[str, Estimate]
     measured: dict[str, Measured]
@@ -70,35 +70,34 @@ def score_layers(
     domain = counts.shape.document_domain
     labels = permuted_labels(domain, permutations=permutations, seed=seed)
     half = random_halves(domain, seed=seed)
+    split = half_labels(domain, half, permutations=permutations, seed=seed)
     reference = reference_scores(counts, seed=seed) if reference is None else reference
     controls = repeat(None) if counts.control is None else counts.control.layers()
     layers = (
-        score_layer(sums, control, labels=labels, half=half, reference=reference(column))
+        score_layer(sums, control, labels=labels, half=half, split=split, reference=reference(column))
         for column, (sums, control) in enumerate(zip(counts.layers(), controls, strict=False))
     )
     return put_together(layers, domain, sign_flips=permutations if sign_flips is None else sign_flips, seed=seed)
 
 
 def score_layer(
-    sums: LayerCounts, control: LayerCounts | None, *, labels: np.ndarray, half: np.ndarray, reference: DomainScores
+    sums: LayerCounts, control: LayerCounts | None, *, labels: np.ndarray, half: np.ndarray, split: np.ndarray, reference: DomainScores
 ) -> LayerScores:
     """Everything of one layer that its counts are needed for.
 
     Args:
         control: sums of the random router on the same documents.
         labels: [permutations, documents], see ``permuted_labels``.
-        half: 0 or 1 for each document, see ``random_halves``.
+        half, split: 0 or 1 for each document, see ``random_halves``; labels permuted inside them, see ``half_labels``.
         reference: scores of the ideal router.
     """
-    usage, variance = clustered_usage(sums)
-    null = permutation_null(sums, labels)
-    measured, share = measure_layer(sums, null.scores, reference, variance)
+    measured, share = measure_layer(sums, permuted_scores(sums, labels), reference, clustered_usage(sums)[1])
     random = None
     if control is not None:
         random, _ = measure_layer(control, permuted_scores(control, labels), reference, clustered_usage(control)[1], control=True)
     return LayerScores(
         totals=sums.totals(),
-        specialists=layer_specialists(sums, null, half, usage, variance),
+        specialists=layer_specialists(sums, half, split),
         halves=split_half_similarity(sums, half),
         estimates=estimates_of(measured, random, sums.shape.document_domain),
         measured=measured,
