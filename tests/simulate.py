@@ -9,7 +9,7 @@ Every document has its own usage, drawn around its domain's (Dirichlet): its tok
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import naive
@@ -17,9 +17,8 @@ import numpy as np
 
 from dbes.scoring.counting import count_routes
 from dbes.scoring.counts import Counts, LayerCounts, StiffnessSums
-from dbes.scoring.estimates import Estimate, reference_scores
+from dbes.scoring.estimates import Estimate
 from dbes.scoring.layers import score_layers
-from dbes.scoring.resampling import DomainScores
 from dbes.trace.store import Trace
 from dbes.trace.types import LOGIT_NOISE, NOISE_SCALES, RoutingShape
 
@@ -154,16 +153,9 @@ def draw_trace(about: Population, random: np.random.Generator, *, documents: int
     )
 
 
-def estimates(
-    statistics: LayerCounts, *, permutations: int, seed: int, reference: Callable[[int], DomainScores] | None = None
-) -> dict[str, Estimate]:
-    """The estimates of one draw; the reference, which only scales scores, may be that of another draw."""
-    return score_layers(Counts.of(statistics), permutations=permutations, sign_flips=0, seed=seed, reference=reference).estimates
-
-
-def reference_of(about: Population, *, documents: int, tokens: float, seed: int) -> Callable[[int], DomainScores]:
-    """The reference of one draw, for all."""
-    return reference_scores(Counts.of(draw_statistics(about, np.random.default_rng(seed), documents=documents, tokens=tokens)), seed=seed)
+def estimates(statistics: LayerCounts, *, permutations: int, seed: int) -> dict[str, Estimate]:
+    """The estimates of one draw."""
+    return score_layers(Counts.of(statistics), permutations=permutations, sign_flips=0, seed=seed).estimates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,11 +181,10 @@ def coverage(
     corrected: dict[str, list[float]] = {name: [] for name in true}
     values: dict[str, list[float]] = {name: [] for name in true}
     widths: dict[str, list[float]] = {name: [] for name in true}
-    reference = reference_of(about, documents=documents, tokens=tokens, seed=seed)
     for run in range(runs):
         random = np.random.default_rng((seed, run))
         statistics = draw_statistics(about, random, documents=documents, tokens=tokens)
-        found = estimates(statistics, permutations=permutations, seed=run, reference=reference)
+        found = estimates(statistics, permutations=permutations, seed=run)
         for name, value in true.items():
             held[name].append((found[name].ci_low <= value + 1e-12) & (value - 1e-12 <= found[name].ci_high))
             corrected[name].append(found[name].corrected[-1, -1])
@@ -227,11 +218,10 @@ def null_p(*, runs: int, permutations: int = 200, seed: int = 0, documents: int 
     """p-values of the domain metrics on shuffled traces of a router that does specialize, [runs] (model), [runs, ...] (cells)."""
     about = population(3, domains=4, layers=3, experts=24, top_k=3, effect=effect)
     found: dict[str, list[np.ndarray]] = {}
-    reference = reference_of(about, documents=documents, tokens=50, seed=seed)
     for run in range(runs):
         random = np.random.default_rng((seed, run, 1))
         statistics = shuffled(draw_statistics(about, random, documents=documents, tokens=50), random)
-        for name, estimate in estimates(statistics, permutations=permutations, seed=run, reference=reference).items():
+        for name, estimate in estimates(statistics, permutations=permutations, seed=run).items():
             found.setdefault(name, []).append(estimate.p)
     return {name: np.array(values) for name, values in found.items() if np.isfinite(values).any()}
 

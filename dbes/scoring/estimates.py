@@ -16,9 +16,8 @@ import numpy as np
 
 from dbes.results import CalibratedRecord
 from dbes.scoring import metrics
-from dbes.scoring.counting import count_routes
-from dbes.scoring.counts import Counts
 from dbes.scoring.layer_counts import LayerCounts
+from dbes.scoring.reference import ideal_values
 from dbes.scoring.resampling import (
     DomainScores,
     domain_ratio,
@@ -29,7 +28,6 @@ from dbes.scoring.resampling import (
     permutation_p,
     without_each_expert,
 )
-from dbes.trace.baselines import ideal_trace, one_layer_each
 from dbes.trace.types import NOISE_SCALES, RoutingShape
 
 STABILITY_SCALE = NOISE_SCALES.index(1e-2)
@@ -53,7 +51,7 @@ class Measured:
         value: [rows].
         left_out: [documents, rows], the value without each document.
         draws: [permutations, rows], under permuted labels.
-        reference: [rows], of the ideal router.
+        reference: [rows], of the ideal router, see ``ideal_values``.
         chance, chance_left_out: [rows], [documents, rows], where chance is exact (n-grams).
         lower: [rows], DER with the sampling noise taken off.
         draw_variance: [rows], variance over draws of a random router.
@@ -109,13 +107,12 @@ class Estimate:
 
 
 def measure_layer(
-    sums: LayerCounts, null: DomainScores, reference: DomainScores, variance: np.ndarray, *, control: bool = False
+    sums: LayerCounts, null: DomainScores, variance: np.ndarray, *, control: bool = False
 ) -> tuple[dict[str, Measured], np.ndarray]:
     """Every calibrated metric of one layer, and the documents' shares in the n-grams above chance, [documents, sizes].
 
     Args:
         null: scores under permuted labels, with a leading [permutations] axis.
-        reference: scores of the ideal router on the same documents, see ``reference_scores``.
         variance: [domains, 1, experts], sampling variance of the usage.
         control: the trace is of a random router; say how much its scores vary with the draw of it.
     """
@@ -126,36 +123,27 @@ def measure_layer(
         domain_scores(counts, tokens, experts=sizes),
         left_out_scores(sums.hits, sums.active, shape.document_domain, domains, sizes=sizes),
         null,
-        reference,
     )
+    ideal = ideal_values(domains, int(sizes[0]), int(top_k[0]))
     fewer = without_each_expert(counts, tokens, experts=sizes) if control else None
     bound = metrics.information_bound(domains, sizes, top_k)
     choice = np.where(sizes > top_k, 1.0, np.nan)  # k = E leaves nothing to choose
 
-    def of_domains(cells: Callable[[DomainScores], np.ndarray], last: slice = slice(None), **more: np.ndarray) -> Measured:
-        value, left_out, draws, ideal = (_rows((cells(each) * choice)[..., 0])[..., last] for each in scores)
+    def of_domains(metric: str, cells: Callable[[DomainScores], np.ndarray], last: slice = slice(None), **more: np.ndarray) -> Measured:
+        value, left_out, draws = (_rows((cells(each) * choice)[..., 0])[..., last] for each in scores)
         variance = None if fewer is None else _draw_variance(_rows(cells(fewer)[..., 0])[..., last])
-        return Measured(value=value, left_out=left_out, draws=draws, reference=ideal, draw_variance=variance, **more)
+        return Measured(value=value, left_out=left_out, draws=draws, reference=ideal[metric], draw_variance=variance, **more)
 
     lower = _noiseless_rank(metrics.usage_of(counts), variance, sizes) * choice
     ngrams, share = _ngrams(sums)
     return {
-        "specialization": of_domains(lambda scores: scores.divergence),
-        "specialization_normalized": of_domains(lambda scores: scores.divergence / bound),
-        "der": of_domains(lambda scores: scores.effective_rank[..., None, :], slice(-1, None), lower=lower),
-        "domain_isolation": of_domains(lambda scores: scores.isolation),
+        "specialization": of_domains("specialization", lambda scores: scores.divergence),
+        "specialization_normalized": of_domains("specialization_normalized", lambda scores: scores.divergence / bound),
+        "der": of_domains("der", lambda scores: scores.effective_rank[..., None, :], slice(-1, None), lower=lower),
+        "domain_isolation": of_domains("domain_isolation", lambda scores: scores.isolation),
         "stiffness": _stiffness(sums),
         **ngrams,
     }, share
-
-
-def reference_scores(counts: Counts, *, seed: int) -> Callable[[int], DomainScores]:
-    """The ideal domain router on the same documents and lengths, through the same code: its scores at each layer of the trace."""
-    distinct, index = one_layer_each(counts.shape)
-    ideal = count_routes(ideal_trace(distinct, counts.tokens, seed=seed), plain=True)
-    layers = [ideal.layer(column).totals() for column in range(len(distinct.layers))]
-    scores = [domain_scores(sums.hits, sums.active, experts=np.asarray(sums.shape.experts)) for sums in layers]
-    return lambda column: scores[index[column]]
 
 
 def _rows(cells: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ Layers know nothing of each other, so that each may be scored in a process of it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import repeat
 
@@ -13,10 +13,10 @@ import numpy as np
 
 from dbes.scoring.counts import Counts
 from dbes.scoring.descriptive import random_halves, split_half_similarity
-from dbes.scoring.estimates import NGRAMS, Estimate, Measured, estimate, measure_layer, reference_scores
+from dbes.scoring.estimates import NGRAMS, Estimate, Measured, estimate, measure_layer
 from dbes.scoring.layer_counts import LayerCounts, joined_layers
 from dbes.scoring.permutation import permuted_labels, permuted_scores
-from dbes.scoring.resampling import DomainScores, clustered_usage, sign_flip_p
+from dbes.scoring.resampling import clustered_usage, sign_flip_p
 from dbes.scoring.specialists import LayerTests, SpecialistTable, half_labels, joined, layer_specialists
 
 
@@ -58,43 +58,36 @@ def score_layers(
     permutations: int,
     seed: int,
     sign_flips: int | None = None,
-    reference: Callable[[int], DomainScores] | None = None,
 ) -> AllLayers:
     """The estimates and specialists of all layers.
 
     Args:
         counts: with those of the control, of the same documents, if there is one.
         sign_flips: draws of the n-gram test; by default as many as permutations.
-        reference: scores of the ideal router at each layer; by default on these documents.
     """
     domain = counts.shape.document_domain
     labels = permuted_labels(domain, permutations=permutations, seed=seed)
     half = random_halves(domain, seed=seed)
     split = half_labels(domain, half, permutations=permutations, seed=seed)
-    reference = reference_scores(counts, seed=seed) if reference is None else reference
     controls = repeat(None) if counts.control is None else counts.control.layers()
     layers = (
-        score_layer(sums, control, labels=labels, half=half, split=split, reference=reference(column))
-        for column, (sums, control) in enumerate(zip(counts.layers(), controls, strict=False))
+        score_layer(sums, control, labels=labels, half=half, split=split) for sums, control in zip(counts.layers(), controls, strict=False)
     )
     return put_together(layers, domain, sign_flips=permutations if sign_flips is None else sign_flips, seed=seed)
 
 
-def score_layer(
-    sums: LayerCounts, control: LayerCounts | None, *, labels: np.ndarray, half: np.ndarray, split: np.ndarray, reference: DomainScores
-) -> LayerScores:
+def score_layer(sums: LayerCounts, control: LayerCounts | None, *, labels: np.ndarray, half: np.ndarray, split: np.ndarray) -> LayerScores:
     """Everything of one layer that its counts are needed for.
 
     Args:
         control: sums of the random router on the same documents.
         labels: [permutations, documents], see ``permuted_labels``.
         half, split: 0 or 1 for each document, see ``random_halves``; labels permuted inside them, see ``half_labels``.
-        reference: scores of the ideal router.
     """
-    measured, share = measure_layer(sums, permuted_scores(sums, labels), reference, clustered_usage(sums)[1])
+    measured, share = measure_layer(sums, permuted_scores(sums, labels), clustered_usage(sums)[1])
     random = None
     if control is not None:
-        random, _ = measure_layer(control, permuted_scores(control, labels), reference, clustered_usage(control)[1], control=True)
+        random, _ = measure_layer(control, permuted_scores(control, labels), clustered_usage(control)[1], control=True)
     return LayerScores(
         totals=sums.totals(),
         specialists=layer_specialists(sums, half, split),
