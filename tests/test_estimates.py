@@ -12,7 +12,7 @@ import simulate
 from scipy import stats
 
 from dbes.scoring.counting import count_routes
-from dbes.scoring.estimates import Z95, reference_scores
+from dbes.scoring.estimates import Z95
 from dbes.scoring.layers import score_layers
 from dbes.scoring.metrics import effective_rank_of_gram, usage_of
 from dbes.scoring.resampling import jackknife, left_out_scores
@@ -65,14 +65,12 @@ def test_the_rank_interval_reaches_zero_when_the_test_does_not_reject_it() -> No
     assert (found.ci_low[found.p > 0.05] <= 0).all()
 
 
-def test_the_reference_scores_one_against_itself() -> None:
+def test_the_reference_is_the_largest_value_and_n_grams_are_not_tested_without_sign_flips() -> None:
     recording = naive.random_recording(1, documents=(6, 6, 6), length=(60, 90), experts=12)
-    counts = count_routes(recording.trace())
-    reference = reference_scores(counts, seed=0)
-    for column in range(3):
-        np.testing.assert_allclose(reference(column).information, math.log(3))
-        np.testing.assert_allclose(reference(column).isolation, 1.0)
-    found = score_layers(counts, permutations=20, sign_flips=0, seed=0).estimates
+    found = score_layers(count_routes(recording.trace()), permutations=20, sign_flips=0, seed=0).estimates
+    np.testing.assert_allclose(found["specialization"].reference, math.log(3))
+    for metric in ("specialization_normalized", "der", "domain_isolation"):
+        np.testing.assert_allclose(found[metric].reference, 1.0)
     assert np.isnan(found["ngram_expertise_2"].p).all()
     normalized = found["specialization_normalized"].value / found["specialization"].value
     np.testing.assert_allclose(normalized, 1 / math.log(3))
