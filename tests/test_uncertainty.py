@@ -13,6 +13,7 @@ import simulate
 from scipy import stats
 
 from dbes.scoring.counts import Counts
+from dbes.scoring.draws import without_each_expert
 from dbes.scoring.metrics import grams
 from dbes.scoring.permutation import permuted_labels, permuted_scores
 from dbes.scoring.resampling import (
@@ -29,7 +30,6 @@ from dbes.scoring.resampling import (
     sign_flip_p,
     studentized_difference,
     usage_variance,
-    without_each_expert,
 )
 from dbes.scoring.specialists import find_specialists
 

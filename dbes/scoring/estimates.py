@@ -16,6 +16,7 @@ import numpy as np
 
 from dbes.results import CalibratedRecord
 from dbes.scoring import metrics
+from dbes.scoring.draws import draw_variance, ngram_draw_variance, without_each_expert
 from dbes.scoring.layer_counts import LayerCounts
 from dbes.scoring.reference import ideal_values
 from dbes.scoring.resampling import (
@@ -26,7 +27,6 @@ from dbes.scoring.resampling import (
     left_out_ratios,
     left_out_scores,
     permutation_p,
-    without_each_expert,
 )
 from dbes.trace.types import NOISE_SCALES, RoutingShape
 
@@ -54,7 +54,7 @@ class Measured:
         reference: [rows], of the ideal router, see ``ideal_values``.
         chance, chance_left_out: [rows], [documents, rows], where chance is exact (n-grams).
         lower: [rows], DER with the sampling noise taken off.
-        draw_variance: [rows], variance over draws of a random router.
+        draw_variance: [rows], variance over draws of a random router: of the value, or of the score where chance is exact.
     """
 
     value: np.ndarray
@@ -131,11 +131,11 @@ def measure_layer(
 
     def of_domains(metric: str, cells: Callable[[DomainScores], np.ndarray], last: slice = slice(None), **more: np.ndarray) -> Measured:
         value, left_out, draws = (_rows((cells(each) * choice)[..., 0])[..., last] for each in scores)
-        variance = None if fewer is None else _draw_variance(_rows(cells(fewer)[..., 0])[..., last])
+        variance = None if fewer is None else draw_variance(_rows(cells(fewer)[..., 0])[..., last])
         return Measured(value=value, left_out=left_out, draws=draws, reference=ideal[metric], draw_variance=variance, **more)
 
     lower = _noiseless_rank(metrics.usage_of(counts), variance, sizes) * choice
-    ngrams, share = _ngrams(sums)
+    ngrams, share = _ngrams(sums, control=control)
     return {
         "specialization": of_domains("specialization", lambda scores: scores.divergence),
         "specialization_normalized": of_domains("specialization_normalized", lambda scores: scores.divergence / bound),
@@ -149,11 +149,6 @@ def measure_layer(
 def _rows(cells: np.ndarray) -> np.ndarray:
     """[..., domains] with their mean as a last row."""
     return np.concatenate([cells, cells.mean(axis=-1, keepdims=True)], axis=-1)
-
-
-def _draw_variance(fewer: np.ndarray) -> np.ndarray:
-    """Variance over draws of a random router, [rows], by the jackknife over its experts: [experts, rows] without each."""
-    return (len(fewer) - 1) / len(fewer) * ((fewer - fewer.mean(axis=0)) ** 2).sum(axis=0)
 
 
 def _noiseless_rank(usage: np.ndarray, variance: np.ndarray, experts: np.ndarray) -> np.ndarray:
@@ -170,7 +165,7 @@ def _stiffness(sums: LayerCounts) -> Measured:
     return Measured(value=_rows(domain_ratio(*ratio)), left_out=_rows(left_out_ratios(*ratio)))
 
 
-def _ngrams(sums: LayerCounts) -> tuple[dict[str, Measured], np.ndarray]:
+def _ngrams(sums: LayerCounts, *, control: bool) -> tuple[dict[str, Measured], np.ndarray]:
     """Repeated primary experts over n tokens; null: the exact mean over shuffles of the tokens inside each document."""
     shape, ngrams, domains = sums.shape, sums.ngrams, len(sums.shape.domains)
     share = np.full((len(sums.tokens), len(NGRAMS)), np.nan)
@@ -181,10 +176,15 @@ def _ngrams(sums: LayerCounts) -> tuple[dict[str, Measured], np.ndarray]:
     found = {}
     for index, (metric, size) in enumerate(zip(NGRAMS, metrics.NGRAM_SIZES, strict=True)):
         windows, alike = ngrams.windows[:, 0, index], ngrams.alike[:, 0, index]
-        expected = np.nan_to_num(metrics.shuffled_ratio(ngrams.primaries[:, 0], size)) * windows
+        by_expert = metrics.shuffled_by_expert(ngrams.primaries[:, 0], size) * windows[:, None]
+        expected = by_expert.sum(axis=-1)
+        variance = None
+        if control:
+            parts = (sums.by_domain(part) for part in (alike, by_expert, windows, ngrams.primaries[:, 0]))
+            variance = ngram_draw_variance(*parts, size=size)
         value, chance = (_rows(domain_ratio(part, windows, shape.document_domain, domains)) for part in (alike, expected))
         without, chance_without = (_rows(left_out_ratios(part, windows, shape.document_domain, domains)) for part in (alike, expected))
-        found[metric] = Measured(value=value, left_out=without, chance=chance, chance_left_out=chance_without)
+        found[metric] = Measured(value=value, left_out=without, chance=chance, chance_left_out=chance_without, draw_variance=variance)
         with np.errstate(invalid="ignore", divide="ignore"):
             share[:, index] = (alike - expected) / sums.by_domain(windows)[shape.document_domain]
     return found, share
@@ -205,7 +205,7 @@ def _scored(found: Measured) -> _Scored:
     unknown = np.full(found.value.shape, np.nan)
     if found.chance is not None and found.chance_left_out is not None:
         score, left_out = metrics.above_chance(found.value, found.chance), metrics.above_chance(found.left_out, found.chance_left_out)
-        return _Scored(found.chance, unknown, score, left_out, 0.0)
+        return _Scored(found.chance, unknown, score, left_out, 0.0 if found.draw_variance is None else found.draw_variance)
     if found.draws is None or found.reference is None:  # stiffness: its score is the value itself
         return _Scored(unknown, unknown, found.value, found.left_out, 0.0)
     chance = found.draws.mean(axis=0) if len(found.draws) else unknown
