@@ -63,6 +63,7 @@ class _Passed(Open):
     tests: Whole = 0
     specialists: Whole = 0
     by_domain: dict[str, Whole] = Field(default_factory=dict)
+    by_lift: dict[str, Whole] = Field(default_factory=dict)
 
 
 class _Decoded(Open):
@@ -135,7 +136,14 @@ class CalibratedRecord(_Strict):
 
 
 class Specialist(_Strict):
-    """An expert that serves a domain more than the mixture, by a document-level test under FDR control, in both halves."""
+    """An expert that serves a domain at least 1.5 times as much as the mixture, by a document-level test under FDR control, in both halves.
+
+    Attributes:
+        hits, share: of all documents of the domain.
+        lift, lift_low, lift_high: the domain's share over the mean of all, with its 95 % interval, on the half of the documents that did
+            not choose the expert (the mean of both where both did). Where companions have no ``by_lift``: on all documents, and too high.
+        z, p, q: the test of the half that speaks more for it; p counts that there were two.
+    """
 
     layer: int
     expert: int

@@ -51,9 +51,7 @@ def test_the_rule_follows_its_formula_pair_by_pair() -> None:
             for j in range(len(texts)):
                 if i != j:
                     n, m = texts[i].sum(), texts[j].sum()
-                    above += sum(
-                        (texts[i, e] - n * usage[e]) * (texts[j, e] - m * usage[e]) / usage[e] for e in range(32) if usage[e] > 0
-                    )
+                    above += sum((texts[i, e] - n * usage[e]) * (texts[j, e] - m * usage[e]) / usage[e] for e in range(32) if usage[e] > 0)
                     below += n * m
         assert norm[d] == pytest.approx(above / below)
 

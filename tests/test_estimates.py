@@ -12,8 +12,6 @@ import simulate
 from scipy import stats
 
 from dbes.scoring.counting import count_routes
-from dbes.scoring.estimates import ideal_scores
-from dbes.scoring.layer_counts import one_layer
 from dbes.scoring.layers import score_layers
 from dbes.scoring.score import score
 
@@ -34,18 +32,16 @@ def test_means_are_unweighted_over_domains_and_layers() -> None:
         np.testing.assert_allclose(array[:, -1], array[:, :-1].mean(axis=1))
 
 
-def test_the_reference_scores_one_against_itself() -> None:
+def test_the_reference_is_the_largest_value_and_n_grams_are_not_tested_without_sign_flips() -> None:
     recording = naive.random_recording(1, documents=(6, 6, 6), length=(60, 90), experts=12)
-    counts = count_routes(recording.trace())
-    reference = ideal_scores(one_layer(counts.shape, 0))
-    np.testing.assert_allclose(reference.divergence, math.log(3))
-    for measure in (reference.isolation, reference.effective_rank):
-        np.testing.assert_allclose(measure, 1.0)
     ideal = score(recording.trace(), router="reference", permutations=20)
     for metric in DOMAIN_METRICS:
         record = ideal.record(metric)
         assert record.score == pytest.approx(1.0, abs=0.02) and record.score_low <= 1.0
-    found = score_layers(counts, permutations=20, sign_flips=0, seed=0).estimates
+    found = score_layers(count_routes(recording.trace()), permutations=20, sign_flips=0, seed=0).estimates
+    np.testing.assert_allclose(found["specialization"].reference, math.log(3))
+    for metric in ("specialization_normalized", "der", "domain_isolation"):
+        np.testing.assert_allclose(found[metric].reference, 1.0)
     assert np.isnan(found["ngram_expertise_2"].p).all()
     normalized = found["specialization_normalized"].value / found["specialization"].value
     np.testing.assert_allclose(normalized, 1 / math.log(3))

@@ -21,8 +21,8 @@ from dbes.paths.selection import choose, random_load_matched
 from dbes.scoring.counting import counts_of
 from dbes.scoring.counts import Counts
 
-RECORDING = naive.random_recording(4, documents=(6, 5, 6), length=(40, 60), experts=(8, 6, 9), effect=1.2)
-EVIDENCE = gather(RECORDING.trace(), permutations=60)
+RECORDING = naive.random_recording(4, documents=(14, 13, 14), length=(20, 30), experts=(8, 6, 9), effect=1.2)
+EVIDENCE = gather(RECORDING.trace(), permutations=300)
 
 
 def cells(path_cells: object) -> set[tuple[int, int]]:
@@ -161,7 +161,7 @@ def test_smallest_sets_by_hand(share: list[float], reach: float, expected: list[
 def test_scores_by_plain_loops(domain: int) -> None:
     slots = [sum(RECORDING.domain[d] == domain for d in RECORDING.document) * RECORDING.slots(layer) for layer in range(3)]
     found = {rule: score_cells(EVIDENCE, domain, rule) for rule in ("target-load", "load", "lift", "bottom", "specialization")}
-    specialist = EVIDENCE.specialists.specialist
+    specialist = EVIDENCE.specialists.at_least(1.0)
     for layer, width in enumerate(RECORDING.experts):
         for expert in range(width):
             p = USAGE[domain][layer][expert]

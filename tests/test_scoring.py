@@ -20,8 +20,9 @@ from sklearn.metrics.pairwise import cosine_similarity
 from dbes.errors import TraceError
 from dbes.results import PublishedMetric, RecordingFacts, Result
 from dbes.scoring.permutation import permuted_labels
+from dbes.scoring.reference import ideal_values
 from dbes.scoring.score import Scores, score, score_tables
-from dbes.trace.baselines import expert_blocks, imitate
+from dbes.trace.baselines import imitate
 from dbes.trace.store import Trace
 
 PERMUTATIONS = 12
@@ -132,26 +133,14 @@ def test_p_is_that_of_the_test_of_equal_usage_with_permuted_labels(name: str) ->
 
 @every_case
 def test_score_is_the_corrected_value_over_that_of_the_ideal_router(name: str) -> None:
-    recording, result = with_tokens(CASES[name]), scored(name).result
-    domains = len(recording.domains)
-    for metric in naive.domain_metrics(recording):
-        layers = []
-        for experts, k in zip(recording.experts, map(recording.slots, range(len(recording.layers))), strict=True):
-            rows = [[1 / len(block) if e in block else 0.0 for e in range(experts)] for block in expert_blocks(domains, experts, k)]
-            norms = [naive.dot(row, row) for row in rows]
-            of = {
-                "specialization": naive.divergences(rows),
-                "specialization_normalized": np.array(naive.divergences(rows)) / max(min(math.log(domains), math.log(experts / k)), 1e-300),
-                "domain_isolation": naive.isolation_by_domain(rows, norms),
-                "der": [naive.der(rows)],
-            }
-            layers.append(np.array(of[metric]) if domains > 1 and experts > k else np.full(len(of[metric]), math.nan))
-        cells = np.stack(layers, axis=1).tolist()
-        reference = np.array(naive.with_means(cells))[: len(cells) + (metric != "der")]
+    recording = with_tokens(CASES[name])
+    shape, result = scored(name).counts.shape, scored(name).result
+    for metric in ("specialization", "specialization_normalized", "der", "domain_isolation"):
+        ideal = [ideal_values(len(shape.domains), *size)[metric] for size in zip(shape.experts, shape.top_k, strict=True)]
+        reference = np.stack([*ideal, np.mean(ideal, axis=0)], axis=-1)
         assert_same(table(result, metric, "reference", recording), reference)
         for score_field, field in (("score", "corrected"), ("score_low", "ci_low"), ("score_high", "ci_high")):
-            with np.errstate(invalid="ignore", divide="ignore"):
-                expected = np.array(table(result, metric, field, recording)) / np.where(np.abs(reference) > 1e-9, reference, math.nan)
+            expected = np.array(table(result, metric, field, recording)) / np.where(reference > 1e-9, reference, math.nan)
             assert_same(table(result, metric, score_field, recording), expected)
 
 

@@ -12,8 +12,9 @@ import simulate
 from scipy import stats
 
 from dbes.scoring.counts import Counts
+from dbes.scoring.draws import without_each_expert
 from dbes.scoring.metrics import grams
-from dbes.scoring.permutation import NullDraws, permutation_null, permuted_labels
+from dbes.scoring.permutation import permuted_labels, permuted_scores
 from dbes.scoring.resampling import (
     DomainScores,
     document_scores,
@@ -27,8 +28,8 @@ from dbes.scoring.resampling import (
     sign_flip_p,
     studentized_difference,
     usage_variance,
-    without_each_expert,
 )
+from dbes.scoring.specialists import find_specialists
 
 FIELDS = ("divergence", "effective_rank", "isolation")
 
@@ -40,16 +41,11 @@ def drawn(seed: int, *, documents: int = 6, domains: int = 3, layers: int = 2) -
     return statistics.hits, statistics.active, statistics.shape.document_domain
 
 
-def null_of(hits: np.ndarray, active: np.ndarray, labels: np.ndarray, domain: np.ndarray, domains: int) -> NullDraws:
+def null_of(hits: np.ndarray, active: np.ndarray, labels: np.ndarray, domain: np.ndarray, domains: int) -> DomainScores:
     """What the permutations give for each layer, side by side."""
     sums = simulate.of_hits(hits, active[:, 0], domain, domains=domains, top_k=3)
     counts = Counts.of(replace(sums, active=active))
-    found = [permutation_null(sums, labels) for sums in counts.layers()]
-    return NullDraws(
-        scores=DomainScores.stack([each.scores for each in found], axis=-1),
-        specialist_p=np.concatenate([each.specialist_p for each in found], axis=1),
-        z=np.concatenate([each.z for each in found], axis=1),
-    )
+    return DomainScores.stack([permuted_scores(sums, labels) for sums in counts.layers()], axis=-1)
 
 
 def scores_of(hits: np.ndarray, active: np.ndarray, domain: np.ndarray, domains: int) -> DomainScores:
@@ -78,12 +74,12 @@ def test_permuted_labels_are_even_over_all_labellings() -> None:
 
 
 @pytest.mark.parametrize(("cells", "many"), [(1 << 22, 16), (200, 16), (1 << 22, 2)])
-def test_permutation_null_is_the_metric_of_every_labelling(monkeypatch: pytest.MonkeyPatch, cells: int, many: int) -> None:
+def test_permuted_scores_are_the_metric_of_every_labelling(monkeypatch: pytest.MonkeyPatch, cells: int, many: int) -> None:
     monkeypatch.setattr("dbes.scoring.resampling.PERMUTATION_CELLS", cells)
     monkeypatch.setattr("dbes.scoring.permutation.MANY_DOMAINS", many)
     hits, active, domain = drawn(1)
     labels = permuted_labels(domain, permutations=9, seed=2)
-    found = null_of(hits, active, labels, domain, 3).scores
+    found = null_of(hits, active, labels, domain, 3)
     for draw, row in enumerate(labels):
         expected = scores_of(hits, active, row, 3)
         for field in FIELDS:
@@ -92,23 +88,21 @@ def test_permutation_null_is_the_metric_of_every_labelling(monkeypatch: pytest.M
 
 def test_the_null_of_many_domains_is_the_same_whether_documents_are_added_up_or_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
     hits, active, domain = drawn(2)
-    hits[0, :, 0] += 3000  # so that the sums of squares are no longer exact in float32, and are multiplied
+    hits[0, :, 0] += 2**23  # so that this column is no longer exact in float32, and is multiplied
     labels = permuted_labels(domain, permutations=40, seed=2)
     multiplied = null_of(hits, active, labels, domain, 3)
     monkeypatch.setattr("dbes.scoring.permutation.MANY_DOMAINS", 3)
     added = null_of(hits, active, labels, domain, 3)
     for field in FIELDS:
-        np.testing.assert_array_equal(getattr(added.scores, field), getattr(multiplied.scores, field))
-    # float32 sums of squares: a hundred roundings (6e-8 each), ten times as much where a variance is the difference of two of them
-    np.testing.assert_allclose(added.z, multiplied.z, rtol=1e-4)
-    np.testing.assert_allclose(added.specialist_p, multiplied.specialist_p, atol=0.01)
+        np.testing.assert_array_equal(getattr(added, field), getattr(multiplied, field))
 
 
-def test_without_permutations_there_is_no_draw_but_the_statistic_of_the_specialist_test() -> None:
+def test_without_permutations_there_is_no_draw_and_no_test_of_specialists() -> None:
     hits, active, domain = drawn(1)
     found = null_of(hits, active, permuted_labels(domain, permutations=0, seed=0), domain, 3)
-    assert len(found.scores.divergence) == 0 and np.isnan(found.specialist_p).all()
-    assert np.isfinite(found.z).all()
+    assert found.divergence.shape == (0, 3, 2)
+    table = find_specialists(Counts.of(simulate.of_hits(hits, active[:, 0], domain, domains=3, top_k=3)), permutations=0, seed=0)
+    assert np.isnan(table.p).all() and not table.specialist.any()
 
 
 # -------------------------------------------------------------------------------------------------------------- jackknife

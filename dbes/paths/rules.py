@@ -63,7 +63,7 @@ def score_cells(evidence: Evidence, domain: int, rule: Rule, *, seed: int = 0) -
     """
     usage, mixture = evidence.usage[domain], np.nanmean(evidence.usage, axis=0)
     if rule == "specialization":
-        chosen = evidence.specialists.specialist[domain]
+        chosen = evidence.specialists.at_least(1.0)[domain]
         if not chosen.any():
             raise PathError(
                 f"no cell passes the test of specialists for domain {evidence.shape.domains[domain]!r} (false discovery rate 5 %): "

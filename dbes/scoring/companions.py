@@ -15,6 +15,7 @@ from dbes.scoring.layer_counts import LayerCounts
 from dbes.scoring.layers import AllLayers
 from dbes.scoring.resampling import domain_ratio
 from dbes.scoring.sampling import TokenSample
+from dbes.scoring.specialists import FALSE_DISCOVERY_RATE, LIFTS
 from dbes.trace.types import LOGIT_NOISE, NOISE_SCALES
 
 
@@ -68,8 +69,9 @@ def companions(found: AllLayers, sample: TokenSample | None, counts: Counts, *, 
             "tests": int((~np.isnan(table.p)).sum()),
             "specialists": int(table.specialist.sum()),
             "by_domain": dict(zip(shape.domains, table.specialist.sum(axis=(1, 2)).tolist(), strict=True)),
+            "by_lift": {f"{lift:g}": int(table.at_least(lift).sum()) for lift in LIFTS},
             "unknown": int(table.unknown.sum()),
-            "significant_not_replicated": int(((table.q <= 0.05) & (table.lift > 1) & ~table.replicated).sum()),
+            "significant_not_replicated": int(((table.q <= FALSE_DISCOVERY_RATE) & ~table.replicated).sum()),
         },
         "sample_tokens": {
             "coactivation_and_transitions": sample.tokens if sample is not None else 0,

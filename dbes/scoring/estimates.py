@@ -21,7 +21,9 @@ from scipy.stats import norm
 
 from dbes.results import CalibratedRecord
 from dbes.scoring import metrics
+from dbes.scoring.draws import draw_variance, ngram_draw_variance, without_each_expert
 from dbes.scoring.layer_counts import LayerCounts
+from dbes.scoring.reference import ideal_values
 from dbes.scoring.resampling import (
     CONFIDENCE,
     DomainScores,
@@ -30,9 +32,7 @@ from dbes.scoring.resampling import (
     domain_scores,
     jackknife,
     left_out_ratios,
-    without_each_expert,
 )
-from dbes.trace.baselines import expert_blocks
 from dbes.trace.types import NOISE_SCALES, RoutingShape
 
 STABILITY_SCALE = NOISE_SCALES.index(1e-2)
@@ -52,9 +52,9 @@ class Measured:
         value: [rows], of the counts as they are.
         whole, left_out: [rows], [documents, rows], what the jackknife starts from: of all documents and without each.
         null: [rows], mean of the value under permuted labels.
-        reference: [rows], of the ideal router.
+        reference: [rows], of the ideal router, see ``ideal_values``.
         chance, chance_left_out: [rows], [documents, rows], where chance is exact (n-grams).
-        draw_variance: [rows], variance over draws of a random router.
+        draw_variance: [rows], variance over draws of a random router: of the value, or of the score where chance is exact.
     """
 
     value: np.ndarray
@@ -108,14 +108,11 @@ class Estimate:
         return cls(**{entry.name: np.stack([getattr(column, entry.name) for column in columns], axis=-1) for entry in fields(cls)})
 
 
-def measure_layer(
-    sums: LayerCounts, null: DomainScores | None, reference: DomainScores, *, control: bool = False
-) -> tuple[dict[str, Measured], np.ndarray]:
+def measure_layer(sums: LayerCounts, null: DomainScores | None, *, control: bool = False) -> tuple[dict[str, Measured], np.ndarray]:
     """Every calibrated metric of one layer, and the documents' shares in the n-grams above chance, [documents, sizes].
 
     Args:
         null: scores under permuted labels, with a leading [permutations] axis; None for a control, whose chance level nobody asks for.
-        reference: scores of the ideal router, see ``ideal_scores``.
         control: the trace is of a random router; say how much its scores vary with the draw of it.
     """
     shape = sums.shape
@@ -123,11 +120,12 @@ def measure_layer(
     counts, tokens = sums.by_domain(sums.hits), sums.by_domain(sums.active)
     value = domain_scores(counts, tokens, experts=sizes)
     whole, left_out = document_scores(sums.hits, shape.document_domain, domains, sizes=sizes)
+    ideal = ideal_values(domains, int(sizes[0]), int(top_k[0]))
     fewer = without_each_expert(counts, tokens, experts=sizes) if control else None
     bound = metrics.information_bound(domains, sizes, top_k)
     choice = np.where(sizes > top_k, 1.0, np.nan)  # k = E leaves nothing to choose
 
-    def of_domains(cells: Callable[[DomainScores], np.ndarray], last: slice = slice(None)) -> Measured:
+    def of_domains(metric: str, cells: Callable[[DomainScores], np.ndarray], last: slice = slice(None)) -> Measured:
         def rows(scores: DomainScores) -> np.ndarray:
             return _rows((cells(scores) * choice)[..., 0])[..., last]
 
@@ -137,38 +135,24 @@ def measure_layer(
             whole=rows(whole),
             left_out=rows(left_out),
             null=None if drawn is None else drawn.mean(axis=0) if len(drawn) else np.full(drawn.shape[1:], np.nan),
-            reference=rows(reference),
-            draw_variance=None if fewer is None else _draw_variance(rows(fewer)),
+            reference=ideal[metric],
+            draw_variance=None if fewer is None else draw_variance(rows(fewer)),
         )
 
-    ngrams, share = _ngrams(sums)
+    ngrams, share = _ngrams(sums, control=control)
     return {
-        "specialization": of_domains(lambda scores: scores.divergence),
-        "specialization_normalized": of_domains(lambda scores: scores.divergence / bound),
-        "der": of_domains(lambda scores: scores.effective_rank[..., None, :], slice(-1, None)),
-        "domain_isolation": of_domains(lambda scores: scores.isolation),
+        "specialization": of_domains("specialization", lambda scores: scores.divergence),
+        "specialization_normalized": of_domains("specialization_normalized", lambda scores: scores.divergence / bound),
+        "der": of_domains("der", lambda scores: scores.effective_rank[..., None, :], slice(-1, None)),
+        "domain_isolation": of_domains("domain_isolation", lambda scores: scores.isolation),
         "stiffness": _stiffness(sums),
         **ngrams,
     }, share
 
 
-def ideal_scores(shape: RoutingShape) -> DomainScores:
-    """Scores of the ideal domain router at the one layer of a shape, of infinitely many tokens."""
-    domains, experts, top_k = len(shape.domains), shape.experts[0], shape.top_k[0]
-    usage = np.zeros((domains, 1, experts))
-    for domain, block in enumerate(expert_blocks(domains, experts, top_k)):
-        usage[domain, 0, block] = 1 / len(block)
-    return DomainScores.of(usage, metrics.grams(usage), np.array([experts]))
-
-
 def _rows(cells: np.ndarray) -> np.ndarray:
     """[..., domains] with their mean as a last row."""
     return np.concatenate([cells, cells.mean(axis=-1, keepdims=True)], axis=-1)
-
-
-def _draw_variance(fewer: np.ndarray) -> np.ndarray:
-    """Variance over draws of a random router, [rows], by the jackknife over its experts: [experts, rows] without each."""
-    return (len(fewer) - 1) / len(fewer) * ((fewer - fewer.mean(axis=0)) ** 2).sum(axis=0)
 
 
 def _stiffness(sums: LayerCounts) -> Measured:
@@ -179,7 +163,7 @@ def _stiffness(sums: LayerCounts) -> Measured:
     return Measured(value=value, whole=value, left_out=_rows(left_out_ratios(*ratio)))
 
 
-def _ngrams(sums: LayerCounts) -> tuple[dict[str, Measured], np.ndarray]:
+def _ngrams(sums: LayerCounts, *, control: bool) -> tuple[dict[str, Measured], np.ndarray]:
     """Repeated primary experts over n tokens; null: the exact mean over shuffles of the tokens inside each document."""
     shape, ngrams, domains = sums.shape, sums.ngrams, len(sums.shape.domains)
     share = np.full((len(sums.tokens), len(NGRAMS)), np.nan)
@@ -190,10 +174,17 @@ def _ngrams(sums: LayerCounts) -> tuple[dict[str, Measured], np.ndarray]:
     found = {}
     for index, (metric, size) in enumerate(zip(NGRAMS, metrics.NGRAM_SIZES, strict=True)):
         windows, alike = ngrams.windows[:, 0, index], ngrams.alike[:, 0, index]
-        expected = np.nan_to_num(metrics.shuffled_ratio(ngrams.primaries[:, 0], size)) * windows
+        by_expert = metrics.shuffled_by_expert(ngrams.primaries[:, 0], size) * windows[:, None]
+        expected = by_expert.sum(axis=-1)
+        variance = None
+        if control:
+            parts = (sums.by_domain(part) for part in (alike, by_expert, windows, ngrams.primaries[:, 0]))
+            variance = ngram_draw_variance(*parts, size=size)
         value, chance = (_rows(domain_ratio(part, windows, shape.document_domain, domains)) for part in (alike, expected))
         without, chance_without = (_rows(left_out_ratios(part, windows, shape.document_domain, domains)) for part in (alike, expected))
-        found[metric] = Measured(value=value, whole=value, left_out=without, chance=chance, chance_left_out=chance_without)
+        found[metric] = Measured(
+            value=value, whole=value, left_out=without, chance=chance, chance_left_out=chance_without, draw_variance=variance
+        )
         with np.errstate(invalid="ignore", divide="ignore"):
             share[:, index] = (alike - expected) / sums.by_domain(windows)[shape.document_domain]
     return found, share
@@ -211,7 +202,7 @@ class _Scored:
 def _scored(found: Measured) -> _Scored:
     if found.chance is not None and found.chance_left_out is not None:
         ratios = metrics.above_chance(found.whole, found.chance), metrics.above_chance(found.left_out, found.chance_left_out)
-        return _Scored(*ratios, 0.0)
+        return _Scored(*ratios, 0.0 if found.draw_variance is None else found.draw_variance)
     if found.reference is None:  # stiffness: its score is the value itself
         return _Scored(found.whole, found.left_out, 0.0)
     scale = np.where(np.abs(found.reference) > NO_SPAN, found.reference, np.nan)

@@ -15,11 +15,11 @@ from dbes.scoring.counts import Counts
 from dbes.scoring.decoding import Decoder
 from dbes.scoring.descriptive import random_halves, split_half_similarity
 from dbes.scoring.equal_usage import UsageTest
-from dbes.scoring.estimates import NGRAMS, Estimate, Measured, estimate, ideal_scores, measure_layer
+from dbes.scoring.estimates import NGRAMS, Estimate, Measured, estimate, measure_layer
 from dbes.scoring.layer_counts import LayerCounts, joined_layers
-from dbes.scoring.permutation import permutation_null, permuted_labels
-from dbes.scoring.resampling import clustered_usage, sign_flip_p
-from dbes.scoring.specialists import SpecialistTable, joined, layer_specialists
+from dbes.scoring.permutation import permuted_labels, permuted_scores
+from dbes.scoring.resampling import sign_flip_p
+from dbes.scoring.specialists import LayerTests, SpecialistTable, half_labels, joined, layer_specialists
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class LayerScores:
 
     Attributes:
         totals: sums over the documents of each domain.
-        specialists: without ``q`` and ``specialist``.
+        specialists: what the test of specialists is made of.
         halves: [domains, 1], similarity of random halves of a domain's documents.
         estimates: of the layer.
         measured, control: of the router and of the random router, to be summed over layers.
@@ -37,7 +37,7 @@ class LayerScores:
     """
 
     totals: LayerCounts
-    specialists: SpecialistTable
+    specialists: LayerTests
     halves: np.ndarray
     estimates: dict[str, Estimate]
     measured: dict[str, Measured]
@@ -68,35 +68,35 @@ def score_layers(counts: Counts, *, permutations: int, seed: int, sign_flips: in
     labels = permuted_labels(domain, permutations=permutations, seed=seed)
     test = UsageTest.of(counts.tokens, domain, domains=len(shape.domains), permutations=permutations, seed=seed)
     half = random_halves(domain, seed=seed)
+    split = half_labels(domain, half, permutations=permutations, seed=seed)
     decoder = Decoder(domain, len(shape.domains), seed=seed)
     controls = repeat(None) if counts.control is None else counts.control.layers()
     layers = (
-        score_layer(sums, control, labels=labels, test=test, half=half)
+        score_layer(sums, control, labels=labels, test=test, half=half, split=split)
         for sums, control in zip(decoder.watching(counts.layers()), controls, strict=False)
     )
     found = put_together(layers, test, domain, sign_flips=permutations if sign_flips is None else sign_flips, seed=seed)
     return replace(found, decoder=decoder)
 
 
-def score_layer(sums: LayerCounts, control: LayerCounts | None, *, labels: np.ndarray, test: UsageTest, half: np.ndarray) -> LayerScores:
+def score_layer(
+    sums: LayerCounts, control: LayerCounts | None, *, labels: np.ndarray, test: UsageTest, half: np.ndarray, split: np.ndarray
+) -> LayerScores:
     """Everything of one layer that its counts are needed for.
 
     Args:
         control: sums of the random router on the same documents.
         labels: [permutations, documents], see ``permuted_labels``.
-        half: 0 or 1 for each document, see ``random_halves``.
+        half, split: 0 or 1 for each document, see ``random_halves``; labels permuted inside them, see ``half_labels``.
     """
-    reference = ideal_scores(sums.shape)
-    usage, variance = clustered_usage(sums)
-    null = permutation_null(sums, labels)
-    measured, share = measure_layer(sums, null.scores, reference)
+    measured, share = measure_layer(sums, permuted_scores(sums, labels))
     random = None
     if control is not None:
-        random, _ = measure_layer(control, None, reference, control=True)
+        random, _ = measure_layer(control, None, control=True)
     products = test.products(sums.hits[:, 0])
     return LayerScores(
         totals=sums.totals(),
-        specialists=layer_specialists(sums, null, half, usage, variance),
+        specialists=layer_specialists(sums, half, split),
         halves=split_half_similarity(sums, half),
         estimates=estimates_of(measured, random, sums.shape.document_domain, test.p(products)),
         measured=measured,

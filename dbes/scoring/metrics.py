@@ -260,12 +260,18 @@ def isolation_of(similarity: np.ndarray) -> np.ndarray:
 
 
 def shuffled_ratio(primaries: np.ndarray, size: int) -> np.ndarray:
-    r"""Chance that ``size`` tokens drawn from a document without replacement all have the same primary expert, [...].
-
-    .. math:: \sum_e \prod_{i<n} \frac{c_e - i}{N - i}, \quad N = \sum_e c_e
+    """Chance that ``size`` tokens drawn from a document without replacement all have the same primary expert, [...].
 
     This is the exact mean of the n-gram ratio over all shuffles of the tokens inside the document: it keeps the document's
-    mix of experts and removes persistence. NaN when the document has fewer than ``size`` tokens.
+    mix of experts and removes persistence. NaN when the document has fewer than ``size`` tokens. See ``shuffled_by_expert``.
+    """
+    return np.where(primaries.sum(axis=-1) >= size, shuffled_by_expert(primaries, size).sum(axis=-1), np.nan)
+
+
+def shuffled_by_expert(primaries: np.ndarray, size: int) -> np.ndarray:
+    r"""Chance that ``size`` tokens drawn from a document without replacement all have this primary expert, [..., experts].
+
+    .. math:: \prod_{i<n} \frac{c_e - i}{N - i}, \quad N = \sum_e c_e
 
     Args:
         primaries: [..., experts], how many tokens of the document have each expert as primary.
@@ -275,7 +281,7 @@ def shuffled_ratio(primaries: np.ndarray, size: int) -> np.ndarray:
     often = np.nonzero(primaries >= size)  # elsewhere a factor is 0
     count, tokens = primaries[often], total[often[:-1]]
     product[often] = math.prod(((count - index) / (tokens - index) for index in range(size)), start=np.ones(count.shape))
-    return np.where(total >= size, product.sum(axis=-1), np.nan)
+    return product
 
 
 def above_chance(ratio: np.ndarray, chance: np.ndarray) -> np.ndarray:

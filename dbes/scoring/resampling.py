@@ -173,26 +173,6 @@ def _norms(sums: np.ndarray, slots: np.ndarray, slots_squared: np.ndarray, squar
         return np.where(pairs > 0.5, ((sums**2).sum(axis=-1) - squares) / pairs, np.nan)
 
 
-def without_each_expert(counts: np.ndarray, tokens: np.ndarray, *, experts: np.ndarray) -> DomainScores:
-    """The domain metrics with each expert's column dropped in turn: a leading [experts] axis.
-
-    The experts of a random router are independent draws, so the spread of these values tells how much its scores would differ
-    with other draws, which one recorded control cannot show by itself.
-
-    Args:
-        counts: [domains, layers, experts]; tokens: [domains, layers]; experts: [layers].
-    """
-    width = counts.shape[-1]
-    size = max(1, PERMUTATION_CELLS // counts.size)
-    parts = []
-    for start in range(0, width, size):
-        dropped = np.arange(start, min(start + size, width))
-        fewer = np.repeat(counts[None], len(dropped), axis=0)
-        fewer[np.arange(len(dropped)), :, :, dropped] = 0
-        parts.append(domain_scores(fewer, np.repeat(tokens[None], len(dropped), axis=0), experts=experts))
-    return DomainScores.stack(parts, axis=0)
-
-
 def left_out_ratios(numerator: np.ndarray, denominator: np.ndarray, document_domain: np.ndarray, domains: int) -> np.ndarray:
     """Ratio of domain sums with each document left out in turn, [documents, domains, ...].
 

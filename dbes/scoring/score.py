@@ -211,7 +211,7 @@ def _warnings(counts: Counts, totals: LayerCounts, facts: Mapping[str, DomainFac
     crowded = [layer for layer, experts, k in sizes if blocks_overlap(len(shape.domains), experts, k)]
     if crowded and len(shape.domains) > 1:
         where = counted(len(crowded), "layer")
-        yield f"fewer than domains x k experts at {where}: the ideal router's expert blocks overlap, its scores are below 1"
+        yield f"fewer than domains x k experts at {where}: the ideal router's expert blocks overlap, its effective rank scores below 1"
     full = [layer for layer, experts, k in sizes if experts <= k]
     if full:
         where = f"layer {full[0]}" if len(full) == 1 else f"layers {full}"

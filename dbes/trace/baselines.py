@@ -1,11 +1,10 @@
-"""Routers that need no model: the ideal domain router (upper bound), and the baselines that must score 0.
+"""Routers that need no model: the ideal domain router, and the baselines that must score 0.
 
 Each emits the same ``Trace`` type as a recorded model, with the same documents and lengths, and goes through the same code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, get_args
 
@@ -22,14 +21,14 @@ DRAWS = 1 << 22
 
 
 def expert_blocks(domains: int, experts: int, top_k: int) -> list[np.ndarray]:
-    """Experts of each domain under the ideal router: contiguous blocks, each with at least k experts.
+    """Experts of each domain under the ideal router: contiguous blocks, each with at least k experts, whose sizes differ by at most one.
 
-    Sizes differ by at most one. Where domains * k > experts the blocks overlap, evenly spread; see ``blocks_overlap``.
+    Where domains * k > experts they overlap: blocks of k are dealt round robin, domain d takes experts d k .. d k + k - 1 modulo E, so that
+    all experts serve equally many domains but for one. See `dbes.scoring.reference` for what no router exceeds.
     """
-    if experts // domains >= top_k:
+    if not blocks_overlap(domains, experts, top_k):
         return np.array_split(np.arange(experts), domains)
-    starts = np.round(np.linspace(0, experts - top_k, domains)).astype(int)
-    return [np.arange(start, start + top_k) for start in starts]
+    return [(domain * top_k + np.arange(top_k)) % experts for domain in range(domains)]
 
 
 def blocks_overlap(domains: int, experts: int, top_k: int) -> bool:
@@ -103,19 +102,6 @@ def imitate(trace: Trace, router: Router, *, seed: int) -> Trace:
     made = baseline_trace(trace.shape, tokens, router=router, seed=seed, token_ids=token_ids, phase=phase)
     about = {key: trace.provenance[key] for key in ("task", "tokenizer") if key in trace.provenance}
     return replace(made, provenance={**made.provenance, **about}, vocabulary=trace.vocabulary)
-
-
-def one_layer_each(shape: RoutingShape) -> tuple[RoutingShape, np.ndarray]:
-    """The distinct (experts, k) of a shape as a shape of its own, and which of them each layer is, int [layers].
-
-    The ideal router is the same at layers of equal size, so it needs one layer of each size only.
-    """
-    sizes: Sequence[tuple[int, int]] = sorted(set(zip(shape.experts, shape.top_k, strict=True)))
-    index = np.asarray([sizes.index(size) for size in zip(shape.experts, shape.top_k, strict=True)])
-    distinct = replace(
-        shape, layers=tuple(range(len(sizes))), experts=tuple(size[0] for size in sizes), top_k=tuple(size[1] for size in sizes)
-    )
-    return distinct, index
 
 
 def _choices(rows: int, experts: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:

@@ -1,0 +1,108 @@
+"""How much a random router's n-grams vary with its draw: told from one draw, and seen over many."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from dbes.scoring import metrics
+from dbes.scoring.draws import draw_variance, ngram_draw_variance
+from dbes.scoring.metrics import NGRAM_SIZES
+from dbes.scoring.resampling import domain_ratio, jackknife, left_out_ratios
+
+DOMAINS, DOCUMENTS, TOKENS, EXPERTS, WIDTH, LAYERS = 4, 10, 100, 32, 48, 4
+DOMAIN = np.repeat(np.arange(DOMAINS), DOCUMENTS)
+
+
+def primaries(random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """The first choices of two frozen random routers on the same drifting representations, each [documents, tokens]."""
+    shift = (
+        0.5 * random.normal(size=WIDTH)
+        + 0.5 * random.normal(size=(len(DOMAIN), WIDTH))
+        + 0.3 * random.normal(size=(DOMAINS, WIDTH))[DOMAIN]
+    )
+    hidden, state = np.zeros((len(DOMAIN), TOKENS, WIDTH)), random.normal(size=(len(DOMAIN), WIDTH))
+    for token in range(TOKENS):
+        state = 0.8 * state + 0.6 * random.normal(size=state.shape)
+        hidden[:, token] = state
+    hidden = shift[:, None] + 0.7 * hidden + 0.5 * random.normal(size=hidden.shape)
+    return (hidden @ random.normal(size=(WIDTH, EXPERTS))).argmax(-1), (hidden @ random.normal(size=(WIDTH, EXPERTS))).argmax(-1)
+
+
+def summed(first: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """alike [documents], expected [documents, experts], windows [documents], primaries [documents, experts]."""
+    counts = np.eye(EXPERTS)[first].sum(axis=1)
+    windows = np.full(len(first), TOKENS - size + 1)
+    same = np.lib.stride_tricks.sliding_window_view(first, size, axis=1)
+    alike = (same == same[..., :1]).all(axis=-1).sum(axis=1)
+    return alike, metrics.shuffled_by_expert(counts, size) * windows[:, None], windows, counts
+
+
+def by_domain(part: np.ndarray) -> np.ndarray:
+    return np.stack([part[np.flatnonzero(np.isin(DOMAIN, domain))].sum(axis=0) for domain in range(DOMAINS)])
+
+
+def scored(first: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ratio and chance of the mean over domains, with their left-out values below, [1 + documents]; and the variance of the draw."""
+    alike, expected, windows, counts = summed(first, size)
+    found = []
+    for part in (alike, expected.sum(axis=-1)):
+        cells = np.concatenate([domain_ratio(part, windows, DOMAIN, DOMAINS)[None], left_out_ratios(part, windows, DOMAIN, DOMAINS)])
+        found.append(cells.mean(axis=1))
+    variance = ngram_draw_variance(*(by_domain(part) for part in (alike, expected, windows, counts)), size=size)
+    return found[0], found[1], variance[-1]
+
+
+def covered(size: int, runs: int) -> tuple[float, float]:
+    """Share of runs in which the excess of one random router over another covers 0, with and without the variance of the draw."""
+    held, bare = [], []
+    for run in range(runs):
+        random = np.random.default_rng((run, 7))
+        layers = [[scored(first, size) for first in primaries(random)] for _ in range(LAYERS)]
+        scores = [metrics.above_chance(*(np.mean([each[side][part] for each in layers], axis=0) for part in (0, 1))) for side in (0, 1)]
+        difference = scores[0] - scores[1]
+        error = float(jackknife(difference[:1], difference[1:, None], DOMAIN)[1][0])
+        draws = 2 * sum(float(each[1][2]) for each in layers) / LAYERS**2
+        held.append(abs(difference[0]) <= 1.96 * math.sqrt(error**2 + draws))
+        bare.append(abs(difference[0]) <= 1.96 * error)
+    return float(np.mean(held)), float(np.mean(bare))
+
+
+def test_without_persistence_the_windows_of_an_expert_are_those_of_chance() -> None:
+    """Then the score is 0 whichever expert is left out, and does not vary with the draw."""
+    expected = np.array([[4.0, 2.0, 1.0], [3.0, 3.0, 3.0]])
+    variance = ngram_draw_variance(expected.sum(axis=1), expected, np.array([20.0, 30.0]), np.array([[12, 6, 4], [10, 10, 10]]), size=2)
+    assert variance == pytest.approx(0, abs=1e-12)
+
+
+def test_variance_by_hand() -> None:
+    """Two tokens, one domain: a = W q (r + (1 - r) q) with q = 1/2, 1/4, 1/4 and r = 1/2."""
+    share, windows = np.array([[0.5, 0.25, 0.25]]), np.array([80.0])
+    expected, filled = 80 * share**2, 80 * share * (0.5 + 0.5 * share)
+    found = ngram_draw_variance(filled.sum(axis=1), expected, windows, 100 * share, size=2)
+    scores = []
+    for without in range(3):
+        rest = [each for each in range(3) if each != without]
+        left = 80 * (1 - share[0, without])
+        ratio, chance = (part[0, rest].sum() / left for part in (filled, expected))
+        scores.append((ratio - chance) / (1 - chance))
+    assert found == pytest.approx(draw_variance(np.array(scores)[:, None])[0])
+    assert draw_variance(np.array(scores)[:, None])[0] == pytest.approx(2 / 3 * ((np.array(scores) - np.mean(scores)) ** 2).sum())
+
+
+def test_nothing_filled_and_nothing_known() -> None:
+    share = np.array([[50, 25, 25], [0, 0, 0]])
+    found = ngram_draw_variance(np.zeros(2), np.zeros((2, 3)), np.array([80.0, 0.0]), share, size=20)
+    assert found[0] == 0 and np.isnan(found[1:]).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", NGRAM_SIZES)
+def test_the_excess_of_a_random_router_over_another_covers_zero(size: int) -> None:
+    runs = 100
+    held, bare = covered(size, runs)
+    assert held >= bare
+    assert held * runs >= stats.binom.ppf(0.001, runs, 0.92)
