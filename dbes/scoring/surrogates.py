@@ -78,7 +78,7 @@ class SurrogateLayer:
     Attributes:
         tokens: float64 [units].
         routed, surrogate: float64 [units, experts], hits; a token has as many in the surrogate as its donors have on average.
-        lent: float32 [units, domains, experts], surprise of a unit's hits as it enters the domains' surrogate, less once in its own.
+        lent: float64 [units, domains, experts], surprise of a unit's hits as it enters the domains' surrogate, less once in its own.
         domain: int [units]. domains: how many.
     """
 
@@ -93,7 +93,7 @@ class SurrogateLayer:
     def of(cls, blocks: Sequence[tuple[Block, np.ndarray]], domain: np.ndarray, *, domains: int, experts: int) -> SurrogateLayer:
         """From blocks with the experts of their tokens, [rows, slots]."""
         tokens, (routed, surrogate) = np.zeros(len(domain)), np.zeros((2, len(domain), experts))
-        lent = np.zeros((len(domain) * domains, experts), np.float32)
+        lent = np.zeros((len(domain) * domains, experts))
         size = max(1, TABLE_CELLS // experts)
         for block, ids in blocks:
             hits, expected = block.hits(ids, experts)
@@ -180,7 +180,7 @@ class Surrogate:
         cuts = np.flatnonzero(np.diff(piece)) + 1
         domains = len(self.shape.domains)
         parts = (np.split(each, cuts) for each in (rows, unit, key))
-        return [block_of(*part, self.domain, domains) for part in zip(*parts, strict=True) if len(part[0])]
+        return [block_of(rows, unit, key, self.domain, domains) for rows, unit, key in zip(*parts, strict=True) if len(rows)]
 
 
 def surrogate_of(sample: TokenSample, shape: RoutingShape, key: str) -> Surrogate | None:
