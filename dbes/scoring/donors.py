@@ -21,7 +21,8 @@ class Block:
         tokens: float64 [units].
         pairs: [pairs, cells].
         others: [pairs, pairs], mean hits of the key, summed over the other domains.
-        surrogate: [cells, cells + 2 pairs], from hits of cells, of pairs and of others to the surrogate hits of every cell.
+        surrogate: [cells, 2 pairs], from hits of pairs and of others to the surrogate hits of every cell, before its own are taken off.
+        own: [cells], how much of a cell's own hits has to be taken off.
         members: [units, cells].
         lent: [units x domains, cells], how often a hit of the unit is expected in a domain's surrogate, less once in the unit's own.
     """
@@ -33,20 +34,23 @@ class Block:
     pairs: csr_array
     others: csr_array
     surrogate: csr_array
+    own: np.ndarray
     members: csr_array
     lent: csr_array
 
     def hits(self, ids: np.ndarray, experts: int) -> tuple[np.ndarray, np.ndarray]:
-        """Routed and surrogate hits of every cell at one layer, both float64 [cells, experts].
+        """Hits of every unit at one layer, [units, experts], and what those of every cell are beyond its surrogate, [cells, experts].
 
         Args:
             ids: [rows, slots], experts of the tokens; numbers from ``experts`` on are none.
         """
         at = self.row_cell[:, None] * experts + ids
         at = at.ravel() if ids.max(initial=0) < experts else at[ids < experts]
-        routed = np.bincount(at, minlength=self.cells * experts).reshape(self.cells, experts).astype(np.float64)
-        pairs = self.pairs @ routed
-        return routed, self.surrogate @ np.concatenate([routed, pairs, self.others @ pairs])
+        cells = np.bincount(at, np.ones(len(at)), minlength=self.cells * experts).reshape(self.cells, experts)
+        units, pairs = self.members @ cells, self.pairs @ cells
+        cells *= (1 + self.own)[:, None]
+        cells -= self.surrogate @ np.concatenate([pairs, self.others @ pairs])
+        return units, cells
 
 
 def block_of(rows: np.ndarray, unit: np.ndarray, key: np.ndarray, unit_domain: np.ndarray, domains: int) -> Block:
@@ -78,11 +82,12 @@ def block_of(rows: np.ndarray, unit: np.ndarray, key: np.ndarray, unit_domain: n
         pairs=_matrix((pairs, cells), pair, every, np.ones(cells)),
         others=_matrix((pairs, pairs), taking, giving, 1 / size[giving]),
         surrogate=_matrix(
-            (cells, cells + 2 * pairs),
-            np.tile(every, 3),
-            np.concatenate([every, cells + pair, cells + pairs + pair]),
-            np.concatenate([-per_rest, per_rest, count]) / np.tile(divisor[pair], 3),
+            (cells, 2 * pairs),
+            np.tile(every, 2),
+            np.append(pair, pairs + pair),
+            np.append(per_rest, count) / np.tile(divisor[pair], 2),
         ),
+        own=per_rest / divisor[pair],
         members=_matrix((units, cells), cell_unit, every, np.ones(cells)),
         lent=_matrix(
             (units * domains, cells),

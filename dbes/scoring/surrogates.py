@@ -96,13 +96,12 @@ class SurrogateLayer:
         lent = np.zeros((len(domain) * domains, experts))
         size = max(1, TABLE_CELLS // experts)
         for block, ids in blocks:
-            hits, expected = block.hits(ids, experts)
+            hits, beyond = block.hits(ids, experts)
             tokens += block.tokens
-            routed += block.members @ hits
-            surrogate += block.members @ expected
-            hits -= expected
+            routed += hits
+            surrogate += hits - block.members @ beyond
             for start in range(0, len(lent), size):
-                lent[start : start + size] += block.lent[start : start + size] @ hits
+                lent[start : start + size] += block.lent[start : start + size] @ beyond
         lent = lent.reshape(len(domain), domains, experts)
         return cls(tokens=tokens, routed=routed, surrogate=surrogate, lent=lent, domain=domain, domains=domains)
 
