@@ -114,6 +114,9 @@ class CalibratedRecord(_Strict):
         score: corrected / reference, 0 no better than chance, 1 the ideal router; for stiffness and n-grams
             their own normalised form. score_low, score_high: its 95 % interval.
         control: score of the frozen random router on the same representation; excess: score - control, with its interval.
+        lexical: corrected value of a router that looks at the token alone, from other occurrences of the same tokens; contextual,
+            contextual_low, contextual_high: what the router shows beyond it on the same tokens; position: as lexical, of one that looks
+            at the position in the document alone. NaN where the trace cannot tell, and for metrics that do not compare domains.
     """
 
     metric: str
@@ -133,6 +136,11 @@ class CalibratedRecord(_Strict):
     excess: Number = math.nan
     excess_low: Number = math.nan
     excess_high: Number = math.nan
+    lexical: Number = math.nan
+    contextual: Number = math.nan
+    contextual_low: Number = math.nan
+    contextual_high: Number = math.nan
+    position: Number = math.nan
 
 
 class Specialist(_Strict):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from dbes.scoring import descriptive, metrics
+from dbes.scoring.contextual import ContextualEstimates
 from dbes.scoring.counts import Counts
 from dbes.scoring.decoding import Decoded, Decoder, decoded_words
 from dbes.scoring.layer_counts import LayerCounts
@@ -16,7 +17,7 @@ from dbes.scoring.layers import AllLayers
 from dbes.scoring.resampling import domain_ratio
 from dbes.scoring.sampling import TokenSample
 from dbes.scoring.specialists import FALSE_DISCOVERY_RATE, LIFTS
-from dbes.trace.types import LOGIT_NOISE, NOISE_SCALES
+from dbes.trace.types import LOGIT_NOISE, NOISE_SCALES, RoutingShape
 
 
 def similarity(totals: LayerCounts) -> np.ndarray:
@@ -95,6 +96,14 @@ def _decoding_companions(decoder: Decoder, words: Decoded, layers: Sequence[int]
 
     by_layer = zip(map(str, layers), decoder.layers, strict=True)
     return {"model": told(decoder.together()), "by_layer": {layer: told(found) for layer, found in by_layer}}
+
+
+def covered(beyond: ContextualEstimates | None, shape: RoutingShape) -> dict[str, Any]:
+    """Shares of the tokens of the sample that have another occurrence of their token, and of their position, in another source text."""
+    if beyond is None:
+        return {}
+    names = (*shape.domains, "all")
+    return {"surrogate_covered": {key: dict(zip(names, _plain(shares), strict=True)) for key, shares in beyond.covered.items()}}
 
 
 def _first_tokens(sample: TokenSample) -> TokenSample:

@@ -21,6 +21,7 @@ from scipy.stats import norm
 
 from dbes.results import CalibratedRecord
 from dbes.scoring import metrics
+from dbes.scoring.contextual import Contextual
 from dbes.scoring.draws import draw_variance, ngram_draw_variance, without_each_expert
 from dbes.scoring.layer_counts import LayerCounts
 from dbes.scoring.reference import ideal_values
@@ -240,11 +241,16 @@ def estimate(found: Measured, control: Measured | None, document_domain: np.ndar
     )  # fmt: skip
 
 
-def calibrated_records(metric: str, found: Estimate, shape: RoutingShape) -> Iterator[CalibratedRecord]:
-    """The records of one metric: the model first, then its domains, then every layer with its domains."""
+def calibrated_records(metric: str, found: Estimate, beyond: Contextual | None, shape: RoutingShape) -> Iterator[CalibratedRecord]:
+    """The records of one metric: the model first, then its domains, then every layer with its domains.
+
+    Args:
+        beyond: what the token and its position explain of it; None where that is unknown.
+    """
     rows: list[str | None] = [*shape.domains, None] if len(found.value) > 1 else [None]
     columns: list[int | None] = [*shape.layers, None]
-    arrays = {entry.name: getattr(found, entry.name) for entry in fields(Estimate) if entry.name != "replicates"}
+    parts = (found,) if beyond is None else (found, beyond)
+    arrays = {each.name: getattr(part, each.name) for part in parts for each in fields(part) if each.name != "replicates"}
     for column in (len(columns) - 1, *range(len(columns) - 1)):
         for row in (len(rows) - 1, *range(len(rows) - 1)):
             cells = {name: array[row, column] for name, array in arrays.items()}

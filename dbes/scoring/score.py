@@ -17,7 +17,8 @@ from dbes.errors import ResultError, SettingError, TraceError
 from dbes.files import locked
 from dbes.results import METRICS_VERSION, DomainFacts, RecordingFacts, Result, Specialist
 from dbes.scoring import descriptive
-from dbes.scoring.companions import companions, similarity
+from dbes.scoring.companions import companions, covered, similarity
+from dbes.scoring.contextual import contextual_estimates
 from dbes.scoring.counting import counts_of
 from dbes.scoring.counts import Counts
 from dbes.scoring.estimates import Estimate, calibrated_records
@@ -142,6 +143,7 @@ def score_tables(trace: Trace | Counts, *, permutations: int = 1000, seed: int =
     # A document without tokens (of this phase) says nothing: counted as one, it would move the jackknife and the null.
     used = np.flatnonzero(units.tokens > 0) if units.tokens.any() else np.arange(len(units.tokens))
     units = units.take(used)
+    beyond = None if sample is None else contextual_estimates(sample, shape)
     if sample is not None:
         sample = replace(sample, routes=replace(sample.routes, document=np.searchsorted(used, shape.units[sample.routes.document])))
     if units.control is not None:
@@ -165,9 +167,13 @@ def score_tables(trace: Trace | Counts, *, permutations: int = 1000, seed: int =
             *_small_sample_warnings(units, found.estimates["specialization"]),
         ),
         published=published_values(totals),
-        calibrated=tuple(record for metric, each in found.estimates.items() for record in calibrated_records(metric, each, units.shape)),
+        calibrated=tuple(
+            record
+            for metric, each in found.estimates.items()
+            for record in calibrated_records(metric, each, beyond and beyond.metrics.get(metric), units.shape)
+        ),
         specialists=tuple(_specialist_records(table, counts, kept)),
-        companions=companions(found, sample, units, seed=seed),
+        companions=companions(found, sample, units, seed=seed) | covered(beyond, shape),
     )
     arrays = {"similarity": similarity(totals)}
     if sample is not None:
