@@ -554,13 +554,16 @@ def test_implausible_results_are_refused(copied: Path, kind: str, message: str) 
     assert any(message in problem for problem in check_folder(copied / "m1"))
 
 
-@pytest.mark.parametrize("column", ["share", "lift"])
-def test_usage_that_does_not_follow_from_its_hits_is_refused(copied: Path, column: str) -> None:
+@pytest.mark.parametrize(
+    ("column", "factor", "message"),
+    [("share", 1.01, "do not follow from the hits"), ("lift", 50, "outside its interval"), ("lift_high", 0.1, "outside its interval")],
+)
+def test_usage_that_cannot_be_true_is_refused(copied: Path, column: str, factor: float, message: str) -> None:
     path = copied / "m1" / "expert_usage.parquet"
     usage = pd.read_parquet(path)
-    usage.loc[3, column] *= 1.01
+    usage.loc[3, column] *= factor
     usage.to_parquet(path)
-    assert any("do not follow from the hits" in problem for problem in check_folder(copied / "m1"))
+    assert any(message in problem for problem in check_folder(copied / "m1"))
 
 
 def test_replicates_of_another_model_are_refused(copied: Path) -> None:

@@ -217,8 +217,8 @@ def columns(rows: list[dict[str, Any]], names: tuple[str, ...]) -> dict[str, lis
 def heat_columns(usage: pd.DataFrame, result: Result) -> dict[str, list[Any]]:
     """Expert usage as columns in the order domains, layers, experts; ``kind`` 2 specialist, 1 too rare to tell, 0 neither.
 
-    The page computes the lift from the hits, which is exact, and both ends of its interval from ``reach``, half its width: the
-    interval is symmetric and cut at 0. ``reach`` has as many decimals as the upper end has with four significant digits.
+    The page orders experts by their share of the hits, shows ``lift``, and computes both ends of its interval from ``reach``, half its
+    width: the interval is symmetric and cut at 0. ``reach`` has as many decimals as the upper end has with four significant digits.
     """
     order = {name: index for index, name in enumerate(result.task.domains)}
     table = usage.assign(_domain=[order[name] for name in usage["domain"]]).sort_values(["_domain", "layer", "expert"], kind="stable")
@@ -227,6 +227,7 @@ def heat_columns(usage: pd.DataFrame, result: Result) -> dict[str, list[Any]]:
     lift, high = (table[name].to_numpy(float) for name in ("lift", "lift_high"))
     scale = 10.0 ** np.clip(3 - np.floor(np.log10(np.maximum(high, 1e-3))), 0, 6)
     reach = np.rint((high - lift) * scale) / scale
+    found["lift"] = [_short(number, 4) for number in lift.tolist()]
     found["reach"] = [number if math.isfinite(number) else None for number in reach.tolist()]
     found["q"] = [_short(number, 2) for number in table["q"].tolist()]
     return found

@@ -67,7 +67,7 @@ start((data) => {
       for (const name of data.order) {
         const domain = domains.indexOf(name), start = starts[domain][column];
         for (let expert = 0; expert < experts; expert++) {
-          const i = start + expert, value = lift[domain][expert], reach = heat.reach[i], end = (number) => (value === null || reach === null ? null : Math.max(0, Number(number.toFixed(4))));
+          const i = start + expert, value = heat.lift[i], reach = heat.reach[i], end = (number) => (value === null || reach === null ? null : Math.max(0, Number(number.toFixed(4))));
           rows.push({ layer, domain: name, expert, hits: heat.hits[i], share: share[domain][expert], lift: value === null ? null : Number(value.toPrecision(6)), lift_low: end(value - reach), lift_high: end(value + reach), q: heat.q[i], kind: ["not above", "too rare to tell", "specialist"][heat.kind[i]], shade: log2(value), order: order.get(expert) });
         }
       }
