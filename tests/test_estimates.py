@@ -105,7 +105,7 @@ def settings_of(effect: str, *, domains: int = 4) -> simulate.Population:
 @pytest.mark.parametrize("effect", [pytest.param(name, marks=pytest.mark.slow) if name == "weak" else name for name in simulate.EFFECTS])
 def test_intervals_hold_the_truth(effect: str) -> None:
     runs = 60
-    for found in simulate.coverage(settings_of(effect), documents=20, runs=runs, permutations=60, tokens=60):
+    for found in simulate.coverage(settings_of(effect), documents=20, runs=runs, tokens=60):
         assert found.model * runs >= stats.binom.ppf(0.0005, runs, 0.95), found
 
 
