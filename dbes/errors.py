@@ -83,8 +83,11 @@ def refusal(problem: BaseException) -> str | None:
 def out_of_memory(problem: BaseException) -> str | None:
     """That memory ran out, in a line, whatever library tells it; None for anything else."""
     told = str(problem).strip()
-    if isinstance(problem, MemoryError) or (
-        isinstance(problem, RuntimeError | ImportError) and any(words in told.lower() for words in OUT_OF_MEMORY)
+    # torch's own error is known by its name, so that nobody need import torch for it
+    if (
+        isinstance(problem, MemoryError)
+        or type(problem).__name__ == "OutOfMemoryError"
+        or (isinstance(problem, RuntimeError | ImportError) and any(words in told.lower() for words in OUT_OF_MEMORY))
     ):
         return f"out of memory: {told.splitlines()[0][:200]}" if told else "out of memory"
     return None

@@ -305,14 +305,30 @@ def write_json(path: Path, content: Any) -> None:
 
 def sorted_metadata(content: bytes) -> bytes:
     """A safetensors file with the keys of its metadata in order: safetensors writes them in another order in every process."""
-    size = int.from_bytes(content[:8], "little")
-    header, data = json.loads(content[8 : 8 + size]), memoryview(content)[8 + size :]
+    header, data = _parts(content)
     if "__metadata__" not in header:
         return content
     header = {**header, "__metadata__": dict(sorted(header["__metadata__"].items()))}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return b"".join((len(text).to_bytes(8, "little"), text, data))
+
+
+def is_sealed(content: bytes) -> bool:
+    """Whether the metadata of a safetensors file holds the sha256 of all else in it, as training states of earlier versions did."""
+    try:
+        header, data = _parts(content)
+        given = header["__metadata__"].pop("sha256")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    digest.update(data)
+    return given == digest.hexdigest()
+
+
+def _parts(content: bytes) -> tuple[dict[str, Any], memoryview]:
+    size = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + size]), memoryview(content)[8 + size :]
 
 
 def keep_log_before(path: Path, step: int) -> list[dict[str, Any]]:

@@ -39,7 +39,8 @@ def memory_explained() -> Iterator[None]:
         if (reason := out_of_memory(problem)) is None:
             raise
         raise FinetuneError(
-            f"{reason}. In this order, in the file of --config: micro_batch_size: 1, gradient_checkpointing: true, "
+            f"out of memory ({reason.partition(': ')[2] or type(problem).__name__}). In this order, in the file of --config: "
+            "micro_batch_size: 1, gradient_checkpointing: true, "
             "a shorter seq_len, bf16: true, a lora_rank; or a path with a smaller budget"
         ) from problem
 

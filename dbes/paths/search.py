@@ -97,8 +97,7 @@ def find_path(
         with given_model(model, tokenizer) as given:
             evidence = with_model(evidence, given, tasks=tasks, gradients=gradients, effects="causal" in asked)
     chosen = chosen_cells(evidence, index, rule, budget=budget, match=match, seed=seed)
-    shape, about = evidence.shape, evidence.provenance
-    task = about.get("task") or {}
+    shape = evidence.shape
     sizes = expert_sizes(evidence)
     return ExpertPath(
         domain=domain,
@@ -113,15 +112,21 @@ def find_path(
         overlap=_overlap(evidence, index, chosen, rule, budget=budget),
         stability=_stability(evidence, index, chosen, rule, budget=budget, seed=seed, resamples=resamples),
         trajectories=strongest(evidence, index, limit=trajectories, seed=seed) if trajectories else (),
-        provenance=Provenance(
-            model=str(about.get("model", "unnamed")),
-            revision=about.get("revision"),
-            task=task.get("name"),
-            task_version=task.get("version"),
-            task_fingerprint=task.get("fingerprint"),
-            dbes=version("dbes"),
-            seed=seed,
-        ),
+        provenance=_provenance(evidence, seed=seed),
+    )
+
+
+def _provenance(evidence: Evidence, *, seed: int) -> Provenance:
+    about = evidence.provenance
+    task = about.get("task") or {}
+    return Provenance(
+        model=str(about.get("model", "unnamed")),
+        revision=about.get("revision"),
+        task=task.get("name"),
+        task_version=task.get("version"),
+        task_fingerprint=task.get("fingerprint"),
+        dbes=version("dbes"),
+        seed=seed,
     )
 
 
