@@ -128,16 +128,17 @@ def test_depths_take_their_thirds(folder: Path) -> None:
     assert depth_of(1).tolist() == [0] and depth_of(3).tolist() == [0, 0.5, 1]
 
 
-def simulated_entry(label: str, effect: float, seed: int, *, documents: int = 25) -> LeaderboardEntry:
-    """A model whose truth depends on ``effect`` alone, on documents drawn with ``seed``."""
-    about = simulate.population(3, domains=3, layers=1, experts=16, top_k=2, effect=effect)
+def simulated_entry(label: str, effect: float, seed: int, *, documents: int = 25, concentration: float = 12.0) -> LeaderboardEntry:
+    """A model whose truth depends on ``effect`` alone; documents drawn with ``seed`` differ more with a small ``concentration``."""
+    about = simulate.population(3, domains=3, layers=1, experts=16, top_k=2, effect=effect, concentration=concentration)
     statistics = simulate.draw_statistics(about, np.random.default_rng(seed), documents=documents)
-    estimate = simulate.estimates(statistics, permutations=20, seed=seed)["specialization"]
+    found = {metric: each for metric, each in simulate.intervals(statistics).items() if metric in simulate.truth(about)}
     rest = {name: math.nan for name in CalibratedRecord.model_fields if name not in ("metric", "layer", "domain", "score")}
     domains = (*statistics.shape.domains, None)
     records = tuple(
-        CalibratedRecord(metric="specialization", layer=layer, domain=domain, score=estimate.score[row, column], **rest)
-        for row, domain in enumerate(domains)
+        CalibratedRecord(metric=metric, layer=layer, domain=domain, score=estimate.score[row, column], **rest)
+        for metric, estimate in found.items()
+        for row, domain in enumerate(domains if len(estimate.score) > 1 else (None,))
         for column, layer in enumerate((0, None))
     )
     sizes = {name: {"documents": documents, "sources": documents, "tokens": 1000} for name in statistics.shape.domains}
@@ -147,9 +148,26 @@ def simulated_entry(label: str, effect: float, seed: int, *, documents: int = 25
     ).model_copy(update={"calibrated": records})  # fmt: skip
     replicates = Replicates(
         documents=statistics.shape.document_ids, document_domain=statistics.shape.document_domain,
-        by_metric={"specialization": estimate.replicates},
+        by_metric={metric: estimate.replicates for metric, estimate in found.items()},
     )  # fmt: skip
     return LeaderboardEntry(result=result, folder=Path(), label=label, replicates=replicates)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("effect", [0.2, 0.6])
+def test_models_of_equal_truth_whose_documents_differ_more_or_less_are_told_apart_in_5_percent_of_400_runs(effect: float) -> None:
+    """The plug-in statistics told them apart in every run; 5 % and three standard errors."""
+    apart = dict.fromkeys(("specialization", "der", "domain_isolation"), 0)
+    for run in range(400):
+        alike, unlike = (
+            simulated_entry(str(concentration), effect, 10 * run + place, concentration=concentration)
+            for place, concentration in enumerate((80.0, 5.0))
+        )
+        for metric in apart:
+            found = difference(alike, unlike, metric, "all layers", 0, 1)
+            assert found is not None
+            apart[metric] += found.p <= 0.05
+    assert max(apart.values()) / 400 <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 400), apart
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from pathlib import Path
 
 import naive
 import numpy as np
@@ -11,7 +12,9 @@ import pytest
 import simulate
 from scipy import stats
 
+from dbes import record
 from dbes.scoring.counting import count_routes
+from dbes.scoring.equal_usage import UsageTest
 from dbes.scoring.layers import score_layers
 from dbes.scoring.score import score
 
@@ -141,6 +144,28 @@ def test_equal_usage_is_rejected_in_5_percent_of_400_runs(domains: int, document
     model, layers, by_domain = simulate.rejections(about, documents=documents, runs=runs, spread=spread)
     for share, count in ((model, runs), (layers.mean(), runs), (by_domain.mean(), runs)):
         assert low - 3 * math.sqrt(low * (1 - low) / count) <= share <= high + 3 * math.sqrt(high * (1 - high) / count), share
+
+
+@pytest.mark.slow
+def test_equal_usage_of_one_domain_split_at_random_is_rejected_in_5_percent_though_one_half_is_thinned(tmp_path: Path) -> None:
+    """Real routes: texts of one domain of the embedded benchmark in two random halves, one of which keeps a tenth of its tokens."""
+    trace = record(model="embedded", tasks="embedded", limit=30, output_path=tmp_path)
+    shape = trace.shape
+    found = []
+    documents = np.flatnonzero(shape.document_domain == 0)
+    hits = np.zeros((2, len(shape.document_domain), len(shape.layers), shape.width))  # of all tokens, and of every tenth
+    for routes in trace:
+        for part, rows in enumerate((np.arange(len(routes)), np.arange(0, len(routes), 10))):
+            for slot in range(routes.ids.shape[2]):
+                for layer in range(len(shape.layers)):
+                    np.add.at(hits[part], (routes.document[rows], layer, routes.ids[rows, layer, slot]), 1)
+    for run in range(300):
+        label = np.random.default_rng(run).permutation(np.arange(len(documents)) % 2)
+        own = np.where(label[:, None, None] == 0, hits[0, documents], hits[1, documents])
+        test = UsageTest.of(own[:, 0].sum(axis=1), label, domains=2, permutations=199, seed=run)
+        found.append(test.p(np.sum([test.products(own[:, layer]) for layer in range(len(shape.layers))], axis=0))[-1])
+    share = np.mean(np.array(found) <= 0.05)
+    assert 0.03 - 3 * math.sqrt(0.03 * 0.97 / 300) <= share <= 0.07 + 3 * math.sqrt(0.07 * 0.93 / 300), share
 
 
 @pytest.mark.slow
