@@ -40,6 +40,11 @@ def share(value: float | None, digits: int = 1, *, sign: bool = False) -> str:
     return f"{plus}<{least}" if value > 0 else f">-{least}"
 
 
+def portion(value: float | None) -> str:
+    """Which part of a value something is, in whole percent: ``21%``, ``<1%``; its digits are less certain than those of a score."""
+    return "<1%" if value is not None and 0 < value < 0.01 else share(value, 0)
+
+
 def shares(low: float | None, high: float | None, *, sign: bool = False) -> str:
     """An interval of shares, ``1.0% to 2.0%``; ``–`` where an end is unknown."""
     ends = share(low, sign=sign), share(high, sign=sign)

@@ -143,7 +143,8 @@ def _decoding_words(result: Result) -> str:
     if accuracy is None or math.isnan(accuracy) or chance is None:
         return ""
     beside = "" if words is None or math.isnan(words) else f", from its words {share(words, 0)}"
-    return f"From routing alone, the domain of an unseen text is named in {share(accuracy, 0)} of texts (chance {share(chance, 0)}{beside})."
+    named = share(accuracy, 0)
+    return f"From routing alone, the domain of an unseen text is named in {named} of texts (chance {share(chance, 0)}{beside})."
 
 
 def _layer_words(result: Result, p: float) -> str:
