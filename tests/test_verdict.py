@@ -43,7 +43,7 @@ def test_specialization_in_every_layer() -> None:
     assert text == (
         "Domain specialization is above chance in 4 of 4 layers (p < 0.001) and large: 31% of the ideal domain router. "
         "How much of it is the word is unknown: it was not measured. "
-        "It is strongest for law, weakest for general (not above chance: general)."
+        "Specialization is strongest for law, weakest for general (not above chance: general)."
     )
 
 
@@ -56,7 +56,7 @@ def test_specialization_in_every_layer() -> None:
         pytest.param(NAN, {}, "not measurable (on these texts the ideal domain router shows nothing)", id="no scale"),
         pytest.param(
             0.008, {"control": 0.004, "excess_low": 0.001, "excess_high": 0.007},
-            "It is more than what a frozen random router on the same representation shows (less than 1%; excess +0.1% to +0.7%).",
+            "The score is more than what a frozen random router on the same representation shows (less than 1%; excess +0.1% to +0.7%).",
             id="control of nothing",
         ),
         pytest.param(
@@ -149,7 +149,9 @@ def test_only_a_domain_above_chance_is_called_strongest() -> None:
     text = verdict(result(record(None, None, 0.001), *four_layers(0.001), *domains))
     assert "strongest for code, weakest for math (not above chance: law)" in text
     alike = [record(None, "law", 0.001, 0.3), record(None, "code", 0.001, 0.3)]
-    assert verdict(result(record(None, None, 0.001), *four_layers(0.001), *alike)).endswith("It is about the same in all domains.")
+    assert verdict(result(record(None, None, 0.001), *four_layers(0.001), *alike)).endswith(
+        "Specialization is about the same in all domains."
+    )
 
 
 @pytest.mark.parametrize(

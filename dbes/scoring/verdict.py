@@ -172,9 +172,9 @@ def _domain_words(result: Result) -> str:
     if not above:
         return "No domain is above chance by itself."
     strongest, weakest = max(above, key=lambda record: record.score), min(records, key=lambda record: record.score)
-    text = f"It is strongest for {strongest.domain}, weakest for {weakest.domain}"
+    text = f"Specialization is strongest for {strongest.domain}, weakest for {weakest.domain}"
     if share(strongest.score) == share(weakest.score):
-        text = "It is about the same in all domains"
+        text = "Specialization is about the same in all domains"
     return text + (f" (not above chance: {', '.join(str(record.domain) for record in silent)})." if silent else ".")
 
 
@@ -189,8 +189,8 @@ def _control_words(model: CalibratedRecord) -> str:
     if low > 0:
         ratio = f"{score / control:.1f} times" if control >= RATIO_FROM else "more than"
         excess = f"excess {shares(low, high, sign=True)}"
-        return f"It is {ratio} what a frozen random router on the same representation shows ({shown}; {excess})."
+        return f"The score is {ratio} what a frozen random router on the same representation shows ({shown}; {excess})."
     if high < 0:
-        return f"It is less than a frozen random router on the same representation shows ({shown}): the router does not add to it."
-    beside = f"It is no more than a frozen random router on the same representation shows ({shown})"
+        return f"The score is less than a frozen random router on the same representation shows ({shown}): the router does not add to it."
+    beside = f"The score is no more than a frozen random router on the same representation shows ({shown})"
     return f"{beside}: it is not shown that the router adds to it."
