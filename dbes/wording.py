@@ -11,6 +11,14 @@ NOTHING = 1e-9
 MORE_DIGITS = 2
 """Further decimals that a share may get before it is written as 0 although it is not."""
 
+SIZES = ((0.01, "very small"), (0.05, "small"), (0.2, "moderate"), (0.5, "large"), (math.inf, "very large"))
+"""Words for scores, each for those below its number; 1 is the ideal router. Only scores that are above chance get one."""
+
+
+def size_word(score: float) -> str:
+    """``very small`` below 1 % of the ideal router, ``small`` below 5 %, ``moderate`` below 20 %, ``large`` below 50 %, ``very large``."""
+    return next(word for below, word in SIZES if score < below)
+
 
 def share(value: float | None, digits: int = 1, *, sign: bool = False) -> str:
     """A share in percent: ``12.3%``; ``–`` for NaN and None. What is not 0 is never written as ``0.0%`` or ``-0.0%``.
@@ -30,6 +38,11 @@ def share(value: float | None, digits: int = 1, *, sign: bool = False) -> str:
             return text
     least = f"{10 ** -(digits + MORE_DIGITS):.{digits + MORE_DIGITS}f}%"
     return f"{plus}<{least}" if value > 0 else f">-{least}"
+
+
+def portion(value: float | None) -> str:
+    """Which part of a value something is, in whole percent: ``21%``, ``<1%``; its digits are less certain than those of a score."""
+    return "<1%" if value is not None and 0 < value < 0.01 else share(value, 0)
 
 
 def shares(low: float | None, high: float | None, *, sign: bool = False) -> str:

@@ -15,10 +15,11 @@ from report_results import HOSTILE, simulated_trace, write_result
 from safetensors.numpy import load_file
 
 from dbes.errors import ResultError
-from dbes.reporting import charts
-from dbes.reporting.page import command, packed, read_usage, slug, unpacked, write_page
+from dbes.reporting import charts, layer_charts
+from dbes.reporting.page import command, packed, read_usage, render_page, slug, unpacked, write_page
 from dbes.reporting.text_view import contexts, documents, legible, read_sample, token_text, trajectories
 from dbes.results import Result, load_result
+from dbes.scoring.score import score
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +151,7 @@ def test_page_of_48_layers_and_128_experts_stays_small(tmp_path: Path) -> None:
     path = write_page(write_result(tmp_path, trace, permutations=5))
     shown = unpacked(path.read_text("utf-8"))
     assert len(shown["heat"]["hits"]) == 8 * 48 * 128 and len(shown["text"]) == 8
-    assert path.stat().st_size < 1_900_000
+    assert path.stat().st_size < 2_000_000
 
 
 def test_same_result_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
@@ -238,7 +239,8 @@ def test_bad_files_are_named(tmp_path: Path, damage, message: str) -> None:
 def test_specs_are_valid_and_name_their_data() -> None:
     import altair as alt
 
-    specs = [*charts.curve_specs((1, 2)).values(), charts.domain_spec(3), charts.heat_spec(3), charts.similarity_spec(3),
+    specs = [*layer_charts.curve_specs((1, 2)).values(), layer_charts.parts_spec((1, 2)), charts.domain_spec(3),
+             charts.heat_spec(3), charts.similarity_spec(3),
              charts.load_spec(), charts.utilization_spec((1,)), charts.trajectory_spec((1, 2)), charts.scatter_spec(),
              charts.overlay_spec(),
              charts.parallel_spec(), charts.dendrogram_spec(["a", "b"]),
@@ -281,3 +283,27 @@ def test_documents_fit_their_budget() -> None:
     sample = read_sample(simulated_trace(tokens=(500, 600), documents=2))
     assert sample is not None
     assert all(48 <= len(text["tokens"]) <= 240 and not text["whole"] for text in documents(sample))
+
+
+def test_the_figure_of_the_parts_is_in_the_unit_of_the_score() -> None:
+    result = score(simulated_trace(), permutations=20)
+    rows = {
+        (row["domain"], row["layer"], row["part"]): row
+        for row in layer_charts.part_rows(result, {name: name for name in ("law", "code", "math", "general")})
+    }
+    record = result.record("specialization", layer=2)
+    router, word = rows[None, 2, "router"], rows[None, 2, "the word alone"]
+    assert router["score"] - word["score"] == pytest.approx(record.contextual / record.reference)
+    assert router["low"] - word["score"] == pytest.approx(record.contextual_low / record.reference)
+    assert rows[None, 2, "random router"]["score"] == record.control and rows["law", 2, "router"]["score"] != router["score"]
+    assert router["score"] == pytest.approx(record.score, abs=0.002)  # nearly all tokens occur in several texts
+
+
+def test_without_token_ids_the_figure_shows_the_router_as_it_is_scored() -> None:
+    trace = simulated_trace()
+    result = score(replace(trace, loaded=tuple(replace(part, token_ids=None) for part in trace), control=None), permutations=20)
+    rows = layer_charts.part_rows(result, {name: name for name in ("law", "code", "math", "general")})
+    assert {row["part"] for row in rows} == {"router", "the position alone"}
+    first = next(row for row in rows if row["domain"] is None and row["part"] == "router")
+    assert first["score"] == result.record("specialization", layer=first["layer"]).score
+    assert "The share of the word is unknown: the recording has no token ids." in render_page(result)

@@ -301,7 +301,7 @@ WARNINGS = {
 @pytest.mark.parametrize("name", WARNINGS)
 def test_warnings_name_what_is_undefined(name: str) -> None:
     # these recordings are small, and warned of as such besides: see test_warnings.py
-    found = [warning for warning in scored(name).result.warnings if "trust p" not in warning]
+    found = [warning for warning in scored(name).result.warnings if "in simulations" not in warning]
     assert len(found) == len(WARNINGS[name])
     for warning, expected in zip(found, WARNINGS[name], strict=True):
         assert expected in warning

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,10 +18,14 @@ from dbes.scoring.score import score
 from dbes.trace.store import Trace
 
 
-def shown(result: Result) -> str:
+def printed(result: Result, width: int) -> str:
     out = io.StringIO()
-    Console(file=out, width=200).print(render(result))
-    return " ".join(out.getvalue().split())
+    Console(file=out, width=width).print(render(result))
+    return out.getvalue()
+
+
+def shown(result: Result) -> str:
+    return " ".join(printed(result, 200).split())
 
 
 @pytest.mark.parametrize(("documents", "least"), [(1, "1"), (3, "0.1")])
@@ -57,3 +62,29 @@ def test_one_of_anything_is_singular_and_nothing_is_nan() -> None:
     assert "1 MoE layer (" in text and "2 documents, 2 tokens" in text
     for form in (text, card_section(result)):
         assert "nan%" not in form and "nan " not in form and "[nan" not in form and "-0.0%" not in form and "1 layers" not in form
+
+
+def test_80_columns_cut_no_number() -> None:
+    names = ("software_engineering", "law", "a domain with a rather long name", "code")
+    result = score(simulated_trace(domains=names, lean=0.8), permutations=200)
+    wide, narrow = printed(result, 200), printed(result, 80)
+    assert max(map(len, narrow.splitlines())) <= 80 and "…" not in narrow
+    numbers = [[word for word in text.replace("│", " ").replace("┃", " ").split() if word[0].isdigit()] for text in (wide, narrow)]
+    assert sorted(numbers[0]) == sorted(numbers[1])
+
+
+def test_the_terminal_and_the_card_lead_with_what_the_score_means() -> None:
+    result = score(simulated_trace(), permutations=200)
+    text, card = shown(result), card_section(result)
+    assert text.index("verdict") < text.index("Layers: specialization")
+    assert "Random router" in text and "Word, Position: share of the score" in text and "(chance 25.0%, from its words " in text
+    assert "| Size | moderate |" in card and "| Share of the word | 0% (of the 100.0% of tokens" in card
+    assert "| Domain of an unseen text named | 100.0% (chance 25.0%, from its words" in card
+
+
+def test_without_token_ids_the_share_of_the_word_is_unknown_everywhere() -> None:
+    trace = simulated_trace()
+    bare = replace(trace, loaded=tuple(replace(part, token_ids=None) for part in trace), control=None)
+    result = score(bare, permutations=200)
+    for text in (shown(result), card_section(result), render_page(result)):
+        assert "the share of the word is unknown: the recording has no token ids" in text

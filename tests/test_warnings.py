@@ -22,7 +22,7 @@ def warned(tokens: np.ndarray, experts: int = 8) -> str:
 @pytest.mark.parametrize(
     ("tokens", "experts", "expected"),
     [
-        pytest.param(np.full(8, 100), 8, "has 4 source texts", id="few texts"),
+        pytest.param(np.full(8, 100), 8, "2 domains have fewer than 8 source texts (4): in simulations of 4 texts", id="few texts"),
         pytest.param(np.array([5000, *[50] * 39]), 8, "one source text holds 84%", id="one dominates"),
         pytest.param(np.full(24, 5), 200, "chance alone gives", id="more experts than tokens tell"),
     ],
@@ -32,4 +32,4 @@ def test_small_samples_are_named(tokens: np.ndarray, experts: int, expected: str
 
 
 def test_ordinary_samples_are_not() -> None:
-    assert "trust p" not in warned(np.full(40, 100))
+    assert "simulations" not in warned(np.full(40, 100))

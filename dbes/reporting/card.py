@@ -5,7 +5,8 @@ from __future__ import annotations
 from dbes.comparison.compare import model_score
 from dbes.reporting.charts import HEADLINE, METRICS
 from dbes.reporting.commands import command, program
-from dbes.reporting.export import markdown_cell
+from dbes.reporting.export import markdown_cell, markdown_table
+from dbes.reporting.meaning import meaning_rows
 from dbes.results import Result
 from dbes.scoring.resolution import DOUBTFUL, cannot_tell, why_not
 from dbes.scoring.verdict import current_verdict
@@ -29,7 +30,9 @@ def card_section(result: Result) -> str:
             f"| {METRICS[metric][0]} | {share(record.score)} | {shares(record.score_low, record.score_high)} | "
             f"{p_cell(record.p)} | {share(record.control)} |"
         )
-    lines += ["", "0 % is what shuffling the documents' domain labels gives, 100 % a router that gives each domain experts of its own.", ""]
+    lines += ["", "0 % is a router that says nothing about the domain, 100 % one that gives each domain experts of its own.", ""]
+    if meaning := meaning_rows(result):
+        lines += [*markdown_table(("What the specialization means", ""), meaning), ""]
     if cannot_tell(result):
         lines += [f"The p-values say nothing here: {why_not(result)}.", ""]
     if result.specialists:

@@ -17,8 +17,6 @@ import numpy as np
 from altair.utils.schemapi import debug_mode
 from scipy.cluster.hierarchy import dendrogram, linkage
 
-from dbes.scoring.resolution import SIGNIFICANCE
-
 Spec = dict[str, Any]
 Row = dict[str, Any]
 
@@ -65,54 +63,19 @@ def layer_axis(layers: Sequence[int]) -> alt.Axis:
     return alt.Axis(format="d", values=list(layers)[::step], grid=False)
 
 
-def curve_specs(layers: Sequence[int]) -> dict[str, Spec]:
-    """Score or value against layer, with and without the ideal router in view."""
-    axis = layer_axis(layers)
-    return {
-        "score": _curve(axis, "score", "score_low", "score_high", "control", rules=(0.0,)),
-        "score_full": _curve(axis, "score", "score_low", "score_high", "control", rules=(0.0, 1.0)),
-        "value": _curve(axis, "value", "ci_low", "ci_high", "null"),
-        "value_full": _curve(axis, "value", "ci_low", "ci_high", "null", also="reference"),
-    }
-
-
-def _curve(axis: alt.Axis, value: str, low: str, high: str, second: str, *, also: str | None = None, rules: tuple[float, ...] = ()) -> Spec:
-    base = alt.Chart(ROWS).encode(x=alt.X("layer:Q", title="layer", axis=axis, scale=alt.Scale(nice=False)))
-    tooltip = [
-        alt.Tooltip("layer:Q", format="d"),
-        *_numbers(value, low, high, second, titles=(value, "95 % from", "to", "random router" if second == "control" else "chance")),
-        alt.Tooltip("p:Q", format=".3g"),
-    ]
-    y = alt.Y(f"{value}:Q", title=None)
-    above = f"isValid(datum.p) && datum.p > {SIGNIFICANCE}"
-    layers: list[Any] = [
-        base.mark_area(opacity=0.22).encode(y=alt.Y(f"{low}:Q", title=None), y2=f"{high}:Q"),
-        base.mark_line(strokeDash=[5, 4], style="second-line").encode(y=alt.Y(f"{second}:Q", title=None)),
-        base.mark_line(strokeWidth=2).encode(y=y),
-        base.mark_point(size=34, filled=True, opacity=1, style="open").encode(y=y),
-        base.mark_point(size=34, filled=True).encode(y=y, opacity=alt.condition(above, alt.value(0), alt.value(1))),
-        base.mark_point(size=160, opacity=0).encode(y=y, tooltip=tooltip),
-    ]
-    if also is not None:
-        layers.insert(0, base.mark_line(strokeDash=[1, 3], style="bound").encode(y=alt.Y(f"{also}:Q", title=None)))
-    for level in rules:
-        layers.insert(0, _rule(level).encode(y="level:Q"))
-    return _finished(alt.layer(*layers), 170)
-
-
 def domain_spec(domains: int) -> Spec:
     """Score of every domain with its interval, the random router beside it."""
     y = alt.Y("domain:N", title=None, sort=alt.SortField("score", order="descending"))
     base = alt.Chart(ROWS).encode(y=y)
-    tooltip = ["domain:N", *_numbers("score", "score_low", "score_high", "control", "p")]
+    tooltip = ["domain:N", *numbers("score", "score_low", "score_high", "control", "p")]
     layers = [
-        _rule(0).encode(x="level:Q"),
+        rule(0).encode(x="level:Q"),
         base.mark_rule(strokeWidth=3, style="interval").encode(x=alt.X("score_low:Q", title="score"), x2="score_high:Q"),
         base.mark_tick(thickness=3, size=18, style="second-tick").encode(x="control:Q"),
         base.mark_point(size=80, filled=True, opacity=1).encode(x="score:Q", tooltip=tooltip),
         base.mark_text(dy=-11, fontSize=11).encode(x="score:Q", text="label:N"),
     ]
-    return _finished(alt.layer(*layers), 38 * domains)
+    return finished(alt.layer(*layers), 38 * domains)
 
 
 def heat_spec(domains: int) -> Spec:
@@ -128,13 +91,13 @@ def heat_spec(domains: int) -> Spec:
         alt.Tooltip("expert:O"),
         alt.Tooltip("hits:Q", format=","),
         alt.Tooltip("share:Q", format=".2%"),
-        *_numbers("lift", "lift_low", "lift_high", titles=("lift", "lift from", "to"), digits=3),
+        *numbers("lift", "lift_low", "lift_high", titles=("lift", "lift from", "to"), digits=3),
         alt.Tooltip("q:Q", title="q-value", format=".2g"),
         alt.Tooltip("kind:N", title="test"),
     ]
     cells = base.mark_rect().encode(color=_shade(LIFT), tooltip=tooltip)
     marks = base.mark_point(shape="circle", size=26, filled=True, style="mark").transform_filter("datum.kind == 'specialist'")
-    return _finished(alt.layer(cells, marks.encode(tooltip=tooltip)), 26 * domains)
+    return finished(alt.layer(cells, marks.encode(tooltip=tooltip)), 26 * domains)
 
 
 def similarity_spec(domains: int) -> Spec:
@@ -155,7 +118,7 @@ def similarity_spec(domains: int) -> Spec:
         text="label:N",
         color=alt.condition("datum.strong", alt.value("#ffffff"), alt.value("#10151c")),
     )
-    return _finished(alt.layer(cells, numbers).resolve_scale(color="independent"), 34 * domains)
+    return finished(alt.layer(cells, numbers).resolve_scale(color="independent"), 34 * domains)
 
 
 def dendrogram_rows(similarity: np.ndarray, domains: list[str]) -> tuple[list[Row], list[str]]:
@@ -178,7 +141,7 @@ def dendrogram_spec(order: list[str]) -> Spec:
     x = alt.X("distance:Q", title="distance (1 - cosine)", scale=alt.Scale(reverse=True, nice=True), axis=alt.Axis(tickCount=4, grid=False))
     brackets = alt.Chart(ROWS).mark_line(strokeWidth=1.8).encode(x=x, y=y, detail="bracket:N", order="corner:Q")
     labels = names.mark_text(align="left", dx=6, fontSize=12).encode(x=x, y=y, text="domain:N")
-    return _finished(alt.layer(brackets, labels), max(120, 30 * len(order)))
+    return finished(alt.layer(brackets, labels), max(120, 30 * len(order)))
 
 
 def load_spec() -> Spec:
@@ -192,7 +155,7 @@ def load_spec() -> Spec:
             alt.Tooltip("relative:Q", title="times an even load", format=".2f"),
         ],
     )  # fmt: skip
-    return _finished(chart, 240)
+    return finished(chart, 240)
 
 
 def utilization_spec(layers: Sequence[int]) -> Spec:
@@ -207,7 +170,7 @@ def utilization_spec(layers: Sequence[int]) -> Spec:
     y = alt.Y("utilization:Q", title=None, axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1]))
     line = base.mark_line(strokeWidth=2).encode(y=y)
     points = base.mark_point(size=40, filled=True, opacity=1).encode(y=y, tooltip=tooltip)
-    return _finished(alt.layer(line, points), 170)
+    return finished(alt.layer(line, points), 170)
 
 
 def trajectory_spec(layers: Sequence[int]) -> Spec:
@@ -239,13 +202,13 @@ def trajectory_spec(layers: Sequence[int]) -> Spec:
         nodes.mark_point(size=420, filled=True, opacity=1, style="node"),
         nodes.mark_text(fontSize=11, style="label").encode(text="expert:N"),
     )
-    return _finished(chart, 360)
+    return finished(chart, 360)
 
 
 def scatter_spec() -> Spec:
     """Specialization against accuracy, one point per model with its interval."""
     base = alt.Chart(ROWS).encode(y=alt.Y("accuracy:Q", title="accuracy", axis=alt.Axis(format="%"), scale=alt.Scale(zero=False)))
-    tooltip = ["model:N", *_numbers("score", "accuracy", digits=3)]
+    tooltip = ["model:N", *numbers("score", "accuracy", digits=3)]
     layers = [
         base.mark_rule(style="interval").encode(
             x=alt.X("score_low:Q", title="specialization (score)", axis=alt.Axis(format="%", tickCount=8)), x2="score_high:Q"
@@ -253,7 +216,7 @@ def scatter_spec() -> Spec:
         base.mark_point(size=90, filled=True, opacity=1).encode(x="score:Q", tooltip=tooltip),
         base.mark_text(dy=-12, fontSize=11).encode(x="score:Q", y=alt.Y("label_at:Q", title="accuracy"), text="model:N"),
     ]
-    return _finished(alt.layer(*layers), 280)
+    return finished(alt.layer(*layers), 280)
 
 
 def overlay_spec() -> Spec:
@@ -262,7 +225,7 @@ def overlay_spec() -> Spec:
     x = alt.X("depth:Q", title="relative depth of the layer", scale=alt.Scale(domain=[0, 1]), axis=axis)
     base = alt.Chart(ROWS).encode(x=x, y=alt.Y("score:Q", title=None), color=alt.Color("model:N", legend=MODELS))
     area = base.mark_area(opacity=0.12).encode(y=alt.Y("score_low:Q", title=None), y2="score_high:Q")
-    return _finished(alt.layer(area, *_model_lines(base, "layer:Q", size=50)), 300)
+    return finished(alt.layer(area, *_model_lines(base, "layer:Q", size=50)), 300)
 
 
 def parallel_spec() -> Spec:
@@ -270,12 +233,12 @@ def parallel_spec() -> Spec:
     x = alt.X("metric:N", title=None, sort=None, axis=alt.Axis(labelAngle=-20, grid=True))
     colour = alt.Color("model:N", legend=MODELS)
     base = alt.Chart(ROWS).encode(x=x, y=alt.Y("score:Q", title="score"), color=colour, detail="model:N")
-    return _finished(alt.layer(*_model_lines(base, "metric:N", size=60)), 300)
+    return finished(alt.layer(*_model_lines(base, "metric:N", size=60)), 300)
 
 
 def _model_lines(base: alt.Chart, where: str, *, size: int) -> list[alt.Chart]:
     """A line with points for each model, and its name right of its end, at ``label_at``, which the page sets: no name covers another."""
-    tooltip = ["model:N", where, *_numbers("score", "score_low", "score_high")]
+    tooltip = ["model:N", where, *numbers("score", "score_low", "score_high")]
     names = base.mark_text(align="left", dx=9, fontSize=11).transform_filter("isValid(datum.label_at)")
     return [
         base.mark_line(strokeWidth=2).encode(strokeDash=alt.StrokeDash("model:N", legend=None)),
@@ -308,8 +271,8 @@ def plane_spec(groups: Sequence[str]) -> Spec:
         alt.Tooltip("arm:N"), alt.Tooltip("gain:N"), alt.Tooltip("forgetting:N"), alt.Tooltip("ratio:N", title="times full, matched"),
     ]  # fmt: skip
     layers: list[Any] = [
-        _rule(0, clip=True).encode(x=alt.X("level:Q", scale=x_scale)),
-        _rule(0, clip=True).encode(y=alt.Y("level:Q", scale=y_scale)),
+        rule(0, clip=True).encode(x=alt.X("level:Q", scale=x_scale)),
+        rule(0, clip=True).encode(y=alt.Y("level:Q", scale=y_scale)),
         base.transform_filter("datum.mark === 'front'")
         .mark_line(interpolate="step-after", style="bound", strokeWidth=2, clip=True)
         .encode(x=x, y=y, order="order:Q"),
@@ -317,7 +280,7 @@ def plane_spec(groups: Sequence[str]) -> Spec:
             detail="arm:N", order="step:Q", strokeDash=alt.StrokeDash("arm:N", legend=None, scale=alt.Scale(range=[[1, 0], [7, 4], [2, 3]]))
         ),
         path.mark_point(style="second-tick", size=22, filled=True, opacity=1, clip=True).encode(
-            tooltip=["arm:N", "step:Q", *_numbers("y", "x", titles=("gain", "forgetting"))]
+            tooltip=["arm:N", "step:Q", *numbers("y", "x", titles=("gain", "forgetting"))]
         ),
         arms.mark_rule(opacity=0.4, clip=True).encode(x=alt.X("x_low:Q", scale=x_scale), x2="x_high:Q", y=y),
         arms.mark_rule(opacity=0.4, clip=True).encode(x=x, y=alt.Y("y_low:Q", scale=y_scale), y2="y_high:Q"),
@@ -331,7 +294,7 @@ def plane_spec(groups: Sequence[str]) -> Spec:
         ),
         names.mark_text(fontSize=11, baseline="middle").encode(text="label:N"),
     ]
-    return _finished(alt.layer(*layers).add_params(*ends.values()), 430)
+    return finished(alt.layer(*layers).add_params(*ends.values()), 430)
 
 
 def interval_spec(title: str, series: Sequence[str]) -> Spec:
@@ -344,15 +307,15 @@ def interval_spec(title: str, series: Sequence[str]) -> Spec:
     domain = alt.Scale(domain=list(series))
     shapes = alt.Scale(domain=list(series), range=["circle", "square", "triangle-up", "diamond"][: len(series)])
     colour = alt.Color("series:N", scale=domain, legend=legend)
-    tooltip = ["label:N", "series:N", *_numbers("value", "low", "high")]
+    tooltip = ["label:N", "series:N", *numbers("value", "low", "high")]
     layers = [
-        _rule(0).encode(x="level:Q"),
+        rule(0).encode(x="level:Q"),
         base.mark_rule(strokeWidth=2.4, opacity=0.55).encode(x=alt.X("low:Q", title=title), x2="high:Q", color=colour),
         base.mark_point(size=62, filled=True, opacity=1).encode(
             x=alt.X("value:Q", title=title), color=colour, shape=alt.Shape("series:N", scale=shapes, legend=legend), tooltip=tooltip
         ),
     ]
-    return _finished(alt.layer(*layers), 200)
+    return finished(alt.layer(*layers), 200)
 
 
 def named_interval_spec(*, zero: bool) -> Spec:
@@ -365,21 +328,21 @@ def named_interval_spec(*, zero: bool) -> Spec:
     low, value = (alt.X(name, title=None, scale=alt.Scale(zero=zero), axis=alt.Axis(tickCount=6)) for name in ("low:Q", "value:Q"))
     names = base.mark_text(align="left", dy=-9, fontSize=11, limit=alt.ExprRef("width - 52"))
     layers = [
-        *([_rule(0).encode(x="level:Q")] if zero else []),
+        *([rule(0).encode(x="level:Q")] if zero else []),
         base.mark_rule(strokeWidth=3, style="interval", yOffset=6).encode(x=low, x2="high:Q"),
-        base.mark_point(size=62, filled=True, opacity=1, yOffset=6).encode(x=value, tooltip=["label:N", *_numbers("value", "low", "high")]),
+        base.mark_point(size=62, filled=True, opacity=1, yOffset=6).encode(x=value, tooltip=["label:N", *numbers("value", "low", "high")]),
         names.encode(x=alt.value(0), text="label:N"),
         base.mark_text(align="right", dy=-9, fontSize=11).encode(x=alt.value("width"), text=alt.Text("value:Q", format=".3f")),
     ]
-    return _finished(alt.layer(*layers), 200)
+    return finished(alt.layer(*layers), 200)
 
 
-def _numbers(*names: str, titles: Sequence[str] = (), digits: int = 4) -> list[alt.Tooltip]:
+def numbers(*names: str, titles: Sequence[str] = (), digits: int = 4) -> list[alt.Tooltip]:
     named: list[dict[str, Any]] = [{"title": title} for title in titles] or [{}] * len(names)
     return [alt.Tooltip(f"{name}:Q", format=f".{digits}f", **title) for name, title in zip(names, named, strict=True)]
 
 
-def _rule(level: float, **mark: Any) -> alt.Chart:
+def rule(level: float, **mark: Any) -> alt.Chart:
     return alt.Chart(alt.InlineData([{"level": level}])).mark_rule(style="bound" if level else "zero", **mark)
 
 
@@ -389,7 +352,7 @@ def _shade(title: Sequence[str], *, colours: Literal["diverging", "ramp"] = "div
     return alt.Color("shade:Q", title=list(title), scale=scale, legend=TIMES)
 
 
-def _finished(chart: Any, height: int) -> Spec:
+def finished(chart: Any, height: int) -> Spec:
     """The chart as a dict, as wide as its place; Altair's own theme is taken out, the page brings one for dark and one for light."""
     spec = chart.properties(width="container", height=height).to_dict(validate=False)
     spec.pop("config", None)

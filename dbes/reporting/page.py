@@ -22,10 +22,12 @@ from markupsafe import Markup
 from dbes.compressed import gunzip
 from dbes.errors import FileError, ResultError
 from dbes.files import check_writable, write_text
-from dbes.reporting import charts
+from dbes.reporting import charts, layer_charts
 from dbes.reporting.commands import command, program
+from dbes.reporting.meaning import meaning_rows
 from dbes.reporting.text_view import TextSample, contexts, documents, read_sample, token_text, trajectories
 from dbes.results import PAGE_FILE, CalibratedRecord, Result, load_result
+from dbes.scoring.portions import word_unknown
 from dbes.scoring.resolution import DOUBTFUL, cannot_tell, why_not
 from dbes.scoring.tables import read_arrays, read_usage
 from dbes.scoring.verdict import current_verdict
@@ -117,6 +119,9 @@ def render_page(
         title=label(result.model.name, NAME_WIDTH),
         result=result,
         verdict=current_verdict(result),
+        meaning=meaning_rows(result),
+        word_known=any(not math.isnan(record.lexical) for record in result.calibrated),
+        word_unknown=word_unknown(result),
         headline=[_tile(result, metric) for metric in charts.HEADLINE],
         facts=provenance(result),
         published=published_rows(result),
@@ -175,6 +180,7 @@ def model_payload(
         "moves": moves,
         "untold": why_not(result) if cannot_tell(result) else "",
         "sample_tokens": sample.tokens if sample is not None else 0,
+        "parts": columns(layer_charts.part_rows(result, named), ("domain", "layer", "part", "score", "low", "high")),
         "specs": _specs(result, order),
     }  # fmt: skip
     payload["has"] = {
@@ -198,7 +204,8 @@ def _specs(result: Result, order: list[str]) -> dict[str, Any]:
     layers, domains = result.model.layers, len(order)
     with charts.unchecked():
         return {
-            "curve": charts.curve_specs(layers),
+            "curve": layer_charts.curve_specs(layers),
+            "parts": layer_charts.parts_spec(layers),
             "domain": charts.domain_spec(domains),
             "heat": charts.heat_spec(domains),
             "similarity": charts.similarity_spec(domains),

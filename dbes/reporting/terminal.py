@@ -15,19 +15,19 @@ from rich.text import Text
 
 from dbes.reporting.commands import program, shell
 from dbes.results import CalibratedRecord, Result, Specialist
+from dbes.scoring.portions import share_of_position, share_of_word, word_unknown
 from dbes.scoring.resolution import DOUBTFUL, SIGNIFICANCE, cannot_tell, why_not
 from dbes.scoring.verdict import current_verdict
 from dbes.text import label, labels, printable
-from dbes.wording import counted, p_cell, plus_minus, share
+from dbes.wording import UNKNOWN, counted, p_cell, plus_minus, portion, share
 
-COLUMNS = (
-    ("specialization", "Specialization"),
+FURTHER = (
     ("der", "Effective rank"),
     ("domain_isolation", "Isolation"),
     ("stiffness", "Stiffness"),
     ("ngram_expertise_2", "N-gram (n=2)"),
 )
-"""Metric and heading, in the order of the tables."""
+"""Metric and heading, in the order of the table of further metrics."""
 
 SPECIALISTS_PER_DOMAIN = 2
 TOKEN_WIDTH = 14
@@ -63,10 +63,10 @@ def render(result: Result) -> RenderableType:
     """Everything a reader needs to judge a result, for ``Console.print``."""
     if result.status == "error":
         return Panel(Text(result.error or "unknown error"), title="evaluation failed", border_style="red")
-    parts: list[RenderableType] = [_heading(result), _layer_table(result), _domain_table(result)]
+    parts: list[RenderableType] = [_heading(result), Panel(Text(current_verdict(result)), title="verdict", border_style="bold")]
+    parts += [_layer_table(result), _further_table(result), _domain_table(result)]
     if result.specialists:
         parts.append(_specialist_table(result))
-    parts.append(Panel(Text(current_verdict(result)), title="verdict", border_style="bold"))
     parts.append(_footnotes(result))
     return Group(*parts)
 
@@ -122,52 +122,64 @@ def _heading(result: Result) -> Text:
     return line
 
 
+def _table(title: str, first: str, *headings: str) -> Table:
+    """A table that fits into 80 columns without cutting a number: headings take a line a word, and names of domains are folded."""
+    table = Table(title=title, title_justify="left", title_style="italic", header_style="bold", padding=(0, 0, 0, 1))
+    table.add_column(first, justify="right" if first == "Layer" else "left", overflow="fold")
+    for heading in headings:
+        table.add_column("\n".join(heading.split()), justify="right", no_wrap=True)
+    return table
+
+
 def _layer_table(result: Result) -> Table:
     found = {(record.metric, record.layer): record for record in result.calibrated if record.domain is None}
-    title = "Layers: score ± half of the 95 % interval; specialization, rank and isolation in % of the ideal domain router"
-    table = Table(title=title, title_justify="left", title_style="italic", header_style="bold")
-    table.add_column("Layer", justify="right")
-    for _, heading in COLUMNS:
-        table.add_column(heading, justify="right")
-    table.add_column("p", justify="right")
-    table.add_column("Random router", justify="right")
-    table.add_column("Load used", justify="right")
+    decoding = result.companions.get("decoding", {})
+    title = "Layers: specialization ± half of the 95 % interval, in % of the ideal domain router"
+    table = _table(title, "Layer", "Score", "p", "Random router", "Word", "Position", "Domain named")
+    for layer in (*result.model.layers, None):
+        if layer is None:
+            table.add_section()
+        record = found.get(("specialization", layer))
+        named = decoding.get("by_layer", {}).get(str(layer), {}) if layer is not None else decoding.get("model", {})
+        place = UNKNOWN if record is None else portion(share_of_position(record))
+        table.add_row("all" if layer is None else str(layer), *_explained(result, record), place, share(named.get("accuracy")))
+    return table
+
+
+def _explained(result: Result, record: CalibratedRecord | None) -> tuple[Text | str, ...]:
+    """Score, p, what the random router shows, and the share of the word."""
+    if record is None:
+        return (UNKNOWN,) * 4
+    return _score(result, record), p_cell(record.p), share(record.control), portion(share_of_word(record))
+
+
+def _further_table(result: Result) -> Table:
+    found = {(record.metric, record.layer): record for record in result.calibrated if record.domain is None}
+    table = _table("Layers: further metrics", "Layer", *(heading for _, heading in FURTHER), "Load used")
     utilization = result.companions.get("by_layer", {}).get("utilization", {})
     for layer in (*result.model.layers, None):
         if layer is None:
             table.add_section()
-        specialization = found.get(("specialization", layer))
         used = utilization.get(str(layer)) if layer is not None else result.companions.get("model", {}).get("utilization")
-        table.add_row(
-            "mean" if layer is None else str(layer),
-            *(_score(result, found.get((metric, layer))) for metric, _ in COLUMNS),
-            p_cell(math.nan if specialization is None else specialization.p),
-            share(None if specialization is None else specialization.control),
-            share(used),
-        )
+        scores = (_score(result, found.get((metric, layer))) for metric, _ in FURTHER)
+        table.add_row("mean" if layer is None else str(layer), *scores, share(used))
     return table
 
 
 def _domain_table(result: Result) -> Table:
     found = {(record.metric, record.domain): record for record in result.calibrated if record.layer is None}
-    table = Table(title="Domains (means over layers)", title_justify="left", title_style="italic", header_style="bold")
-    table.add_column("Domain")
-    for heading in ("Documents", "Sources", "Tokens", "Specialization", "Isolation", "N-gram (n=2)", "p", "Random router", "Specialists"):
-        table.add_column(heading, justify="right")
+    table = _table(
+        "Domains: specialization, means over layers",
+        *("Domain", "Sources", "Tokens", "Score", "p", "Random router", "Word", "Specialists"),
+    )
     counts = result.companions.get("specialists", {}).get("by_domain", {})
     shown = labels(result.task.domains, DOMAIN_WIDTH)
     for domain, facts in result.task.domains.items():
-        specialization = found.get(("specialization", domain))
         table.add_row(
             Text(shown[domain]),
-            f"{facts.documents:,}" if result.documents_known else "–",
-            f"{facts.sources:,}" if result.documents_known else "–",
+            f"{facts.sources:,}" if result.documents_known else UNKNOWN,
             f"{facts.tokens:,}",
-            _score(result, specialization),
-            _score(result, found.get(("domain_isolation", domain))),
-            _score(result, found.get(("ngram_expertise_2", domain))),
-            p_cell(math.nan if specialization is None else specialization.p),
-            share(None if specialization is None else specialization.control),
+            *_explained(result, found.get(("specialization", domain))),
             f"{counts[domain]:,}" if domain in counts else "",
         )
     return table
@@ -181,9 +193,7 @@ def _specialist_table(result: Result) -> Table:
     )
     if cannot_tell(result):
         title += f". {DOUBTFUL}"
-    table = Table(title=title, title_justify="left", title_style="italic", header_style="bold")
-    for heading in ("Domain", "Layer", "Expert", "Lift", "95 % interval", "Share", "q"):
-        table.add_column(heading, justify="left" if heading == "Domain" else "right")
+    table = _table(title, "Domain", "Layer", "Expert", "Lift", "95 % interval", "Share", "q")
     table.add_column("Typical tokens", overflow="fold")
     shown = labels(result.task.domains, DOMAIN_WIDTH)
     for specialist in _strongest(result.specialists, result.task.domains):
@@ -192,7 +202,7 @@ def _specialist_table(result: Result) -> Table:
             str(specialist.layer),
             str(specialist.expert),
             f"{specialist.lift:.2f}",
-            f"{specialist.lift_low:.2f} – {specialist.lift_high:.2f}",
+            f"{specialist.lift_low:.2f}–{specialist.lift_high:.2f}",
             share(specialist.share),
             p_cell(specialist.q),
             Text("  ".join(visible(token) for token in specialist.tokens)),
@@ -207,8 +217,11 @@ def _strongest(specialists: Iterable[Specialist], domains: Iterable[str]) -> lis
 
 def _footnotes(result: Result) -> Text:
     lines = [
-        "0 % is what shuffling the documents' domain labels gives, 100 % a router that gives each domain experts of its own; "
+        "A score of 0 % is a router that says nothing about the domain, 100 % one that gives each domain experts of its own; "
         f"{_marks(result)}. Random router: the same score for a frozen random router on the same hidden states.",
+        _word_note(result),
+        "Domain named: how often the domain of an unseen text is named from its routing at the layer, or at all layers together"
+        f"{_chance_note(result)}.",
         "Intervals, shuffles and tests take source texts as their unit: documents cut from one source count as one.",
         "Stiffness: share of tokens whose experts stay the same under noise of 1 % of the scores' spread. N-gram: how much more often two "
         "neighbours share their first expert than after shuffling each document.",
@@ -223,12 +236,29 @@ def _footnotes(result: Result) -> Text:
     return Text("\n".join(lines), style="dim")
 
 
+def _word_note(result: Result) -> str:
+    note = "Word, Position: share of the score that a router shows which looks at the token alone, or at its place in the text alone"
+    try:
+        unknown = math.isnan(result.record("specialization").lexical)
+    except KeyError:
+        return f"{note}."
+    return f"{note}; the share of the word is unknown: {word_unknown(result)}." if unknown else f"{note}."
+
+
+def _chance_note(result: Result) -> str:
+    model = result.companions.get("decoding", {}).get("model", {})
+    chance, words = model.get("chance"), model.get("bag_of_words")
+    if chance is None:
+        return ""
+    return f" (chance {share(chance)}" + ("" if words is None else f", from its words {share(words)}") + ")"
+
+
 def _marks(result: Result) -> str:
     """What the marks before scores mean; a test that nothing could have passed says nothing against a router."""
     above = f"· marks scores not above chance (p > {SIGNIFICANCE})"
     if cannot_tell(result):
         return f"{above}; ? marks scores that could not be told from chance, whatever the router does ({why_not(result)})"
-    metrics = [metric for metric, _ in COLUMNS]
+    metrics = ["specialization", *(metric for metric, _ in FURTHER)]
     if any(cannot_tell(result, metric, domain) for metric in metrics for domain in (None, *result.task.domains)):
         return f"{above}, ? those of which too few texts can tell nothing (smallest possible p above {SIGNIFICANCE})"
     return above
@@ -236,7 +266,7 @@ def _marks(result: Result) -> str:
 
 def _score(result: Result, record: CalibratedRecord | None) -> Text:
     if record is None or math.isnan(record.score):
-        return Text("–", style="dim")
+        return Text(UNKNOWN, style="dim")
     # digits beyond the first decimal say nothing where the score may as well be chance
     score = round(record.score, 3) if record.p > SIGNIFICANCE else record.score
     text = share(score) + plus_minus(record.score_low, record.score_high)

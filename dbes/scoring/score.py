@@ -36,16 +36,16 @@ from dbes.text import unknown
 from dbes.trace.baselines import ROUTERS, blocks_overlap, imitate
 from dbes.trace.store import TRACE_FOLDER, Trace
 from dbes.trace.types import PHASES
-from dbes.wording import counted
+from dbes.wording import counted, span
 
 RECORDED = "recorded"
 
 REPLICATED = ("specialization", "der", "domain_isolation", "stiffness", "ngram_expertise_2")
 """Metrics whose delete-one-document scores are kept, so that models can be compared on the same documents."""
 
-FEW_SOURCES = 10
+FEW_SOURCES = 8
 DOMINANT_SHARE = 0.25
-LARGE_CHANCE = 0.2
+LARGE_CHANCE = 0.1
 """Fewer source texts in a domain, a larger share of its tokens in one text, or a higher chance level (as a share of the ideal
 router's value) than these make intervals unreliable; see tests/simulate.py."""
 
@@ -231,19 +231,29 @@ def _warnings(counts: Counts, totals: LayerCounts, facts: Mapping[str, DomainFac
 
 
 def _small_sample_warnings(counts: Counts, specialization: Estimate) -> Iterator[str]:
-    """Where intervals were seen to fail in simulations although the permutation test holds."""
+    """Where intervals were seen to fail in simulations, and how far."""
     shape = counts.shape
-    for index, domain in enumerate(shape.domains):
-        tokens = counts.tokens[shape.document_domain == index]
-        if 1 < len(tokens) < FEW_SOURCES:
-            yield f"domain {domain!r} has {len(tokens)} source texts: trust p, not the intervals"
-        elif len(tokens) > 1 and tokens.max() > DOMINANT_SHARE * tokens.sum():
-            yield f"one source text holds {tokens.max() / tokens.sum():.0%} of the tokens of domain {domain!r}: trust p, not the intervals"
+    tokens = {domain: counts.tokens[shape.document_domain == index] for index, domain in enumerate(shape.domains)}
+    few = {domain: len(each) for domain, each in tokens.items() if 1 < len(each) < FEW_SOURCES}
+    if few:
+        names = f"domain {next(iter(few))!r} has" if len(few) == 1 else f"{len(few)} domains have"
+        yield (
+            f"{names} fewer than {FEW_SOURCES} source texts ({span(list(few.values()))}): in simulations of 4 texts that differ strongly "
+            "from each other, 95 % intervals held the truth in 85 to 93 % and specialization was up to 0.01 nats too high; "
+            f"from {FEW_SOURCES} texts on they held it in 90 to 99 %"
+        )
+    for domain, each in tokens.items():
+        if len(each) >= FEW_SOURCES and each.max() > DOMINANT_SHARE * each.sum():
+            yield (
+                f"one source text holds {each.max() / each.sum():.0%} of the tokens of domain {domain!r}: in simulations 95 % intervals "
+                "still held the truth where one text of each domain held a quarter, but where it held half specialization was 0.04 to "
+                "0.11 nats too high and they seldom did"
+            )
     chance, ideal = specialization.null[-1, -1], specialization.reference[-1, -1]
     if chance > LARGE_CHANCE * ideal:
         yield (
-            f"chance alone gives {chance / ideal:.0%} of the ideal router's specialization: too few tokens for so many experts; "
-            "trust p, not the intervals or single specialists"
+            f"chance alone gives {chance / ideal:.0%} of the ideal router's specialization, too few tokens for so many experts: in "
+            "simulations specialization was 0.03 nats too high where chance gave 17 % and 0.15 where it gave 35 %, and intervals missed it"
         )
 
 

@@ -7,25 +7,37 @@ import math
 import numpy as np
 
 from dbes.results import CalibratedRecord, Result
+from dbes.scoring.portions import (
+    MOSTLY,
+    beyond_word,
+    follows_position,
+    share_of_position,
+    share_of_word,
+    word_covered,
+    word_unknown,
+)
 from dbes.scoring.resampling import false_discovery_q
 from dbes.scoring.resolution import SIGNIFICANCE, cannot_tell, smallest_p, texts_of, why_not
-from dbes.wording import counted, p_words, share, span
+from dbes.wording import counted, p_words, share, shares, size_word, span
 
 TINY = 0.01
-"""Scores below this are told as "less than 1%": rounded, they would read as nothing at all."""
+"""Scores below this that may be chance, and controls, are told as "less than 1%": digits of noise say nothing."""
+
+WHOLE = 0.1
+"""Scores from which decimals are left out."""
+
+COVERED = 0.95
+"""Below this share of tokens that the share of the word can be told of, it is said of how many."""
 
 RATIO_FROM = 0.02
 """Scores of the control from which "so many times the control" is told: below, the ratio is mostly noise."""
-
-FAR = 0.1
-"""Scores from which a control without any is called far below."""
 
 UNDEFINED = ("one domain only", "has no tokens", "every expert is used")
 """Parts of the warnings that say why specialization is undefined."""
 
 
 def verdict(result: Result) -> str:
-    """One or two sentences that claim no more than the tests do.
+    """Some sentences that claim no more than the tests do: the score, how much of it is the word, the random router, decoding, domains.
 
     Where the texts are so few that no outcome could have been significant, that is said, and nothing about the router. Layers and
     domains are counted after Benjamini-Hochberg over them, and only when the model's own test passes, so that a router
@@ -53,12 +65,15 @@ def verdict(result: Result) -> str:
             f"No specialization found: domain information is {_of_ideal(model, 'router')}, not more than chance "
             f"({p_words(model.p)}, documents as the unit{possible}). Nothing should be concluded from single layers or experts."
         )
-    text = f"Domain specialization is above chance {_layer_words(result, model.p)}: {_of_ideal(model, 'domain router')}"
-    if model.score < TINY:
-        text += ", though distinguishable from chance"
-    if not math.isnan(model.control):
-        text += _control_words(model.score, model.control, model.excess_low, model.excess_high)
-    return f"{text}{_domain_words(result)}."
+    size = "" if math.isnan(model.score) or model.score < 0 else f" and {size_word(model.score)}"
+    sentences = [
+        f"Domain specialization is above chance {_layer_words(result, model.p)}{size}: {_of_ideal(model, 'domain router')}.",
+        _portion_words(result, model),
+        _control_words(model),
+        _decoding_words(result),
+        "" if follows_position(model) else _domain_words(result),
+    ]
+    return " ".join(sentence for sentence in sentences if sentence)
 
 
 def current_verdict(result: Result) -> str:
@@ -87,14 +102,49 @@ def _cannot_tell_words(result: Result, model: CalibratedRecord) -> str:
 
 def _of_ideal(model: CalibratedRecord, name: str) -> str:
     """The model's score in words; scores below 0 and above 1, and those without a scale, are not told as plain shares."""
-    if math.isnan(model.score) or (not math.isnan(model.reference - model.null) and model.reference < model.null):
-        return f"not measurable (on these texts the ideal {name} shows no more than chance itself)"
+    if math.isnan(model.score):
+        return f"not measurable (on these texts the ideal {name} shows nothing)"
     if model.score < -TINY / 20:
-        return f"below what shuffled labels give ({share(model.score)} of the ideal {name})"
-    if model.score < TINY:
+        return f"below 0 ({share(model.score)} of the ideal {name})"
+    if model.score < TINY and not model.p <= SIGNIFICANCE:
         return f"less than 1% of the ideal {name}"
-    told = f"{share(model.score, 0)} of the ideal {name}"
-    return f"{told}, which is no upper bound here" if model.score > 1.005 else told
+    return f"{share(model.score, 0 if model.score >= WHOLE else 1)} of the ideal {name}"
+
+
+def _portion_words(result: Result, model: CalibratedRecord) -> str:
+    """How much of the score is the word, or its place in the text."""
+    if follows_position(model):
+        return (
+            "It is explained by the position in the text, or by the lengths of texts: position alone gives "
+            f"{share(share_of_position(model), 0)} of it. Nothing is shown about the content of domains."
+        )
+    word, place = share_of_word(model), share_of_position(model)
+    beside = f"; position in the text alone gives {share(place, 0)}" if place >= TINY else ""
+    if math.isnan(model.contextual_low):
+        return f"How much of it is the word is unknown: {word_unknown(result)}{beside}."
+    covered = word_covered(result)
+    among = f", of the {share(covered, 0)} of tokens that occur in several texts" if covered < COVERED else ""
+    if beyond_word(model):
+        if math.isnan(word):
+            return f"It is more than the token alone gives{among}{beside}."
+        told = f"{share(word, 0)} of it is the word: what the token alone gives" if word >= TINY else "None of it is the word by itself"
+        return f"{told}{among}{beside}."
+    if math.isnan(word):
+        return f"How much of it is the word cannot be told{among}: no more is shown than the token alone gives{beside}."
+    if word < MOSTLY:
+        return f"The token alone gives {share(word, 0)} of it{among}, and it is not shown that routing knows more than the word{beside}."
+    return f"Routing follows the word: no more is shown than the token alone gives{among}{beside}."
+
+
+def _decoding_words(result: Result) -> str:
+    """How often the domain of an unseen text is named from its routing, beside chance and the words themselves."""
+    model = result.companions.get("decoding", {}).get("model", {})
+    accuracy, chance, words = (model.get(name) for name in ("accuracy", "chance", "bag_of_words"))
+    if accuracy is None or math.isnan(accuracy) or chance is None:
+        return ""
+    beside = "" if words is None or math.isnan(words) else f", from its words {share(words, 0)}"
+    named = share(accuracy, 0)
+    return f"From routing alone, the domain of an unseen text is named in {named} of texts (chance {share(chance, 0)}{beside})."
 
 
 def _layer_words(result: Result, p: float) -> str:
@@ -120,22 +170,27 @@ def _domain_words(result: Result) -> str:
     above = [record for record, value in zip(records, q.tolist(), strict=True) if value <= SIGNIFICANCE]
     silent = [record for record in sorted(records, key=lambda record: record.score) if record not in above]
     if not above:
-        return "; no domain is above chance by itself"
+        return "No domain is above chance by itself."
     strongest, weakest = max(above, key=lambda record: record.score), min(records, key=lambda record: record.score)
-    text = f"; strongest for {strongest.domain}, weakest for {weakest.domain}"
+    text = f"Specialization is strongest for {strongest.domain}, weakest for {weakest.domain}"
     if share(strongest.score) == share(weakest.score):
-        text = "; about the same in all domains"
-    return text + (f" (not above chance: {', '.join(str(record.domain) for record in silent)})" if silent else "")
+        text = "Specialization is about the same in all domains"
+    return text + (f" (not above chance: {', '.join(str(record.domain) for record in silent)})." if silent else ".")
 
 
-def _control_words(score: float, control: float, low: float, high: float) -> str:
-    shown = share(control, 0) if control >= TINY else "less than 1%" if control > 0 else "nothing above chance"
+def _control_words(model: CalibratedRecord) -> str:
+    """The score beside what a frozen random router shows, which it must exceed to be the router's merit."""
+    score, control, low, high = model.score, model.control, model.excess_low, model.excess_high
+    if math.isnan(control):
+        return ""
+    shown = share(control, 0 if control >= WHOLE else 1) if control >= TINY else "less than 1%" if control > 0 else "nothing above chance"
     if math.isnan(low):
-        return f" (random-router control: {shown})"
+        return f"A frozen random router on the same representation shows {shown}."
     if low > 0:
-        ratio = f"{score / control:.1f} times" if control >= RATIO_FROM else "far above" if score >= FAR else "above"
-        excess = f"excess {share(low, 0, sign=True)} to {share(high, 0, sign=True)}"
-        return f", {ratio} what a frozen random router on the same representation shows ({shown}; {excess})"
+        ratio = f"{score / control:.1f} times" if control >= RATIO_FROM else "more than"
+        excess = f"excess {shares(low, high, sign=True)}"
+        return f"The score is {ratio} what a frozen random router on the same representation shows ({shown}; {excess})."
     if high < 0:
-        return f", less than a frozen random router on the same representation shows ({shown}): the router does not add to it"
-    return f", no more than a frozen random router on the same representation shows ({shown}): it is not shown that the router adds to it"
+        return f"The score is less than a frozen random router on the same representation shows ({shown}): the router does not add to it."
+    beside = f"The score is no more than a frozen random router on the same representation shows ({shown})"
+    return f"{beside}: it is not shown that the router adds to it."

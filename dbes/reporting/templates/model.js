@@ -16,6 +16,8 @@ start((data) => {
       () => rowsOf(data.curves, (i) => data.curves.metric[i] === metric && data.curves.domain[i] === (metric === "der" ? null : wanted())),
       () => rowsOf(data.curves, (i) => data.curves.metric[i] === metric).map((row) => ({ ...row, domain: row.domain ?? "" })));
   }
+  const parts = (keep) => rowsOf(data.parts, (i) => keep(data.parts.domain[i]));
+  addFigure("parts", () => specs.parts, () => parts((domain) => domain === wanted()), () => parts(() => true).map((row) => ({ ...row, domain: row.domain ?? "" })));
   const key = () => {
     const accent = getComputedStyle(document.documentElement).getPropertyValue("--accent"), other = getComputedStyle(document.documentElement).getPropertyValue("--second"), soft = getComputedStyle(document.documentElement).getPropertyValue("--soft");
     const swatch = (d, stroke, dash, extra = "") => { const span = element("span"); const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg"); for (const [k, v] of Object.entries({ width: 30, height: 14, "aria-hidden": "true" })) svg.setAttribute(k, v);
@@ -28,7 +30,7 @@ start((data) => {
       element("li", {}, swatch(line, accent, "", "band"), score ? "score, 95 % interval" : "value, 95 % interval of the corrected value"), element("li", {}, swatch(line, accent, "", "open"), data.untold || "not above chance (p > 0.05)"),
       element("li", {}, swatch(line, other, "5 4"), score ? "random router" : "chance (shuffled labels)"), ...(score ? [element("li", {}, swatch(line, soft, ""), "0: chance")] : []), ...(full() ? [element("li", {}, swatch(line, soft, "1 3"), score ? "1: ideal router" : "ideal router")] : []));
   };
-  const all = () => { key(); redraw(...curves.map((metric) => `curve-${metric}`)); };
+  const all = () => { key(); redraw("parts", ...curves.map((metric) => `curve-${metric}`)); };
   key();
   document.addEventListener("theme", key);
   document.querySelectorAll("input[name=scale], #full, #curve-domain").forEach((input) => input.addEventListener("change", all));
