@@ -84,6 +84,34 @@ class _Decoding(Open):
     by_layer: dict[int, _Decoded] = Field(default_factory=dict)
 
 
+class _Split(Open):
+    texts: Whole = 0
+    score: Number = math.nan
+    score_low: Number = math.nan
+    score_high: Number = math.nan
+    p: Number = math.nan
+    p_holm: Number = math.nan
+    p_least: Number = math.nan
+
+
+class _Splits(Open):
+    domains: Whole = 0
+    rejected: Whole = 0
+    score: Number = math.nan
+    score_low: Number = math.nan
+    score_high: Number = math.nan
+    p: Number = math.nan
+    p_least: Number = math.nan
+
+
+class _Placebo(Open):
+    """Each domain's texts split in two, at random and by length, and scored as two domains; empty in results of earlier versions."""
+
+    random: dict[str, _Split] = Field(default_factory=dict)
+    length: dict[str, _Split] = Field(default_factory=dict)
+    summary: dict[str, _Splits] = Field(default_factory=dict)
+
+
 class _Companions(Open):
     by_layer: dict[str, dict[int, Number]] = Field(default_factory=dict)
     model: dict[str, Number] = Field(default_factory=dict)
@@ -91,6 +119,7 @@ class _Companions(Open):
     distinct_texts: dict[str, Whole] = Field(default_factory=dict)
     specialists: _Passed = _Passed()
     decoding: _Decoding = _Decoding()
+    placebo: _Placebo = _Placebo()
 
 
 class PublishedMetric(_Strict):

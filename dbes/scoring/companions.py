@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,6 +14,7 @@ from dbes.scoring.counts import Counts
 from dbes.scoring.decoding import Decoded, Decoder, decoded_words
 from dbes.scoring.layer_counts import LayerCounts
 from dbes.scoring.layers import AllLayers
+from dbes.scoring.placebo import Placebo
 from dbes.scoring.resampling import domain_ratio
 from dbes.scoring.sampling import TokenSample
 from dbes.scoring.specialists import FALSE_DISCOVERY_RATE, LIFTS
@@ -84,6 +85,8 @@ def companions(found: AllLayers, sample: TokenSample | None, counts: Counts, *, 
     if found.decoder is not None:
         words = decoded_words(sample, counts.shape.document_domain, len(shape.domains), seed=seed)
         told["decoding"] = _decoding_companions(found.decoder, words, shape.layers)
+    if found.placebo is not None:
+        told["placebo"] = _placebo_companions(found.placebo)
     return told | ({"distinct_texts": counts.texts.distinct} if counts.texts.digests else {})
 
 
@@ -96,6 +99,17 @@ def _decoding_companions(decoder: Decoder, words: Decoded, layers: Sequence[int]
 
     by_layer = zip(map(str, layers), decoder.layers, strict=True)
     return {"model": told(decoder.together()), "by_layer": {layer: told(found) for layer, found in by_layer}}
+
+
+def _placebo_companions(placebo: Mapping[str, Placebo]) -> dict[str, Any]:
+    """For each kind of split what each domain shows, and under ``summary`` what all domains show together."""
+
+    def plain(cells: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: _plain(value) for name, value in cells.items()}
+
+    told: dict[str, Any] = {kind: {name: plain(asdict(split)) for name, split in each.domains.items()} for kind, each in placebo.items()}
+    summary = {kind: plain(asdict(each) | {"domains": len(each.domains), "rejected": len(each.rejected)}) for kind, each in placebo.items()}
+    return told | {"summary": summary}
 
 
 def covered(beyond: ContextualEstimates | None, shape: RoutingShape) -> dict[str, Any]:

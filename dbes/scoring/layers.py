@@ -18,6 +18,7 @@ from dbes.scoring.equal_usage import UsageTest
 from dbes.scoring.estimates import NGRAMS, Estimate, Measured, estimate, measure_layer
 from dbes.scoring.layer_counts import LayerCounts, joined_layers
 from dbes.scoring.permutation import permuted_labels, permuted_scores
+from dbes.scoring.placebo import Placebo, Placebos
 from dbes.scoring.resampling import sign_flip_p
 from dbes.scoring.specialists import LayerTests, SpecialistTable, half_labels, joined, layer_specialists
 
@@ -48,13 +49,14 @@ class LayerScores:
 
 @dataclass(frozen=True, kw_only=True)
 class AllLayers:
-    """What is kept of all layers: ``totals`` of each domain, ``specialists``, ``halves`` [domains, layers], ``estimates``, ``decoder``."""
+    """What is kept of all layers: ``totals`` of each domain, ``halves`` [domains, layers], and what their names say."""
 
     totals: LayerCounts
     specialists: SpecialistTable
     halves: np.ndarray
     estimates: dict[str, Estimate]
     decoder: Decoder | None = None
+    placebo: dict[str, Placebo] | None = None
 
 
 def score_layers(counts: Counts, *, permutations: int, seed: int, sign_flips: int | None = None) -> AllLayers:
@@ -70,13 +72,14 @@ def score_layers(counts: Counts, *, permutations: int, seed: int, sign_flips: in
     half = random_halves(domain, seed=seed)
     split = half_labels(domain, half, permutations=permutations, seed=seed)
     decoder = Decoder(domain, len(shape.domains), seed=seed)
+    placebos = Placebos(counts.tokens, domain, shape.domains, permutations=permutations, seed=seed)
     controls = repeat(None) if counts.control is None else counts.control.layers()
     layers = (
         score_layer(sums, control, labels=labels, test=test, half=half, split=split)
-        for sums, control in zip(decoder.watching(counts.layers()), controls, strict=False)
+        for sums, control in zip(placebos.watching(decoder.watching(counts.layers())), controls, strict=False)
     )
     found = put_together(layers, test, domain, sign_flips=permutations if sign_flips is None else sign_flips, seed=seed)
-    return replace(found, decoder=decoder)
+    return replace(found, decoder=decoder, placebo=placebos.found())
 
 
 def score_layer(

@@ -26,6 +26,7 @@ from dbes.scoring.facts import environment, model_facts, require_tokens, task_fa
 from dbes.scoring.given import NO_TOKENS
 from dbes.scoring.layer_counts import LayerCounts
 from dbes.scoring.layers import score_layers
+from dbes.scoring.placebo import placebo_warnings
 from dbes.scoring.published import published_values
 from dbes.scoring.sampling import TokenSample, even_documents, example_tokens
 from dbes.scoring.specialists import SpecialistTable
@@ -165,6 +166,7 @@ def score_tables(trace: Trace | Counts, *, permutations: int = 1000, seed: int =
             *counts.notes,
             *_warnings(counts, totals, task.domains),
             *_small_sample_warnings(units, found.estimates["specialization"]),
+            *placebo_warnings(found.placebo or {}),
         ),
         published=published_values(totals),
         calibrated=tuple(
