@@ -116,6 +116,17 @@ def test_columns_of_meaning_stand_in_every_form(folder: Path) -> None:
     assert "| Excess | Word | Domain named |" in export.as_markdown(found) and "Excess" in terminal(found)
 
 
+def test_80_columns_cut_no_number(folder: Path) -> None:
+    texts = []
+    for width in (200, 80):
+        out = io.StringIO()
+        Console(file=out, width=width).print(render_terminal(compare([folder])))
+        texts.append(out.getvalue())
+    assert max(map(len, texts[1].splitlines())) <= 80 and "…" not in texts[1]
+    numbers = [sorted(word for word in text.replace("│", " ").split() if "%" in word) for text in texts]
+    assert numbers[0] == numbers[1] and len(numbers[0]) > 20
+
+
 @pytest.mark.parametrize(
     ("pairs", "expected"),
     [

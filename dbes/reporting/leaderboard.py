@@ -159,12 +159,12 @@ def _score_table(comparison: Comparison) -> Table:
 
 def _further_table(comparison: Comparison) -> Table:
     metrics = [metric for metric in REPLICATED if metric != "specialization"]
-    table = _model_table("Further metrics", "Experts", "k", "Layers", *(charts.METRICS[metric][0] for metric in metrics), "Load used")
+    table = _model_table("Further metrics", "Layers x experts, k", *(charts.METRICS[metric][0] for metric in metrics), "Load used")
     for entry in comparison.entries:
         row = entry_row(entry, comparison)
         scores = [_score(row[metric], row[f"{metric}_low"], row[f"{metric}_high"]) for metric in metrics]
-        sizes = (str(row[name]) for name in ("experts", "k", "layers"))
-        table.add_row(_model_name(entry, row), *sizes, *scores, share(row["utilization"]))
+        size = f"{row['layers']}x{row['experts']}, {row['k']}"
+        table.add_row(_model_name(entry, row), size, *scores, share(row["utilization"]))
     return table
 
 
