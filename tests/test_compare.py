@@ -27,7 +27,6 @@ from dbes.cli import app
 from dbes.comparison.check import check_folder
 from dbes.comparison.compare import (
     Comparison,
-    Difference,
     LeaderboardEntry,
     Replicates,
     compare,
@@ -37,9 +36,10 @@ from dbes.comparison.compare import (
     model_score,
     paired_of,
     phase_differences,
-    ranks_of,
 )
-from dbes.comparison.compare import _holm as holm
+from dbes.comparison.excess import excess_of
+from dbes.comparison.ranks import Difference, ranks_of
+from dbes.comparison.ranks import corrected as holm
 from dbes.errors import ResultError, SettingError
 from dbes.reporting import export
 from dbes.reporting.card import card_section
@@ -79,6 +79,52 @@ def test_models_with_a_gap_are_ordered_and_equal_ones_share_a_rank(folder: Path)
     assert (found.ranks["model-0"].place, found.ranks["model-0"].last) == (3, 3)
     assert str(found.ranks["model-1"]) == str(found.ranks["model-2"]) == "1 (1–2)"
     assert found.apart == ()
+
+
+def test_models_are_ordered_by_their_excess_where_each_has_a_random_router(tmp_path: Path) -> None:
+    """A router whose score its representation gives away stands below one that adds something, whatever the scores are."""
+    frozen = simulated_trace(3, lean=0.9, model="frozen")
+    routes = next(iter(frozen))
+    frozen = replace(frozen, control=replace(frozen, loaded=(replace(routes, ids=routes.ids[:, :, ::-1]),), control=None))
+    write_result(tmp_path / "frozen", frozen, keep_trace=False)
+    write_result(tmp_path / "trained", simulated_trace(4, lean=0.4, model="trained"), keep_trace=False)
+    found = compare([tmp_path])
+    scores = {entry.label: entry.result.record("specialization").score for entry in found.entries}
+    assert found.by_excess and [entry.label for entry in found.entries] == ["trained", "frozen"] and scores["frozen"] > scores["trained"]
+    assert str(found.ranks["trained"]) == "1" and str(found.ranks["frozen"]) == "2" and found.pairs[0].of == "excess"
+    assert "Order and rank by excess over the random router, specialization" in terminal(found)
+    bare = replace(simulated_trace(5, lean=0.1, model="bare"), control=None)
+    write_result(tmp_path / "bare", bare, keep_trace=False)
+    found = compare([tmp_path])
+    assert not found.by_excess and [entry.label for entry in found.entries] == ["frozen", "trained", "bare"]
+    assert "Order and rank by score, specialization, because not every model has a random router" in terminal(found)
+
+
+def test_the_test_of_excesses_has_the_draws_of_both_random_routers(folder: Path) -> None:
+    pair = next(each for each in compare([folder]).pairs if {each.first, each.second} == {"model-1", "model-2"})
+    sides = {entry.label: entry for entry in compare([folder]).entries}
+    records = [sides[label].result.record("specialization") for label in (pair.first, pair.second)]
+    assert pair.difference == pytest.approx(records[0].excess - records[1].excess)
+    draws = [excess_of(sides[label], "specialization").draw_variance for label in (pair.first, pair.second)]
+    assert all(draw > 0 for draw in draws) and pair.high - pair.difference > 1.95 * math.sqrt(sum(draws))
+
+
+def test_columns_of_meaning_stand_in_every_form(folder: Path) -> None:
+    found = compare([folder])
+    row = next(csv.DictReader(io.StringIO(export.as_csv(found))))
+    assert 0 <= float(row["share_of_word"]) < 0.2 and float(row["domain_named"]) > 0.9 and float(row["excess"]) > 0
+    assert "| Excess | Word | Domain named |" in export.as_markdown(found) and "Excess" in terminal(found)
+
+
+def test_80_columns_cut_no_number(folder: Path) -> None:
+    texts = []
+    for width in (200, 80):
+        out = io.StringIO()
+        Console(file=out, width=width).print(render_terminal(compare([folder])))
+        texts.append(out.getvalue())
+    assert max(map(len, texts[1].splitlines())) <= 80 and "…" not in texts[1]
+    numbers = [sorted(word for word in text.replace("│", " ").split() if "%" in word) for text in texts]
+    assert numbers[0] == numbers[1] and len(numbers[0]) > 20
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import numpy as np
 from dbes.comparison.entries import read_replicates
 from dbes.errors import DbesError
 from dbes.results import CalibratedRecord, Result, load_result, result_files
-from dbes.scoring.score import REPLICATED
+from dbes.scoring.score import EXCESS, REPLICATED
 from dbes.scoring.tables import read_arrays, read_usage
 
 CLOSE = 1e-6
@@ -81,7 +81,8 @@ def check_all(paths: Sequence[Path]) -> list[str]:
 def _replicates(result: Result, by_metric: dict[str, np.ndarray]) -> Iterator[str]:
     """Leaving one document out moves a score by little: replicates of another model or seed do not fit."""
     for metric, array in by_metric.items():
-        score, mean = result.record(metric).score, float(array[:, -1].mean(dtype=float))
+        record = result.record(metric.removesuffix(EXCESS))
+        score, mean = record.excess if metric.endswith(EXCESS) else record.score, float(array[:, -1].mean(dtype=float))
         if not math.isnan(score) and not math.isnan(mean) and abs(score - mean) > 0.05:
             yield f"replicates: {metric} is about {mean:.3f} in them and {score:.3f} in the result"
 

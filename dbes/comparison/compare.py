@@ -20,9 +20,12 @@ from scipy.stats import t as student
 
 from dbes.comparison.accuracy import Accuracies, read_accuracies
 from dbes.comparison.entries import Apart, LeaderboardEntry, Replicates, read_entries
+from dbes.comparison.excess import all_have_excess, excess_of
+from dbes.comparison.ranks import Difference, Rank, corrected, ranks_of
 from dbes.errors import ResultError, SettingError
 from dbes.results import RESULT_FILE, Result
-from dbes.scoring.resampling import holm, jackknife
+from dbes.scoring.decoding import Z95
+from dbes.scoring.resampling import jackknife
 from dbes.scoring.score import REPLICATED
 from dbes.scoring.texts import DATA
 from dbes.text import labels, unknown
@@ -32,9 +35,6 @@ if TYPE_CHECKING:
 
 NAME_WIDTH = 64
 
-LEVEL = 0.05
-"""Two models are told apart when the paired test, corrected over all pairs of the table (Holm), stays below this."""
-
 UNKNOWN_DATA = "unknown:"
 """Beginning of what stands for the fingerprint of a result without one."""
 
@@ -43,37 +43,10 @@ DEPTHS = (("all layers", 0.0, 1.0), ("first third", 0.0, 1 / 3), ("middle third"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Difference:
-    """Score of one model minus that of another on the same documents; ``adjusted``: p after Holm over the tests of its table."""
-
-    first: str
-    second: str
-    metric: str
-    depth: str
-    score_first: float
-    score_second: float
-    difference: float
-    low: float
-    high: float
-    p: float
-    adjusted: float = math.nan
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rank:
-    """Place by a metric: 1 + the models that are significantly better, and the last place that cannot be excluded."""
-
-    place: int
-    last: int
-
-    def __str__(self) -> str:
-        return str(self.place) if self.place == self.last else f"{self.place} ({self.place}–{self.last})"
-
-
-@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """Results that may stand side by side, their ranks and pairwise differences by one metric, and what stands apart.
 
+    ``by_excess``: order, ranks and pairs are of the excess over the random router, because every model has one; else of the score.
     ``accuracy_of``: the tasks or the file that accuracies come from; empty without accuracies.
     """
 
@@ -82,6 +55,7 @@ class Comparison:
     ranks: dict[str, Rank]
     pairs: tuple[Difference, ...]
     apart: tuple[Apart, ...]
+    by_excess: bool = False
     accuracy_of: str = ""
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -104,6 +78,8 @@ def compare(
 ) -> Comparison:
     """Results side by side: ranks with intervals, and paired differences on the same documents.
 
+    Ordered and ranked by the excess over the random router where every model has one, else by the score.
+
     Args:
         results: results that were written to a folder, their folders, or folders with results below them.
         by: metric the models are ranked by.
@@ -121,11 +97,25 @@ def compare(
     entries, apart = read_entries([_place(each) for each in given])
     entries, others = comparable(entries)
     entries = with_accuracies(labelled(entries), known, elsewhere={each.name for each in (*apart, *others)})
-    pairs = _holm([found for a, b in _pairs(entries) if (found := difference(a, b, metric, *DEPTHS[0])) is not None])
-    ranks = ranks_of([entry.label for entry in entries if _rankable(entry, metric)], pairs)
-    by_score = sorted(entries, key=lambda entry: (entry.baseline, -_or(model_score(entry.result, metric), -math.inf), entry.label))
+    ranked = [entry for entry in entries if _rankable(entry, metric)]
+    by_excess = all_have_excess([entry for entry in entries if not entry.baseline], metric)
+    found = (difference(a, b, metric, *DEPTHS[0], excess=by_excess) for a, b in _pairs(entries))
+    pairs = corrected([pair for pair in found if pair is not None])
+    ranks = ranks_of([entry.label for entry in ranked], pairs)
+
+    def order(entry: LeaderboardEntry) -> tuple[bool, float, str]:
+        score = model_score(entry.result, metric)
+        value = entry.result.record(metric).excess if score is not None and by_excess and not entry.baseline else _or(score, -math.inf)
+        return entry.baseline, -value, entry.label
+
     return Comparison(
-        metric=metric, entries=tuple(by_score), ranks=ranks, pairs=tuple(pairs), apart=(*apart, *others), accuracy_of=known.source
+        metric=metric,
+        entries=tuple(sorted(entries, key=order)),
+        ranks=ranks,
+        pairs=tuple(pairs),
+        apart=(*apart, *others),
+        by_excess=by_excess,
+        accuracy_of=known.source,
     )
 
 
@@ -311,21 +301,30 @@ def phase_differences(entry: LeaderboardEntry) -> list[PhaseDifference]:
 
 def differences(first: LeaderboardEntry, second: LeaderboardEntry) -> list[Difference]:
     """Paired differences of two models for every metric and layer depth, p-values corrected over all of them (Holm)."""
-    return _holm([found for metric in REPLICATED for depth in DEPTHS if (found := difference(first, second, metric, *depth)) is not None])
+    return corrected(
+        [found for metric in REPLICATED for depth in DEPTHS if (found := difference(first, second, metric, *depth)) is not None]
+    )
 
 
-def difference(first: LeaderboardEntry, second: LeaderboardEntry, metric: str, depth: str, low: float, high: float) -> Difference | None:
-    """Paired difference of two models at the layers of a relative depth; None where either has no score there."""
-    sides = [_at_depth(entry, metric, low, high) for entry in (first, second)]
+def difference(
+    first: LeaderboardEntry, second: LeaderboardEntry, metric: str, depth: str, low: float, high: float, *, excess: bool = False
+) -> Difference | None:
+    """Paired difference of two models at the layers of a relative depth; None where either has no score there.
+
+    Args:
+        excess: of the excess over each model's own random router, at all layers; its draw belongs to the interval.
+    """
+    sides = [_excess(entry, metric) if excess else _at_depth(entry, metric, low, high) for entry in (first, second)]
     if sides[0] is None or sides[1] is None or first.replicates is None or second.replicates is None:
         return None
     if _sampled(first.replicates) != _sampled(second.replicates):
         return None
-    (score_first, left_first), (score_second, left_second) = sides[0], sides[1]
+    (score_first, left_first, draw_first), (score_second, left_second, draw_second) = sides[0], sides[1]
     domain = first.replicates.document_domain
     value = score_first - score_second
     found = jackknife(np.asarray(value), left_first - left_second, domain)
-    error, reach = float(found.error), float(found.reach)
+    drawn = draw_first + draw_second
+    error, reach = math.hypot(float(found.error), drawn**0.5), math.hypot(float(found.reach), Z95 * drawn**0.5)
     if math.isnan(error):
         p = math.nan
     elif error > 0:
@@ -334,47 +333,33 @@ def difference(first: LeaderboardEntry, second: LeaderboardEntry, metric: str, d
         p = 1.0 if value == 0 else 0.0
     return Difference(
         first=first.label, second=second.label, metric=metric, depth=depth, score_first=score_first, score_second=score_second,
-        difference=value, low=value - reach, high=value + reach, p=p,
+        difference=value, low=value - reach, high=value + reach, p=p, of="excess" if excess else "score",
     )  # fmt: skip
 
 
-def _at_depth(entry: LeaderboardEntry, metric: str, low: float, high: float) -> tuple[float, np.ndarray] | None:
-    """Mean score over the layers of a relative depth, and the same without each document [documents]."""
+def _excess(entry: LeaderboardEntry, metric: str) -> tuple[float, np.ndarray, float] | None:
+    found = excess_of(entry, metric)
+    return None if found is None else (found.value, found.left_out, found.draw_variance)
+
+
+def _at_depth(entry: LeaderboardEntry, metric: str, low: float, high: float) -> tuple[float, np.ndarray, float] | None:
+    """Mean score over the layers of a relative depth, the same without each document [documents], and 0 for what is drawn."""
     if entry.replicates is None or metric not in entry.replicates.by_metric or model_score(entry.result, metric) is None:
         return None
     if (low, high) == (0.0, 1.0):
-        return entry.result.record(metric).score, entry.replicates.by_metric[metric][:, -1].astype(np.float64)
+        return entry.result.record(metric).score, entry.replicates.by_metric[metric][:, -1].astype(np.float64), 0.0
     place = depth_of(len(entry.result.model.layers))
     inside = np.flatnonzero((place >= low - 1e-9) & ((place < high - 1e-9) | (high == 1.0)))
     if not len(inside):
         return None
     scores = {record.layer: record.score for record in entry.result.calibrated if record.metric == metric and record.domain is None}
     score = float(np.mean([scores[entry.result.model.layers[index]] for index in inside]))
-    return score, entry.replicates.by_metric[metric][:, inside].astype(np.float64).mean(axis=1)
+    return score, entry.replicates.by_metric[metric][:, inside].astype(np.float64).mean(axis=1), 0.0
 
 
 def depth_of(layers: int) -> np.ndarray:
     """Relative depth of each MoE layer, 0 the first, 1 the last."""
     return np.linspace(0, 1, layers) if layers > 1 else np.zeros(1)
-
-
-def _holm(tests: list[Difference]) -> list[Difference]:
-    """The tests with p-values corrected after Holm: the chance of any false difference in the table stays below its level."""
-    return [replace(test, adjusted=value) for test, value in zip(tests, holm([test.p for test in tests]).tolist(), strict=True)]
-
-
-def ranks_of(labels: list[str], pairs: Sequence[Difference]) -> dict[str, Rank]:
-    """Ranks by tested differences only: models that cannot be told apart from the best share place 1, and so on.
-
-    ``place`` is 1 + the number of significantly better models, ``last`` the number of models that are not significantly worse.
-    """
-    better, worse = Counter[str](), Counter[str]()
-    for pair in pairs:
-        if pair.adjusted <= LEVEL and {pair.first, pair.second} <= set(labels):
-            winner, loser = (pair.first, pair.second) if pair.difference > 0 else (pair.second, pair.first)
-            better[loser] += 1
-            worse[winner] += 1
-    return {label: Rank(place=1 + better[label], last=len(labels) - worse[label]) for label in labels}
 
 
 def _or(value: float | None, other: float) -> float:

@@ -13,17 +13,20 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from dbes.comparison.compare import Comparison, Difference, PhaseDifference, model_score, phase_differences
+from dbes.comparison.compare import Comparison, PhaseDifference, model_score, phase_differences
 from dbes.comparison.entries import LeaderboardEntry
+from dbes.comparison.ranks import Difference
 from dbes.errors import ResultError
 from dbes.files import write_text
 from dbes.reporting.charts import METRICS
+from dbes.reporting.meaning import named
 from dbes.results import Result
+from dbes.scoring.portions import share_of_word
 from dbes.scoring.resolution import cannot_tell, why_not
 from dbes.scoring.score import REPLICATED
 from dbes.scoring.tables import spreadsheet_safe
 from dbes.text import legible
-from dbes.wording import p_cell, share, shares, task_words
+from dbes.wording import p_cell, portion, share, shares, task_words
 
 NAME_WIDTH = 80
 
@@ -62,6 +65,8 @@ def entry_row(entry: LeaderboardEntry, comparison: Comparison) -> dict[str, Any]
         "excess": None if specialization is None else _known(specialization.excess),
         "excess_low": None if specialization is None else _known(specialization.excess_low),
         "excess_high": None if specialization is None else _known(specialization.excess_high),
+        "share_of_word": None if specialization is None else _known(share_of_word(specialization)),
+        "domain_named": named(result),
         "utilization": _known(result.companions.get("model", {}).get("utilization")),
         "phase": str(result.settings.get("phase", "all")),
     }
@@ -87,6 +92,20 @@ def entry_note(entry: LeaderboardEntry, metric: str) -> str | None:
     if cannot_tell(entry.result, metric):
         notes.append(f"whether its score is above chance: {why_not(entry.result, metric)}")
     return "; ".join(notes) or None
+
+
+def order_words(comparison: Comparison) -> str:
+    """What the entries are ordered and ranked by, in words."""
+    metric = METRICS[comparison.metric][0].lower()
+    if comparison.by_excess:
+        return f"Order and rank by excess over the random router, {metric}"
+    return f"Order and rank by score, {metric}, because not every model has a random router whose excess can be tested"
+
+
+def excess_cell(row: dict[str, Any]) -> str:
+    """The excess with its interval."""
+    interval = "" if row["excess_low"] is None else f" ({shares(row['excess_low'], row['excess_high'], sign=True)})"
+    return f"{share(row['excess'], sign=True)}{interval}"
 
 
 def table(comparison: Comparison) -> pd.DataFrame:
@@ -144,6 +163,7 @@ def as_json(comparison: Comparison, paired: Sequence[Difference] = ()) -> str:
     first = comparison.entries[0].result.task if comparison.entries else None
     content = {
         "ranked_by": comparison.metric,
+        "ranked_by_excess": comparison.by_excess,
         "task": None if first is None else {"name": first.name, "version": first.version, "fingerprint": first.fingerprint},
         "entries": [entry_row(entry, comparison) for entry in comparison.entries],
         "published_uncalibrated": [published_row(entry) for entry in comparison.entries],
@@ -177,6 +197,9 @@ def as_markdown(comparison: Comparison, paired: Sequence[Difference] = (), *, pu
             "Tokens",
             *(METRICS[metric][0] for metric in REPLICATED),
             "Random router",
+            "Excess",
+            "Word",
+            "Domain named",
             "Load used",
             *(["Accuracy"] if comparison.accuracy_of else []),
         ]
@@ -186,9 +209,10 @@ def as_markdown(comparison: Comparison, paired: Sequence[Difference] = (), *, pu
             name = row["model"] + (" (baseline)" if entry.baseline else "")
             scores = [_interval(row[metric], row[f"{metric}_low"], row[f"{metric}_high"]) for metric in REPLICATED]
             body.append(["–" if rank is None else str(rank), name, row["experts"], row["k"], row["layers"], row["tokens"], *scores,
-                         share(row["random_router"]), share(row["utilization"]),
+                         share(row["random_router"]), excess_cell(row), portion(row["share_of_word"]), share(row["domain_named"]),
+                         share(row["utilization"]),
                          *([share(row["accuracy"])] if comparison.accuracy_of else [])])  # fmt: skip
-        lines += markdown_table(names, body)
+        lines += [*markdown_table(names, body), "", f"{order_words(comparison)}."]
         if comparison.accuracy_of:
             lines += ["", f"Accuracy: {markdown_cell(comparison.accuracy_of)}"]
         if phases := phase_rows(comparison):

@@ -9,14 +9,15 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dbes.comparison.compare import DEPTHS, LEVEL, Comparison, Difference, depth_of, differences, model_score
+from dbes.comparison.compare import DEPTHS, Comparison, depth_of, differences, model_score
 from dbes.comparison.entries import LeaderboardEntry
+from dbes.comparison.ranks import LEVEL, Difference
 from dbes.reporting import charts
-from dbes.reporting.export import entry_note, entry_row, phase_rows, published_row
+from dbes.reporting.export import entry_note, entry_row, order_words, phase_rows, published_row
 from dbes.reporting.page import columns, render
 from dbes.scoring.score import REPLICATED
 from dbes.text import legible
-from dbes.wording import p_cell, plus_minus, share, shares, task_words
+from dbes.wording import p_cell, plus_minus, portion, share, shares, task_words
 
 CURVE_FIELDS = ("score", "score_low", "score_high", "control")
 PAIRED_MODELS = 24
@@ -36,7 +37,7 @@ def render_leaderboard(comparison: Comparison) -> str:
         phase="all" if first is None else str(first.settings.get("phase", "all")),
         models=sum(not entry.baseline for entry in comparison.entries),
         baselines=sum(entry.baseline for entry in comparison.entries),
-        ranked_by=charts.METRICS[comparison.metric][0],
+        order=order_words(comparison),
         apart=[(legible(each.name, 80), legible(each.reason, 400)) for each in comparison.apart],
         level=LEVEL,
         accuracy=legible(comparison.accuracy_of, 400),
@@ -116,17 +117,21 @@ def _pair_row(pair: Difference) -> dict[str, Any]:
 
 def render_terminal(comparison: Comparison, paired: Sequence[Difference] = (), *, published: bool = False) -> RenderableType:
     """The comparison for ``Console.print``: the table, a paired test of two models, and what stands apart with the reason."""
-    parts: list[RenderableType] = [_published_table(comparison) if published else _score_table(comparison)]
+    tables = [_published_table(comparison)] if published else [_score_table(comparison), _further_table(comparison)]
+    parts: list[RenderableType] = [*tables]
     if not published and (phases := phase_rows(comparison)):
         parts.append(_phase_table(phases))
     if paired:
         parts.append(_difference_table(paired))
     rule = (
-        f"Rank by {charts.METRICS[comparison.metric][0].lower()}: 1 + the models that are significantly better (paired jackknife over "
-        f"the common documents, {LEVEL:.0%} over all pairs after Holm); in brackets the places that cannot be excluded. "
-        "Baselines are not ranked."
+        f"{order_words(comparison)}: 1 + the models that are significantly better (paired jackknife over the common documents, "
+        f"{LEVEL:.0%} over all pairs after Holm); in brackets the places that cannot be excluded. Baselines are not ranked."
     )
-    notes = [] if published else [rule]
+    meaning = (
+        "Excess: score less that of a frozen random router on the same hidden states. Word: share of the score that a router shows "
+        "which looks at the token alone. Domain named: how often the domain of an unseen text is named from its routing."
+    )
+    notes = [] if published else [rule, meaning]
     notes += [f"Accuracy: {comparison.accuracy_of}"] if comparison.accuracy_of and not published else []
     notes += [f"{entry.label}: {note}" for entry in comparison.entries if (note := entry_note(entry, comparison.metric))]
     notes += [f"Not in the table: {each.name}: {each.reason}" for each in comparison.apart]
@@ -135,25 +140,44 @@ def render_terminal(comparison: Comparison, paired: Sequence[Difference] = (), *
 
 
 def _score_table(comparison: Comparison) -> Table:
+    """The score and what it means, in 80 columns: names of models are folded, numbers never."""
     task = comparison.entries[0].result.task if comparison.entries else None
     title = ""
     if task is not None:
         title = f"Task {task_words(legible(task.name, 60), task.version, None if task.fingerprint is None else task.fingerprint[:12])}"
-    table = Table(title=Text(title), title_justify="left", title_style="italic", header_style="bold")
-    table.add_column("Rank")
-    table.add_column("Model", overflow="fold")
-    for heading in ("Experts", "k", "Layers", *(charts.METRICS[metric][0] for metric in REPLICATED), "Random router", "Load used"):
-        table.add_column(heading, justify="right")
-    if comparison.accuracy_of:
-        table.add_column("Accuracy", justify="right")
+    headings = ("Score", "Excess", "Random router", "Word", "Domain named", *(["Accuracy"] if comparison.accuracy_of else []))
+    table = _model_table(f"{title}: specialization" if title else "", "Rank", *headings)
     for entry in comparison.entries:
         row, rank = entry_row(entry, comparison), comparison.ranks.get(entry.label)
-        name = Text(row["model"] + ("  (baseline)" if entry.baseline else ""), style="dim" if entry.baseline else "")
-        scores = [_score(row[metric], row[f"{metric}_low"], row[f"{metric}_high"]) for metric in REPLICATED]
-        shares = [_score(row["random_router"], None, None), _score(row["utilization"], None, None)]
-        shares += [_score(row["accuracy"], None, None)] if comparison.accuracy_of else []
-        table.add_row("–" if rank is None else str(rank), name, str(row["experts"]), str(row["k"]), str(row["layers"]), *scores, *shares)
+        excess = share(row["excess"], sign=True) + plus_minus(row["excess_low"], row["excess_high"])
+        cells = [_score(*(row[f"specialization{end}"] for end in ("", "_low", "_high"))), excess, share(row["random_router"])]
+        cells += [portion(row["share_of_word"]), share(row["domain_named"])]
+        cells += [share(row["accuracy"])] if comparison.accuracy_of else []
+        table.add_row(_model_name(entry, row), "–" if rank is None else str(rank), *cells)
     return table
+
+
+def _further_table(comparison: Comparison) -> Table:
+    metrics = [metric for metric in REPLICATED if metric != "specialization"]
+    table = _model_table("Further metrics", "Layers x experts, k", *(charts.METRICS[metric][0] for metric in metrics), "Load used")
+    for entry in comparison.entries:
+        row = entry_row(entry, comparison)
+        scores = [_score(row[metric], row[f"{metric}_low"], row[f"{metric}_high"]) for metric in metrics]
+        size = f"{row['layers']}x{row['experts']}, {row['k']}"
+        table.add_row(_model_name(entry, row), size, *scores, share(row["utilization"]))
+    return table
+
+
+def _model_table(title: str, *headings: str) -> Table:
+    table = Table(title=Text(title), title_justify="left", title_style="italic", header_style="bold", padding=(0, 0, 0, 1))
+    table.add_column("Model", overflow="fold")
+    for heading in headings:
+        table.add_column("\n".join(heading.replace("(n = ", "(n=").split()), justify="right", no_wrap=True)
+    return table
+
+
+def _model_name(entry: LeaderboardEntry, row: dict[str, Any]) -> Text:
+    return Text(row["model"] + ("  (baseline)" if entry.baseline else ""), style="dim" if entry.baseline else "")
 
 
 def _published_table(comparison: Comparison) -> Table:

@@ -84,7 +84,7 @@ class Estimate:
 
     Attributes:
         replicates: float32 [documents] or [documents, columns], the score of the last row without each document, shifted by the
-            jackknife's correction, so that they lie around the score.
+            jackknife's correction, so that they lie around the score; excess_replicates: the same of the excess.
         others: as in ``CalibratedRecord``.
     """
 
@@ -103,6 +103,7 @@ class Estimate:
     excess_low: np.ndarray
     excess_high: np.ndarray
     replicates: np.ndarray
+    excess_replicates: np.ndarray
 
     @classmethod
     def side_by_side(cls, columns: list[Self]) -> Self:
@@ -222,12 +223,14 @@ def estimate(found: Measured, control: Measured | None, document_domain: np.ndar
     scored = _scored(found)
     score = jackknife(scored.whole, scored.left_out, document_domain)
     control_score = excess = reach = unknown
+    excess_left = np.full_like(scored.left_out, np.nan)
     if control is not None:
         random = _scored(control)
         control_score = jackknife(random.whole, random.left_out, document_domain).corrected
         # Paired: both routers read the same documents. An excess has to be larger than what another draw of the random router
         # would show against this one, or an untrained model would "exceed" its control: hence twice the variance of a draw.
         paired = jackknife(scored.whole - random.whole, scored.left_out - random.left_out, document_domain)
+        excess_left = scored.left_out - random.left_out + (paired.corrected - (scored.whole - random.whole))
         excess, reach = paired.corrected, np.sqrt(paired.reach**2 + 2 * random.draw_variance * norm.ppf((1 + CONFIDENCE) / 2) ** 2)
     return Estimate(
         value=found.value,
@@ -238,6 +241,7 @@ def estimate(found: Measured, control: Measured | None, document_domain: np.ndar
         corrected=value.corrected, ci_low=value.corrected - value.reach, ci_high=value.corrected + value.reach,
         control=control_score, excess=excess, excess_low=excess - reach, excess_high=excess + reach,
         replicates=(scored.left_out + (score.corrected - scored.whole))[:, -1].astype(np.float32),
+        excess_replicates=excess_left[:, -1].astype(np.float32),
     )  # fmt: skip
 
 
@@ -250,7 +254,7 @@ def calibrated_records(metric: str, found: Estimate, beyond: Contextual | None, 
     rows: list[str | None] = [*shape.domains, None] if len(found.value) > 1 else [None]
     columns: list[int | None] = [*shape.layers, None]
     parts = (found,) if beyond is None else (found, beyond)
-    arrays = {each.name: getattr(part, each.name) for part in parts for each in fields(part) if each.name != "replicates"}
+    arrays = {each.name: getattr(part, each.name) for part in parts for each in fields(part) if not each.name.endswith("replicates")}
     for column in (len(columns) - 1, *range(len(columns) - 1)):
         for row in (len(rows) - 1, *range(len(rows) - 1)):
             cells = {name: array[row, column] for name, array in arrays.items()}

@@ -44,6 +44,9 @@ RECORDED = "recorded"
 REPLICATED = ("specialization", "der", "domain_isolation", "stiffness", "ngram_expertise_2")
 """Metrics whose delete-one-document scores are kept, so that models can be compared on the same documents."""
 
+EXCESS = "_excess"
+"""Follows the name of a metric whose excess over the random router is kept in the same way."""
+
 FEW_SOURCES = 8
 DOMINANT_SHARE = 0.25
 LARGE_CHANCE = 0.1
@@ -60,7 +63,7 @@ class Scores:
 
     ``counts``: of the source texts that have tokens; ``totals``: their sums for each domain.
     ``replicates``: for each headline metric the model's score at every layer and, last, their mean, with each document left out,
-    float32 [documents, layers + 1]; what paired comparisons of models are made of.
+    float32 [documents, layers + 1], and the same of its excess where there is a random router; paired comparisons are made of them.
     """
 
     result: Result
@@ -187,8 +190,13 @@ def score_tables(trace: Trace | Counts, *, permutations: int = 1000, seed: int =
         totals=totals,
         specialists=table,
         arrays=arrays,
-        replicates={metric: found.estimates[metric].replicates for metric in REPLICATED if counts.by_documents},
+        replicates=_replicates(found.estimates, control=counts.control is not None) if counts.by_documents else {},
     )
+
+
+def _replicates(estimates: Mapping[str, Estimate], *, control: bool) -> dict[str, np.ndarray]:
+    found = {metric: estimates[metric].replicates for metric in REPLICATED}
+    return found | ({f"{metric}{EXCESS}": estimates[metric].excess_replicates for metric in REPLICATED} if control else {})
 
 
 def _model_notes(counts: Counts) -> Iterator[str]:

@@ -15,6 +15,8 @@ start((data) => {
     ...metrics.map(([metric, label]) => ({ key: metric, label, number: true, show: withInterval(metric) })),
     { key: "random_router", label: "Random router", number: true, show: (row) => percent(row.random_router) },
     { key: "excess", label: "Excess", number: true, show: (row) => (row.excess === null ? "–" : element("div", {}, (row.excess > 0 ? "+" : "") + percent(row.excess), row.excess_low === null ? "" : element("div", { class: "small" }, `(${percent(row.excess_low)} to ${percent(row.excess_high)})`))) },
+    { key: "share_of_word", label: "Word", title: "share of the specialization that the token alone gives", number: true, show: (row) => percent(row.share_of_word, 0) },
+    { key: "domain_named", label: "Domain named", title: "of unseen texts, from their routing", number: true, show: (row) => percent(row.domain_named) },
     { key: "utilization", label: "Load used", number: true, show: (row) => percent(row.utilization) },
     ...(data.phases.model.length ? ["prompt", "generated"].map((phase) => ({ key: phase, label: phase === "prompt" ? "Prompt" : "Generated", title: `${data.metrics[data.metric]}, ${phase} only`, number: true, show: withInterval(phase) })) : []),
     ...(data.accuracy ? [{ key: "accuracy", label: "Accuracy", number: true, show: (row) => percent(row.accuracy) }] : []),
