@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -34,7 +35,7 @@ from dbes.scoring.stored import COUNTS
 from dbes.scoring.tables import save_scores
 from dbes.scoring.verdict import verdict
 from dbes.text import unknown
-from dbes.trace.baselines import ROUTERS, blocks_overlap, imitate
+from dbes.trace.baselines import ROUTERS, Router, blocks_overlap, imitate
 from dbes.trace.matching import MATCHED, match_lengths
 from dbes.trace.store import TRACE_FOLDER, Trace
 from dbes.trace.types import GENERATED, PHASES
@@ -120,7 +121,7 @@ def score(
         if router != RECORDED:
             if isinstance(routes, Counts):
                 raise TraceError(f"these are counts; router {router} needs the trace, whose documents it routes")
-            routes = imitate(routes, router, seed=seed)
+            routes = imitate(routes, cast(Router, router), seed=seed)
         asked: dict[str, object] = {"trace": str(trace)} if isinstance(trace, str | Path) else {}
         notes: tuple[str, ...] = ()
         if match is not None:
@@ -130,7 +131,7 @@ def score(
             found = routes.provenance[MATCHED]
             asked |= {"match": match, MATCHED: found}
             notes = (
-                f"{found['documents_cut']:,} of {counted(found['documents'], 'document')} were cut at the end, so that domains have the same "
+                f"{found['documents_cut']:,} of {counted(found['documents'], 'document')} were cut, so that all domains have the same "
                 f"lengths: {found['tokens']:,} of {found['tokens_before']:,} tokens are left",
             )
         scores = score_tables(routes, permutations=permutations, seed=seed, phase=code, surrogate=surrogate)
