@@ -52,6 +52,8 @@ class _Settings(Open):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] = 0
     limit: Whole | None = None
     phase: Literal["all", "prompt", "generated"] = "all"
+    match: Literal["length"] | None = None
+    surrogate: Literal["token", "bigram"] = "token"
 
 
 class _Similarity(Open):
@@ -143,7 +145,8 @@ class CalibratedRecord(_Strict):
         score: corrected / reference, 0 no better than chance, 1 the ideal router; for stiffness and n-grams
             their own normalised form. score_low, score_high: its 95 % interval.
         control: score of the frozen random router on the same representation; excess: score - control, with its interval.
-        lexical: corrected value of a router that looks at the token alone, from other occurrences of the same tokens; contextual,
+        lexical: corrected value of a router that looks at the token alone (where settings have ``surrogate`` bigram: at the token and the
+            one before it), from other occurrences of the same tokens; contextual,
             contextual_low, contextual_high: what the router shows beyond it on the same tokens; position: as lexical, of one that looks
             at the position in the document alone. NaN where the trace cannot tell, and for metrics that do not compare domains.
     """

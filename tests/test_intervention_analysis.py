@@ -184,7 +184,7 @@ def test_variance_is_the_stratified_jackknife() -> None:
     random = np.random.default_rng(1)
     strata = strata_of(5, 1, 7)
     replicates = random.normal(1.0, 0.1, len(strata))
-    _, error = jackknife(replicates[0], replicates[1:], strata[1:])
+    error = jackknife(replicates[0], replicates[1:], strata[1:]).error
     found = figure(replicates, strata)
     terms = [(n - 1) * np.var(replicates[strata == label]) for label, n in ((0, 5), (2, 7))]
     freedom = sum(terms) ** 2 / (terms[0] ** 2 / 4 + terms[1] ** 2 / 6)

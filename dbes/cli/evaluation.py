@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 ROUTERS = ("recorded", "reference", "uniform", "collapsed", "hash")
 PHASES = ("all", "prompt", "generated")
+MATCHES = ("length",)
+SURROGATES = ("token", "bigram")
 
 
 def evaluate(
@@ -84,6 +86,12 @@ def score(
     trace: Annotated[Path, typer.Argument(help="Folder of a trace, or of counts.")],
     router: Annotated[str, one_of("router", ROUTERS, "Score the documents as another router would route them.")] = "recorded",
     phase: Annotated[str, one_of("phase", PHASES, "Which tokens to score.")] = "all",
+    match: Annotated[
+        str | None, one_of("match", MATCHES, "Cut texts so that all domains have the same lengths and positions, as a check.")
+    ] = None,
+    surrogate: Annotated[
+        str, one_of("surrogate", SURROGATES, "What lexical and contextual values tell apart: the token alone, or with the one before it.")
+    ] = "token",
     seed: SeedOption = 0,
     permutations: PermutationsOption = 1000,
     output_path: Annotated[Path | None, typer.Option(help="Folder to write result and tables to.")] = None,
@@ -92,7 +100,9 @@ def score(
     """Score a recorded trace again; needs no model."""
     from dbes.scoring.score import score as run
 
-    result = run(trace, router=router, phase=phase, seed=seed, permutations=permutations, output_path=output_path)
+    result = run(
+        trace, router=router, phase=phase, match=match, surrogate=surrogate, seed=seed, permutations=permutations, output_path=output_path
+    )
     if format == "json":
         say_json(_json([result], several=False))
     else:

@@ -208,13 +208,14 @@ def with_accuracies(entries: Sequence[LeaderboardEntry], known: Accuracies, *, e
     return made
 
 
-def _identity(result: Result) -> tuple[str, int | None, str | None, int, str]:
+def _identity(result: Result) -> tuple[str, int | None, str | None, int, str, str]:
     """What results of one table have in common; a result without a fingerprint has nothing in common with another."""
     own = result.task.fingerprint or f"{UNKNOWN_DATA}{result.model.name}{id(result)}"
-    return result.task.name, result.task.version, own, result.metrics_version, str(result.settings.get("phase", "all"))
+    asked = result.settings
+    return result.task.name, result.task.version, own, result.metrics_version, str(asked.get("match")), str(asked.get("phase", "all"))
 
 
-def _why_apart(found: tuple[str, int | None, str | None, int, str], chosen: tuple[str, int | None, str | None, int, str]) -> str:
+def _why_apart(found: tuple[str, int | None, str | None, int, str, str], chosen: tuple[str, int | None, str | None, int, str, str]) -> str:
     """Why a result of one identity is not in the table of another."""
     data = str(found[2]), str(chosen[2])
     if any(each.startswith(UNKNOWN_DATA) for each in data):
@@ -223,7 +224,7 @@ def _why_apart(found: tuple[str, int | None, str | None, int, str], chosen: tupl
             f"{which} no fingerprint of its data, so that nothing shows that both read the same texts; score the trace again with "
             "document ids or token ids, or name the data in provenance['task']['fingerprint']"
         )
-    names = ("task", "task version", "task fingerprint", "metrics version", "phase")
+    names = ("task", "task version", "task fingerprint", "metrics version", "match", "phase")
     words = [f"{name} {str(a)[:12]} instead of {str(b)[:12]}" for name, a, b in zip(names, found, chosen, strict=True) if a != b]
     made = all(each.startswith(DATA) for each in data) and data[0] != data[1]
     hint = " (made from document ids, domains and token ids; where both read the same texts give both the fingerprint of the task)"

@@ -174,7 +174,8 @@ def effective_rank(gram: np.ndarray, experts: np.ndarray) -> np.ndarray:
     """
     most = np.minimum(gram.shape[-1], experts)
     with np.errstate(invalid="ignore", divide="ignore"):
-        ratio = np.trace(gram, axis1=-2, axis2=-1) ** 2 / (gram**2).sum(axis=(-2, -1))
+        squares = (gram**2).sum(axis=(-2, -1))
+        ratio = np.trace(gram, axis1=-2, axis2=-1) ** 2 / np.where(squares > 0, squares, np.nan)
         return (ratio - 1) / np.where(most < 2, np.nan, most - 1)
 
 
@@ -235,7 +236,8 @@ def isolation_of_gram(gram: np.ndarray) -> np.ndarray:
 def unbiased_cosines(gram: np.ndarray) -> np.ndarray:
     """Cosine similarity of the domains at each layer, [..., layers, domains, domains], from unbiased norms, 1 on the diagonal."""
     with np.errstate(invalid="ignore", divide="ignore"):
-        norms = np.sqrt(np.diagonal(gram, axis1=-2, axis2=-1))
+        squared = np.diagonal(gram, axis1=-2, axis2=-1)
+        norms = np.sqrt(np.where(squared > 0, squared, np.nan))
         similarity = gram / (norms[..., :, None] * norms[..., None, :])
     diagonal = np.arange(gram.shape[-1])
     similarity[..., diagonal, diagonal] = 1.0

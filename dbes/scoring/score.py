@@ -5,11 +5,12 @@ Nothing here needs a model, so the same code scores recordings of dbes, traces f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -34,12 +35,18 @@ from dbes.scoring.stored import COUNTS
 from dbes.scoring.tables import save_scores
 from dbes.scoring.verdict import verdict
 from dbes.text import unknown
-from dbes.trace.baselines import ROUTERS, blocks_overlap, imitate
+from dbes.trace.baselines import ROUTERS, Router, blocks_overlap, imitate
+from dbes.trace.matching import MATCHED, match_lengths
 from dbes.trace.store import TRACE_FOLDER, Trace
-from dbes.trace.types import PHASES
+from dbes.trace.types import GENERATED, PHASES
 from dbes.wording import counted, span
 
 RECORDED = "recorded"
+
+MATCHES = ("length",)
+
+SURROGATES = {"token": "lexical", "bigram": "bigram"}
+"""What ``lexical`` values are made of, and the key of it in ``dbes.scoring.surrogates``."""
 
 REPLICATED = ("specialization", "der", "domain_isolation", "stiffness", "ngram_expertise_2")
 """Metrics whose delete-one-document scores are kept, so that models can be compared on the same documents."""
@@ -79,6 +86,8 @@ def score(
     *,
     router: str = RECORDED,
     phase: str = PHASES[None],
+    match: str | None = None,
+    surrogate: str = "token",
     seed: int = 0,
     permutations: int = 1000,
     output_path: str | Path | None = None,
@@ -90,21 +99,23 @@ def score(
         router: ``recorded``, or score the documents as another router would route them: ``reference`` (the ideal domain router),
             ``uniform``, ``collapsed`` or ``hash``.
         phase: which tokens to score: ``all``, ``prompt`` or ``generated``.
+        match: ``length`` cuts texts at the end, so that every domain has the same distribution of length and position: a check of what
+            these do to the score. Result and page are of the cut texts, and not compared with others.
+        surrogate: what ``lexical`` and ``contextual`` are beside: a router that looks at the ``token`` alone, or at the ``bigram`` of the
+            token and the one before it.
         seed: of the permutations, the reference router and the random halves.
         permutations: shuffles of the documents' domain labels that make the chance level.
         output_path: folder to write result and tables to.
 
     Raises:
-        SettingError: there is no such router or phase.
-        TraceError: the trace is incomplete, altered or inconsistent, or holds no token of the phase; a router for counts.
+        SettingError: there is no such router, phase, match or surrogate; ``match`` with the generated text alone, which begins where
+            the prompt ends.
+        TraceError: the trace is incomplete, altered or inconsistent, or holds no token of the phase; a router or a match for
+            counts, which know no single tokens.
         ResultError: ``output_path`` holds an evaluation with its recorded routes.
         FileError: it cannot be written, or another run is writing there.
     """
-    numbers = {name: number for number, name in PHASES.items()}
-    if phase not in numbers:
-        raise SettingError(unknown("phase", phase, numbers))
-    if router != RECORDED and router not in ROUTERS:
-        raise SettingError(unknown("router", router, (RECORDED, *ROUTERS)))
+    code = _asked(router, phase, match, surrogate)
     target = None if output_path is None else Path(output_path)
     with nullcontext() if target is None else locked(target):
         routes = read_routes(trace) if isinstance(trace, str | Path) else trace
@@ -113,12 +124,41 @@ def score(
         if router != RECORDED:
             if isinstance(routes, Counts):
                 raise TraceError(f"these are counts; router {router} needs the trace, whose documents it routes")
-            routes = imitate(routes, router, seed=seed)
-        scores = score_tables(routes, permutations=permutations, seed=seed, phase=numbers[phase])
-        if isinstance(trace, str | Path):
-            result = scores.result.model_copy(update={"settings": {**scores.result.settings, "trace": str(trace)}})
-            scores = replace(scores, result=result)
+            routes = imitate(routes, cast(Router, router), seed=seed)
+        asked: dict[str, object] = {"trace": str(trace)} if isinstance(trace, str | Path) else {}
+        notes: tuple[str, ...] = ()
+        if match is not None:
+            if isinstance(routes, Counts):
+                raise TraceError(f"these are counts; match {match} needs the trace, whose texts it cuts")
+            routes = match_lengths(routes, phase=code)
+            found = routes.provenance[MATCHED]
+            asked |= {"match": match, MATCHED: found}
+            notes = (
+                f"{found['documents_cut']:,} of {counted(found['documents'], 'document')} were cut, so that all domains have the same "
+                f"lengths: {found['tokens']:,} of {found['tokens_before']:,} tokens are left",
+            )
+        scores = score_tables(routes, permutations=permutations, seed=seed, phase=code, surrogate=surrogate)
+        result = scores.result
+        result = result.model_copy(update={"settings": result.settings | asked, "warnings": (*notes, *result.warnings)})
+        scores = replace(scores, result=result)
         return scores.result if target is None else save_scores(scores, target, scores.result)
+
+
+def _asked(router: str, phase: str, match: str | None, surrogate: str) -> int | None:
+    """The code of the phase, of options that can be asked for."""
+    numbers = {name: number for number, name in PHASES.items()}
+    known: dict[str, tuple[str, Iterable[str]]] = {
+        "phase": (phase, numbers),
+        "router": (router, (RECORDED, *ROUTERS)),
+        "match": (MATCHES[0] if match is None else match, MATCHES),
+        "surrogate": (surrogate, SURROGATES),
+    }
+    for kind, (given, names) in known.items():
+        if given not in names:
+            raise SettingError(unknown(kind, given, names))
+    if match is not None and numbers[phase] == GENERATED:
+        raise SettingError("match: generated text begins where the prompt ends, its positions cannot be matched; choose another phase")
+    return numbers[phase]
 
 
 def read_routes(folder: str | Path) -> Trace | Counts:
@@ -130,7 +170,9 @@ def read_routes(folder: str | Path) -> Trace | Counts:
     return Counts.load(folder) if (Path(folder) / COUNTS).is_file() else Trace.load(folder)
 
 
-def score_tables(trace: Trace | Counts, *, permutations: int = 1000, seed: int = 0, phase: int | None = None) -> Scores:
+def score_tables(
+    trace: Trace | Counts, *, permutations: int = 1000, seed: int = 0, phase: int | None = None, surrogate: str = "token"
+) -> Scores:
     """As ``score``, and the expert tables and matrices as arrays.
 
     Args:
@@ -147,7 +189,7 @@ def score_tables(trace: Trace | Counts, *, permutations: int = 1000, seed: int =
     # A document without tokens (of this phase) says nothing: counted as one, it would move the jackknife and the null.
     used = np.flatnonzero(units.tokens > 0) if units.tokens.any() else np.arange(len(units.tokens))
     units = units.take(used)
-    beyond = None if sample is None else contextual_estimates(sample, shape)
+    beyond = None if sample is None else contextual_estimates(sample, shape, lexical=SURROGATES[surrogate])
     if sample is not None:
         sample = replace(sample, routes=replace(sample.routes, document=np.searchsorted(used, shape.units[sample.routes.document])))
     if units.control is not None:
@@ -162,6 +204,7 @@ def score_tables(trace: Trace | Counts, *, permutations: int = 1000, seed: int =
         task=task,
         environment=environment(counts),
         settings={"permutations": permutations, "seed": seed, "phase": PHASES[counts.phase], "control": counts.control is not None}
+        | {"surrogate": surrogate}
         | ({} if counts.by_documents else {"documents": "unknown"}),
         recording=RecordingFacts(documents=sum(facts.documents for facts in task.domains.values()), tokens=int(counts.tokens.sum())),
         warnings=(

@@ -44,6 +44,7 @@ class Trace:
         vocabulary: text of token ids, for display; bytes of those that are only a part of a character.
         path: the folder it lies in, or None when it is in memory only.
         parts: the traces it is joined of, see ``joining``; each numbers its documents from 0.
+        kept: int [documents], of the parts' documents the tokens that are kept from the beginning; None: all, see ``matching``.
         seal: sha256 of its manifest, by which what was made from it is known again; None in memory.
     """
 
@@ -55,6 +56,7 @@ class Trace:
     entries: tuple[ShardEntry, ...] = ()
     loaded: tuple[TokenRoutes, ...] = ()
     parts: tuple[Trace, ...] = ()
+    kept: np.ndarray | None = field(default=None, compare=False)
     seal: str | None = None
     _checked: dict[str, tuple[int, int]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -83,7 +85,12 @@ class Trace:
                     yield TokenRoutes(**{name: shard.get_tensor(name) for name in wanted})
         for part, first in self._starts():
             for routes in part.with_columns(*names):
-                yield replace(routes, document=(routes.document + first).astype(np.int32))
+                yield self._of_part(routes, first)
+
+    def _of_part(self, routes: TokenRoutes, first: int) -> TokenRoutes:
+        """Routes of a part with the numbers that its documents have here, and of the tokens that are kept."""
+        found = replace(routes, document=(routes.document + first).astype(np.int32))
+        return found if self.kept is None else found.take(np.flatnonzero(found.positions < self.kept[found.document]))
 
     def _starts(self) -> Iterator[tuple[Trace, int]]:
         """The traces it is joined of, and the first document of each."""
@@ -115,13 +122,13 @@ class Trace:
                 yield TokenRoutes(**found)
         for part, first in self._starts():
             for routes in part.documents(wanted[first : first + len(part.shape.document_ids)], *names):
-                yield replace(routes, document=(routes.document + first).astype(np.int32))
+                yield self._of_part(routes, first)
 
     @property
     def tokens(self) -> int:
-        """Tokens of all documents."""
+        """Tokens of all documents; where these are cut, at most so many: a document can lack positions."""
         parts = (*map(len, self.loaded), *(entry.tokens for entry in self.entries), *(part.tokens for part in self.parts))
-        return sum(parts)
+        return sum(parts) if self.kept is None else min(sum(parts), int(self.kept.sum()))
 
     @classmethod
     def from_arrays(
