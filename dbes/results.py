@@ -211,11 +211,15 @@ class ModelFacts(_Strict):
 
 
 class DomainFacts(_Strict):
-    """Size of a domain; ``sources``: source texts its documents were cut from, the units of all statistics."""
+    """Size of a domain; ``sources``: source texts its documents were cut from, the units of all statistics.
+
+    ``cautions``: what of its texts can pass for a difference between domains, or for evidence; see ``dbes tasks validate``.
+    """
 
     documents: Whole
     sources: Whole
     tokens: Whole
+    cautions: tuple[str, ...] = ()
 
 
 class TaskFacts(_Strict):

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dbes.cli.common import stdout
+from dbes.cli.common import say, stdout
 
 app = typer.Typer(help="List the tasks; `dbes tasks validate FILE` checks one of your own.", rich_markup_mode=None)
 
@@ -25,8 +25,12 @@ def tasks(context: typer.Context) -> None:
 
 @app.command()
 def validate(file: Annotated[Path, typer.Argument(help="Task YAML.")]) -> None:
-    """Check a task file and every document it names."""
+    """Check a task file and every document it names, and say what of the texts can pass for a difference between domains."""
     from dbes.evaluation.request import read_benchmark
     from dbes.reporting.tasks import render_documents
+    from dbes.tasks.cautions import caution_lines, cautions
 
-    stdout().print(render_documents(read_benchmark(file)))
+    benchmark = read_benchmark(file)
+    stdout().print(render_documents(benchmark))
+    for line in caution_lines(cautions(benchmark.documents)):
+        say(f"Caution: {line}")

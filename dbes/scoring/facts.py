@@ -63,6 +63,7 @@ def task_facts(counts: Counts) -> TaskFacts:
             documents=int(((shape.document_domain == index) & used).sum()),
             sources=len(np.unique(shape.units[(shape.document_domain == index) & used])),
             tokens=int(counts.tokens[shape.document_domain == index].sum()),
+            cautions=tuple((about.get("cautions") or {}).get(domain, ())),
         )
         for index, domain in enumerate(shape.domains)
     }

@@ -22,6 +22,7 @@ from dbes.errors import TaskError
 from dbes.schema import read_yaml
 from dbes.shipped import TASKS
 from dbes.tasks import hub, local
+from dbes.tasks.cautions import by_domain, cautions
 from dbes.tasks.documents import (
     MOST,
     DatasetSource,
@@ -210,11 +211,13 @@ def task_fingerprint(task: Task, documents: Sequence[Document]) -> str:
 
 
 def task_facts(task: Task, reading: Reading) -> dict[str, Any]:
-    """What identifies a task that was read: name, version, fingerprint; separability where it can be told, and a note on what is odd."""
+    """What identifies a task that was read, and what is to be known of it: separability where it can be told, cautions, a note."""
     found: dict[str, Any] = {"name": task.name, "version": task.version, "fingerprint": task_fingerprint(task, reading.documents)}
     accuracy = separability(reading.documents)
     if not math.isnan(accuracy):
         found["separability"] = accuracy
+    if told := by_domain(cautions(reading.documents)):
+        found["cautions"] = told
     notes = []
     if any(document.stand_in for document in reading.documents):
         notes.append("the hub could not be reached: the EMBEDDED sample was read in place of this task")

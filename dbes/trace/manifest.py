@@ -42,6 +42,7 @@ class TaskIdentity(Open):
     fingerprint: str | None = None
     separability: float | None = None
     note: str | None = None
+    cautions: dict[str, tuple[str, ...]] = Field(default_factory=dict)
 
 
 class Provenance(Open):
