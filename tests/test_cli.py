@@ -37,7 +37,7 @@ def results(tiny_checkpoint: Path, tiny_task: Path, tmp_path_factory: pytest.Tem
     folder = tmp_path_factory.mktemp("results")
     done = inside("evaluate", "--model", tiny_checkpoint, "--tasks", tiny_task, "--output-path", folder, "--permutations", "50")
     assert done.returncode == 0, done.stderr
-    assert "Layers: score" in done.stdout and "verdict" in done.stdout and "Written:" in done.stdout
+    assert "Layers: specialization" in done.stdout and "verdict" in done.stdout and "Written:" in done.stdout
     assert "recording" in done.stderr and "recording" not in done.stdout.split("Written")[0].split("Layers")[0]
     return folder
 

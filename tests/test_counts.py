@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
@@ -69,6 +70,10 @@ def naive_hits(recording: Recording) -> np.ndarray:
     """Hits by plain loops, filled up to the widest layer."""
     widest = max(recording.experts)
     return np.array([[[*row, *[0] * (widest - len(row))] for row in document] for document in naive.hits(recording)])
+
+
+WITHOUT_TOKENS = dict.fromkeys(("lexical", "contextual", "contextual_low", "contextual_high", "position"), math.nan)
+"""What counts without tokens cannot know of a record."""
 
 
 def told(records: Any) -> list[str]:
@@ -438,7 +443,7 @@ def test_counts_made_elsewhere_give_the_values_of_the_trace(name: str) -> None:
     found, expected = score(made_elsewhere(recording), permutations=30), score(recording.trace(), permutations=30)
     assert found.published["rs"] == expected.published["rs"] and found.published["di"] == expected.published["di"]
     for metric in ("specialization", "der", "domain_isolation"):
-        assert told([found.record(metric)]) == told([expected.record(metric)])
+        assert told([found.record(metric)]) == told([expected.record(metric).model_copy(update=WITHOUT_TOKENS)])
     assert np.isnan(found.record("stiffness").value) and np.isnan(found.record("ngram_expertise_2").value)
     assert any("made from counts" in warning for warning in found.warnings)
     assert not any("no gate weights" in warning for warning in found.warnings)
