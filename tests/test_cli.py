@@ -172,6 +172,17 @@ def test_score_of_a_baseline(results: Path, tmp_path: Path) -> None:
     assert (tmp_path / "reference" / "result.json").is_file()
 
 
+def test_score_of_matched_lengths_beside_a_router_of_bigrams(results: Path) -> None:
+    trace = next(results.rglob("trace"))
+    done = inside("score", trace, "--match", "length", "--surrogate", "bigram", "--permutations", "20", "--format", "json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["settings"]["match"], result["settings"]["surrogate"]) == ("length", "bigram")
+    assert result["settings"]["matched"]["tokens"] == sum(each["tokens"] for each in result["task"]["domains"].values())
+    assert {"random", "length", "summary"} == {*result["companions"]["placebo"]}
+    assert "bigram" in result["companions"]["surrogate_covered"]
+
+
 def test_score_of_a_folder_without_a_trace(tmp_path: Path) -> None:
     done = inside("score", tmp_path)
     assert done.returncode == 1

@@ -31,6 +31,8 @@ NAMES: dict[str, tuple[str, str]] = {
     "evaluate format": ("jsn", "json"),
     "score router": ("referenc", "reference"),
     "score phase": ("promt", "prompt"),
+    "score match": ("lenght", "length"),
+    "score surrogate": ("bigrams", "bigram"),
     "score format": ("tabel", "table"),
     "report format": ("htm", "html"),
     "compare by": ("specialisation", "specialization"),
