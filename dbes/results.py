@@ -52,7 +52,7 @@ class _Settings(Open):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] = 0
     limit: Whole | None = None
     phase: Literal["all", "prompt", "generated"] = "all"
-    match: Literal["length"] | None = None
+    match: Literal["none", "length"] = "none"
     surrogate: Literal["token", "bigram"] = "token"
 
 

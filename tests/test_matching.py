@@ -89,7 +89,7 @@ def test_a_cut_trace_has_the_beginnings_of_the_texts(tmp_path: Path) -> None:
 
 def test_a_router_that_follows_the_position_scores_0_on_matched_lengths() -> None:
     trace = by_position(2)
-    whole, matched = (score(trace, match=match, permutations=199).record("specialization") for match in (None, "length"))
+    whole, matched = (score(trace, match=match, permutations=199).record("specialization") for match in ("none", "length"))
     assert whole.p == 0.005
     assert whole.score_low > 0.01
     assert matched.p > 0.05
@@ -113,11 +113,11 @@ def test_the_result_says_what_was_cut(tmp_path: Path) -> None:
 
 def test_results_of_cut_texts_do_not_stand_beside_those_of_whole_texts(tmp_path: Path) -> None:
     trace = by_position(4).save(tmp_path / "trace")
-    for name, match in (("one", None), ("two", None), ("cut", "length")):
+    for name, match in (("one", "none"), ("two", "none"), ("cut", "length")):
         score(trace, match=match, permutations=0, output_path=tmp_path / "results" / name)
     found = compare([tmp_path / "results"])
     assert len(found.entries) == 2
-    assert "match length instead of None" in found.apart[0].reason
+    assert "match length instead of none" in found.apart[0].reason
 
 
 def test_prompts_are_matched_by_their_own_lengths() -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 ROUTERS = ("recorded", "reference", "uniform", "collapsed", "hash")
 PHASES = ("all", "prompt", "generated")
-MATCHES = ("length",)
+MATCHES = ("none", "length")
 SURROGATES = ("token", "bigram")
 
 
@@ -87,8 +87,8 @@ def score(
     router: Annotated[str, one_of("router", ROUTERS, "Score the documents as another router would route them.")] = "recorded",
     phase: Annotated[str, one_of("phase", PHASES, "Which tokens to score.")] = "all",
     match: Annotated[
-        str | None, one_of("match", MATCHES, "Cut texts so that all domains have the same lengths and positions, as a check.")
-    ] = None,
+        str, one_of("match", MATCHES, "length cuts texts so that all domains have the same lengths and positions, as a check.")
+    ] = "none",
     surrogate: Annotated[
         str, one_of("surrogate", SURROGATES, "What lexical and contextual values tell apart: the token alone, or with the one before it.")
     ] = "token",

@@ -43,7 +43,8 @@ from dbes.wording import counted, span
 
 RECORDED = "recorded"
 
-MATCHES = ("length",)
+UNMATCHED = "none"
+MATCHES = (UNMATCHED, "length")
 
 SURROGATES = {"token": "lexical", "bigram": "bigram"}
 """What ``lexical`` values are made of, and the key of it in ``dbes.scoring.surrogates``."""
@@ -86,7 +87,7 @@ def score(
     *,
     router: str = RECORDED,
     phase: str = PHASES[None],
-    match: str | None = None,
+    match: str = UNMATCHED,
     surrogate: str = "token",
     seed: int = 0,
     permutations: int = 1000,
@@ -99,7 +100,7 @@ def score(
         router: ``recorded``, or score the documents as another router would route them: ``reference`` (the ideal domain router),
             ``uniform``, ``collapsed`` or ``hash``.
         phase: which tokens to score: ``all``, ``prompt`` or ``generated``.
-        match: ``length`` cuts texts at the end, so that every domain has the same distribution of length and position: a check of what
+        match: ``none``, or ``length``, which cuts texts at the end, so that every domain has the same distribution of length and position: a check of what
             these do to the score. Result and page are of the cut texts, and not compared with others.
         surrogate: what ``lexical`` and ``contextual`` are beside: a router that looks at the ``token`` alone, or at the ``bigram`` of the
             token and the one before it.
@@ -127,7 +128,7 @@ def score(
             routes = imitate(routes, cast(Router, router), seed=seed)
         asked: dict[str, object] = {"trace": str(trace)} if isinstance(trace, str | Path) else {}
         notes: tuple[str, ...] = ()
-        if match is not None:
+        if match != UNMATCHED:
             if isinstance(routes, Counts):
                 raise TraceError(f"these are counts; match {match} needs the trace, whose texts it cuts")
             routes = match_lengths(routes, phase=code)
@@ -144,19 +145,19 @@ def score(
         return scores.result if target is None else save_scores(scores, target, scores.result)
 
 
-def _asked(router: str, phase: str, match: str | None, surrogate: str) -> int | None:
+def _asked(router: str, phase: str, match: str, surrogate: str) -> int | None:
     """The code of the phase, of options that can be asked for."""
     numbers = {name: number for number, name in PHASES.items()}
     known: dict[str, tuple[str, Iterable[str]]] = {
         "phase": (phase, numbers),
         "router": (router, (RECORDED, *ROUTERS)),
-        "match": (MATCHES[0] if match is None else match, MATCHES),
+        "match": (match, MATCHES),
         "surrogate": (surrogate, SURROGATES),
     }
     for kind, (given, names) in known.items():
         if given not in names:
             raise SettingError(unknown(kind, given, names))
-    if match is not None and numbers[phase] == GENERATED:
+    if match != UNMATCHED and numbers[phase] == GENERATED:
         raise SettingError("match: generated text begins where the prompt ends, its positions cannot be matched; choose another phase")
     return numbers[phase]
 
