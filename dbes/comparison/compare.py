@@ -212,7 +212,14 @@ def _identity(result: Result) -> tuple[str, int | None, str | None, int, str, st
     """What results of one table have in common; a result without a fingerprint has nothing in common with another."""
     own = result.task.fingerprint or f"{UNKNOWN_DATA}{result.model.name}{id(result)}"
     asked = result.settings
-    return result.task.name, result.task.version, own, result.metrics_version, str(asked.get("match", "none")), str(asked.get("phase", "all"))
+    return (
+        result.task.name,
+        result.task.version,
+        own,
+        result.metrics_version,
+        str(asked.get("match", "none")),
+        str(asked.get("phase", "all")),
+    )
 
 
 def _why_apart(found: tuple[str, int | None, str | None, int, str, str], chosen: tuple[str, int | None, str | None, int, str, str]) -> str:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from dbes.errors import DbesError, FileError, ResultError
 from dbes.evaluation.request import Expected, Job, Request
 from dbes.files import discard, locked, remove_abandoned, sha256_of
-from dbes.results import RESULT_FILE, Result, load_result
+from dbes.results import METRICS_VERSION, RESULT_FILE, Result, load_result
 from dbes.scoring.tables import COMPANIONS
 from dbes.trace.store import CONTROL, TRACE_FOLDER, Trace
 
@@ -60,6 +60,7 @@ def differences(found: Result, request: Request, expected: Expected) -> tuple[li
     for name in VERSIONS:
         compare(f"version of {name}", environment.get(f"recorded_with_{name}"), version(name))
     compare("version of dbes that scored", environment.get("dbes"), version("dbes"))
+    compare("metrics version", found.metrics_version, METRICS_VERSION)
     compare("task version", found.task.version, expected.task.get("version"))
     compare("task fingerprint", found.task.fingerprint, expected.task.get("fingerprint"))
     return other, unknown
@@ -72,15 +73,18 @@ def _short(value: Any) -> str:
 
 def other_recording(about: Mapping[str, Any], expected: Expected, request: Request) -> list[str]:
     """Names of the facts in which a finished recording is another than would be made now."""
+    task = dict(expected.task)
+    task.pop("cautions", None)  # what is said of the texts, which are the same where the fingerprint is
     now = {
         **expected.about,
-        "task": dict(expected.task),
         "seed": request.seed,
         "batch_size": request.batch_size,
         "versions": {name: version(name) for name in VERSIONS},
     }
     # recordings of earlier versions do not say their batch size
-    return [name for name, value in now.items() if about.get(name) != value and not (name == "batch_size" and name not in about)]
+    other = [name for name, value in now.items() if about.get(name) != value and not (name == "batch_size" and name not in about)]
+    recorded = about.get("task") or {}
+    return other + ["task"] * any(recorded.get(name) != value for name, value in task.items())
 
 
 def missing_files(folder: Path, found: Result) -> list[str]:
