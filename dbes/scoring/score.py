@@ -100,8 +100,8 @@ def score(
         router: ``recorded``, or score the documents as another router would route them: ``reference`` (the ideal domain router),
             ``uniform``, ``collapsed`` or ``hash``.
         phase: which tokens to score: ``all``, ``prompt`` or ``generated``.
-        match: ``none``, or ``length``, which cuts texts at the end, so that every domain has the same distribution of length and position: a check of what
-            these do to the score. Result and page are of the cut texts, and not compared with others.
+        match: ``none``, or ``length``, which cuts texts at the end, so that every domain has the same distribution of length and
+            position: a check of what these do to the score. Result and page are of the cut texts, and not compared with others.
         surrogate: what ``lexical`` and ``contextual`` are beside: a router that looks at the ``token`` alone, or at the ``bigram`` of the
             token and the one before it.
         seed: of the permutations, the reference router and the random halves.
