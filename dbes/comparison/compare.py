@@ -211,20 +211,8 @@ def with_accuracies(entries: Sequence[LeaderboardEntry], known: Accuracies, *, e
 def _identity(result: Result) -> tuple[str, int | None, str | None, int, str, str]:
     """What results of one table have in common; a result without a fingerprint has nothing in common with another."""
     own = result.task.fingerprint or f"{UNKNOWN_DATA}{result.model.name}{id(result)}"
-<<<<<<< HEAD
-    asked = result.settings
-    return (
-        result.task.name,
-        result.task.version,
-        own,
-        result.metrics_version,
-        str(asked.get("match", "none")),
-        str(asked.get("phase", "all")),
-    )
-=======
     match, phase = str(result.settings.get("match", "none")), str(result.settings.get("phase", "all"))
     return result.task.name, result.task.version, own, result.metrics_version, match, phase
->>>>>>> placebo
 
 
 def _why_apart(found: tuple[str, int | None, str | None, int, str, str], chosen: tuple[str, int | None, str | None, int, str, str]) -> str:
