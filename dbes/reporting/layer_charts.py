@@ -67,7 +67,7 @@ def parts_spec(layers: Sequence[int]) -> charts.Spec:
     layers_of = [
         charts.rule(0).encode(y="level:Q"),
         base.mark_area(opacity=0.18).encode(y=alt.Y("low:Q", title=None), y2="high:Q").transform_filter("isValid(datum.low)"),
-        base.mark_line(strokeWidth=2).encode(y=y, strokeDash=alt.StrokeDash("part:N", scale=dashes, legend=None)),
+        base.mark_line(strokeWidth=2).encode(y=y, strokeDash=alt.StrokeDash("part:N", scale=dashes, legend=legend)),
         base.mark_point(size=44, filled=True, opacity=1).encode(
             y=y, tooltip=tooltip, shape=alt.Shape("part:N", scale=alt.Scale(domain=list(PARTS), range=charts.SHAPES[:4]), legend=legend)
         ),
