@@ -242,6 +242,14 @@ def shuffled(statistics: LayerCounts, random: np.random.Generator) -> LayerCount
     )
 
 
+def tested(sums: LayerCounts, *, permutations: int, seed: int) -> np.ndarray:
+    """p of the test of equal usage, [domains + 1, layers + 1] (last row, last column: all together)."""
+    shape = sums.shape
+    test = UsageTest.of(sums.tokens, shape.document_domain, domains=len(shape.domains), permutations=permutations, seed=seed)
+    layers = [test.products(sums.hits[:, layer]) for layer in range(len(shape.layers))]
+    return np.stack([*(test.p(each) for each in layers), test.p(np.sum(layers, axis=0))], axis=1)
+
+
 def rejections(
     about: Population, *, documents: int, runs: int, spread: str, permutations: int = 199, seed: int = 0
 ) -> tuple[float, np.ndarray, np.ndarray]:
@@ -249,10 +257,7 @@ def rejections(
     found = []
     for run in range(runs):
         sums = draw_statistics(about, np.random.default_rng((seed, run)), documents=documents, spread=spread)
-        domains = len(sums.shape.domains)
-        test = UsageTest.of(sums.tokens, sums.shape.document_domain, domains=domains, permutations=permutations, seed=run)
-        layers = [test.products(sums.hits[:, layer]) for layer in range(len(sums.shape.layers))]
-        found.append(np.stack([*(test.p(each) for each in layers), test.p(np.sum(layers, axis=0))], axis=1))
+        found.append(tested(sums, permutations=permutations, seed=run))
     share = (np.array(found) <= 0.05).mean(axis=0)
     return float(share[-1, -1]), share[-1, :-1], share[:-1, -1]
 
@@ -264,9 +269,10 @@ def null_p(*, runs: int, permutations: int = 200, seed: int = 0, documents: int 
     for run in range(runs):
         random = np.random.default_rng((seed, run, 1))
         statistics = shuffled(draw_statistics(about, random, documents=documents, tokens=50), random)
-        for name, estimate in estimates(statistics, permutations=permutations, seed=run).items():
-            found.setdefault(name, []).append(estimate.p)
-    return {name: np.array(values) for name, values in found.items() if np.isfinite(values).any()}
+        p = tested(statistics, permutations=permutations, seed=run)
+        for name in ("specialization", "domain_isolation", "der"):
+            found.setdefault(name, []).append(p[-1:] if name == "der" else p)
+    return {name: np.array(values) for name, values in found.items()}
 
 
 def ngram_p(*, runs: int, permutations: int = 200, seed: int = 0, documents: int = 8, tokens: float = 60.0) -> dict[str, np.ndarray]:
