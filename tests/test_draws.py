@@ -64,10 +64,10 @@ def covered(size: int, runs: int) -> tuple[float, float]:
         layers = [[scored(first, size) for first in primaries(random)] for _ in range(LAYERS)]
         scores = [metrics.above_chance(*(np.mean([each[side][part] for each in layers], axis=0) for part in (0, 1))) for side in (0, 1)]
         difference = scores[0] - scores[1]
-        error = float(jackknife(difference[:1], difference[1:, None], DOMAIN)[1][0])
+        reach = float(jackknife(difference[:1], difference[1:, None], DOMAIN).reach[0])
         draws = 2 * sum(float(each[1][2]) for each in layers) / LAYERS**2
-        held.append(abs(difference[0]) <= 1.96 * math.sqrt(error**2 + draws))
-        bare.append(abs(difference[0]) <= 1.96 * error)
+        held.append(abs(difference[0]) <= math.sqrt(reach**2 + 1.96**2 * draws))
+        bare.append(abs(difference[0]) <= reach)
     return float(np.mean(held)), float(np.mean(bare))
 
 
