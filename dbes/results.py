@@ -114,6 +114,11 @@ class _Placebo(Open):
     summary: dict[str, _Splits] = Field(default_factory=dict)
 
 
+class _Covered(Open):
+    all: Number = math.nan
+    by_domain: dict[str, Number] = Field(default_factory=dict)
+
+
 class _Companions(Open):
     by_layer: dict[str, dict[int, Number]] = Field(default_factory=dict)
     model: dict[str, Number] = Field(default_factory=dict)
@@ -122,6 +127,7 @@ class _Companions(Open):
     specialists: _Passed = _Passed()
     decoding: _Decoding = _Decoding()
     placebo: _Placebo = _Placebo()
+    surrogate_covered: dict[str, _Covered] = Field(default_factory=dict)
 
 
 class PublishedMetric(_Strict):

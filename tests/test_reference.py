@@ -193,4 +193,4 @@ def test_the_hash_router_is_explained_by_the_token() -> None:
     for layer in ("0", "1", "2"):
         entropy = math.log(64)
         assert by_layer["information_token"][layer] > 0.4 * entropy
-        assert by_layer["information_domain_given_token"][layer] == pytest.approx(0, abs=1e-9)
+        assert result.record("specialization", layer=int(layer)).contextual == pytest.approx(0, abs=1e-9)

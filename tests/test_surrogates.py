@@ -168,9 +168,12 @@ def test_intervals_of_the_part_beyond_the_key_cover_zero(router: str, key: str, 
 
 @pytest.mark.slow
 def test_a_true_effect_given_the_token_keeps_its_size() -> None:
-    """Where all domains have the same words, all there is lies beyond the words; a table of words has nothing beyond them."""
+    """Where all domains have the same words, all there is lies beyond the words; a table of words has nothing beyond them.
+
+    To 2 %: a text is no donor of its own tokens, so that the surrogate lies a little below 0 (here by 1 % of the effect).
+    """
     found = explained_runs("domains", key="lexical", runs=100, lean=0.0, effect=0.8)["specialization"]
     routed, beyond = (np.array([getattr(each, part)[-1, -1] for each in found]) for part in ("routed", "beyond"))
-    assert abs((beyond - routed).mean()) < 4 * (beyond - routed).std(ddof=1) / len(found) ** 0.5
+    assert abs((beyond - routed).mean()) < 0.02 * routed.mean()
     assert all(each.low[-1, -1] > 0 for each in found)
     assert set(contextual_coverage("lookup", runs=20, burst=100.0, lean=1.5).values()) == {1.0}

@@ -116,8 +116,11 @@ def covered(beyond: ContextualEstimates | None, shape: RoutingShape) -> dict[str
     """Shares of the tokens of the sample that have another occurrence of their token, and of their position, in another source text."""
     if beyond is None:
         return {}
-    names = (*shape.domains, "all")
-    return {"surrogate_covered": {key: dict(zip(names, _plain(shares), strict=True)) for key, shares in beyond.covered.items()}}
+    told = {
+        key: {"all": _plain(shares[-1]), "by_domain": dict(zip(shape.domains, _plain(shares[:-1]), strict=True))}
+        for key, shares in beyond.covered.items()
+    }
+    return {"surrogate_covered": told}
 
 
 def _first_tokens(sample: TokenSample) -> TokenSample:

@@ -12,7 +12,6 @@ import numpy as np
 
 from dbes.scoring import metrics
 from dbes.scoring.layer_counts import LayerCounts
-from dbes.scoring.permutation import permuted_labels
 from dbes.scoring.sampling import TokenSample
 from dbes.trace.types import RoutingShape
 
@@ -21,9 +20,6 @@ IDENTITY_TOKENS = 1 << 16
 
 IDENTITY_OCCURRENCES = 20
 """Token ids that occur less often in the sample are left out of the token-identity control."""
-
-IDENTITY_DRAWS = 5
-"""Permutations of document labels for the null of the token-identity control."""
 
 
 def coactivation(sample: TokenSample, shape: RoutingShape) -> np.ndarray:
@@ -60,9 +56,8 @@ def transitions(sample: TokenSample, shape: RoutingShape) -> np.ndarray:
 def token_identity(sample: TokenSample, shape: RoutingShape, *, seed: int) -> dict[str, np.ndarray] | None:
     r"""How much of routing is token identity, per layer, in nats; None where the trace has no token ids.
 
-    ``token``: plug-in I(token; E), and ``token_null``, the same with token ids shuffled. ``domain_given_token``: plug-in
-    I(D; E | token id), what the domain tells about the expert once the token is known, and ``domain_given_token_null``, its
-    mean over shuffles of the documents' labels. Only token ids that occur often enough in the sample count.
+    ``token``: plug-in I(token; E), and ``token_null``, the same with token ids shuffled. Only token ids that occur often enough in the
+    sample count. What the domain tells beyond the token is in ``dbes.scoring.contextual``.
     """
     routes = sample.routes
     if routes.token_ids is None:
@@ -73,14 +68,11 @@ def token_identity(sample: TokenSample, shape: RoutingShape, *, seed: int) -> di
     if not len(rows):
         return None
     token = (np.cumsum(frequent) - 1)[which[rows]]
-    kinds_used, domains = int(frequent.sum()), len(shape.domains)
+    kinds_used = int(frequent.sum())
     missing = np.iinfo(routes.ids.dtype).max
     rng = np.random.default_rng(seed)
     shuffled = token[rng.permutation(len(token))]
-    labels = permuted_labels(shape.document_domain, permutations=IDENTITY_DRAWS, seed=seed)
-    names = ("token", "token_null", "domain_given_token", "domain_given_token_null")
-    found = {name: np.full(len(shape.layers), np.nan) for name in names}
-    document = routes.document[rows]
+    found = {name: np.full(len(shape.layers), np.nan) for name in ("token", "token_null")}
     for column, experts in enumerate(shape.experts):
         ids = routes.ids[rows, column].astype(np.int64)
         present = ids != missing
@@ -89,14 +81,6 @@ def token_identity(sample: TokenSample, shape: RoutingShape, *, seed: int) -> di
         owner = np.repeat(np.arange(len(rows)), slots)
         found["token"][column] = metrics.mutual_information(_table(token[owner], chosen, kinds_used, experts))
         found["token_null"][column] = metrics.mutual_information(_table(shuffled[owner], chosen, kinds_used, experts))
-        given = []
-        for label in (shape.document_domain, *labels):
-            cell = token[owner] * domains + label[document[owner]]
-            table = _table(cell, chosen, kinds_used * domains, experts).reshape(kinds_used, domains, experts)
-            weight = table.sum(axis=(1, 2))
-            given.append(float((weight * np.nan_to_num(metrics.mutual_information(table))).sum() / weight.sum()))
-        found["domain_given_token"][column] = given[0]
-        found["domain_given_token_null"][column] = np.mean(given[1:])
     return found
 
 

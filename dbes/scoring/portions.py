@@ -40,18 +40,18 @@ def beyond_word(record: CalibratedRecord) -> bool:
 
 def word_unknown(result: Result) -> str:
     """Why the share of the word is not known."""
-    covered = result.companions.get("surrogate_covered")
-    if covered is None:
+    if "surrogate_covered" not in result.companions:
         return "it was not measured"
-    tokens = covered.get("lexical", {}).get("all")
-    if tokens is None or math.isnan(tokens):
+    tokens = word_covered(result)
+    if math.isnan(tokens):
         return "the recording has no token ids"
     return "no token occurs in two texts" if tokens == 0 else "its interval cannot be computed"
 
 
 def word_covered(result: Result) -> float:
     """Share of the tokens looked at that occur in several source texts: of these the share of the word is told. NaN if unknown."""
-    tokens = result.companions.get("surrogate_covered", {}).get("lexical", {}).get("all")
+    key = "bigram" if result.settings.get("surrogate") == "bigram" else "lexical"
+    tokens = result.companions.get("surrogate_covered", {}).get(key, {}).get("all")
     return math.nan if tokens is None else float(tokens)
 
 
