@@ -24,6 +24,7 @@ def warned(tokens: np.ndarray, experts: int = 8) -> str:
     [
         pytest.param(np.full(8, 100), 8, "2 domains have fewer than 8 source texts (4): in simulations of 4 texts", id="few texts"),
         pytest.param(np.array([5000, *[50] * 39]), 8, "one source text holds 84%", id="one dominates"),
+        pytest.param(np.tile([40, 400], 8), 8, "two domains of 8 source texts, on average 10 times longer in one", id="unlike lengths"),
         pytest.param(np.full(24, 5), 200, "chance alone gives", id="more experts than tokens tell"),
     ],
 )
