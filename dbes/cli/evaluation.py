@@ -148,4 +148,4 @@ def _show(result: Result) -> None:
     console = stdout()
     console.print(render(result))
     if result.folder is not None:
-        render_paths(result.folder, console, domains=tuple(result.task.domains))
+        render_paths(result.folder, console, specialists=result.companions.get("specialists", {}).get("by_domain"))

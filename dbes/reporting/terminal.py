@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, Group, RenderableType, RenderHook, RenderResult
@@ -71,11 +71,11 @@ def render(result: Result) -> RenderableType:
     return Group(*parts)
 
 
-def render_paths(folder: Path, console: Console, *, domains: Sequence[str] = ()) -> None:
+def render_paths(folder: Path, console: Console, *, specialists: Mapping[str, int] | None = None) -> None:
     """Names what was written and the next commands to type.
 
     Args:
-        domains: of the result; those that the router serves most by themselves first.
+        specialists: of each domain, how many; a domain without one has no path to look for.
     """
     console.print(Text("Written:", style="bold"))
     for path in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
@@ -84,9 +84,10 @@ def render_paths(folder: Path, console: Console, *, domains: Sequence[str] = ())
         start, trace = program(), shell([folder / "trace"])
         console.print(Text("Next: score the same recording again, or as an ideal or a random router would have routed it:", style="bold"))
         console.print(Text(f"  {start} score {trace} --seed 1\n  {start} score {trace} --router uniform"), soft_wrap=True)
-        if domains:
-            path = shell(["--domain", domains[0], "--out", "paths.json"])
-            console.print(Text(f"The experts that serve a domain (here {printable(domains[0])}), to train only these:", style="bold"))
+        domain = max(specialists, key=specialists.__getitem__) if specialists and any(specialists.values()) else None
+        if domain is not None:
+            path = shell(["--domain", domain, "--out", "paths.json"])
+            console.print(Text(f"The experts that serve a domain (here {printable(domain)}), to train only these:", style="bold"))
             console.print(Text(f"  {start} paths {shell([folder])} {path}"), soft_wrap=True)
         console.print(Text("Your own model, a folder or a hub id in place of MODEL:", style="bold"))
         console.print(Text(f"  {start} doctor MODEL && {start} evaluate --model MODEL"), soft_wrap=True)
