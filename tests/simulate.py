@@ -176,7 +176,7 @@ def intervals(sums: LayerCounts) -> dict[str, Estimate]:
     domain, layers = sums.shape.document_domain, range(len(sums.shape.layers))
     measured = [measure_layer(sums.column(layer), None)[0] for layer in layers]
     means = {metric: reduce(Measured.plus, [each[metric] for each in measured]).over(len(measured)) for metric in measured[0]}
-    columns = [estimates_of(each, None, domain, np.full(len(sums.shape.domains) + 1, np.nan)) for each in (*measured, means)]
+    columns = [estimates_of(each, (), domain, np.full(len(sums.shape.domains) + 1, np.nan)) for each in (*measured, means)]
     return {metric: Estimate.side_by_side([column[metric] for column in columns]) for metric in means}
 
 

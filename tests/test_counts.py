@@ -260,7 +260,10 @@ def test_an_evaluation_reads_every_shard_once_and_what_follows_reads_none(
     reads = Reads(monkeypatch)
     result = dbes.evaluate(tiny_checkpoint, tasks=tiny_task, output_path=tmp_path, permutations=20)
     folder = next(tmp_path.rglob(RESULT_FILE)).parent
-    assert sorted(reads.paths) == ["control/shard-00000.safetensors", "trace/shard-00000.safetensors"]
+    assert sorted(reads.paths) == [
+        *["control/shard-00000.safetensors"] * 3,
+        "trace/shard-00000.safetensors",
+    ]  # each draw of the control once
     reads.paths.clear()
     again = score(Trace.load(folder / "trace"), permutations=20)
     evidence = read_evidence(folder)

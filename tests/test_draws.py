@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from dbes.scoring import metrics
-from dbes.scoring.draws import draw_variance, ngram_draw_variance
+from dbes.scoring.draws import DrawSpread, draw_reach, draw_variance, ngram_draw_variance
+from dbes.scoring.estimates import NGRAMS
 from dbes.scoring.metrics import NGRAM_SIZES
 from dbes.scoring.resampling import domain_ratio, jackknife, left_out_ratios
+from dbes.scoring.score import score
+from dbes.trace.store import Trace
 
 DOMAINS, DOCUMENTS, TOKENS, EXPERTS, WIDTH, LAYERS = 4, 10, 100, 32, 48, 4
 DOMAIN = np.repeat(np.arange(DOMAINS), DOCUMENTS)
 
 
-def primaries(random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """The first choices of two frozen random routers on the same drifting representations, each [documents, tokens]."""
+def representations(random: np.random.Generator) -> np.ndarray:
+    """What routers read, [documents, tokens, width]: it drifts along a text, and differs between texts and domains."""
     shift = (
         0.5 * random.normal(size=WIDTH)
         + 0.5 * random.normal(size=(len(DOMAIN), WIDTH))
@@ -28,8 +32,29 @@ def primaries(random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     for token in range(TOKENS):
         state = 0.8 * state + 0.6 * random.normal(size=state.shape)
         hidden[:, token] = state
-    hidden = shift[:, None] + 0.7 * hidden + 0.5 * random.normal(size=hidden.shape)
+    return shift[:, None] + 0.7 * hidden + 0.5 * random.normal(size=hidden.shape)
+
+
+def primaries(random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """The first choices of two frozen random routers on the same representations, each [documents, tokens]."""
+    hidden = representations(random)
     return (hidden @ random.normal(size=(WIDTH, EXPERTS))).argmax(-1), (hidden @ random.normal(size=(WIDTH, EXPERTS))).argmax(-1)
+
+
+def routers(random: np.random.Generator, draws: int) -> list[Trace]:
+    """Frozen random routers of top-2 on the same representations, at ``LAYERS`` layers."""
+    chosen = []
+    for _ in range(LAYERS):
+        hidden = representations(random).reshape(-1, WIDTH)
+        logits = [hidden @ random.normal(size=(WIDTH, EXPERTS)) / WIDTH**0.5 for _ in range(draws)]
+        chosen.append([(ids := each.argpartition(-2)[:, -2:], np.exp(np.take_along_axis(each, ids, axis=1))) for each in logits])
+    document = np.repeat(np.arange(len(DOMAIN)), TOKENS)
+    about = {"document": document, "domain": DOMAIN, "domains": [f"d{number}" for number in range(DOMAINS)], "layers": range(LAYERS)}
+    found = []
+    for draw in range(draws):
+        ids, weights = (np.stack([layer[draw][part] for layer in chosen], axis=1) for part in (0, 1))
+        found.append(Trace.from_arrays(ids, experts=EXPERTS, weights=weights, **about))
+    return found
 
 
 def summed(first: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -106,3 +131,48 @@ def test_the_excess_of_a_random_router_over_another_covers_zero(size: int) -> No
     held, bare = covered(size, runs)
     assert held >= bare
     assert held * runs >= stats.binom.ppf(0.001, runs, 0.92)
+
+
+def excess_of_chance(draws: int, runs: int) -> dict[tuple[str, bool], float]:
+    """Share of runs in which the excess of a random router over others covers 0: of each metric, for the model and for a layer."""
+    held: dict[tuple[str, bool], list[bool]] = {}
+    for run in range(runs):
+        trace, *drawn = routers(np.random.default_rng((run, 11)), 1 + draws)
+        control = None
+        for draw in reversed(drawn):
+            control = replace(draw, control=control)
+        for record in score(replace(trace, control=control), permutations=0).calibrated:
+            if record.domain is None and not math.isnan(record.excess):
+                covers = record.excess_low <= 0 <= record.excess_high
+                held.setdefault((record.metric, record.layer is None), []).append(covers)
+    return {key: float(np.mean(found)) for key, found in held.items()}
+
+
+@pytest.mark.slow
+def test_the_excess_of_a_random_router_over_three_draws_covers_zero() -> None:
+    runs = 150
+    found = excess_of_chance(3, runs)
+    assert {metric for metric, _ in found} == {"specialization", "specialization_normalized", "der", "domain_isolation", *NGRAMS}
+    # layers of a run share nothing, so that there are more of them than runs; the bound is that of the runs
+    assert {key: share for key, share in found.items() if share * runs < stats.binom.ppf(0.001, runs, 0.93)} == {}
+
+
+def test_more_draws_say_how_large_the_variance_is() -> None:
+    """One draw: its own word, twice. Three: scaled so that the sum over layers is the seen one, with t of as many degrees of freedom."""
+    one = [DrawSpread(draws=1, one=np.array([0.1, 0.3, 0.2]) * layer, several=None) for layer in (1, 2)]
+    expected = np.array([[0.1, 0.2, 0.15 / 2], [0.3, 0.6, 0.45 / 2], [0.2, 0.4, 0.3 / 2]]) * 2 * stats.norm.ppf(0.975) ** 2
+    np.testing.assert_allclose(draw_reach(one), expected)
+    three = [replace(each, draws=3, several=np.array([0.4, 0.2, 0.5])) for each in one]
+    factor = np.array([1.2 / 1.2, 1.2 / 1.2, 1.0 / 0.6])  # domains together, their mean apart
+    scale = (4 / 3) * stats.t.ppf(0.975, 4) ** 2 / (2 * stats.norm.ppf(0.975) ** 2)
+    np.testing.assert_allclose(draw_reach(three), expected * factor[:, None] * scale)
+
+
+def test_layers_where_nothing_is_chosen_say_nothing_of_draws() -> None:
+    chosen = DrawSpread(draws=3, one=np.array([0.1]), several=np.array([0.2]))
+    nothing = DrawSpread(draws=3, one=np.array([np.nan]), several=np.array([np.nan]))
+    found = draw_reach([chosen, nothing])
+    np.testing.assert_allclose(found[0, 0], 0.2 * (4 / 3) * stats.t.ppf(0.975, 2) ** 2)
+    assert np.isnan(found[0, 1:]).all()
+    unvaried = DrawSpread(draws=3, one=np.array([0.0]), several=np.array([0.2]))
+    np.testing.assert_allclose(draw_reach([unvaried])[0, 0], 0.2 * (4 / 3) * stats.t.ppf(0.975, 2) ** 2)

@@ -106,7 +106,7 @@ class Scripted:
 
     @property
     def contents(self) -> Contents:
-        return Contents(layers=LAYERS, experts=EXPERTS, top_k=SLOTS, zero_experts=ZERO, gives=frozenset(STORED), control=True, answer=6)
+        return Contents(layers=LAYERS, experts=EXPERTS, top_k=SLOTS, zero_experts=ZERO, gives=frozenset(STORED), control=1, answer=6)
 
     def blocks(self, work: Work) -> Iterator[Block]:
         self.asked.append(work.first)
@@ -131,7 +131,7 @@ class Scripted:
                 **{name: of(name, columns, slice(slots)) for name in ("ids", "weights")},
                 **{name: of(name, columns) for name in STORED if name != "weights" and columns != [2]},
             },
-            control={"ids": of("control", columns), "weights": np.full((len(rows), len(columns), 2), 0.25)},
+            control={"ids": of("control", columns)[:, :, None], "weights": np.full((len(rows), len(columns), 1, 2), 0.25)},
         )
 
     def score_reason(self, layer: int, missing: int, tokens: int) -> str:
@@ -310,7 +310,7 @@ class Replayed:
     @property
     def contents(self) -> Contents:
         shape = self.trace.shape
-        return Contents(layers=shape.layers, experts=shape.experts, top_k=shape.top_k, gives=frozenset(STORED), control=True)
+        return Contents(layers=shape.layers, experts=shape.experts, top_k=shape.top_k, gives=frozenset(STORED), control=3)
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -323,7 +323,7 @@ class Replayed:
 
     def blocks(self, work: Work) -> Iterator[Block]:
         random = np.random.default_rng(work.first)
-        whole, control = joined(self.trace), joined(self.trace.control)
+        whole, controls = joined(self.trace), [joined(draw) for draw in self.trace.controls]
         mine = np.flatnonzero((whole.document >= work.first) & (whole.document < work.first + len(work.texts)))
         shuffled = random.permutation(mine)
         for column in random.permutation(len(self.trace.shape.layers)):
@@ -341,7 +341,10 @@ class Replayed:
                     phase=whole.phase[here],
                     layers=(self.trace.shape.layers[column],),
                     routes={"ids": ids(whole), **{name: getattr(whole, name)[here, column : column + 1] for name in STORED}},
-                    control={"ids": ids(control), "weights": control.weights[here, column : column + 1]},
+                    control={
+                        "ids": np.stack([ids(draw) for draw in controls], axis=2),
+                        "weights": np.stack([draw.weights[here, column : column + 1] for draw in controls], axis=2),
+                    },
                 )
 
 

@@ -149,7 +149,7 @@ def test_what_is_recorded() -> None:
         np.testing.assert_array_equal(routes.positions[routes.document == index], np.arange(len(text[name])))
     facts = trace.provenance
     assert facts["special_tokens_excluded"] == {"before": [1], "after": []}
-    assert (facts["dtype"], facts["window"], facts["control"], facts["task"]) == ("float32", 40, True, "words")
+    assert (facts["dtype"], facts["window"], facts["control"], facts["task"]) == ("float32", 40, 3, "words")
     assert {"model", "revision", "attention", "device", "tokenizer_sha256", "versions"} <= facts.keys()
     assert facts["scores_missing"] == {} and facts["slots_without_expert"] == {}
     assert trace.control.provenance["router"] == "random"
@@ -210,18 +210,19 @@ def test_the_control_is_a_frozen_random_router() -> None:
     assert (joined(one).ids != joined(other).ids).mean() > 0.3
     loaded = loaded_model("olmoe")
     sites = find_sites(loaded.model)
-    engine = ForwardEngine(loaded=loaded, sites=sites, before=(1,), after=(), seed=0, control=True, stiffness=False, window=40)
+    engine = ForwardEngine(loaded=loaded, sites=sites, before=(1,), after=(), seed=0, control=2, stiffness=False, window=40)
     hidden = torch.zeros(1, 32)
-    matrix = engine.random_router(0, hidden)
-    assert matrix.shape == (32, EXPERTS) and not torch.equal(matrix, engine.random_router(1, hidden))
+    matrix, second = (engine.random_router(0, draw, hidden) for draw in range(2))
+    assert matrix.shape == (32, EXPERTS) and not torch.equal(matrix, engine.random_router(1, 0, hidden))
     assert float(matrix.std() / engine.sites[0].router.weight.data.std()) == pytest.approx(1, abs=0.15)
     # the choice is the top-k of the product with the router's own input
     seen: list[Any] = []
     with torch.inference_mode(), watching(engine.sites, lambda index, decision: seen.append(decision) if index == 0 else None):
         base_of(loaded.model)(input_ids=torch.tensor([[1, *range(10, 30)]]), use_cache=False)
-    expected = (seen[0].hidden @ matrix).topk(TOP_K, dim=-1)[1][1:]
     block = record_batch(engine, [Window(0, "x", 0, np.arange(10, 30, dtype=np.int32))])
-    np.testing.assert_array_equal(np.sort(block.control["ids"][:, 0]), np.sort(expected.numpy()))
+    for draw, router in enumerate((matrix, second)):
+        expected = (seen[0].hidden @ router).topk(TOP_K, dim=-1)[1][1:]
+        np.testing.assert_array_equal(np.sort(block.control["ids"][:, 0, draw]), np.sort(expected.numpy()))
 
 
 def test_more_tokens_than_positions_are_cut_into_windows_of_one_document() -> None:

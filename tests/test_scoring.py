@@ -459,7 +459,7 @@ def test_a_control_that_is_the_trace_itself_leaves_no_excess() -> None:
             assert record.excess == pytest.approx(0.0, abs=1e-12)
             # What is left of the interval is the draw of the control: symmetric, and 0 inside.
             assert math.isnan(record.excess_low) or record.excess_low == pytest.approx(-record.excess_high, abs=1e-9)
-    assert result.settings["control"] is True
+    assert result.settings["control"] == 1
     assert all(math.isnan(record.control) for record in scored("plain").result.calibrated)
 
 

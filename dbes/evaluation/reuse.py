@@ -18,7 +18,7 @@ from dbes.evaluation.request import Expected, Job, Request
 from dbes.files import discard, locked, remove_abandoned, sha256_of
 from dbes.results import METRICS_VERSION, RESULT_FILE, Result, load_result
 from dbes.scoring.tables import COMPANIONS
-from dbes.trace.store import CONTROL, TRACE_FOLDER, Trace
+from dbes.trace.store import TRACE_FOLDER, Trace
 
 VERSIONS = ("dbes", "torch", "transformers")
 """Packages whose version is part of a recording's identity."""
@@ -105,10 +105,8 @@ def whole_trace(folder: Path) -> Trace | None:
     """The finished recording in a folder with all its shards, each as long as it says; None where there is none."""
     try:
         trace = Trace.load(folder)
-        for part, where in ((trace, folder), (trace.control, folder / CONTROL)):
-            if part is not None and not all(_complete(where / entry.name) for entry in part.entries):
-                return None
-        return trace
+        whole = all(_complete(part.path / entry.name) for part in (trace, *trace.controls) if part.path for entry in part.entries)
+        return trace if whole else None
     except (DbesError, OSError):
         return None
 

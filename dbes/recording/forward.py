@@ -31,6 +31,9 @@ ACTIVATION_BYTES = 16 * 2**20
 
 CPU_BATCH_TOKENS = (512, 8_192)
 ACCELERATOR_BATCH_TOKENS = 16_384
+DRAW_STRIDE = 1 << 40
+"""Between the seeds of draws of the random router, beyond those of any layer."""
+
 PADDING_LIMIT = 0.1
 """Largest share of padding in a batch whose size was not asked for."""
 
@@ -61,7 +64,7 @@ class ForwardEngine:
 
     Attributes:
         before, after: special tokens the tokenizer puts around a text; fed to the model, never recorded.
-        control: record the random router too.
+        control: draws of the random router to record too.
         stiffness: record margins and flips too.
         window: tokens of a document that the model sees at once.
         batch_size: windows per batch; None fills a budget of tokens.
@@ -72,7 +75,7 @@ class ForwardEngine:
     before: tuple[int, ...]
     after: tuple[int, ...]
     seed: int
-    control: bool
+    control: int
     stiffness: bool
     window: int
     batch_size: int | None = None
@@ -155,12 +158,12 @@ class ForwardEngine:
             self._on_device[key] = self.noise.to(device)
         return self._on_device[key]
 
-    def random_router(self, index: int, hidden: Tensor) -> Tensor:
-        """float32 [hidden, experts], the frozen random router of a site; the same on every device."""
-        key = (index, hidden.device)
+    def random_router(self, index: int, draw: int, hidden: Tensor) -> Tensor:
+        """float32 [hidden, experts], a draw of the frozen random router of a site; the same on every device."""
+        key = (index, draw, hidden.device)
         if key not in self._on_device:
             site, width = self.sites[index], hidden.shape[-1]
-            generator = torch.Generator("cpu").manual_seed(self.seed * 1_000_003 + site.layer)
+            generator = torch.Generator("cpu").manual_seed(self.seed * 1_000_003 + site.layer + draw * DRAW_STRIDE)
             matrix = torch.randn(site.num_experts, width, generator=generator) * router_std(site, width)
             self._on_device[key] = matrix.T.contiguous().to(hidden.device)
         return self._on_device[key]
@@ -281,7 +284,7 @@ def find_batching(engine: ForwardEngine, texts: Sequence[np.ndarray]) -> Batchin
     Raises:
         RecordingError: routing differs from one forward to the next.
     """
-    quiet = replace(engine, control=False, stiffness=False)
+    quiet = replace(engine, control=0, stiffness=False)
     long = Window(0, "one", 0, texts[0][: min(engine.window, 48)])
     source = texts[1] if len(texts) > 1 else texts[0][::-1]
     other = Window(1, "other", 0, source[: max(1, min(len(long), len(source)) * 2 // 3)])
@@ -321,8 +324,9 @@ def _columns(engine: ForwardEngine, index: int, decision: Decision, kept_rows: T
         "weights": torch.nn.functional.pad(weights, wide).to(torch.float16),
     }
     if engine.control and decision.hidden is not None:
-        logits = decision.hidden[rows].float() @ engine.random_router(index, decision.hidden)
-        values, picked = logits.softmax(dim=-1).topk(site.top_k, dim=-1)
+        hidden = decision.hidden[rows].float()
+        drawn = [hidden @ engine.random_router(index, draw, decision.hidden) for draw in range(engine.control)]
+        values, picked = torch.stack(drawn, dim=1).softmax(dim=-1).topk(site.top_k, dim=-1)
         found["control_ids"] = torch.nn.functional.pad(picked, wide, value=SKIPPED).to(torch.int32)
         found["control_weights"] = torch.nn.functional.pad(values, wide).to(torch.float16)
     if engine.stiffness:

@@ -27,6 +27,7 @@ from dbes.trace.writer import TraceWriter
 
 SHARD_TOKENS = 65_536
 SHARD_BYTES = 12 * 2**20
+CONTROL_DRAWS = 3
 Progress = Callable[[int, int], None]
 
 
@@ -70,7 +71,7 @@ def record_documents(
     output_path: str | Path | None = None,
     batch_size: int | Literal["auto"] = "auto",
     seed: int = 0,
-    control: bool = True,
+    control: int = CONTROL_DRAWS,
     stiffness: bool = True,
     provenance: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
@@ -86,7 +87,7 @@ def record_documents(
             shard. None keeps the trace in memory.
         batch_size: windows per batch; "auto" fills a budget of tokens, halved when memory runs out.
         seed: of the random-router control and of the noise of the stability measures.
-        control: record the random-router control in the same pass.
+        control: draws of the random-router control to record in the same pass; their spread tells what another draw would show.
         stiffness: record margins and flips.
         provenance: further facts for the trace's manifest (name, version and fingerprint of the task).
         progress: called as progress(tokens done, tokens in all).
@@ -113,7 +114,7 @@ def record_documents(
         before=before,
         after=after,
         seed=seed,
-        control=control,
+        control=int(control),
         stiffness=stiffness,
         window=window if limit is None else min(window, limit - extra),
         batch_size=None if batch_size == "auto" else batch_size,
@@ -157,7 +158,7 @@ def record_with(
     contents = engine.contents
     shape = _shape(contents, documents, domains)
     facts = {**engine.identity, **dict(provenance or {}), **engine.settings}
-    target = _Destination(output_path, shape, facts, control=contents.control)
+    target = _Destination(output_path, shape, facts, draws=contents.control)
     tally = _Tally(len(contents.layers), target.routes())
     total, first, started = sum(map(len, texts)), tally.tokens, time.perf_counter()
     for low, high in _shards([len(text) + contents.answer for text in texts], contents.bytes_per_token):
@@ -176,8 +177,8 @@ def _record_work(engine: Engine, work: Work, target: _Destination, tally: _Tally
         cells += assembly.add(block)
         if tell is not None:
             tell(tally.tokens + cells // len(engine.contents.layers))
-    routes, control = assembly.finish()
-    target.write(routes, control, last_document=work.first + len(work.texts) - 1)
+    routes, controls = assembly.finish()
+    target.write(routes, controls, last_document=work.first + len(work.texts) - 1)
     tally.add(routes)
 
 
@@ -280,25 +281,29 @@ class _Tally:
 
 
 class _Destination:
-    """Where shards go: a trace folder with its control, or memory. The control's shard is written first, so that on resuming it
-    is never behind, and is cut back when it is ahead."""
+    """Where shards go: a trace folder with its controls, or memory. A control's shard is written before the trace's, so that on resuming
+    it is never behind, and is cut back when it is ahead."""
 
-    def __init__(self, output_path: str | Path | None, shape: RoutingShape, facts: Mapping[str, Any], *, control: bool) -> None:
+    def __init__(self, output_path: str | Path | None, shape: RoutingShape, facts: Mapping[str, Any], *, draws: int) -> None:
         self.shape, self.facts = shape, dict(facts)
         self.folder = None if output_path is None else Path(output_path)
-        self.kept: list[TokenRoutes] = []
-        self.kept_control: list[TokenRoutes] = []
-        self.writer = self.control = None
+        self.kept: list[tuple[TokenRoutes, ...]] = []
+        self.writer: TraceWriter | None = None
+        self.controls: list[TraceWriter] = []
         if self.folder is None:
             return
         self.writer = TraceWriter(self.folder, shape, facts)
-        if control:
-            inner = self.folder / CONTROL
+        inner = self.folder
+        for draw in range(draws):
+            inner = inner / CONTROL
             if (inner / MANIFEST).is_file() and (manifest := read_manifest(inner)).complete:
                 # interrupted between finishing the control and finishing the trace
                 write_json(inner / MANIFEST, manifest.model_copy(update={"complete": False}).model_dump(mode="json"))
-            self.control = TraceWriter(inner, shape, {**facts, "router": "random"})
-            self.control.keep_shards(self.writer.shards)
+            self.controls.append(TraceWriter(inner, shape, self._control_facts(draw)))
+            self.controls[-1].keep_shards(self.writer.shards)
+
+    def _control_facts(self, draw: int) -> dict[str, Any]:
+        return {**self.facts, "router": "random", "draw": draw}
 
     @property
     def next_document(self) -> int:
@@ -309,25 +314,24 @@ class _Destination:
         if self.folder is not None:
             yield from Trace(shape=self.shape, path=self.folder, entries=read_manifest(self.folder).shards)
 
-    def write(self, routes: TokenRoutes, control: TokenRoutes | None, *, last_document: int) -> None:
+    def write(self, routes: TokenRoutes, controls: Sequence[TokenRoutes], *, last_document: int) -> None:
         if self.writer is None:
-            self.kept.append(routes)
-            if control is not None:
-                self.kept_control.append(control)
+            self.kept.append((routes, *controls))
             return
-        if self.control is not None and control is not None:
-            self.control.write(control, last_document=last_document)
+        for writer, control in zip(self.controls, controls, strict=False):
+            writer.write(control, last_document=last_document)
         self.writer.write(routes, last_document=last_document)
 
     def finish(self, *, vocabulary: Mapping[int, TokenText], provenance: Mapping[str, Any]) -> Trace:
         if self.writer is None:
+            loaded, *controls = zip(*self.kept, strict=True)
             control = None
-            if self.kept_control:
-                control = Trace(shape=self.shape, provenance={**self.facts, "router": "random"}, loaded=tuple(self.kept_control))
+            for draw, routes in reversed(list(enumerate(controls))):
+                control = Trace(shape=self.shape, provenance=self._control_facts(draw), control=control, loaded=routes)
             facts = {**self.facts, **provenance}
-            return Trace(shape=self.shape, provenance=facts, control=control, vocabulary=vocabulary, loaded=tuple(self.kept))
-        if self.control is not None:
-            self.control.finish()
+            return Trace(shape=self.shape, provenance=facts, control=control, vocabulary=vocabulary, loaded=loaded)
+        for writer in reversed(self.controls):
+            writer.finish()
         self.writer.finish(vocabulary=vocabulary, provenance=provenance)
         assert self.folder is not None
         return Trace.load(self.folder)

@@ -256,9 +256,7 @@ def counts_of(source: Trace | Counts, *, phase: int | None = None) -> Counts:
     folder = None if source.path is None or source.seal is None else source.path / COUNTS_FOLDER / PHASES[phase]
     if folder is not None and (found := _kept(folder, source)) is not None:
         return found
-    counts = count_routes(source, phase=phase)
-    if source.control is not None:
-        counts = replace(counts, control=count_routes(source.control, phase=phase, plain=True))
+    counts = replace(count_routes(source, phase=phase), control=_control_counts(source.control, phase))
     if folder is None or not counts.tokens.any():
         return counts
     try:
@@ -277,6 +275,11 @@ def _kept(folder: Path, trace: Trace) -> Counts | None:
         found = Counts.load(folder)
     except DbesError:
         return None  # damaged, or of another version: made again
-    seals = [None if each is None else each.seal for each in (found, found.control, trace, trace.control)]
-    same = seals[:2] == seals[2:] and found.grouped
-    return replace(found, vocabulary=trace.vocabulary) if same else None
+    seals, expected = ([each.seal for each in (one, *one.controls)] for one in (found, trace))
+    return replace(found, vocabulary=trace.vocabulary) if seals == expected and found.grouped else None
+
+
+def _control_counts(control: Trace | None, phase: int | None) -> Counts | None:
+    if control is None:
+        return None
+    return replace(count_routes(control, phase=phase, plain=True), control=_control_counts(control.control, phase))

@@ -44,7 +44,7 @@ class Counts:
         provenance, vocabulary: as of the trace.
         texts: what is known of the texts that were read.
         sample_of: gives the tokens that were kept; None where none were.
-        control: the counts of the random-router control, if it was recorded.
+        control: the counts of the random-router control, if it was recorded; those of further draws are its control.
         grouped: windows inside the expert groups were counted.
         by_documents: false where the counts of whole domains are all that is known: each stands as one document then.
         seal: sha256 that the manifest of the trace has of itself.
@@ -208,16 +208,31 @@ class Counts:
         """The counts of chosen documents, distinct and ascending (the expert groups stay those of all)."""
         if len(documents) == len(self.tokens):
             return self
-        chosen = self.tokens[documents]
-        return replace(self, shape=shape_of(self.shape, documents), tokens=chosen, read=lambda column: self.read(column).take(documents))
+        return replace(
+            self,
+            shape=shape_of(self.shape, documents),
+            tokens=self.tokens[documents],
+            read=lambda column: self.read(column).take(documents),
+            control=None if self.control is None else self.control.take(documents),
+        )
 
     def by_unit(self) -> Counts:
         """The counts with documents cut from one source text added up into one, in order of first appearance."""
         first, order, starts = units_of(self.shape)
         if len(first) == len(order):
             return self
-        tokens = np.add.reduceat(self.tokens[order], starts)
-        return replace(self, shape=shape_by_unit(self.shape), tokens=tokens, read=lambda column: self.read(column).by_unit())
+        return replace(
+            self,
+            shape=shape_by_unit(self.shape),
+            tokens=np.add.reduceat(self.tokens[order], starts),
+            read=lambda column: self.read(column).by_unit(),
+            control=None if self.control is None else self.control.by_unit(),
+        )
+
+    @property
+    def controls(self) -> tuple[Counts, ...]:
+        """The counts of the recorded draws of the random router."""
+        return () if self.control is None else (self.control, *self.control.controls)
 
     @property
     def sample(self) -> TokenSample | None:

@@ -1,17 +1,61 @@
-"""How much a random router's scores vary with the draw of it, told from one draw: its experts are independent, so each is left out in turn.
+"""How much a random router's scores vary with the draw of it.
 
-Of several recorded draws the spread itself is better. Stiffness has no such variance: no scores are recorded of a random router, and
-the stability of a *set* is no sum over experts that one could be left out of.
+One draw tells it by its experts: they are independent, so each is left out in turn. Several recorded draws show the spread itself, but
+few of them at one layer: so what the experts say of a layer is scaled by how much larger the spread was at all layers. Stiffness has no
+such variance: no scores are recorded of a random router, and the stability of a *set* is no sum over experts that one could be left out of.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
+from scipy.stats import norm
+from scipy.stats import t as student
 
 from dbes.scoring.metrics import above_chance
-from dbes.scoring.resampling import PERMUTATION_CELLS, DomainScores, domain_scores
+from dbes.scoring.resampling import CONFIDENCE, PERMUTATION_CELLS, DomainScores, domain_scores
 
 BISECTIONS = 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawSpread:
+    """Variance of one metric's score over draws of a random router at one layer, [rows].
+
+    Attributes:
+        draws: how many were recorded.
+        one: as the experts of one draw tell it.
+        several: as the recorded draws have it; None of one.
+    """
+
+    draws: int
+    one: np.ndarray
+    several: np.ndarray | None
+
+
+def draw_reach(layers: Sequence[DrawSpread]) -> np.ndarray:
+    """How far the excess over the mean of the recorded draws may be off, squared, [rows, layers + 1]: half of 95 %, last of all layers.
+
+    A model counts as a draw of its own: an excess has to be larger than what another draw of the random router would show against
+    the recorded ones, or an untrained model would "exceed" its control: :math:`1 + 1/R` times the variance of one of R draws.
+
+    Args:
+        layers: of one metric. Rows are the domains and their mean, or this alone.
+    """
+    variance = np.stack([layer.one for layer in layers], axis=-1)
+    draws, quantile = layers[0].draws, norm.ppf((1 + CONFIDENCE) / 2)
+    several = [layer.several for layer in layers if layer.several is not None]
+    if several:
+        found = np.stack(several, axis=-1)
+        known, last = ~np.isnan(found[-1]), np.arange(len(found)) == len(found) - 1
+        quantile = student.ppf((1 + CONFIDENCE) / 2, (draws - 1) * max(1, known.sum()))
+        for rows in (last, ~last):  # the domains share a draw, so that their mean is a row of its own
+            seen, told = (np.nansum(part[rows][:, known]) for part in (found, variance))
+            variance[rows] = variance[rows] * (seen / told) if told > 0 else seen / max(1, rows.sum() * known.sum())
+    model = variance.mean(axis=-1, keepdims=True) / variance.shape[-1]
+    return np.concatenate([variance, model], axis=-1) * (1 + 1 / draws) * quantile**2
 
 
 def without_each_expert(counts: np.ndarray, tokens: np.ndarray, *, experts: np.ndarray) -> DomainScores:

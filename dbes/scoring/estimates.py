@@ -12,21 +12,19 @@ row only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
 import numpy as np
-from scipy.stats import norm
 
 from dbes.results import CalibratedRecord
 from dbes.scoring import metrics
 from dbes.scoring.contextual import Contextual
-from dbes.scoring.draws import draw_variance, ngram_draw_variance, without_each_expert
+from dbes.scoring.draws import DrawSpread, draw_variance, ngram_draw_variance, without_each_expert
 from dbes.scoring.layer_counts import LayerCounts
 from dbes.scoring.reference import ideal_values
 from dbes.scoring.resampling import (
-    CONFIDENCE,
     DomainScores,
     document_scores,
     domain_ratio,
@@ -105,6 +103,11 @@ class Estimate:
     replicates: np.ndarray
     excess_replicates: np.ndarray
 
+    def widened(self, squared: np.ndarray) -> Self:
+        """With an excess that reaches further, by a square that is added to the square of its own reach."""
+        reach = np.sqrt((self.excess_high - self.excess) ** 2 + squared)
+        return replace(self, excess_low=self.excess - reach, excess_high=self.excess + reach)
+
     @classmethod
     def side_by_side(cls, columns: list[Self]) -> Self:
         return cls(**{entry.name: np.stack([getattr(column, entry.name) for column in columns], axis=-1) for entry in fields(cls)})
@@ -115,7 +118,7 @@ def measure_layer(sums: LayerCounts, null: DomainScores | None, *, control: bool
 
     Args:
         null: scores under permuted labels, with a leading [permutations] axis; None for a control, whose chance level nobody asks for.
-        control: the trace is of a random router; say how much its scores vary with the draw of it.
+        control: the trace is a draw of a random router; say how much its scores would vary with the draw, as far as one can tell.
     """
     shape = sums.shape
     domains, sizes, top_k = len(shape.domains), np.asarray(shape.experts), np.asarray(shape.top_k)
@@ -212,10 +215,21 @@ def _scored(found: Measured) -> _Scored:
     return _Scored(found.whole / scale, found.left_out / scale, variance)
 
 
-def estimate(found: Measured, control: Measured | None, document_domain: np.ndarray, p: np.ndarray) -> Estimate:
+def draw_spread(drawn: Sequence[Measured], document_domain: np.ndarray) -> DrawSpread:
+    """How much the scores of a random router vary with the draw of it: of the same metric and layer, in every recorded draw."""
+    each = [_scored(draw) for draw in drawn]
+    scores = [jackknife(draw.whole, draw.left_out, document_domain).corrected for draw in each]
+    one = np.broadcast_to(each[0].draw_variance, scores[0].shape)
+    return DrawSpread(draws=len(each), one=one, several=np.var(scores, axis=0, ddof=1) if len(each) > 1 else None)
+
+
+def estimate(found: Measured, drawn: Sequence[Measured], document_domain: np.ndarray, p: np.ndarray) -> Estimate:
     """The estimate of one metric at one layer, or of the model, beside what the random router shows.
 
+    The intervals of the excess hold the texts only; see ``draw_reach`` for the draw of the random router.
+
     Args:
+        drawn: the same of each draw of the random router; the excess is over their mean.
         p: [domains + 1], of the test of equal usage; used where the metric compares domains.
     """
     unknown = np.full(found.value.shape, np.nan)
@@ -224,14 +238,14 @@ def estimate(found: Measured, control: Measured | None, document_domain: np.ndar
     score = jackknife(scored.whole, scored.left_out, document_domain)
     control_score = excess = reach = unknown
     excess_left = np.full_like(scored.left_out, np.nan)
-    if control is not None:
-        random = _scored(control)
-        control_score = jackknife(random.whole, random.left_out, document_domain).corrected
-        # Paired: both routers read the same documents. An excess has to be larger than what another draw of the random router
-        # would show against this one, or an untrained model would "exceed" its control: hence twice the variance of a draw.
-        paired = jackknife(scored.whole - random.whole, scored.left_out - random.left_out, document_domain)
-        excess_left = scored.left_out - random.left_out + (paired.corrected - (scored.whole - random.whole))
-        excess, reach = paired.corrected, np.sqrt(paired.reach**2 + 2 * random.draw_variance * norm.ppf((1 + CONFIDENCE) / 2) ** 2)
+    if drawn:
+        randoms = [_scored(draw) for draw in drawn]
+        whole, left_out = (np.mean([getattr(random, name) for random in randoms], axis=0) for name in ("whole", "left_out"))
+        control_score = jackknife(whole, left_out, document_domain).corrected
+        # paired: both routers read the same documents
+        paired = jackknife(scored.whole - whole, scored.left_out - left_out, document_domain)
+        excess_left = scored.left_out - left_out + (paired.corrected - (scored.whole - whole))
+        excess, reach = paired.corrected, paired.reach
     return Estimate(
         value=found.value,
         null=found.chance if found.chance is not None else unknown if found.null is None else found.null,

@@ -5,17 +5,17 @@ Layers know nothing of each other, so that each may be scored in a process of it
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import repeat
 
 import numpy as np
 
 from dbes.scoring.counts import Counts
 from dbes.scoring.decoding import Decoder
 from dbes.scoring.descriptive import random_halves, split_half_similarity
+from dbes.scoring.draws import DrawSpread, draw_reach
 from dbes.scoring.equal_usage import UsageTest
-from dbes.scoring.estimates import NGRAMS, Estimate, Measured, estimate, measure_layer
+from dbes.scoring.estimates import NGRAMS, Estimate, Measured, draw_spread, estimate, measure_layer
 from dbes.scoring.layer_counts import LayerCounts, joined_layers
 from dbes.scoring.permutation import permuted_labels, permuted_scores
 from dbes.scoring.placebo import Placebo, Placebos
@@ -32,7 +32,8 @@ class LayerScores:
         specialists: what the test of specialists is made of.
         halves: [domains, 1], similarity of random halves of a domain's documents.
         estimates: of the layer.
-        measured, control: of the router and of the random router, to be summed over layers.
+        measured, controls: of the router and of draws of the random router, to be summed over layers.
+        spread: how much the random router's scores vary with the draw of it.
         products: [blocks, blocks], what the test of equal usage needs of the layer, to be summed too.
         share: [documents, sizes], what each document adds to the n-grams above chance.
     """
@@ -42,7 +43,8 @@ class LayerScores:
     halves: np.ndarray
     estimates: dict[str, Estimate]
     measured: dict[str, Measured]
-    control: dict[str, Measured] | None
+    controls: tuple[dict[str, Measured], ...]
+    spread: dict[str, DrawSpread]
     products: np.ndarray
     share: np.ndarray
 
@@ -63,7 +65,7 @@ def score_layers(counts: Counts, *, permutations: int, seed: int, sign_flips: in
     """The estimates and specialists of all layers.
 
     Args:
-        counts: with those of the control, of the same documents, if there is one.
+        counts: with those of the draws of the control, of the same documents, if there are any.
         sign_flips: draws of the n-gram test; by default as many as permutations.
     """
     shape, domain = counts.shape, counts.shape.document_domain
@@ -73,46 +75,42 @@ def score_layers(counts: Counts, *, permutations: int, seed: int, sign_flips: in
     split = half_labels(domain, half, permutations=permutations, seed=seed)
     decoder = Decoder(domain, len(shape.domains), seed=seed)
     placebos = Placebos(counts.tokens, domain, shape.domains, permutations=permutations, seed=seed)
-    controls = repeat(None) if counts.control is None else counts.control.layers()
-    layers = (
-        score_layer(sums, control, labels=labels, test=test, half=half, split=split)
-        for sums, control in zip(placebos.watching(decoder.watching(counts.layers())), controls, strict=False)
-    )
+    each = (placebos.watching(decoder.watching(counts.layers())), *(draw.layers() for draw in counts.controls))
+    layers = (score_layer(sums, drawn, labels=labels, test=test, half=half, split=split) for sums, *drawn in zip(*each, strict=False))
     found = put_together(layers, test, domain, sign_flips=permutations if sign_flips is None else sign_flips, seed=seed)
     return replace(found, decoder=decoder, placebo=placebos.found())
 
 
 def score_layer(
-    sums: LayerCounts, control: LayerCounts | None, *, labels: np.ndarray, test: UsageTest, half: np.ndarray, split: np.ndarray
+    sums: LayerCounts, drawn: Sequence[LayerCounts], *, labels: np.ndarray, test: UsageTest, half: np.ndarray, split: np.ndarray
 ) -> LayerScores:
     """Everything of one layer that its counts are needed for.
 
     Args:
-        control: sums of the random router on the same documents.
+        drawn: sums of draws of the random router on the same documents.
         labels: [permutations, documents], see ``permuted_labels``.
         half, split: 0 or 1 for each document, see ``random_halves``; labels permuted inside them, see ``half_labels``.
     """
     measured, share = measure_layer(sums, permuted_scores(sums, labels))
-    random = None
-    if control is not None:
-        random, _ = measure_layer(control, None, control=True)
+    controls = tuple(measure_layer(draw, None, control=number == 0)[0] for number, draw in enumerate(drawn))
     products = test.products(sums.hits[:, 0])
     return LayerScores(
         totals=sums.totals(),
         specialists=layer_specialists(sums, half, split),
         halves=split_half_similarity(sums, half),
-        estimates=estimates_of(measured, random, sums.shape.document_domain, test.p(products)),
+        estimates=estimates_of(measured, controls, sums.shape.document_domain, test.p(products)),
         measured=measured,
-        control=random,
+        controls=controls,
+        spread={metric: draw_spread([draw[metric] for draw in controls], sums.shape.document_domain) for metric in measured if controls},
         products=products,
         share=share,
     )
 
 
 def estimates_of(
-    measured: dict[str, Measured], control: dict[str, Measured] | None, document_domain: np.ndarray, p: np.ndarray
+    measured: dict[str, Measured], controls: Sequence[dict[str, Measured]], document_domain: np.ndarray, p: np.ndarray
 ) -> dict[str, Estimate]:
-    return {metric: estimate(found, control[metric] if control else None, document_domain, p) for metric, found in measured.items()}
+    return {metric: estimate(found, [draw[metric] for draw in controls], document_domain, p) for metric, found in measured.items()}
 
 
 def put_together(layers: Iterable[LayerScores], test: UsageTest, document_domain: np.ndarray, *, sign_flips: int, seed: int) -> AllLayers:
@@ -120,15 +118,18 @@ def put_together(layers: Iterable[LayerScores], test: UsageTest, document_domain
     kept: list[LayerScores] = []
     products = np.zeros((1, 1))
     sums: dict[str, Measured] = {}
-    control_sums: dict[str, Measured] = {}
+    drawn: list[dict[str, Measured]] = []
     for layer in layers:
-        for total, more in ((sums, layer.measured), (control_sums, layer.control or {})):
+        drawn = drawn or [{} for _ in layer.controls]
+        for total, more in zip((sums, *drawn), (layer.measured, *layer.controls), strict=True):
             total |= {metric: total[metric].plus(found) if metric in total else found for metric, found in more.items()}
         products = products + layer.products
-        kept.append(replace(layer, measured={}, control=None, products=products[:0]))
-    means, control = ({metric: found.over(len(kept)) for metric, found in total.items()} for total in (sums, control_sums))
-    columns = [layer.estimates for layer in kept] + [estimates_of(means, control or None, document_domain, test.p(products))]
+        kept.append(replace(layer, measured={}, controls=(), products=products[:0]))
+    means, *controls = ({metric: found.over(len(kept)) for metric, found in total.items()} for total in (sums, *drawn))
+    columns = [layer.estimates for layer in kept] + [estimates_of(means, controls, document_domain, test.p(products))]
     estimates = {metric: Estimate.side_by_side([column[metric] for column in columns]) for metric in means}
+    if controls:
+        estimates = {metric: found.widened(draw_reach([layer.spread[metric] for layer in kept])) for metric, found in estimates.items()}
     if sign_flips:
         share = np.stack([layer.share for layer in kept], axis=1)
         p = sign_flip_p(share, document_domain, len(kept[0].totals.shape.domains), permutations=sign_flips, seed=seed)

@@ -196,8 +196,6 @@ def score_tables(
     beyond = None if sample is None else contextual_estimates(sample, shape, lexical=SURROGATES[surrogate])
     if sample is not None:
         sample = replace(sample, routes=replace(sample.routes, document=np.searchsorted(used, shape.units[sample.routes.document])))
-    if units.control is not None:
-        units = replace(units, control=units.control.by_unit().take(used))
     found = score_layers(units, permutations=permutations, seed=seed)
     totals, table = found.totals, found.specialists
     result = Result(
@@ -207,7 +205,7 @@ def score_tables(
         model=model_facts(counts),
         task=task,
         environment=environment(counts),
-        settings={"permutations": permutations, "seed": seed, "phase": PHASES[counts.phase], "control": counts.control is not None}
+        settings={"permutations": permutations, "seed": seed, "phase": PHASES[counts.phase], "control": len(counts.controls)}
         | {"surrogate": surrogate}
         | ({} if counts.by_documents else {"documents": "unknown"}),
         recording=RecordingFacts(documents=sum(facts.documents for facts in task.domains.values()), tokens=int(counts.tokens.sum())),

@@ -36,7 +36,7 @@ class Contents:
         experts, top_k: of each of these layers.
         zero_experts: of each layer; ids in [experts, experts + zero_experts) ran nothing and are stored as missing. None: there are none.
         gives: names of what is given besides ids, of ``STORED``.
-        control: the random router's ids and weights are given too.
+        control: draws of the random router whose ids and weights are given too.
         answer: tokens that may follow each text, at most.
     """
 
@@ -45,7 +45,7 @@ class Contents:
     top_k: tuple[int, ...]
     zero_experts: tuple[int, ...] | None = None
     gives: frozenset[str] = frozenset()
-    control: bool = False
+    control: int = 0
     answer: int = 0
 
     @property
@@ -55,12 +55,11 @@ class Contents:
     @property
     def bytes_per_token(self) -> int:
         """Bytes of one token in a trace, its control included."""
-        return 13 + sum(array.nbytes for given in (self.empty(1), self.empty(1, control=True)) for array in given.values())
+        held = (self.empty(1), *[self.empty(1, control=True)] * self.control)
+        return 13 + sum(array.nbytes for given in held for array in given.values())
 
     def empty(self, tokens: int, *, control: bool = False) -> dict[str, np.ndarray]:
-        """Arrays of a trace [tokens, layers, ...] that hold what means missing; those of the random router where there is one."""
-        if control and not self.control:
-            return {}
+        """Arrays of a trace [tokens, layers, ...] that hold what means missing; or those of a random router."""
         dtype, last = storage_dtype(max(self.experts)), {"ids": (self.slots,), "weights": (self.slots,), "kept": (len(NOISE_SCALES),)}
         kinds = {"ids": (dtype, np.iinfo(dtype).max), **{name: STORED[name] for name in ({"weights"} if control else self.gives)}}
         return {name: np.full((tokens, len(self.layers), *last.get(name, ())), mark, kind) for name, (kind, mark) in kinds.items()}
@@ -90,7 +89,7 @@ class Block:
         layers: the model's own numbers of the layers.
         routes: "ids", integers [rows, layers, slots] with SKIPPED where nothing ran, and [rows, layers, ...] of what else is given.
             What one layer does not have may be left out, but for weights.
-        control: "ids" and "weights" of the random router.
+        control: "ids" and "weights" of the random router, [rows, layers, draws, slots].
     """
 
     document: np.ndarray
@@ -121,7 +120,8 @@ class Assembly:
         self._token_ids[self._wanted] = np.concatenate([*work.texts, np.zeros(0, np.int32)])
         self._phase = np.where(self._wanted, UNKNOWN, GENERATED).astype(np.uint8)
         self._seen = np.zeros((tokens, layers), bool)
-        self._routes, self._control = contents.empty(tokens), contents.empty(tokens, control=True)
+        self._routes = contents.empty(tokens)
+        self._controls = [contents.empty(tokens, control=True) for _ in range(contents.control)]
         self._control_came = False
 
     def add(self, block: Block) -> int:
@@ -147,11 +147,12 @@ class Assembly:
         self._place(self._routes, block.routes, rows, columns, spots)
         if block.control:
             self._control_came = True
-            self._place(self._control, block.control, rows, columns, spots)
+            for draw, control in enumerate(self._controls):
+                self._place(control, self._of_draw(block.control, draw), rows, columns, spots)
         return came.size
 
-    def finish(self) -> tuple[TokenRoutes, TokenRoutes | None]:
-        """The routes of the documents and, where blocks had it, of the random router.
+    def finish(self) -> tuple[TokenRoutes, tuple[TokenRoutes, ...]]:
+        """The routes of the documents and, where blocks had them, of the draws of the random router.
 
         Raises:
             error: a token did not come at every layer.
@@ -174,9 +175,18 @@ class Assembly:
             "token_ids": self._token_ids,
             "phase": self._phase,
         }
-        routes, control = (TokenRoutes(**about, **arrays).take(rows) if arrays else None for arrays in (self._routes, self._control))
-        assert routes is not None
-        return routes, control if self._control_came else None
+        controls = self._controls if self._control_came else []
+        routes, *drawn = (TokenRoutes(**about, **arrays).take(rows) for arrays in (self._routes, *controls))
+        return routes, tuple(drawn)
+
+    def _of_draw(self, control: Mapping[str, np.ndarray], draw: int) -> dict[str, np.ndarray]:
+        for name, array in control.items():
+            if array.ndim != 4 or array.shape[2] != self.contents.control:
+                raise self.error(
+                    f"{self.where}: {name} of the random router of shape {array.shape}, expected [rows, layers, draws, slots] with "
+                    f"{self.contents.control} draws"
+                )
+        return {name: array[:, :, draw] for name, array in control.items()}
 
     def _token(self, row: int) -> str:
         return f"document {self.work.document_ids[int(self._document[row])]!r}, token {self._positions[row]}"

@@ -25,8 +25,8 @@ def join_traces(traces: Sequence[Trace], *, provenance: Mapping[str, Any] | None
         provenance: added to that of the first.
 
     Raises:
-        TraceError: other layers, experts, top_k, domains or model; a document id that stands in two; a control in some only; a token
-            that has another text in one than in another.
+        TraceError: other layers, experts, top_k, domains or model; a document id that stands in two; a control, or a draw of it, in some
+            only; a token that has another text in one than in another.
     """
     if not traces:
         raise TraceError("nothing to join: no traces were given")

@@ -2,7 +2,8 @@
 
 Folder layout: ``manifest.json`` (what was recorded, and each shard's name, rows and sha256), ``shard-00000.safetensors``...,
 ``vocabulary.json`` (text of the token ids that occur, see `dbes.models.token_text`; for display only) and, where a random-router control
-was recorded in the same pass, ``control/`` with a trace of the same documents and tokens.
+was recorded in the same pass, ``control/`` with a trace of the same documents and tokens; of several draws of the random router each is
+the control of the one before.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class Trace:
     Attributes:
         shape: sizes of the router and domains of the documents.
         provenance: model, revision, tokenizer hash, task fingerprint, dtype, versions, ... as JSON values.
-        control: the same tokens through a frozen random router on the same representation, if it was recorded.
+        control: the same tokens through a frozen random router on the same representation, if it was recorded; further draws of the
+            random router follow as the control's control.
         vocabulary: text of token ids, for display; bytes of those that are only a part of a character.
         path: the folder it lies in, or None when it is in memory only.
         parts: the traces it is joined of, see ``joining``; each numbers its documents from 0.
@@ -125,6 +127,11 @@ class Trace:
                 yield self._of_part(routes, first)
 
     @property
+    def controls(self) -> tuple[Trace, ...]:
+        """The recorded draws of the random router."""
+        return () if self.control is None else (self.control, *self.control.controls)
+
+    @property
     def tokens(self) -> int:
         """Tokens of all documents; where these are cut, at most so many: a document can lack positions."""
         parts = (*map(len, self.loaded), *(entry.tokens for entry in self.entries), *(part.tokens for part in self.parts))
@@ -199,10 +206,10 @@ class Trace:
             TraceError: no manifest, another schema version, an unfinished recording, one that contradicts itself, a shard that is
                 missing or no shard, a control of other documents.
         """
-        trace = cls._loaded(Path(path))
-        if not (Path(path) / CONTROL / MANIFEST).is_file():
+        trace, inner = cls._loaded(Path(path)), Path(path) / CONTROL
+        if not (inner / MANIFEST).is_file():
             return trace
-        control = cls._loaded(Path(path) / CONTROL)
+        control = cls.load(inner)
         for name in ("layers", "experts", "domains", "document_domain"):
             if not np.array_equal(getattr(trace.shape, name), getattr(control.shape, name)):
                 raise TraceError(f"{control.path}: {name} are not those of the trace it lies in; record again with --overwrite")
