@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 
 from dbes.errors import ResultError
 from dbes.reporting import charts, layer_charts
+from dbes.reporting.meaning import meaning_rows, placebo_rows
 from dbes.reporting.page import command, packed, read_usage, render_page, slug, unpacked, write_page
 from dbes.reporting.text_view import contexts, documents, legible, read_sample, token_text, trajectories
 from dbes.results import Result, load_result
@@ -135,6 +136,29 @@ def test_page_without_trace_and_tables_says_less(tmp_path: Path, result: Result)
     result.save(tmp_path)
     shown = unpacked(write_page(tmp_path).read_text("utf-8"))
     assert shown["has"] == {"heat": False, "tree": True, "text": False, "moves": False, "weights": False, "more_specialists": False}
+
+
+def test_halves_of_a_domain_and_what_its_texts_are_stand_beside_it(tmp_path: Path, result: Result) -> None:
+    half = {"texts": 9, "score": 0.001, "score_low": -0.01, "score_high": 0.012, "p": 0.3, "p_least": 0.01, "p_holm": 0.6}
+    whole = {"domains": 1, "score": 0.002, "score_low": -0.02, "score_high": 0.024, "p": 0.6, "p_least": 0.01, "rejected": 0}
+    placebo = {kind: {"law": half} for kind in ("random", "length")} | {"summary": {"random": whole, "length": {**whole, "p": 0.02}}}
+    domains = dict(result.task.domains)
+    domains["law"] = domains["law"].model_copy(update={"cautions": ("one source text only <b>",)})
+    found = result.model_copy(
+        update={
+            "companions": {**result.companions, "placebo": placebo},
+            "task": result.task.model_copy(update={"domains": domains}),
+        }
+    )
+    assert placebo_rows(found) == [
+        (None, "0.2% (-2.0% to 2.4%)", "0.600", "0.2% (-2.0% to 2.4%)", "0.020"),
+        ("law", "0.1% (-1.0% to 1.2%)", "0.600", "0.1% (-1.0% to 1.2%)", "0.600"),
+    ]
+    assert ("Placebo: domains split at random", "0.2% (-2.0% to 2.4%), told apart in 0 of 1") in meaning_rows(found)
+    found.save(tmp_path)
+    page = write_page(tmp_path).read_text("utf-8")
+    assert "one source text only &lt;b&gt;" in page and page.count("0.1% (-1.0% to 1.2%)") == 2
+    assert placebo_rows(result.model_copy(update={"companions": {}})) == []
 
 
 def test_page_is_one_file_without_requests(page: str) -> None:
@@ -264,6 +288,9 @@ def test_command_repeats_the_result(result: Result) -> None:
     assert command(result) == "dbes score TRACE --seed 0 --permutations 60"
     settings = {"permutations": 10, "seed": 3, "limit": 5, "batch_size": "auto"}
     model = result.model.model_copy(update={"name": "org/model; rm -rf /", "revision": "0123abc"})
+    asked = {"settings": {**result.settings, "match": "length", "surrogate": "bigram", "phase": "prompt"}}
+    words = command(result.model_copy(update=asked))
+    assert words == "dbes score TRACE --phase prompt --match length --surrogate bigram --seed 0 --permutations 60"
     words = command(result.model_copy(update={"settings": settings, "model": model}))
     assert words.startswith("dbes evaluate --model 'org/model; rm -rf /' --revision 0123abc --tasks simulated --dtype float32 --limit 5")
 

@@ -73,7 +73,8 @@ def _score(result: Result) -> list[str]:
     settings, name = result.settings, result.model.name
     words = ["score", str(settings.get("trace") or "TRACE")]
     words += ["--router", name.removesuffix(" router")] if name.endswith(" router") else []
-    words += ["--phase", str(settings["phase"])] if settings.get("phase", "all") != "all" else []
+    for name, usual in (("phase", "all"), ("match", "none"), ("surrogate", "token")):
+        words += [f"--{name}", str(settings[name])] if settings.get(name, usual) != usual else []
     return words + _numbers(settings)
 
 

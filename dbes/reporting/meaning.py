@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from dbes.results import Result
+from dbes.scoring.placebo import KINDS
 from dbes.scoring.portions import share_of_position, share_of_word, word_covered, word_unknown
 from dbes.scoring.resolution import SIGNIFICANCE, cannot_tell
-from dbes.wording import portion, share, shares, size_word
+from dbes.wording import p_cell, portion, share, shares, size_word
 
 
 def meaning_rows(result: Result) -> list[tuple[str, str]]:
@@ -35,7 +38,42 @@ def meaning_rows(result: Result) -> list[tuple[str, str]]:
         ("Share of the position", portion(place)),
         ("Excess over the random router", excess),
     ]
-    return [*rows, ("Domain of an unseen text named", decoded_words(result))]
+    rows.append(("Domain of an unseen text named", decoded_words(result)))
+    placebo = _placebo(result).get("summary", {}).get("random", {})
+    if placebo.get("domains"):
+        told = f"{_interval(placebo)}, told apart in {placebo['rejected']} of {placebo['domains']}"
+        rows.append(("Placebo: domains split at random", told))
+    return rows
+
+
+def placebo_rows(result: Result) -> list[tuple[str | None, str, str, str, str]]:
+    """What the halves of a domain show that was split at random, and by length: the domain (None: all), and score and p of either.
+
+    Empty where no domain has enough source texts to be split.
+    """
+    found = _placebo(result)
+    names = [name for name in result.task.domains if name in found.get(KINDS[0], {})]
+    splits = [(None, found.get("summary", {})), *((name, {kind: found[kind][name] for kind in KINDS}) for name in names)]
+    return [
+        (name, _interval(random), _holm(random), _interval(length), _holm(length))
+        for name, split in splits
+        for random, length in [[split.get(kind, {}) for kind in KINDS]]
+        if names
+    ]
+
+
+def _placebo(result: Result) -> Mapping[str, Any]:
+    return result.companions.get("placebo", {})
+
+
+def _interval(split: Mapping[str, float | None]) -> str:
+    score, low, high = (split.get(name) for name in ("score", "score_low", "score_high"))
+    return share(score) if low is None or high is None else f"{share(score)} ({shares(low, high)})"
+
+
+def _holm(split: Mapping[str, float | None]) -> str:
+    p = split.get("p_holm", split.get("p"))
+    return p_cell(math.nan if p is None else p)
 
 
 def named(result: Result) -> float | None:

@@ -24,7 +24,7 @@ from dbes.errors import FileError, ResultError
 from dbes.files import check_writable, write_text
 from dbes.reporting import charts, layer_charts
 from dbes.reporting.commands import command, program
-from dbes.reporting.meaning import meaning_rows
+from dbes.reporting.meaning import meaning_rows, placebo_rows
 from dbes.reporting.text_view import TextSample, contexts, documents, read_sample, token_text, trajectories
 from dbes.results import PAGE_FILE, CalibratedRecord, Result, load_result
 from dbes.scoring.portions import word_unknown
@@ -120,6 +120,7 @@ def render_page(
         result=result,
         verdict=current_verdict(result),
         meaning=meaning_rows(result),
+        placebo=[(None if name is None else named[name], cells) for name, *cells in placebo_rows(result)],
         word_known=any(not math.isnan(record.lexical) for record in result.calibrated),
         word_unknown=word_unknown(result),
         headline=[_tile(result, metric) for metric in charts.HEADLINE],
