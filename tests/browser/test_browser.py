@@ -172,7 +172,7 @@ def test_pages_open_silently_fit_and_are_accessible(chromium, request, which: st
     page.silent()
     assert page.tab.evaluate("document.documentElement.scrollWidth") <= width
     SHOTS.mkdir(parents=True, exist_ok=True)
-    page.tab.screenshot(path=SHOTS / f"{which}-{width}-{scheme}.png", full_page=True)
+    page.tab.screenshot(path=SHOTS / f"{which}-{width}-{scheme}.png", full_page=True, timeout=400_000)
     page.tab.evaluate(AXE.read_text("utf-8"))
     found = page.tab.evaluate("axe.run().then((found) => found.violations)")
     serious = [(each["id"], each["nodes"][0]["html"][:200]) for each in found if each["impact"] in ("serious", "critical")]
