@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,13 @@ def test_parts_can_be_left_out() -> None:
     assert_same_routes(plain, record("olmoe", written()).trace)
 
 
+def test_draws_of_the_control_are_different_routers() -> None:
+    trace = record("olmoe", written()).trace
+    assert len(trace.controls) == 3
+    for one, other in combinations(trace.controls, 2):
+        assert (joined(one).ids != joined(other).ids).mean() > 0.3
+
+
 def test_the_control_is_a_frozen_random_router() -> None:
     one, again, other = (record("olmoe", written(), seed=seed).trace.control for seed in (0, 0, 1))
     np.testing.assert_array_equal(joined(one).ids, joined(again).ids)
@@ -214,6 +222,7 @@ def test_the_control_is_a_frozen_random_router() -> None:
     hidden = torch.zeros(1, 32)
     matrix, second = (engine.random_router(0, draw, hidden) for draw in range(2))
     assert matrix.shape == (32, EXPERTS) and not torch.equal(matrix, engine.random_router(1, 0, hidden))
+    assert abs(float(torch.corrcoef(torch.stack([matrix.flatten(), second.flatten()]))[0, 1])) < 0.2
     assert float(matrix.std() / engine.sites[0].router.weight.data.std()) == pytest.approx(1, abs=0.15)
     # the choice is the top-k of the product with the router's own input
     seen: list[Any] = []

@@ -31,8 +31,8 @@ ACTIVATION_BYTES = 16 * 2**20
 
 CPU_BATCH_TOKENS = (512, 8_192)
 ACCELERATOR_BATCH_TOKENS = 16_384
-DRAW_STRIDE = 1 << 40
-"""Between the seeds of draws of the random router, beyond those of any layer."""
+DRAW_STRIDE = (1 << 32) // 3
+"""Between the seeds of draws of the random router, far from those of any layer; torch uses the low 32 bits of a seed only."""
 
 PADDING_LIMIT = 0.1
 """Largest share of padding in a batch whose size was not asked for."""
