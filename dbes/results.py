@@ -150,7 +150,7 @@ class CalibratedRecord(_Strict):
         p: one-sided; the domain metrics share the test that domains use the experts alike.
         score: corrected / reference, 0 no better than chance, 1 the ideal router; for stiffness and n-grams
             their own normalised form. score_low, score_high: its 95 % interval.
-        control: score of the frozen random router on the same representation; excess: score - control, with its interval.
+        control: mean score of the recorded frozen random routers on the same representation; excess: score - control, with its interval.
         lexical: corrected value of a router that looks at the token alone (where settings have ``surrogate`` bigram: at the token and the
             one before it), from other occurrences of the same tokens; contextual,
             contextual_low, contextual_high: what the router shows beyond it on the same tokens; position: as lexical, of one that looks

@@ -469,7 +469,7 @@ def test_a_uniform_control_leaves_the_whole_score_as_excess() -> None:
     record = result.record("specialization")
     assert record.excess_low > 0 and abs(record.control) < 0.05
     assert record.excess == pytest.approx(record.score - record.control)
-    assert "frozen random router" in result.verdict
+    assert "frozen random routers" in result.verdict
 
 
 def test_top_specialists_come_with_their_most_over_represented_tokens() -> None:

@@ -56,12 +56,12 @@ def test_specialization_in_every_layer() -> None:
         pytest.param(NAN, {}, "not measurable (on these texts the ideal domain router shows nothing)", id="no scale"),
         pytest.param(
             0.008, {"control": 0.004, "excess_low": 0.001, "excess_high": 0.007},
-            "The score is more than what a frozen random router on the same representation shows (less than 1%; excess +0.1% to +0.7%).",
+            "The score is more than what frozen random routers on the same representation show (less than 1%; excess +0.1% to +0.7%).",
             id="control of nothing",
         ),
         pytest.param(
             0.05, {"control": -0.004, "excess_low": 0.04, "excess_high": 0.06},
-            "more than what a frozen random router on the same representation shows (nothing above chance; excess +4.0% to +6.0%)",
+            "more than what frozen random routers on the same representation show (nothing above chance; excess +4.0% to +6.0%)",
             id="control below chance",
         ),
     ],
@@ -203,11 +203,11 @@ def test_chance_is_called_chance_even_if_a_layer_stands_out() -> None:
 @pytest.mark.parametrize(
     ("control", "low", "high", "words"),
     [
-        pytest.param(0.1, 0.05, 0.15, "3.1 times what a frozen random router", id="above the control"),
+        pytest.param(0.1, 0.05, 0.15, "3.1 times what frozen random routers", id="above the control"),
         pytest.param(0.0, 0.05, 0.15, "more than what", id="control near zero"),
-        pytest.param(0.3, -0.1, 0.1, "no more than a frozen random router", id="not above the control"),
-        pytest.param(0.5, -0.3, -0.1, "less than a frozen random router", id="below the control"),
-        pytest.param(0.2, NAN, NAN, "A frozen random router on the same representation shows 20%.", id="no interval"),
+        pytest.param(0.3, -0.1, 0.1, "no more than what frozen random routers", id="not above the control"),
+        pytest.param(0.5, -0.3, -0.1, "less than what frozen random routers", id="below the control"),
+        pytest.param(0.2, NAN, NAN, "Frozen random routers on the same representation show 20%.", id="no interval"),
     ],
 )
 def test_the_control_is_always_told(control: float, low: float, high: float, words: str) -> None:

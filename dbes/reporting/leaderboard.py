@@ -128,7 +128,7 @@ def render_terminal(comparison: Comparison, paired: Sequence[Difference] = (), *
         f"{LEVEL:.0%} over all pairs after Holm); in brackets the places that cannot be excluded. Baselines are not ranked."
     )
     meaning = (
-        "Excess: score less that of a frozen random router on the same hidden states. Word: share of the score that a router shows "
+        "Excess: score less the mean of frozen random routers on the same hidden states. Word: share of the score that a router shows "
         "which looks at the token alone. Domain named: how often the domain of an unseen text is named from its routing."
     )
     notes = [] if published else [rule, meaning]

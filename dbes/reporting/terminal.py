@@ -219,7 +219,7 @@ def _strongest(specialists: Iterable[Specialist], domains: Iterable[str]) -> lis
 def _footnotes(result: Result) -> Text:
     lines = [
         "A score of 0 % is a router that says nothing about the domain, 100 % one that gives each domain experts of its own; "
-        f"{_marks(result)}. Random router: the same score for a frozen random router on the same hidden states.",
+        f"{_marks(result)}. Random router: mean score of the recorded frozen random routers on the same hidden states.",
         _word_note(result),
         "Domain named: how often the domain of an unseen text is named from its routing at the layer, or at all layers together"
         f"{_chance_note(result)}.",

@@ -179,18 +179,18 @@ def _domain_words(result: Result) -> str:
 
 
 def _control_words(model: CalibratedRecord) -> str:
-    """The score beside what a frozen random router shows, which it must exceed to be the router's merit."""
+    """The score beside what frozen random routers show, which it must exceed to be the router's merit."""
     score, control, low, high = model.score, model.control, model.excess_low, model.excess_high
     if math.isnan(control):
         return ""
     shown = share(control, 0 if control >= WHOLE else 1) if control >= TINY else "less than 1%" if control > 0 else "nothing above chance"
     if math.isnan(low):
-        return f"A frozen random router on the same representation shows {shown}."
+        return f"Frozen random routers on the same representation show {shown}."
+    others = "what frozen random routers on the same representation show"
     if low > 0:
         ratio = f"{score / control:.1f} times" if control >= RATIO_FROM else "more than"
         excess = f"excess {shares(low, high, sign=True)}"
-        return f"The score is {ratio} what a frozen random router on the same representation shows ({shown}; {excess})."
+        return f"The score is {ratio} {others} ({shown}; {excess})."
     if high < 0:
-        return f"The score is less than a frozen random router on the same representation shows ({shown}): the router does not add to it."
-    beside = f"The score is no more than a frozen random router on the same representation shows ({shown})"
-    return f"{beside}: it is not shown that the router adds to it."
+        return f"The score is less than {others} ({shown}): the router does not add to it."
+    return f"The score is no more than {others} ({shown}): it is not shown that the router adds to it."
