@@ -10,7 +10,7 @@ SHARED := PATH="$(CURDIR)/$(BIN):$$PATH" dbes
 # Bytecode is kept whatever the environment says: both workers, and the processes that tests start, read it instead of compiling again.
 TESTS := $(OFFLINE) OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2
 
-.PHONY: evaluate test test-slow check lint types contracts docs model benchmark-data wheel imports layout benchmarks leaderboard reports browser clean
+.PHONY: evaluate test test-slow check lint types contracts docs model benchmark-data wheel imports layout benchmarks leaderboard entries reports browser clean
 
 evaluate: $(READY)  ## Evaluate the embedded checkpoint on the embedded benchmark.
 	$(OFFLINE) $(BIN)/dbes evaluate --model embedded --tasks embedded --output-path results
@@ -51,6 +51,9 @@ benchmarks: $(READY)  ## Speed and memory, as ratios within one run.
 leaderboard: $(READY)  ## Check the shipped results and rebuild reports/leaderboard.html from them.
 	$(OFFLINE) $(BIN)/dbes compare reports/entries --check
 	$(OFFLINE) $(BIN)/dbes compare reports/entries --format html --output reports/leaderboard.html
+
+entries: $(READY)  ## Make the shipped results again: trains, evaluates and scores what they are of.
+	$(OFFLINE) PATH="$(CURDIR)/$(BIN):$$PATH" reports/entries.sh build/entries
 
 reports: leaderboard  ## Build every page below reports/ from the data beside it.
 	for folder in reports/entries/*/ reports/intervention/*/; do \
