@@ -86,7 +86,13 @@ def test_validate_prints_a_line_for_each_kind(tmp_path: Path) -> None:
     assert done.exit_code == 0
     told = [line for line in done.stdout.splitlines() if line.startswith("Caution: ")]
     assert len(told) == 3
-    assert "Caution: fewer than 8 source texts, too few for intervals: law (2)" in told
+    assert "Caution: one source text only, no interval and no test: law (2 copies of a text)" in told
+
+
+def test_one_line_tells_of_thirty_domains() -> None:
+    few = [document for number in range(30) for document in documents(f"d{number:02}", plain(f"d{number:02}", count=3))]
+    (line,) = lines(few, documents("math", plain("math")))
+    assert line.endswith("d04 (3), d05 (3), and 24 domains more") and "d06" not in line
 
 
 def test_cautions_stand_beside_the_domain_in_a_result(tmp_path: Path) -> None:

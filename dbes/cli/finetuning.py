@@ -24,7 +24,7 @@ RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit 
 
 def finetune(
     paths: Annotated[Path, typer.Option(help="Expert path of `dbes paths`, or an ESFT expert config.")],
-    data: Annotated[str, typer.Option(help="File (.jsonl, .json, .txt, .parquet), or task:DOMAIN. A fifth is held out.")],
+    data: Annotated[str, typer.Option(help="File (.jsonl, .json, .csv, .txt, .parquet), or task:DOMAIN. A fifth is held out.")],
     out: Annotated[Path, typer.Option(help="Folder of the checkpoint; the same command resumes a killed run.")],
     model: Annotated[str, typer.Option(help="Hub id or folder; `embedded` is the small checkpoint that ships with dbes.")] = "embedded",
     revision: RevisionOption = None,

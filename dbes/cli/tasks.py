@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,7 @@ import typer
 
 from dbes.cli.common import say, stdout
 
-app = typer.Typer(help="List the tasks; `dbes tasks validate FILE` checks one of your own.", rich_markup_mode=None)
+app = typer.Typer(help="List the tasks; `dbes tasks init FOLDER` begins one of your own, `validate` checks it.", rich_markup_mode=None)
 
 
 @app.callback(invoke_without_command=True)
@@ -21,6 +22,20 @@ def tasks(context: typer.Context) -> None:
     from dbes.tasks.task import list_tasks
 
     stdout().print(render(list_tasks()))
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="Folder of texts: a sub-folder for each domain, or a file for each.")],
+    out: Annotated[Path | None, typer.Option(help="File to write; by default task.yaml in the folder.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+) -> None:
+    """Write a commented task file for a folder of texts."""
+    from dbes.tasks.draft import write_draft
+
+    where = write_draft(folder, out, overwrite=overwrite)
+    say(f"Written: {where}")
+    say(f"Next: dbes tasks validate {shlex.quote(str(where))}")
 
 
 @app.command()

@@ -78,7 +78,7 @@ def finetune(
     Args:
         model: folder, hub id, or ``"embedded"``.
         paths: an expert path, its file, or an ESFT expert config.
-        data: a file (.jsonl, .json, .txt, .parquet), or ``task:DOMAIN``. A fifth is held out.
+        data: a file (.jsonl, .json, .csv, .txt, .parquet), or ``task:DOMAIN``. A fifth is held out.
         out: folder of the checkpoint.
         config: `FinetuneSettings`, or a YAML file of settings; those given by name here stand above it.
         steps: updates at most; four passes over the data by default.

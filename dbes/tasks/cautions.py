@@ -18,6 +18,9 @@ LENGTHS = 3.0
 MOST, FEW = 0.9, 0.1
 """Shares of a domain's texts that have a feature which makes a format: nearly all, hardly any."""
 
+NAMED = 6
+"""Domains that one line names at most."""
+
 BEGINNING = 8
 """Characters that texts of one template have in common."""
 
@@ -34,13 +37,13 @@ def cautions(documents: Sequence[Document]) -> Cautions:
     by_domain: dict[str, list[Document]] = defaultdict(list)
     for document in documents:
         by_domain[document.domain].append(document)
-    sources = {domain: len({each.source_document or each.id for each in own}) for domain, own in by_domain.items()}
+    sources = {domain: len({each.source_document or _words(each) for each in own}) for domain, own in by_domain.items()}
     named = {domain for domain, own in by_domain.items() if sources[domain] == 1 < len(own)}
     found = {
         f"fewer than {FEW_TEXTS} source texts, too few for intervals": {
             domain: str(count) for domain, count in sources.items() if count < FEW_TEXTS and domain not in named
         },
-        "one source text only, no interval and no test": {domain: counted(len(by_domain[domain]), "document") for domain in sorted(named)},
+        "one source text only, no interval and no test": {domain: _alone(by_domain[domain]) for domain in sorted(named)},
         f"texts more than {LENGTHS:g} times as long as those of another domain; compare with `dbes score --match length`": _long(by_domain),
         "another format than other domains, which a router can follow": _formats(by_domain),
         "texts that are also in another domain": _shared(by_domain),
@@ -50,8 +53,13 @@ def cautions(documents: Sequence[Document]) -> Cautions:
 
 
 def caution_lines(found: Cautions) -> list[str]:
-    """A line for each kind, with the domains it is of."""
-    return [f"{kind}: {', '.join(f'{domain} ({seen})' for domain, seen in domains.items())}" for kind, domains in found.items()]
+    """A line for each kind, with the domains it is of; of more than `NAMED` domains the first ones and how many more."""
+    lines = []
+    for kind, domains in found.items():
+        told = [f"{domain} ({seen})" for domain, seen in domains.items()]
+        more = [f"and {len(told) - NAMED} domains more"] if len(told) > NAMED else []
+        lines.append(f"{kind}: {', '.join([*told[:NAMED], *more])}")
+    return lines
 
 
 def by_domain(found: Cautions) -> dict[str, list[str]]:
@@ -61,6 +69,17 @@ def by_domain(found: Cautions) -> dict[str, list[str]]:
         for domain, seen in domains.items():
             told[domain].append(f"{kind} ({seen})")
     return dict(told)
+
+
+def _words(document: Document) -> str:
+    """A text without regard to its white space; copies of it are one source, as in a recording."""
+    return " ".join(document.text.split())
+
+
+def _alone(documents: Sequence[Document]) -> str:
+    """How a domain of one source is made up."""
+    count = len(documents)
+    return f"{count:,} copies of a text" if len({_words(each) for each in documents}) == 1 else counted(count, "document")
 
 
 def _long(documents: Mapping[str, list[Document]]) -> dict[str, str]:

@@ -7,14 +7,15 @@ import re
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from decimal import Decimal
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, model_validator
 
 from dbes import schema
-from dbes.errors import DbesError, TaskError
-from dbes.text import clipped, lone_surrogate
+from dbes.errors import TaskError
+from dbes.tasks.local import Format
+from dbes.tasks.rows import KNOWN, kind_of, plain_text, whole_text
+from dbes.text import clipped
 
 MOST = 2**31 - 1
 
@@ -55,7 +56,8 @@ class RowFields(Strict):
 
     A ``text_field`` holds text. Fields of a template hold text, numbers, or lists of these, which are put on lines of their own;
     anything else, null included, is refused: what Python would print for it is no text. A row whose named fields are all null or
-    empty has no text.
+    empty has no text. Where neither is given, the text is the field ``text``, or all of a conversation or an instruction with its answer
+    (`dbes.tasks.rows`).
     """
 
     text_field: str | None = None
@@ -83,7 +85,7 @@ class FileSource(RowFields):
     """
 
     files: Annotated[list[str], Field(min_length=1)]
-    format: Literal["jsonl", "parquet", "text"] | None = None
+    format: Format | None = None
     sha256: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -158,40 +160,6 @@ def row_document(row: Mapping[str, Any], fields: RowFields, *, domain: str, fall
     )  # fmt: skip
 
 
-def plain_text(value: Any, name: str, where: str, *, lists: bool = False, error: type[DbesError] = TaskError) -> str:
-    """A text as it is, a number as it is written; with ``lists``, one line for each part of a list of these.
-
-    Args:
-        name: of the field, for messages.
-
-    Raises:
-        error: anything else, or half a surrogate pair (scraped JSON has them), which has no UTF-8.
-    """
-    if isinstance(value, str):
-        place = lone_surrogate(value)
-        if place is not None:
-            raise error(
-                f"{where}: field {name!r} holds half of a surrogate pair (\\u{ord(value[place]):04x} at character {place}), "
-                "which is no character; repair the text or remove the row"
-            )
-        return value
-    if isinstance(value, int | Decimal) and not isinstance(value, bool):
-        return str(value)
-    if isinstance(value, float) and math.isfinite(value):
-        return str(value)
-    if lists and isinstance(value, list | tuple):
-        return "\n".join(plain_text(part, f"{name}[{place}]", where, error=error) for place, part in enumerate(value))
-    raise error(f"{where}: field {name!r} is {kind_of(value)}, expected text or a number")
-
-
-def kind_of(value: Any) -> str:
-    """What a value of a row is, in the words of JSON."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return "not a number" if math.isnan(value) else "infinite"
-    names = {type(None): "null", str: "text", dict: "an object", list: "a list", tuple: "a list"}
-    return names.get(type(value), type(value).__name__)
-
-
 @dataclass(frozen=True)
 class Located:
     """A document and where it was read.
@@ -263,6 +231,12 @@ def _text(row: Mapping[str, Any], fields: RowFields, where: str) -> str | None:
     """The text of a row; None where there is none."""
     if fields.template is None:
         name = fields.text_field or "text"
+        if fields.text_field is None and name not in row:
+            found = whole_text(row, where, error=TaskError)
+            if found is None:
+                shown = clipped(", ".join(map(str, row)), 300)
+                raise TaskError(f"{where}: no field 'text', and no {KNOWN}: give text_field or template; the row has {shown}")
+            return found or None
         value = _taken(row, name, where)
         if value is not None and not isinstance(value, str):
             raise TaskError(f"{where}: field {name!r} is {kind_of(value)}, expected text")

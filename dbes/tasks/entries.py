@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from dbes.errors import FinetuneError, SettingError
-from dbes.files import read_bytes
-from dbes.schema import parse_json
 from dbes.tasks import local
-from dbes.tasks.documents import Document, kind_of, plain_text
+from dbes.tasks.documents import Document
+from dbes.tasks.rows import KNOWN, kind_of, plain_text, prompt_and_completion, turns
 from dbes.tasks.task import Task, load_task, read_documents
 from dbes.text import clipped, unknown
 
@@ -22,9 +21,6 @@ TARGET = "data"
 """Name of the target domain when the data is a file."""
 
 HELD_OUT = 0.2
-
-JSON_BYTES = 2**28
-"""Of a .json file, which is read as a whole; a .jsonl file is read line by line."""
 
 
 class Sourced(Protocol):
@@ -97,7 +93,7 @@ def prepare_data(source: str, *, tasks: str | Path | Task = "embedded", limit: i
     """The data of a run.
 
     Args:
-        source: a file (.jsonl, .ndjson, .json, .txt, .md, .parquet; .gz of these but .json), or ``task:DOMAIN``.
+        source: a file (.jsonl, .ndjson, .json, .csv, .tsv, .txt, .md, .parquet; .gz of these but .parquet), or ``task:DOMAIN``.
         tasks: the task whose domains are measured before and after; of each domain the held-out fifth.
         limit: held-out entries of each domain at most.
 
@@ -140,7 +136,7 @@ def read_entries(path: Path) -> list[Entry]:
     """
     if not path.exists():
         raise FinetuneError(f"{path}: there is no such file; give a file, or {TASK}DOMAIN for a domain of the task")
-    rows = _json_rows(path) if path.suffix == ".json" else local.rows(path, None, error=FinetuneError)
+    rows = local.rows(path, None, error=FinetuneError)
     entries = [entry for number, row in rows if (entry := _entry_of_row(row, number, path)) is not None]
     if not entries:
         raise FinetuneError(f"{path}: the data is empty: not one row has a text")
@@ -187,16 +183,16 @@ def _entry_of_row(row: Mapping[str, Any], number: int, path: Path) -> Entry | No
     identity = f"{path.name}:{number}" if given is None else text(given, "id")
     source = text(row.get("source_document") or identity, "source_document")
     prompt, completion = row.get("prompt"), row.get("completion")
-    if isinstance(row.get("messages"), list):
-        return Entry(id=identity, source=source, messages=_messages(row["messages"], where), where=where)
+    if (found := turns(row, where, error=FinetuneError)) is not None:
+        return Entry(id=identity, source=source, messages=_learnable(found, where), where=where)
     if isinstance(prompt, list) and isinstance(completion, list):
-        return Entry(id=identity, source=source, messages=_messages([*prompt, *completion], where), first=len(prompt), where=where)
-    if isinstance(prompt, str) and isinstance(completion, str):
-        if not completion.strip():
+        whole = turns({"messages": [*prompt, *completion]}, where, error=FinetuneError) or ()
+        return Entry(id=identity, source=source, messages=_learnable(whole, where), first=len(prompt), where=where)
+    if (pair := prompt_and_completion(row, where, error=FinetuneError)) is not None:
+        if not pair[1].strip():
             raise FinetuneError(f"{where}: the completion is empty, so there is nothing to learn")
-        item = _item(row, prompt, completion.strip(), where)
-        segments = ((text(prompt, "prompt"), False), (text(completion, "completion"), True))
-        return Entry(id=identity, source=source, segments=segments, item=item, where=where)
+        item = _item(row, pair[0], pair[1].strip(), where)
+        return Entry(id=identity, source=source, segments=((pair[0], False), (pair[1], True)), item=item, where=where)
     if isinstance(row.get("text"), str):
         if not row["text"].strip():
             return None
@@ -206,7 +202,7 @@ def _entry_of_row(row: Mapping[str, Any], number: int, path: Path) -> Entry | No
     named = ["text", "messages", *(("prompt", "completion") if {"prompt", "completion"} <= set(row) else ())]
     told = ", ".join(f"{name} is {kind_of(row[name])}" for name in named if name in row)
     raise FinetuneError(
-        f"{where}: a row has text, messages, or prompt and completion; "
+        f"{where}: a row has text, {KNOWN}; "
         + (f"here {told}" if told else f"this one has {clipped(', '.join(map(str, row)), 300) or 'no fields'}")
     )
 
@@ -221,28 +217,10 @@ def _item(row: Mapping[str, Any], question: str, answer: Any, where: str) -> Ite
     return item
 
 
-def _messages(rows: Sequence[Any], where: str) -> tuple[Mapping[str, Any], ...]:
-    """Messages whose content is text, whatever a chat template would print for another value."""
-    found = []
-    for place, row in enumerate(rows):
-        if not isinstance(row, Mapping) or not isinstance(row.get("role"), str) or "content" not in row:
-            raise FinetuneError(f"{where}: every message has role and content, not {clipped(row)!r}")
-        plain_text(row["role"], f"messages[{place}].role", where, error=FinetuneError)
-        found.append({**row, "content": _content(row, f"messages[{place}].content", where)})
-    if not any(row["role"] == "assistant" for row in found):
+def _learnable(messages: Sequence[Mapping[str, Any]], where: str) -> tuple[Mapping[str, Any], ...]:
+    if not any(message["role"] == "assistant" for message in messages):
         raise FinetuneError(f"{where}: no message has the role assistant, so there is nothing to learn")
-    return tuple(found)
-
-
-def _content(row: Mapping[str, Any], name: str, where: str) -> str:
-    """Text; of text in parts, the parts one after the other; nothing where a tool is called instead."""
-    content = row["content"]
-    if content is None and row.get("tool_calls"):
-        return ""
-    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-    if not all(isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts):
-        raise FinetuneError(f"{where}: field {name!r} is {kind_of(content)}, expected text (or a list of parts of type text)")
-    return "".join(plain_text(part["text"], name, where, error=FinetuneError) for part in parts)
+    return tuple(messages)
 
 
 def multiple_choice(question: str, choices: Any, answer: Any) -> Item | None:
@@ -255,13 +233,6 @@ def multiple_choice(question: str, choices: Any, answer: Any) -> Item | None:
         if given in names:
             return Item(question, texts, names.index(given))
     return None
-
-
-def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    content = parse_json(read_bytes(path, error=FinetuneError, most=JSON_BYTES), where=path, error=FinetuneError)
-    if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
-        raise FinetuneError(f"{path}: a .json file holds a list of objects; one object per line belongs in a .jsonl file")
-    yield from enumerate(content, start=1)
 
 
 def _digest(entries: Sequence[Entry]) -> str:

@@ -1,4 +1,4 @@
-"""Rows of the local files a task names: JSON lines, parquet, plain text; gzip allowed.
+"""Rows of the local files a task names: JSON lines, JSON arrays, CSV, parquet, plain text; gzip allowed.
 
 Files are read piece by piece and within bounds, so that neither a huge file nor a small one that unpacks to a huge one takes all
 memory: what is asked for is what is read.
@@ -6,21 +6,36 @@ memory: what is asked for is what is read.
 
 from __future__ import annotations
 
+import codecs
+import csv
 import gzip
+import io
+import itertools
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dbes.errors import DbesError, TaskError
 from dbes.files import opened, sha256_of
 from dbes.schema import parse_json
 from dbes.text import clipped
 
-SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".txt": "text", ".md": "text"}
+Format = Literal["jsonl", "json", "csv", "parquet", "text", "lines"]
+"""How a file is read. ``json``: an array of objects or of texts, or objects one after the other, as in ``jsonl``. ``csv``: a line of names,
+then rows, parted by the one of comma, semicolon and tab that the first line has most of. ``text``: a file is one text; ``lines``: every
+line is one."""
+
+SUFFIXES: dict[str, Format] = {
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv",
+    ".parquet": "parquet", ".txt": "text", ".md": "text",
+}  # fmt: skip
 
 ROW_BYTES, FILE_BYTES = 2**27, 2**31
 """Bytes of one line (or of a file that is one text), and of all lines read of a file, unpacked."""
+
+JSON_BYTES = 2**28
+"""Bytes of a JSON array, which is read as a whole."""
 
 ROWS, BLANK_LINES = 2**22, 2**20
 """Rows of a file, and empty lines beyond ten for each row."""
@@ -53,23 +68,26 @@ def check_digest(path: Path, expected: str | None) -> None:
         raise TaskError(f"{path}: sha256 is {found}, the task says {expected}: the file was altered")
 
 
-def rows(path: Path, kind: str | None, *, error: type[DbesError] = TaskError) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Numbered rows of a file, counted from 1 (for JSON lines the line of the file).
+def kind_of_file(path: Path) -> Format | None:
+    """How a file is read by its suffix, ``.gz`` apart; None where that does not tell."""
+    return SUFFIXES.get(path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix)
+
+
+def rows(path: Path, kind: Format | None, *, error: type[DbesError] = TaskError) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Numbered rows of a file, counted from 1 (where lines are rows, the line of the file).
 
     Args:
-        kind: ``jsonl``, ``parquet`` or ``text``; None goes by the suffix.
+        kind: see `Format`; None goes by the suffix.
         error: what to raise.
 
     Raises:
-        error: unknown suffix, no regular file, damaged gzip or parquet, text that is no UTF-8, a line that is no JSON object, or
-            more than the bounds of this module.
+        error: unknown suffix, no regular file, damaged gzip or parquet, text that is no UTF-8, a line that is no JSON object, a row of
+            a CSV with more or fewer values than names, or more than the bounds of this module.
     """
-    suffixes = path.suffixes
-    zipped = bool(suffixes) and suffixes[-1] == ".gz"
-    kind = kind or SUFFIXES.get(suffixes[-2] if zipped and len(suffixes) > 1 else path.suffix)
+    kind = kind or kind_of_file(path)
     if kind is None:
         raise error(f"{path}: format not told by the suffix; name it {', '.join(SUFFIXES)} (or .gz of these) or give format")
-    found = _parquet(path, error) if kind == "parquet" else _texts(path, kind, zipped, error)
+    found = _parquet(path, error) if kind == "parquet" else _texts(path, kind, path.suffix == ".gz", error)
     for count, row in enumerate(found):
         if count == ROWS:
             raise error(f"{path}: more than {ROWS:,} rows; split the file, or set a limit")
@@ -80,7 +98,7 @@ def _texts(path: Path, kind: str, zipped: bool, error: type[DbesError]) -> Itera
     with opened(path, error=error) as file:
         content: Any = gzip.GzipFile(fileobj=file) if zipped else file
         try:
-            yield from (_whole if kind == "text" else _json_lines)(path, content, error)
+            yield from READERS[kind](path, content, error)
         except (gzip.BadGzipFile, EOFError, zlib.error) as problem:
             raise error(f"{path}: damaged gzip file: {problem}") from problem
         except OSError as problem:
@@ -98,6 +116,55 @@ def _whole(path: Path, content: Any, error: type[DbesError]) -> Iterator[tuple[i
 
 
 def _json_lines(path: Path, content: Any, error: type[DbesError]) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, text in _lines(path, content, error):
+        row = parse_json(text, where=f"{path}:{number}", error=error)
+        if not isinstance(row, dict):
+            raise error(f"{path}:{number}: a line is a JSON object with named fields, not {type(row).__name__}")
+        yield number, row
+
+
+def _text_lines(path: Path, content: Any, error: type[DbesError]) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, text in _lines(path, content, error):
+        yield number, {"text": text.strip()}
+
+
+def _json(path: Path, content: Any, error: type[DbesError]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """An array; or, where the first character opens an object, JSON lines, which are often called .json too."""
+    content = io.BufferedReader(content) if not hasattr(content, "peek") else content
+    if not content.peek(ROW_BYTES)[:4096].removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        yield from _json_lines(path, content, error)
+        return
+    found = content.read(JSON_BYTES + 1)
+    if len(found) > JSON_BYTES:
+        raise error(f"{path}: an array of more than {JSON_BYTES:,} bytes; write one object per line into a .jsonl file")
+    for number, row in enumerate(parse_json(found, where=path, error=error), start=1):
+        if not isinstance(row, dict | str):
+            raise error(f"{path}: entry {number} of the array is {type(row).__name__}, expected an object with named fields, or a text")
+        yield number, row if isinstance(row, dict) else {"text": row}
+
+
+def _csv(path: Path, content: Any, error: type[DbesError]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows of a CSV as RFC 4180 has them: quoted values may hold line breaks; a row's number is its last line."""
+    # numbers of lines are the reader's: a quoted value has empty lines of its own
+    lines = (text + "\n" for _, text in _lines(path, content, error, blanks=True))
+    first = next(lines, "")
+    reader = csv.reader(itertools.chain([first], lines), delimiter=max(",;\t", key=first.count), strict=True)
+    csv.field_size_limit(ROW_BYTES)
+    try:
+        names = [name.strip() for name in next(reader, [])]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise error(f"{path}:1: two columns are called {twice[0]!r}")
+        for values in reader:
+            if len(values) == len(names):
+                yield reader.line_num, dict(zip(names, values, strict=True))
+            elif any(value.strip() for value in values):
+                raise error(f"{path}:{reader.line_num}: {len(values)} values, but the first line names {len(names)} columns")
+    except csv.Error as problem:
+        raise error(f"{path}:{reader.line_num}: not CSV ({problem}); values with quotes or line breaks stand in quotes") from None
+
+
+def _lines(path: Path, content: Any, error: type[DbesError], *, blanks: bool = False) -> Iterator[tuple[int, str]]:
+    """Numbered lines of a file without their ends; those without text only where ``blanks`` says so."""
     number = size = blank = 0
     # only \n ends a line: str.splitlines would also break at U+2028, which JSON allows inside a string
     while line := content.readline(ROW_BYTES + 1):
@@ -109,15 +176,13 @@ def _json_lines(path: Path, content: Any, error: type[DbesError]) -> Iterator[tu
         if line.isspace():
             blank += 1
             if blank > BLANK_LINES + 10 * (number - blank):
-                raise error(f"{path}: {blank:,} of its first {number:,} lines are empty; this is no file of JSON lines")
-            continue
+                raise error(f"{path}: {blank:,} of its first {number:,} lines are empty; this is no file of rows")
         text = _decoded(line, path, number, error).rstrip("\r\n")
-        if not text.strip():
-            continue
-        row = parse_json(text, where=f"{path}:{number}", error=error)
-        if not isinstance(row, dict):
-            raise error(f"{path}:{number}: a line is a JSON object with named fields, not {type(row).__name__}")
-        yield number, row
+        if blanks or text.strip():
+            yield number, text
+
+
+READERS = {"text": _whole, "lines": _text_lines, "jsonl": _json_lines, "json": _json, "csv": _csv}
 
 
 def _decoded(content: bytes, path: Path, number: int, error: type[DbesError]) -> str:

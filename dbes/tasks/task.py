@@ -1,7 +1,7 @@
 """From a task file to documents: read a YAML, check it strictly, give back the texts of each domain in a fixed order.
 
-A task names its domains and where their texts are: local files (JSON lines, parquet, plain text; gzip allowed) or data sets
-of the Hugging Face hub. Nothing is downloaded for local files. Importing this module loads neither torch, datasets nor pandas.
+A task names its domains and where their texts are: local files (`dbes.tasks.local.Format`; gzip allowed) or data sets of the
+Hugging Face hub. Nothing is downloaded for local files. Importing this module loads neither torch, datasets nor pandas.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dbes.errors import TaskError
 from dbes.schema import read_yaml
 from dbes.shipped import TASKS
 from dbes.tasks import hub, local
-from dbes.tasks.cautions import by_domain, cautions
+from dbes.tasks.cautions import by_domain, caution_lines, cautions
 from dbes.tasks.documents import (
     MOST,
     DatasetSource,
@@ -32,10 +32,10 @@ from dbes.tasks.documents import (
     Strict,
     TextSource,
     is_skipped,
-    plain_text,
     row_document,
     with_distinct_ids,
 )
+from dbes.tasks.rows import plain_text
 from dbes.tasks.separability import word_separability
 from dbes.text import clipped, unknown
 
@@ -140,7 +140,7 @@ class Reading:
     """The documents of a task.
 
     Attributes:
-        without_text: rows of data sets that were left out because they have no text, by domain; domains without any are left out.
+        without_text: rows that were left out because they have no text, by domain; domains without any are left out.
     """
 
     documents: tuple[Document, ...]
@@ -160,8 +160,7 @@ def read_task(task: Task, *, limit: int | None = None, embedded_fallback: bool =
 
     Raises:
         TaskError: a missing or altered file, a line that is no JSON, text that is no UTF-8, a missing field, a field that is no
-            text, an empty text (an error for files; a hub row without text is left out), a domain without documents, an id given
-            twice in a file.
+            text, a domain without documents (rows without text are left out, and counted), an id given twice in a file.
     """
     if limit is not None and limit < 1:
         raise TaskError(f"limit is {limit}; at least 1 document of each domain is needed")
@@ -169,11 +168,10 @@ def read_task(task: Task, *, limit: int | None = None, embedded_fallback: bool =
     without_text: dict[str, int] = {}
     for domain, source in task.domains.items():
         wanted = min((n for n in (limit, source.limit) if n is not None), default=None)
-        without = 0
         if isinstance(source, FileSource):
-            own = _file_documents(task, domain, source, wanted)
+            own, without = _file_documents(task, domain, source, wanted)
         elif isinstance(source, TextSource):
-            own = _given_documents(task, domain, source, wanted)
+            own, without = _given_documents(task, domain, source, wanted)
         else:
             try:
                 own, without = hub.documents(task.path, domain, source, wanted)
@@ -222,8 +220,8 @@ def task_facts(task: Task, reading: Reading) -> dict[str, Any]:
     if any(document.stand_in for document in reading.documents):
         notes.append("the hub could not be reached: the EMBEDDED sample was read in place of this task")
     if reading.without_text:
-        told = ", ".join(f"{domain} {count:,}" for domain, count in reading.without_text.items())
-        notes.append(f"rows without text were left out: {told}")
+        told = caution_lines({"rows without text were left out": {domain: f"{count:,}" for domain, count in reading.without_text.items()}})
+        notes += told
     return {**found, "note": "; ".join(notes)} if notes else found
 
 
@@ -235,12 +233,14 @@ def separability(documents: Sequence[Document], seed: int = 0) -> float:
     return word_separability(documents, seed=seed).accuracy
 
 
-def _file_documents(task: Task, domain: str, source: FileSource, limit: int | None) -> list[Located]:
+def _file_documents(task: Task, domain: str, source: FileSource, limit: int | None) -> tuple[list[Located], int]:
+    """The documents of a domain's files, and how many of their rows have no text."""
     found: list[Located] = []
+    without = 0
     for name in source.files:
         for path in local.matching(task.path, domain, name):
             if limit is not None and len(found) >= limit:
-                return found
+                return found, without
             local.check_digest(path, source.sha256.get(name))
             labels = (path.name, Path(os.path.relpath(path, task.path.parent)).as_posix())
             for number, row in local.rows(path, source.format):
@@ -250,27 +250,26 @@ def _file_documents(task: Task, domain: str, source: FileSource, limit: int | No
                 fallback = f"{domain}/{path.name}:{number}"
                 document = row_document(row, source, domain=domain, fallback_id=fallback, where=where)
                 if document is None:
-                    name_of_text = source.text_field or "text"
-                    shown = source.template or name_of_text
-                    kind = "null" if source.template is None and row[name_of_text] is None else "empty"
-                    identity = clipped(repr(row.get(source.id_field or "id", number)))
-                    raise TaskError(f"{where}: field {shown!r} is {kind} (id {identity}); remove the row or fill it")
+                    without += 1
+                    continue
                 own = str(number) if document.id == fallback else document.id
                 found.append(Located(document, own_id=own, source=str(path.resolve()), labels=labels, where=where))
                 if limit is not None and len(found) >= limit:
                     break
-    return found
+    return found, without
 
 
-def _given_documents(task: Task, domain: str, source: TextSource, limit: int | None) -> list[Located]:
+def _given_documents(task: Task, domain: str, source: TextSource, limit: int | None) -> tuple[list[Located], int]:
+    """The documents of a domain whose texts were given, and how many of these are empty."""
     found = []
-    for number, given in enumerate(source.texts[:limit], start=1):
+    for number, given in enumerate(source.texts, start=1):
+        if limit is not None and len(found) >= limit:
+            break
         where, own = f"task {task.name}: domains.{domain}.texts.{number}", f"{domain}/{number}"
         text = plain_text(given, "text", where)
-        if not text.strip():
-            raise TaskError(f"{where}: the text is empty; remove it or fill it")
-        found.append(Located(Document(id=own, domain=domain, text=text), own_id=own, source=domain, labels=(), where=where))
-    return found
+        if text.strip():
+            found.append(Located(Document(id=own, domain=domain, text=text), own_id=own, source=domain, labels=(), where=where))
+    return found, sum(not given.strip() for given in source.texts)
 
 
 def _told(problem: Mapping[str, Any]) -> str:

@@ -152,7 +152,7 @@ def test_rows_of_every_kind(tmp_path):
     [
         ("", "the data is empty"),
         ('{"text": ""}\n', "the data is empty"),
-        ('{"body": "x"}\n', "text, messages, or prompt and completion; this one has body"),
+        ('{"body": "x"}\n', "or prompt and completion; this one has body"),
         ('{"messages": [{"role": "user", "content": "x"}]}\n', "no message has the role assistant"),
         ('{"messages": ["x"]}\n', "every message has role and content"),
         ('{"prompt": "x", "completion": " "}\n', "completion is empty"),
@@ -222,12 +222,23 @@ def test_tokens_that_the_model_does_not_know_are_named_by_row(tmp_path):
 def test_files_that_cannot_serve_are_refused(tmp_path):
     with pytest.raises(FinetuneError, match="no such file; give a file, or task:DOMAIN"):
         read_entries(tmp_path / "missing.jsonl")
-    (tmp_path / "rows.json").write_text('{"text": "x"}')
-    with pytest.raises(FinetuneError, match="list of objects"):
+    (tmp_path / "rows.json").write_text('[{"text": "x"}, 7]')
+    with pytest.raises(FinetuneError, match=r"rows\.json: entry 2 of the array is int"):
         read_entries(tmp_path / "rows.json")
-    (tmp_path / "rows.csv").write_text("x")
+    (tmp_path / "rows.xml").write_text("x")
     with pytest.raises(FinetuneError, match="format not told"):
-        read_entries(tmp_path / "rows.csv")
+        read_entries(tmp_path / "rows.xml")
+
+
+def test_alpaca_and_sharegpt_rows_are_prompts_and_conversations(tmp_path):
+    alpaca = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
+    bare = {"instruction": "Greet.", "input": "", "output": "Hello"}
+    shared = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
+    (tmp_path / "rows.json").write_text(json.dumps([alpaca, bare, shared]))
+    first, second, third = read_entries(tmp_path / "rows.json")
+    assert first.segments == (("Add.\n\n1 and 2\n\n", False), ("3", True))
+    assert second.segments == (("Greet.\n\n", False), ("Hello", True))
+    assert [(turn["role"], turn["content"]) for turn in third.messages] == [("user", "Hi"), ("assistant", "Hello")]
 
 
 def test_held_out_texts_share_no_source_with_training_and_do_not_depend_on_order():
