@@ -23,7 +23,8 @@ from tokenizers.models import WordLevel
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
 from dbes.models import LoadedModel, find_sites, load_model
-from dbes.recording.forward import ForwardEngine, Window, automatic_budget, batches
+from dbes.recording.batches import Window, automatic_budget, batches
+from dbes.recording.forward import ForwardEngine
 from dbes.recording.record import record_documents
 
 VOCABULARY = 50_304

@@ -18,7 +18,7 @@ from dbes.models.doctor import ablation_agrees
 from dbes.models.execution import base_of
 from dbes.models.hooks import Decision, watching
 from dbes.models.sites import find_sites
-from dbes.recording.stiffness import Noise, logit_stiffness, noise_rows, selection_stiffness
+from dbes.recording.stiffness import Noise, logit_stiffness, noise_keys, noise_rows, selection_stiffness
 
 FAMILIES = discovered()
 LOOKED_UP = {"deepseek_v4": {0, 1, 2}}
@@ -357,15 +357,36 @@ def test_logit_stiffness_by_hand() -> None:
 def test_noise_depends_on_document_position_and_layer_alone() -> None:
     import numpy as np
 
-    whole = noise_rows("d1", np.arange(50), (0, 3))
-    assert np.array_equal(whole[:, 20:], noise_rows("d1", np.arange(20, 50), (0, 3)))
-    assert not np.array_equal(whole[0], whole[1]) and not np.array_equal(whole, noise_rows("d2", np.arange(50), (0, 3)))
-    many = noise_rows("d1", np.arange(200_000), (5,))
+    def rows(document: str, positions: np.ndarray, layers: tuple[int, ...]) -> np.ndarray:
+        return np.stack([noise_rows(noise_keys(document, positions), layer) for layer in layers])
+
+    whole = rows("d1", np.arange(50), (0, 3))
+    assert np.array_equal(whole[:, 20:], rows("d1", np.arange(20, 50), (0, 3)))
+    assert not np.array_equal(whole[0], whole[1]) and not np.array_equal(whole, rows("d2", np.arange(50), (0, 3)))
+    many = rows("d1", np.arange(200_000), (5,))
     counts = np.bincount(many[0], minlength=4096)
     assert counts.min() > 0 and counts.std() < 1.2 * np.sqrt(counts.mean())
     noise = Noise.drawn(classes=64, slots=8, seed=0)
     assert abs(float(noise.normal.mean())) < 0.01 and float(noise.normal.std()) == pytest.approx(1, abs=0.01)
     assert torch.equal(noise.normal, Noise.drawn(classes=64, slots=8, seed=0).normal)
+
+
+@pytest.mark.parametrize("document", ["d1", "", "another text", "\u00fc" * 40])
+def test_rows_of_noise_are_a_hash_in_whole_numbers_on_every_device(document: str) -> None:
+    """splitmix64's finalizer, written with Python's own numbers."""
+    import zlib
+
+    import numpy as np
+
+    positions = np.r_[np.arange(40), 2**31 - 1]
+    keys = noise_keys(document, positions)
+    for layer in (0, 1, 7, 93, 2**20):
+        expected = []
+        for position in positions.tolist():
+            mixed = (((zlib.crc32(document.encode()) << 32) + position) * 0x9E3779B97F4A7C15 + layer * 0xC2B2AE3D27D4EB4F) % 2**64
+            mixed = (mixed ^ (mixed >> 31)) * 0xBF58476D1CE4E5B9 % 2**64
+            expected.append((mixed >> 52) % 4096)
+        assert noise_rows(keys, layer).tolist() == noise_rows(torch.from_numpy(keys), layer).tolist() == expected
 
 
 def test_a_decision_is_a_value() -> None:

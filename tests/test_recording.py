@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,11 @@ from dbes.models import LoadedModel, load_model
 from dbes.models.execution import base_of
 from dbes.models.hooks import watching
 from dbes.models.sites import find_sites
-from dbes.recording import forward
+from dbes.recording import batching, forward
 from dbes.recording import record as recording
-from dbes.recording.forward import ForwardEngine, Window, record_batch
+from dbes.recording.batches import Window
+from dbes.recording.forward import Coming, ForwardEngine, record_batch
 from dbes.recording.record import record_documents, special_tokens
-from dbes.trace.blocks import Block
 from dbes.trace.store import Trace
 from dbes.trace.types import TokenRoutes
 
@@ -347,11 +347,11 @@ import test_recording as tests
 tests.torch.set_num_threads(1)
 tests.recording.SHARD_TOKENS = 200
 forward = tests.forward
-real = forward.record_within_memory
+real = forward.begin_batch
 def slowly(*given):
     time.sleep(0.2)
-    yield from real(*given)
-forward.record_within_memory = slowly
+    return real(*given)
+forward.begin_batch = slowly
 tests.record("olmoe", tests.written(40), output_path=sys.argv[2])
 """
 
@@ -382,26 +382,67 @@ def test_a_killed_recording_resumes_and_ends_with_the_identical_trace(tmp_path: 
     assert len([name for name in resumed if name.startswith("shard")]) > 3
 
 
-def test_memory_running_out_halves_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = forward.record_batch
+@pytest.mark.parametrize("batch_size", ["auto", 5])
+def test_memory_running_out_halves_the_budget_for_the_rest_of_the_unit(monkeypatch: pytest.MonkeyPatch, batch_size: Any) -> None:
+    real, asked = forward.begin_batch, []
 
-    def limited(engine: ForwardEngine, windows: Sequence[Window]) -> Block:
+    def limited(engine: ForwardEngine, windows: Sequence[Window]) -> Coming:
+        asked.append(len(windows))
         if len(windows) > 2:
             raise torch.OutOfMemoryError("out of memory")
         return real(engine, windows)
 
-    expected = record("olmoe", written()).trace
-    monkeypatch.setattr(forward, "record_batch", limited)
-    assert_same_routes(expected, record("olmoe", written()).trace)
+    documents = [Document(f"text-{index}", "ab"[index % 2], chr(60 + index) * (60 - index)) for index in range(12)]
+    expected = record("olmoe", documents, window=100, batch_size=batch_size).trace
+    monkeypatch.setattr(forward, "begin_batch", limited)
+    found = record("olmoe", documents, window=100, batch_size=batch_size).trace
+    assert_same_routes(expected, found)
+    failed = [count for count in asked if count > 2]
+    assert sum(asked) - sum(failed) == 12 and asked[: len(failed)] == failed == sorted(failed, reverse=True)  # never tried again
+    assert all(after <= before // 2 for before, after in pairwise(failed))
+    reduced = found.provenance["batches_reduced_to"]
+    assert reduced.keys() == {"0"} and reduced["0"] == (2 if batch_size == 5 else failed[-1] * 61 // 2)
+    assert "batches_reduced_to" not in expected.provenance
 
-    def hopeless(engine: ForwardEngine, windows: Sequence[Window]) -> Block:
-        if engine.control:
-            raise torch.OutOfMemoryError("out of memory")
-        return real(engine, windows)
+    def hopeless(*_: Any) -> Coming:
+        raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(forward, "record_batch", hopeless)
-    with pytest.raises(RecordingError, match=r"one window of \d+ tokens does not fit in memory"):
-        record("olmoe", written())
+    monkeypatch.setattr(forward, "begin_batch", hopeless)
+    with pytest.raises(RecordingError, match=r"one window of 60 tokens does not fit in memory"):
+        record("olmoe", documents, window=100)
+
+
+def test_what_may_share_a_batch_is_found_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+    real = batching._tried
+
+    def counted(engine: ForwardEngine, texts: Sequence[np.ndarray]) -> Any:
+        tried.append(engine.loaded.name)
+        return real(engine, texts)
+
+    monkeypatch.setattr(batching, "_tried", counted)
+    monkeypatch.setattr(batching, "_known", {})
+    documents = [Document(f"text-{index}", "a", "some words to read") for index in range(3)]
+    short = [*documents, Document("short", "a", "ab")]
+    for texts, times in ((short, 1), (short, 2), (documents, 3), (documents, 3), (short, 3)):  # a short text tells of itself alone
+        record("olmoe", texts)
+        assert len(tried) == times
+    record_documents(load_model(tiny_model("olmoe"), tokenizer=character_tokenizer()), documents, domains=("a",), window=40)
+    assert len(tried) == 3  # other weights, the same class and config
+    record("mixtral", documents)
+    record_documents(load_model(tiny_model("olmoe").bfloat16(), tokenizer=character_tokenizer()), documents, domains=("a",), window=40)
+    assert len(tried) == 5
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recording.TraceWriter, "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            record("olmoe", documents, output_path=tmp_path)
+    monkeypatch.setattr(batching, "_known", {})  # as in another process
+    trace = record("olmoe", documents, output_path=tmp_path).trace
+    assert len(tried) == 5 and trace.provenance["batching"] == "padded"
 
 
 class TestErrors:
@@ -441,7 +482,7 @@ class TestErrors:
         loaded = load_model(model, tokenizer=character_tokenizer())
         with pytest.raises(RecordingError, match=r"layer 2: NaN or infinity in the router's output, in document"):
             record_documents(loaded, written(), domains=("a", "b"), window=8, output_path=tmp_path / "trace")
-        assert not (tmp_path / "trace").exists()
+        assert not list(tmp_path.rglob("shard*"))
 
     def test_a_nan_in_one_document_names_it(self) -> None:
         model = tiny_model("olmoe")

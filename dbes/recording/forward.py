@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,44 +18,13 @@ from dbes.models.execution import forward, input_device, is_offloaded
 from dbes.models.hooks import Decision, watching
 from dbes.models.sites import RoutingSite, router_std, score_reason
 from dbes.models.windows import embedding_rows, padded, padding_id
-from dbes.recording.stiffness import Noise, logit_stiffness, noise_rows, selection_stiffness
-from dbes.trace.blocks import SKIPPED, STORED, Assembly, Block, Contents, Work
+from dbes.recording.batches import Batching, Window, automatic_budget, first_batch, longest_first
+from dbes.recording.stiffness import Noise, logit_stiffness, noise_keys, noise_rows, selection_stiffness
+from dbes.trace.blocks import SKIPPED, STORED, Block, Contents, Work
 from dbes.trace.types import NOISE_SCALES, PROMPT
 
-Batching = Literal["padded", "equal lengths", "one at a time"]
-"""What may share a batch without changing the routing: any windows, windows of one length, or none."""
-
-ACTIVATION_BYTES = 16 * 2**20
-"""On a CPU a batch is as large as lets the experts' inputs (tokens x slots x hidden, float32) stay near the caches: measured on a
-260 M-parameter OLMoE, 1,024 tokens are 1.5 times as fast as 4,096; a 4 M-parameter one is fastest with 8,192."""
-
-CPU_BATCH_TOKENS = (512, 8_192)
-ACCELERATOR_BATCH_TOKENS = 16_384
 DRAW_STRIDE = (1 << 32) // 3
 """Between the seeds of draws of the random router, far from those of any layer; torch uses the low 32 bits of a seed only."""
-
-PADDING_LIMIT = 0.1
-"""Largest share of padding in a batch whose size was not asked for."""
-
-
-@dataclass(frozen=True)
-class Window:
-    """A run of tokens of one document that the model sees at once.
-
-    Attributes:
-        document: index of the document.
-        document_id: its id in the benchmark; names it in errors and picks its noise.
-        start: position of the first token in the document.
-        token_ids: int32 [tokens], without special tokens.
-    """
-
-    document: int
-    document_id: str
-    start: int
-    token_ids: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.token_ids)
 
 
 @dataclass(frozen=True)
@@ -100,19 +69,15 @@ class ForwardEngine:
             "revision": loaded.revision,
             "family": loaded.config.get("model_type"),
             "parameters": loaded.parameters,
-            "dtype": loaded.dtype,
-            "attention": loaded.attention,
-            "experts_implementation": loaded.experts_implementation,
-            "device": loaded.device,
             "tokenizer_sha256": loaded.tokenizer_sha256,
             "notes": list(loaded.notes),
             "special_tokens_excluded": {"before": list(self.before), "after": list(self.after)},
-            "versions": {"dbes": version("dbes"), "torch": torch.__version__, "transformers": version("transformers")},
+            **computing(loaded),
         }
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"window": self.window, "seed": self.seed, "control": self.control, "stiffness": self.stiffness}
+        return {"window": self.window, "seed": self.seed, "control": self.control, "stiffness": self.stiffness, "batching": self.batching}
 
     def blocks(self, work: Work) -> Iterator[Block]:
         windows = [
@@ -120,10 +85,7 @@ class ForwardEngine:
             for place, ids in enumerate(work.texts)
             for start in range(0, len(ids), self.window)
         ]
-        budget = automatic_budget(self.loaded, self.sites) if self.batch_size is None else self.batch_size
-        by_count = self.batch_size is not None
-        for batch in batches(windows, budget, by_count=by_count, batching=self.batching, extra=self.extra):
-            yield from record_within_memory(self, batch)
+        yield from _recorded(self, longest_first(windows))
 
     def score_reason(self, layer: int, missing: int, tokens: int) -> str:
         return score_reason(next(site for site in self.sites if site.layer == layer), missing, tokens)
@@ -175,42 +137,96 @@ class ForwardEngine:
         ids, mask = padded([np.asarray([*self.before, *window.token_ids, *self.after]) for window in windows], padding=padding)
         rows = [place * ids.shape[1] + first + np.arange(len(window)) for place, window in enumerate(windows)]
         device = input_device(self.loaded.model)
-        inputs = {"input_ids": torch.from_numpy(ids).to(device)}
+        inputs = {"input_ids": sent(ids, device)}
         if not mask.all():
-            inputs["attention_mask"] = torch.from_numpy(mask).to(device)
+            inputs["attention_mask"] = sent(mask, device)
         return inputs, np.concatenate(rows)
 
 
-def automatic_budget(loaded: LoadedModel, sites: Sequence[RoutingSite]) -> int:
-    """Tokens per batch when nobody asks for a number; it changes no count."""
-    if loaded.device != "cpu":
-        return ACCELERATOR_BATCH_TOKENS
-    hidden = getattr(loaded.model.config.get_text_config(), "hidden_size", None) or 1024
-    fewest, most = CPU_BATCH_TOKENS
-    return min(most, max(fewest, ACTIVATION_BYTES // (4 * hidden * max(site.top_k for site in sites))))
+def computing(loaded: LoadedModel) -> dict[str, Any]:
+    """How a model computes: all that can flip close choices beside its weights."""
+    return {
+        "dtype": loaded.dtype,
+        "attention": loaded.attention,
+        "experts_implementation": loaded.experts_implementation,
+        "device": loaded.device,
+        "versions": {"dbes": version("dbes"), "torch": torch.__version__, "transformers": version("transformers")},
+    }
 
 
-def batches(windows: Sequence[Window], budget: int, *, by_count: bool, batching: Batching, extra: int) -> Iterator[list[Window]]:
-    """The windows, longest first (what does not fit in memory fails at once), in batches of about equal lengths."""
-    batch: list[Window] = []
-    tokens = 0
-    for window in sorted(windows, key=lambda window: (-len(window), window.document, window.start)):
-        if batch:
-            padded = (len(batch) + 1) * (len(batch[0]) + extra)
-            wasted = 1 - (tokens + len(window) + extra) / padded
-            full = len(batch) >= budget if by_count else padded > budget or wasted > PADDING_LIMIT
-            apart = batching == "one at a time" or (batching == "equal lengths" and len(window) != len(batch[0]))
-            if full or apart:
-                yield batch
-                batch, tokens = [], 0
-        batch.append(window)
-        tokens += len(window) + extra
-    if batch:
-        yield batch
+def _recorded(engine: ForwardEngine, windows: Sequence[Window]) -> Iterator[Block]:
+    """The routes of the windows, which are longest first; the next batch runs while those of the last come off the device.
+
+    Where memory does not suffice for a batch, the budget is halved for the rest of the windows, and the blocks say so.
+    """
+    by_count = engine.batch_size is not None
+    budget = automatic_budget(engine.loaded, engine.sites) if engine.batch_size is None else engine.batch_size
+    reduced: int | None = None
+    coming: Coming | None = None
+    while windows:
+        count = first_batch(windows, budget, by_count=by_count, batching=engine.batching, extra=engine.extra)
+        try:
+            following = begin_batch(engine, windows[:count])
+        except RuntimeError as problem:
+            if out_of_memory(problem) is None:
+                raise
+            if count == 1:
+                raise RecordingError(
+                    f"one window of {len(windows[0])} tokens does not fit in memory; choose a smaller window or dtype"
+                ) from problem
+            budget = reduced = (count if by_count else min(budget, count * (len(windows[0]) + engine.extra))) // 2
+            following = None
+        if following is None:
+            if torch.accelerator.is_available():
+                torch.accelerator.empty_cache()
+            continue
+        if coming is not None:
+            yield coming.block()
+        coming, windows = replace(following, reduced=reduced), windows[count:]
+    if coming is not None:
+        yield coming.block()
+
+
+@dataclass(frozen=True)
+class Coming:
+    """The routes of a batch, on their way off the device.
+
+    Attributes:
+        copies: [tokens, layers, ...] of each column, on the CPU; they hold what they should once ``arrived`` says so.
+        reduced: see `Block`.
+    """
+
+    windows: Sequence[Window]
+    positions: np.ndarray
+    layers: tuple[int, ...]
+    copies: Mapping[str, Tensor]
+    arrived: Sequence[torch.Event]
+    reduced: int | None = None
+
+    def block(self) -> Block:
+        """The routes of every token of the windows, row after row, at all layers."""
+        for event in self.arrived:
+            event.synchronize()
+        arrays = {name: copy.numpy() for name, copy in self.copies.items()}
+        return Block(
+            document=np.repeat([window.document for window in self.windows], [len(window) for window in self.windows]),
+            positions=self.positions,
+            token_ids=np.concatenate([window.token_ids for window in self.windows]),
+            phase=np.full(len(self.positions), PROMPT, np.uint8),
+            layers=self.layers,
+            routes={name: array for name, array in arrays.items() if not name.startswith("control_")},
+            control={name.removeprefix("control_"): array for name, array in arrays.items() if name.startswith("control_")},
+            reduced=self.reduced,
+        )
 
 
 def record_batch(engine: ForwardEngine, windows: Sequence[Window]) -> Block:
-    """Routing of every token of the windows, row after row, at all layers.
+    """Routing of every token of the windows, row after row, at all layers; raises as `begin_batch`."""
+    return begin_batch(engine, windows).block()
+
+
+def begin_batch(engine: ForwardEngine, windows: Sequence[Window]) -> Coming:
+    """Run the windows; nothing waits for the device, unless it shares its memory with the CPU.
 
     Raises:
         RecordingError: a layer did not fire once, or for another number of tokens.
@@ -218,22 +234,23 @@ def record_batch(engine: ForwardEngine, windows: Sequence[Window]) -> Block:
     inputs, rows = engine.inputs(windows)
     layers = engine.contents.layers
     positions = [np.arange(window.start, window.start + len(window)) for window in windows]
-    noise = np.concatenate([noise_rows(window.document_id, at, layers) for window, at in zip(windows, positions, strict=True)], axis=1)
+    keys = np.concatenate([noise_keys(window.document_id, at) for window, at in zip(windows, positions, strict=True)])
     total = inputs["input_ids"].numel()
-    kept_rows = torch.from_numpy(rows)
+    placed: dict[torch.device, tuple[Tensor, Tensor]] = {}
     columns: dict[str, dict[int, Tensor]] = {}
     fired = [0] * len(layers)
 
     def observe(index: int, decision: Decision) -> None:
-        site = engine.sites[index]
+        site, device = engine.sites[index], decision.ids.device
         fired[index] += 1
         if len(decision.ids) != total:
             raise RecordingError(
                 f"layer {site.layer}: {len(decision.ids)} tokens were routed, the batch has {total} (padding included); "
                 f"dbes cannot tell which token is which in {site.name}"
             )
-        found = _columns(engine, index, decision, kept_rows, noise[index])
-        for name, column in found.items():
+        if device not in placed:  # once a batch, not once a layer
+            placed[device] = sent(rows, device), sent(keys, device)
+        for name, column in _columns(engine, index, decision, *placed[device]).items():
             columns.setdefault(name, {})[index] = column
 
     model = engine.loaded.model
@@ -248,75 +265,13 @@ def record_batch(engine: ForwardEngine, windows: Sequence[Window]) -> Block:
                 f"layer {site.layer} ({site.name}) routed {count} times in one forward, expected once; was the model compiled "
                 "(torch.compile) or wrapped before recording? Give the plain model"
             )
-    arrays = {name: _stacked(by_site, len(layers)) for name, by_site in columns.items()}
-    return Block(
-        document=np.repeat([window.document for window in windows], [len(window) for window in windows]),
-        positions=np.concatenate(positions),
-        token_ids=np.concatenate([window.token_ids for window in windows]),
-        phase=np.full(len(rows), PROMPT, np.uint8),
-        layers=layers,
-        routes={name: array for name, array in arrays.items() if not name.startswith("control_")},
-        control={name.removeprefix("control_"): array for name, array in arrays.items() if name.startswith("control_")},
-    )
+    copies, arrived = fetched({name: _stacked(by_site, len(layers)) for name, by_site in columns.items()})
+    return Coming(windows, np.concatenate(positions), layers, copies, arrived)
 
 
-def record_within_memory(engine: ForwardEngine, batch: Sequence[Window]) -> Iterator[Block]:
-    """The batch's routes; halves of the batch, one after the other, where memory does not suffice for all of it."""
-    try:
-        yield record_batch(engine, batch)
-        return
-    except RuntimeError as problem:
-        if out_of_memory(problem) is None:
-            raise
-    if len(batch) == 1:
-        raise RecordingError(f"one window of {len(batch[0])} tokens does not fit in memory; choose a smaller window or dtype")
-    if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()
-    for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
-        yield from record_within_memory(engine, half)
-
-
-def find_batching(engine: ForwardEngine, texts: Sequence[np.ndarray]) -> Batching:
-    """What may share a batch, found by trying on the beginnings of two texts.
-
-    Rows may differ in numerical noise: at most 1 % of expert sets in float32, 10 % in a 16-bit dtype.
-
-    Raises:
-        RecordingError: routing differs from one forward to the next.
-    """
-    quiet = replace(engine, control=0, stiffness=False)
-    long = Window(0, "one", 0, texts[0][: min(engine.window, 48)])
-    source = texts[1] if len(texts) > 1 else texts[0][::-1]
-    other = Window(1, "other", 0, source[: max(1, min(len(long), len(source)) * 2 // 3)])
-    allowed = 0.01 if engine.loaded.dtype == "float32" else 0.1
-
-    def routed(*windows: Window) -> np.ndarray:
-        work = Work(windows[0].document, [window.document_id for window in windows], [window.token_ids for window in windows])
-        assembly = Assembly(quiet.contents, work, where=engine.loaded.name, error=RecordingError)
-        assembly.add(record_batch(quiet, windows))
-        return np.sort(assembly.finish()[0].ids, axis=-1)
-
-    def agree(one: Window, two: Window) -> bool:
-        alone, together = np.concatenate([routed(one), routed(two)]), routed(one, two)
-        return float((alone != together).any(axis=-1).mean()) <= allowed
-
-    if agree(long, other):
-        return "padded"
-    if agree(replace(long, token_ids=long.token_ids[: len(other)]), other):
-        return "equal lengths"
-    if float((routed(long) != routed(long)).any(axis=-1).mean()) > allowed:
-        raise RecordingError(
-            f"{engine.loaded.name}: the same text is routed to other experts every time it is read, so the router draws random numbers "
-            "outside training too; dbes records routing that can be repeated: switch the noise of the gate off"
-        )
-    return "one at a time"
-
-
-def _columns(engine: ForwardEngine, index: int, decision: Decision, kept_rows: Tensor, noise_at: np.ndarray) -> dict[str, Tensor]:
-    """What is kept of one site's decision, on the device where it was made."""
+def _columns(engine: ForwardEngine, index: int, decision: Decision, rows: Tensor, keys: Tensor) -> dict[str, Tensor]:
+    """What is kept of one site's decision, on the device where it was made, as are the rows that are kept and their `noise_keys`."""
     site = engine.sites[index]
-    device = decision.ids.device
-    rows = kept_rows.to(device, non_blocking=True)
     ids, weights = decision.ids[rows], decision.weights[rows]
     wide = (0, engine.slots - site.top_k)
     found = {
@@ -330,7 +285,7 @@ def _columns(engine: ForwardEngine, index: int, decision: Decision, kept_rows: T
         found["control_ids"] = torch.nn.functional.pad(picked, wide, value=SKIPPED).to(torch.int32)
         found["control_weights"] = torch.nn.functional.pad(values, wide).to(torch.float16)
     if engine.stiffness:
-        found |= _stiffness_columns(engine, site, decision, rows, torch.from_numpy(noise_at).to(device))
+        found |= _stiffness_columns(engine, site, decision, rows, noise_rows(keys, site.layer))
     return found
 
 
@@ -363,10 +318,28 @@ def _stiffness_columns(engine: ForwardEngine, site: RoutingSite, decision: Decis
     return found
 
 
-def _stacked(by_site: dict[int, Tensor], layers: int) -> np.ndarray:
-    """[tokens, layers, ...] of one column; one copy off the device. A layer that could not give it holds what means missing."""
-    device = next(iter(by_site.values())).device
+def _stacked(by_site: dict[int, Tensor], layers: int) -> Tensor:
+    """[tokens, layers, ...] of one column. A layer that could not give it holds what means missing."""
     sample = next(iter(by_site.values()))
     empty = torch.full_like(sample, SKIPPED) if sample.dtype == torch.int32 else torch.zeros_like(sample)
-    parts = [by_site[index].to(device, non_blocking=True) if index in by_site else empty for index in range(layers)]
-    return torch.stack(parts, dim=1).cpu().numpy()
+    parts = [by_site[index].to(sample.device, non_blocking=True) if index in by_site else empty for index in range(layers)]
+    return torch.stack(parts, dim=1)
+
+
+def sent(array: np.ndarray, device: torch.device) -> Tensor:
+    """The array on a device; nothing waits for the copy where it can be made from page-locked memory."""
+    given = torch.from_numpy(array)
+    return given.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else given.to(device)
+
+
+def fetched(columns: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[torch.Event]]:
+    """Copies on the CPU, and what tells that they hold what they should: nothing where that is so already."""
+    copies: dict[str, Tensor] = {}
+    devices: set[torch.device] = set()
+    for name, column in columns.items():
+        if column.device.type != "cuda":
+            copies[name] = column.cpu()
+            continue
+        copies[name] = torch.empty(column.shape, dtype=column.dtype, pin_memory=True).copy_(column, non_blocking=True)
+        devices.add(column.device)
+    return copies, [torch.cuda.current_stream(device).record_event() for device in sorted(devices, key=str)]

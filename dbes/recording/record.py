@@ -16,17 +16,19 @@ from dbes.models import LoadedModel
 from dbes.models.sites import find_sites, max_positions
 from dbes.models.token_text import token_texts
 from dbes.models.windows import embedding_rows, refuse_unknown, special_tokens, token_ids
+from dbes.recording.background import Background
+from dbes.recording.batches import Batching
+from dbes.recording.batching import find_batching
 from dbes.recording.engine import Engine
-from dbes.recording.forward import ACCELERATOR_BATCH_TOKENS, Batching, ForwardEngine, find_batching
-from dbes.trace.blocks import Assembly, Contents, Work
+from dbes.recording.forward import ForwardEngine
+from dbes.recording.units import SHARD_TOKENS, Unit, work_units
+from dbes.trace.blocks import Assembly, Block, Contents, Work
 from dbes.trace.manifest import MANIFEST, read_manifest
 from dbes.trace.store import CONTROL, Trace
 from dbes.trace.types import UNKNOWN, RoutingShape, TokenRoutes
 from dbes.trace.vocabulary import TokenText
 from dbes.trace.writer import TraceWriter
 
-SHARD_TOKENS = 65_536
-SHARD_BYTES = 12 * 2**20
 CONTROL_DRAWS = 3
 Progress = Callable[[int, int], None]
 
@@ -84,7 +86,7 @@ def record_documents(
     Args:
         domains: names of the domains, in the benchmark's order.
         output_path: folder of the trace. An interrupted recording of the same thing in it resumes from the last whole
-            shard. None keeps the trace in memory.
+            work unit. None keeps the trace in memory.
         batch_size: windows per batch; "auto" fills a budget of tokens, halved when memory runs out.
         seed: of the random-router control and of the noise of the stability measures.
         control: draws of the random-router control to record in the same pass; their spread tells what another draw would show.
@@ -119,7 +121,7 @@ def record_documents(
         window=window if limit is None else min(window, limit - extra),
         batch_size=None if batch_size == "auto" else batch_size,
     )
-    engine = replace(engine, batching=find_batching(engine, texts))
+    engine = replace(engine, batching=find_batching(engine, texts, None if output_path is None else Path(output_path)))
     done = record_with(
         engine,
         documents,
@@ -160,26 +162,52 @@ def record_with(
     facts = {**engine.identity, **dict(provenance or {}), **engine.settings}
     target = _Destination(output_path, shape, facts, draws=contents.control)
     tally = _Tally(len(contents.layers), target.routes())
-    total, first, started = sum(map(len, texts)), tally.tokens, time.perf_counter()
-    for low, high in _shards([len(text) + contents.answer for text in texts], contents.bytes_per_token):
-        if low >= target.next_document:
-            work = Work(low, shape.document_ids[low:high], texts[low:high])
-            _record_work(engine, work, target, tally, None if progress is None else lambda done: progress(done, total))
+    started, told = time.perf_counter(), _Told(tally.tokens, len(contents.layers), sum(map(len, texts)), progress)
+    lengths = [len(text) + contents.answer for text in texts]
+    with Background() as host:
+        for unit in work_units(lengths, contents.bytes_per_token, shard_tokens=SHARD_TOKENS):
+            low, high = unit.documents
+            if high > target.next_document:
+                _record_unit(engine, unit, Work(low, shape.document_ids[low:high], texts[low:high]), target, tally, host, told)
     seconds = time.perf_counter() - started
     trace = target.finish(vocabulary=spelled(sorted(tally.seen)), provenance=tally.facts(engine))
-    return Recording(trace=trace, documents=len(documents), tokens=tally.tokens - first, seconds=seconds)
+    return Recording(trace=trace, documents=len(documents), tokens=tally.tokens - told.earlier, seconds=seconds)
 
 
-def _record_work(engine: Engine, work: Work, target: _Destination, tally: _Tally, tell: Callable[[int], None] | None) -> None:
-    """One shard; nothing of it stays in memory where there is a folder."""
-    assembly, cells = Assembly(engine.contents, work, where=str(engine.identity.get("model")), error=RecordingError), 0
+def _record_unit(engine: Engine, unit: Unit, work: Work, target: _Destination, tally: _Tally, host: Background, told: _Told) -> None:
+    """One work unit: while the engine runs, another thread puts its routes together and writes its shards, and those of the one before."""
+    where = str(engine.identity.get("model"))
+    assembly = Assembly(engine.contents, work, where=where, error=RecordingError, folder=target.folder)
+    reduced: int | None = None
     for block in engine.blocks(work):
-        cells += assembly.add(block)
-        if tell is not None:
-            tell(tally.tokens + cells // len(engine.contents.layers))
-    routes, controls = assembly.finish()
-    target.write(routes, controls, last_document=work.first + len(work.texts) - 1)
-    tally.add(routes)
+        host.do(assembly.add, block)
+        reduced = block.reduced or reduced
+        told.add(block)
+
+    def store() -> None:
+        tally.reduced |= {} if reduced is None else {str(work.first): reduced}
+        kept = [bounds for bounds in unit.shards if bounds[0] >= target.next_document]
+        for (_, end), (routes, controls) in zip(kept, assembly.parts(kept), strict=True):
+            target.write(routes, controls, last_document=end - 1)
+            tally.add(routes)
+
+    host.do(store)
+
+
+class _Told:
+    """Tells progress; tokens count when all their layers have come.
+
+    Attributes:
+        earlier: tokens that were recorded before.
+    """
+
+    def __init__(self, earlier: int, layers: int, total: int, progress: Progress | None) -> None:
+        self.earlier, self._layers, self._total, self._progress, self._cells = earlier, layers, total, progress, 0
+
+    def add(self, block: Block) -> None:
+        self._cells += len(block.document) * len(block.layers)
+        if self._progress is not None:
+            self._progress(self.earlier + self._cells // self._layers, self._total)
 
 
 def _placed(documents: Sequence[TextDocument], domains: Sequence[str]) -> np.ndarray:
@@ -229,19 +257,6 @@ def _token_ids(loaded: LoadedModel, documents: Sequence[TextDocument]) -> list[n
     return texts
 
 
-def _shards(lengths: Sequence[int], bytes_per_token: int) -> Iterator[tuple[int, int]]:
-    """[first, last + 1) documents of each shard: whole documents, bounded in tokens so that memory is."""
-    # not below one full batch of an accelerator, however many layers a token has
-    limit = min(SHARD_TOKENS, max(ACCELERATOR_BATCH_TOKENS, SHARD_BYTES // bytes_per_token))
-    low, tokens = 0, 0
-    for index, length in enumerate(lengths):
-        if tokens and tokens + length > limit:
-            yield low, index
-            low, tokens = index, 0
-        tokens += length
-    yield low, len(lengths)
-
-
 class _Tally:
     """What is known only at the end: tokens seen, slots that ran nothing, rows without a score."""
 
@@ -251,6 +266,7 @@ class _Tally:
         self.idle = np.zeros(layers, np.int64)
         self.unscored = np.zeros(layers, np.int64)
         self.unmargined = np.zeros(layers, np.int64)
+        self.reduced: dict[str, int] = {}
         for routes in earlier:
             self.add(routes)
 
@@ -277,7 +293,9 @@ class _Tally:
             running = self.idle[column] - self.tokens * (contents.slots - top_k)
             if running:
                 idle[str(layer)] = float(running / (self.tokens * top_k))
-        return {"scores_missing": reasons, "logits_missing": logit_reasons, "slots_without_expert": idle}
+        found = {"scores_missing": reasons, "logits_missing": logit_reasons, "slots_without_expert": idle}
+        # where memory ran out texts shared smaller batches, by the first document of the work unit
+        return found | ({"batches_reduced_to": self.reduced} if self.reduced else {})
 
 
 class _Destination:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 from dbes.trace.types import LOGIT_NOISE, NOISE_SCALES
 
 NOISE_ROWS = 4096
+"""A power of two of at most 12 bits."""
+
+Keys = TypeVar("Keys", np.ndarray, Tensor)
 
 
 @dataclass(frozen=True)
@@ -36,15 +40,24 @@ class Noise:
         return Noise(normal=self.normal.to(device), uniform=self.uniform.to(device))
 
 
-def noise_rows(document_id: str, positions: np.ndarray, layers: tuple[int, ...]) -> np.ndarray:
-    """int64 [layers, tokens], the row of the noise table for tokens of one document."""
-    key = np.uint64(zlib.crc32(document_id.encode()))
-    with np.errstate(over="ignore"):
-        mixed = (key << np.uint64(32)) + positions.astype(np.uint64)
-        mixed = mixed[None, :] * np.uint64(0x9E3779B97F4A7C15) + np.asarray(layers, np.uint64)[:, None] * np.uint64(0xC2B2AE3D27D4EB4F)
-        mixed ^= mixed >> np.uint64(31)
-        mixed *= np.uint64(0xBF58476D1CE4E5B9)
-    return (mixed >> np.uint64(52)).astype(np.int64) % NOISE_ROWS
+def noise_keys(document_id: str, positions: np.ndarray) -> np.ndarray:
+    """int64 [tokens], what the noise of each token of a document follows from besides the layer."""
+    return (np.int64(zlib.crc32(document_id.encode())) << np.int64(32)) + positions.astype(np.int64)
+
+
+def noise_rows(keys: Keys, layer: int) -> Keys:
+    """int64 [tokens], the row of the noise table for each token at a layer.
+
+    Arithmetic modulo 2^64 in signed numbers, the same in numpy and in torch on every device, so that nothing but keys goes there.
+    """
+    mixed = keys * _signed(0x9E3779B97F4A7C15) + _signed(layer * 0xC2B2AE3D27D4EB4F)
+    mixed = mixed ^ ((mixed >> 31) & ((1 << 33) - 1))  # the mask makes a shift of signed numbers one of unsigned
+    return ((mixed * _signed(0xBF58476D1CE4E5B9)) >> 52) & (NOISE_ROWS - 1)
+
+
+def _signed(value: int) -> int:
+    """The number in [-2^63, 2^63) that is the same modulo 2^64."""
+    return (value + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def logit_stiffness(logits: Tensor, choice: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:

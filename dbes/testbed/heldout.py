@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from dbes.models.execution import forward, input_device
 from dbes.models.losses import in_batches, predictions
 from dbes.models.windows import padded
-from dbes.recording.stiffness import Noise, logit_stiffness, noise_rows, selection_stiffness
+from dbes.recording.stiffness import Noise, logit_stiffness, noise_keys, noise_rows, selection_stiffness
 from dbes.testbed.mix import Batches, Mix, overlap_domains
 from dbes.testbed.models import routers_of
 from dbes.testbed.routers import LayerRoutes, Routing
@@ -108,7 +108,8 @@ def measure(
             columns["positions"].append(np.tile(np.arange(width), len(members))[flat])
             columns["token_ids"].append(tokens.reshape(-1)[flat])
             columns["entropy"].append(entropy.reshape(-1)[flat])
-            rows = np.concatenate([noise_rows(names[document], np.arange(lengths[document]), layers) for document in members], axis=1)
+            keys = np.concatenate([noise_keys(names[document], np.arange(lengths[document])) for document in members])
+            rows = np.stack([noise_rows(keys, layer) for layer in layers])
             for name, values in _routes(session.decisions, torch.from_numpy(flat).to(device), noise, rows).items():
                 columns[name].append(values)
             if keep_inputs:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dbes.errors import DbesError, TraceError
 from dbes.trace.shards import KINDS, PER_TOKEN, check_arrays, check_ids, check_values
+from dbes.trace.spool import Spool
 from dbes.trace.types import GENERATED, NOISE_SCALES, UNKNOWN, TokenRoutes, storage_dtype
 
 STORED = {
@@ -20,6 +23,9 @@ STORED = {
     "kept": (np.uint8, UNKNOWN),
 }
 """What an engine may give of a token at a layer besides ids, by its name in ``TokenRoutes``: dtype, and mark where it was not given."""
+
+SPOOL_BYTES = 64 * 2**20
+"""Routes of a work unit that are larger than this are put together on disk."""
 
 SKIPPED = -1
 """In the ids of a block: a slot that ran nothing."""
@@ -58,11 +64,27 @@ class Contents:
         held = (self.empty(1), *[self.empty(1, control=True)] * self.control)
         return 13 + sum(array.nbytes for given in held for array in given.values())
 
-    def empty(self, tokens: int, *, control: bool = False) -> dict[str, np.ndarray]:
-        """Arrays of a trace [tokens, layers, ...] that hold what means missing; or those of a random router."""
+    def arrays(self, *, control: bool = False) -> dict[str, tuple[tuple[int, ...], Any, Any]]:
+        """Shape of what is kept of a token at a layer, mark of what is missing, and dtype, by name; or that of a random router."""
         dtype, last = storage_dtype(max(self.experts)), {"ids": (self.slots,), "weights": (self.slots,), "kept": (len(NOISE_SCALES),)}
         kinds = {"ids": (dtype, np.iinfo(dtype).max), **{name: STORED[name] for name in ({"weights"} if control else self.gives)}}
-        return {name: np.full((tokens, len(self.layers), *last.get(name, ())), mark, kind) for name, (kind, mark) in kinds.items()}
+        return {name: (last.get(name, ()), mark, kind) for name, (kind, mark) in kinds.items()}
+
+    def empty(self, tokens: int, *, control: bool = False, spool: Spool | None = None) -> dict[str, np.ndarray]:
+        """Arrays of a trace [tokens, layers, ...] that hold what means missing; or those of a random router.
+
+        Args:
+            spool: where they lie, layer after layer; None: in memory.
+        """
+        layers, wanted = len(self.layers), self.arrays(control=control)
+        if spool is None:
+            return {name: np.full((tokens, layers, *last), mark, kind) for name, (last, mark, kind) in wanted.items()}
+        return {name: spool.full((layers, tokens, *last), mark, kind).swapaxes(0, 1) for name, (last, mark, kind) in wanted.items()}
+
+    def room(self, tokens: int) -> int:
+        """Bytes in a spool for all arrays of so many tokens."""
+        kept = [each for control in (False, *[True] * self.control) for each in self.arrays(control=control).values()]
+        return sum(Spool.needed((len(self.layers), tokens, *last), kind) for last, _, kind in kept)
 
 
 @dataclass(frozen=True)
@@ -90,6 +112,7 @@ class Block:
         routes: "ids", integers [rows, layers, slots] with SKIPPED where nothing ran, and [rows, layers, ...] of what else is given.
             What one layer does not have may be left out, but for weights.
         control: "ids" and "weights" of the random router, [rows, layers, draws, slots].
+        reduced: tokens or windows that a batch may have since memory ran out; None: as many as were meant.
     """
 
     document: np.ndarray
@@ -99,15 +122,25 @@ class Block:
     layers: tuple[int, ...]
     routes: Mapping[str, np.ndarray]
     control: Mapping[str, np.ndarray] = field(default_factory=dict)
+    reduced: int | None = None
 
 
 class Assembly:
     """Takes the blocks of one work unit in any order of rows and layers, and gives the routes of its documents.
 
     Every token of the texts must come exactly once at every layer. What follows a text must be GENERATED, without a gap.
+
+    Args:
+        where: what errors are about.
+        folder: on whose disk routes larger than SPOOL_BYTES are put together; None: in memory.
+
+    Raises:
+        FileError: the disk has not this much room.
     """
 
-    def __init__(self, contents: Contents, work: Work, *, where: str, error: type[DbesError] = TraceError) -> None:
+    def __init__(
+        self, contents: Contents, work: Work, *, where: str, error: type[DbesError] = TraceError, folder: Path | None = None
+    ) -> None:
         self.contents, self.work, self.where, self.error = contents, work, where, error
         given = np.asarray([len(text) for text in work.texts])
         self._room = given + contents.answer
@@ -120,8 +153,10 @@ class Assembly:
         self._token_ids[self._wanted] = np.concatenate([*work.texts, np.zeros(0, np.int32)])
         self._phase = np.where(self._wanted, UNKNOWN, GENERATED).astype(np.uint8)
         self._seen = np.zeros((tokens, layers), bool)
-        self._routes = contents.empty(tokens)
-        self._controls = [contents.empty(tokens, control=True) for _ in range(contents.control)]
+        room = contents.room(tokens)
+        self._spool = None if folder is None or room <= SPOOL_BYTES else Spool(folder, room)
+        self._routes = contents.empty(tokens, spool=self._spool)
+        self._controls = [contents.empty(tokens, control=True, spool=self._spool) for _ in range(contents.control)]
         self._control_came = False
 
     def add(self, block: Block) -> int:
@@ -149,35 +184,53 @@ class Assembly:
             self._control_came = True
             for draw, control in enumerate(self._controls):
                 self._place(control, self._of_draw(block.control, draw), rows, columns, spots)
+        if self._spool is not None:
+            self._spool.release()
         return came.size
 
     def finish(self) -> tuple[TokenRoutes, tuple[TokenRoutes, ...]]:
-        """The routes of the documents and, where blocks had them, of the draws of the random router.
+        """The routes of all documents; see `parts`."""
+        return next(self.parts([(self.work.first, self.work.first + len(self.work.texts))]))
+
+    def parts(self, bounds: Sequence[tuple[int, int]]) -> Iterator[tuple[TokenRoutes, tuple[TokenRoutes, ...]]]:
+        """The routes of [first, last + 1) documents, and those of the draws of the random router where blocks had them.
 
         Raises:
             error: a token did not come at every layer.
         """
-        wanted = self._wanted | self._seen.any(axis=1)
+        came = self._seen.any(axis=1)
+        wanted = self._wanted | came
         gap = np.flatnonzero(wanted[1:] & ~wanted[:-1] & (self._positions[1:] > 0))
         if len(gap):
             raise self.error(f"{self.where}: {self._token(gap[0])}, did not come, but a later one did")
-        if (lacking := ~self._seen & wanted[:, None]).any():
-            row, column = np.argwhere(lacking)[0]
-            total = int(wanted.sum()) * len(self.contents.layers)
+        if (short := wanted & ~self._seen.all(axis=1)).any():
+            row = int(np.flatnonzero(short)[0])
+            column, lacking = int(np.argmin(self._seen[row])), int((~self._seen[short]).sum())
             raise self.error(
-                f"{self.where}: {self._token(row)}, did not come at layer {self.contents.layers[column]}; {int(lacking.sum())} of {total} "
-                "tokens x layers are missing"
+                f"{self.where}: {self._token(row)}, did not come at layer {self.contents.layers[column]}; {lacking} of "
+                f"{int(wanted.sum()) * len(self.contents.layers)} tokens x layers are missing"
             )
-        rows = slice(None) if wanted.all() else np.flatnonzero(wanted)
-        about = {
-            "document": self._document + np.int32(self.work.first),
-            "positions": self._positions,
-            "token_ids": self._token_ids,
-            "phase": self._phase,
-        }
         controls = self._controls if self._control_came else []
-        routes, *drawn = (TokenRoutes(**about, **arrays).take(rows) for arrays in (self._routes, *controls))
-        return routes, tuple(drawn)
+        for low, high in bounds:
+            rows = self._rows_of(low - self.work.first, high - self.work.first)
+            whole = wanted[rows].all()
+            here: slice | np.ndarray = rows if whole else np.flatnonzero(wanted[rows]) + rows.start
+            about = {
+                "document": self._document[here] + np.int32(self.work.first),
+                "positions": self._positions[here],
+                "token_ids": self._token_ids[here],
+                "phase": self._phase[here],
+            }
+            routes, *drawn = (
+                TokenRoutes(**about, **{name: array[here] for name, array in arrays.items()}) for arrays in (self._routes, *controls)
+            )
+            yield routes, tuple(drawn)
+            if self._spool is not None:
+                self._spool.release()
+
+    def _rows_of(self, first: int, end: int) -> slice:
+        ends = self._starts + self._room
+        return slice(int(self._starts[first]), int(ends[end - 1])) if end > first else slice(0, 0)
 
     def _of_draw(self, control: Mapping[str, np.ndarray], draw: int) -> dict[str, np.ndarray]:
         for name, array in control.items():
