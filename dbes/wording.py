@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
+
+from dbes.errors import SettingError
 
 UNKNOWN = "–"
 NOTHING = 1e-9
@@ -111,3 +114,16 @@ def duration(seconds: float) -> str:
         if seconds < most:
             return f"{seconds / size:.2g} {unit}" if seconds / size < 10 else f"{seconds / size:,.0f} {unit}"
     return UNKNOWN
+
+
+def bytes_of(text: str, *, option: str) -> int:
+    """The number of bytes that a size such as ``64GiB``, ``3 GB`` or ``1000000`` says.
+
+    Raises:
+        SettingError: names the option.
+    """
+    powers = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    if found is None or float(found[1]) == 0:
+        raise SettingError(f"{option} {text!r}: expected a size such as 64GiB or 3GB")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** powers[found[2].lower()])
