@@ -1,4 +1,4 @@
-"""Writes ``plan.md``: what `dbes plan` says of well-known checkpoints, from the configs in ``models.yaml``. Nothing is measured or loaded."""
+"""Writes ``plan.md``: what `dbes plan` says of well-known checkpoints, from the configs in ``models.yaml``; nothing is loaded."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ MACHINES = (
 
 HEAD = f"""# What well-known checkpoints take
 
-Written by `make docs` from the configs in [models.yaml](models.yaml), with the arithmetic of `dbes plan`. **All of it is estimated**; nothing
-here was run on these checkpoints. `dbes plan --model PATH|ID` says the same of any checkpoint, with the memory and the measured speeds of the
-machine it runs on, or with those given by `--memory`, `--disk-speed` and `--flops`.
+Written by `make docs` from the configs in [models.yaml](models.yaml), with the arithmetic of `dbes plan`. **All of it is estimated**;
+nothing here was run on these checkpoints. `dbes plan --model PATH|ID` says the same of any checkpoint, with the memory and the measured
+speeds of the machine it runs on, or with those given by `--memory`, `--disk-speed` and `--flops`.
 
-Assumptions: bfloat16; {TOKENS:,} tokens; an NVMe disk that reads 3 GB/s; multiplications at 2 TFLOP/s on the CPU and 800 TFLOP/s on the GPU,
-of which a model reaches {EFFICIENCY:.0%}; fp8 and mxfp4 are read as stored and computed in bfloat16. The streaming engine reads the checkpoint
-once for every {UNIT_TOKENS:,} tokens, and a layer while the one before it computes. Attention over long windows, the work of the host and
-the transfer to the GPU are not counted.
+Assumptions: bfloat16; {TOKENS:,} tokens; an NVMe disk that reads 3 GB/s; multiplications at 2 TFLOP/s on the CPU and 800 TFLOP/s on the
+GPU, of which a model reaches {EFFICIENCY:.0%}; fp8 and mxfp4 are read as stored and computed in bfloat16. The streaming engine reads the
+checkpoint once for every {UNIT_TOKENS:,} tokens, and a layer while the one before it computes. Attention over long windows, the work of
+the host and the transfer to the GPU are not counted. Active parameters include embeddings and head.
 """
 
 
@@ -64,9 +64,8 @@ def page() -> str:
     parts.append(f"\n## Recording {TOKENS:,} tokens\n\n")
     columns = [f"{each.name}: {what}" for each in MACHINES for what in ("engine", "time")]
     parts += _table(("checkpoint", *columns), [(name, *_times(needs)) for name, (_, needs) in found.items()])
-    parts.append(
-        f"\n## Finetuning {SHARE:.0%} of the routed experts\n\n`dbes plan --paths {SHARE}`: what training needs beside the model in memory.\n\n"
-    )
+    parts.append(f"\n## Finetuning {SHARE:.0%} of the routed experts\n\n")
+    parts.append(f"`dbes plan --paths {SHARE}`: what training needs beside the model in memory.\n\n")
     columns = ("trained parameters", "leaves, gradients, moments", "best leaves (early stopping)", "protection")
     parts += _table(("checkpoint", *columns), [(name, *_training(skeleton)) for name, (skeleton, _) in found.items()])
     return "".join(parts)
@@ -79,8 +78,7 @@ def _model(values: dict[str, Any]) -> tuple[PreTrainedModel, Needs]:
     needs = measure(skeleton, config)
     if needs.quantization == "fp8":
         # dequantized on a CPU; on a GPU that multiplies fp8 it would take half
-        inside = needs.parameters - needs.outside["float32"] // 4
-        files = int(inside * STORED_BITS["fp8"] / 8) + needs.outside["bfloat16"]
+        files = int((needs.parameters - needs.embedding) * STORED_BITS["fp8"] / 8) + 2 * needs.embedding
     elif needs.quantization == "mxfp4":
         files = int(needs.routed * STORED_BITS["mxfp4"] / 8) + 2 * (needs.parameters - needs.routed)
     else:

@@ -178,7 +178,7 @@ def seconds_of(needs: Needs, *, dtype: str, tokens: int, disk: float, flops: flo
     Computing is two operations for each weight that a token passes in the decoder layers; neither embedding nor head is multiplied.
     """
     read = (needs.files or needs.weights[dtype]) / disk
-    computed = tokens * 2.0 * (needs.active - needs.outside["float32"] // 4) / (flops * EFFICIENCY)
+    computed = tokens * 2.0 * (needs.active - needs.embedding) / (flops * EFFICIENCY)
     # a layer is read while the one before it computes, so the slower of the two counts
     return {"memory": read + computed, "streaming": max(units_of(tokens) * read, computed)}
 

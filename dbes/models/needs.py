@@ -50,7 +50,8 @@ class Needs:
 
     Attributes:
         architecture: name of its class.
-        parameters: of the whole model, tied weights once; active: those that one token passes, embeddings included.
+        parameters: of the whole model, tied weights once; active: those that one token passes, embeddings included; embedding: those
+            in no decoder layer: embeddings, head, last norm.
         layers: its MoE layers; depth: decoder layers, dense ones included.
         hidden: width of what the layers exchange.
         dtype: the checkpoint's own, by its config.
@@ -62,6 +63,7 @@ class Needs:
     architecture: str
     parameters: int
     active: int
+    embedding: int
     layers: tuple[LayerNeeds, ...]
     depth: int
     hidden: int
@@ -161,6 +163,7 @@ def measure(skeleton: PreTrainedModel, config: Any, tensors: Mapping[str, Stored
         architecture=type(skeleton).__name__,
         parameters=parameters,
         active=parameters - idle,
+        embedding=sum(parameter.numel() for name, parameter in skeleton.named_parameters() if not LAYER.search(name)),
         layers=layers,
         depth=sum(layer is not None for layer in plain["float32"]),
         hidden=_hidden(skeleton),
