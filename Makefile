@@ -41,8 +41,9 @@ imports: $(READY)  ## The import graph as a table.
 layout: $(READY)  ## The list of modules in CONTRIBUTING.md.
 	$(BIN)/python benchmarks/layout.py
 
-docs: $(READY)  ## The page of the API, from signatures and docstrings.
+docs: $(READY)  ## The page of the API, from signatures and docstrings, and the page of what well-known checkpoints take.
 	$(BIN)/python docs/api.py
+	$(BIN)/python docs/plan.py
 
 benchmarks: $(READY)  ## Speed and memory, as ratios within one run.
 	$(OFFLINE) $(BIN)/python benchmarks/recording.py build/recording.json

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
+
+from dbes.errors import SettingError
 
 UNKNOWN = "–"
 NOTHING = 1e-9
@@ -94,3 +97,33 @@ def task_words(name: str, version: int | None, fingerprint: str | None) -> str:
     """A task by name, version and fingerprint, as far as they are known."""
     known = f", version {version}" if version is not None else ""
     return f"{name}{known}, {'no fingerprint' if fingerprint is None else f'fingerprint {fingerprint}'}"
+
+
+def byte_count(number: float) -> str:
+    """Bytes with three digits and a unit of thousands: ``512 MB``, ``23.1 GB``."""
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if round(number, 1) < 1000 or unit == "TB":
+            return f"{number:,.0f} {unit}" if unit == "bytes" or number >= 99.95 else f"{number:.3g} {unit}"
+        number /= 1000
+    raise AssertionError
+
+
+def duration(seconds: float) -> str:
+    """About how long: ``40 s``, ``12 min``, ``5.1 h``, ``3.2 days``."""
+    for most, size, unit in ((120, 1, "s"), (7200, 60, "min"), (48 * 3600, 3600, "h"), (math.inf, 86_400, "days")):
+        if seconds < most:
+            return f"{seconds / size:.2g} {unit}" if seconds / size < 10 else f"{seconds / size:,.0f} {unit}"
+    return UNKNOWN
+
+
+def bytes_of(text: str, *, option: str) -> int:
+    """The number of bytes that a size such as ``64GiB``, ``3 GB`` or ``1000000`` says.
+
+    Raises:
+        SettingError: names the option.
+    """
+    powers = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    if found is None or float(found[1]) == 0:
+        raise SettingError(f"{option} {text!r}: expected a size such as 64GiB or 3GB")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** powers[found[2].lower()])

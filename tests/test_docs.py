@@ -1,23 +1,46 @@
-"""The page of the API says what the code says."""
+"""The pages that are written by scripts say what the code says."""
 
 from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from types import ModuleType
+
+import pytest
 
 import dbes
 
-SCRIPT = Path(__file__).resolve().parent.parent / "docs" / "api.py"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"{name}_page", DOCS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def plan() -> ModuleType:
+    return script("plan")
 
 
 def test_the_api_page_is_that_of_the_code() -> None:
-    spec = importlib.util.spec_from_file_location("api_page", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    api = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(api)
+    api = script("api")
     page = api.page()
     assert api.PAGE.read_text("utf-8") == page, "run make docs"
     headings = {line.removeprefix("### ") for line in page.split("\n") if line.startswith("### ")}
     errors = {line.split("`")[1] for line in page.split("## Errors")[1].split("\n") if line.startswith("* ")}
     assert headings | errors == set(dbes.__all__)
     assert " at 0x" not in page
+
+
+def test_the_page_of_well_known_checkpoints_is_that_of_the_code(plan: ModuleType) -> None:
+    assert plan.PAGE.read_text("utf-8") == plan.page(), "run make docs"
+    page = plan.PAGE.read_text("utf-8")
+    # as their publishers say; gpt-oss counts its 5.1 B active parameters without the embedding
+    for row in ("OLMoE-1B-7B | 6.9 B | 1.3 B", "Mixtral-8x7B | 46.7 B | 12.9 B", "Qwen3-235B-A22B | 235.1 B | 22.2 B"):
+        assert f"| {row} |" in page
+    assert "| DeepSeek-V3 | 671.0 B |" in page and "| gpt-oss-120b | 116.8 B |" in page
+    assert "| Qwen3-235B-A22B | 34.1 B |" in page

@@ -9,7 +9,7 @@ import warnings
 
 import typer
 
-from dbes.cli import evaluation, finetuning, intervention, paths, reports, tasks, testbed
+from dbes.cli import evaluation, finetuning, intervention, paths, plan, reports, tasks, testbed
 from dbes.cli.common import Guarded
 from dbes.text import printable
 
@@ -21,7 +21,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     add_completion=False,
 )
-for command in (evaluation.evaluate, evaluation.score, reports.report, reports.compare, evaluation.doctor):
+for command in (evaluation.evaluate, evaluation.score, reports.report, reports.compare, evaluation.doctor, plan.plan):
     app.command()(command)
 for command in (paths.paths, finetuning.finetune, finetuning.merge, intervention.intervene):
     app.command()(command)

@@ -13,14 +13,17 @@ from typing import Any, Literal
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from dbes.errors import FinetuneError, PathError, SettingError
+from dbes.errors import DbesError, FinetuneError, PathError, SettingError
+from dbes.evaluation.plan import read_needs
 from dbes.finetuning.cells import TrainableCells
 from dbes.finetuning.checkpoint import Checkpoint, refuse_full_disk
 from dbes.finetuning.encoding import full_rows
 from dbes.finetuning.evaluation import Measured, measure_texts, scores, tracked_scores
 from dbes.finetuning.guard import Guard, split_protected
 from dbes.finetuning.machine import memory_explained, refuse_sharding
+from dbes.finetuning.needs import LEAST, needs_of_cells, refuse_unfit
 from dbes.finetuning.output import Rows, base_checkpoint, claimed, refuse_untrainable, round_rows, tidy, write_output
 from dbes.finetuning.report import FinetuneReport, changes, peak_memory, read_report, refuse_damaged, versions, write_report
 from dbes.finetuning.settings import FinetuneSettings, read_settings
@@ -108,8 +111,11 @@ def finetune(
     started = accelerator is not None
     accelerator = accelerator if accelerator is not None else _accelerator(settings, out)
     with claimed(out, where, save=save) if accelerator.is_main_process else nullcontext():
+        place = _place(accelerator)
+        _refuse_unfit(model, paths, settings, place, revision=revision, trust_remote_code=trust_remote_code)
         say("loading")
-        loaded = _load(model, accelerator, revision=revision, trust_remote_code=trust_remote_code)
+        with memory_explained():
+            loaded = load_model(model, revision=revision, device_map=place, trust_remote_code=trust_remote_code)
         path = checked_path(paths, loaded)
         guarded = (GUARD,) if settings.protect is not None else ()
         identity = settings.identity(loaded.revision, path.cells, found.digest, tasks, limit, save, *guarded)
@@ -130,11 +136,22 @@ def finetune(
         return report
 
 
-def _load(model: str | Path, accelerator: Any, *, revision: str | None, trust_remote_code: bool) -> LoadedModel:
-    """The base model, on the device of this process where there are several."""
-    place = {"": accelerator.device} if accelerator.num_processes > 1 and accelerator.device.type != "cpu" else None
-    with memory_explained():
-        return load_model(model, revision=revision, device_map=place, trust_remote_code=trust_remote_code)
+def _place(accelerator: Any) -> dict[str, Any] | None:
+    """The device of this process where there are several."""
+    return {"": accelerator.device} if accelerator.num_processes > 1 and accelerator.device.type != "cpu" else None
+
+
+def _refuse_unfit(
+    model: str | Path, paths: str | Path | ExpertPath, settings: FinetuneSettings, place: Any, **options: Any
+) -> None:
+    """Stop before loading where model and path cannot fit into memory together."""
+    try:
+        skeleton, needs = read_needs(str(model), **options)
+        path = paths if isinstance(paths, ExpertPath) else read_path(Path(paths), skeleton, str(model))
+        found = needs_of_cells(skeleton, path.cells, rank=settings.lora_rank, dtype=LEAST)
+    except DbesError:
+        return  # what is wrong with model or path is told when they are loaded
+    refuse_unfit(str(model), needs, found, settings, device_map=place)
 
 
 def _finished(out: Path, identity: str, *, check: bool) -> FinetuneReport | None:
@@ -300,7 +317,7 @@ def checked_path(paths: str | Path | ExpertPath, loaded: LoadedModel) -> ExpertP
     """
     sites = find_sites(loaded.model)
     layers, experts = tuple(site.layer for site in sites), tuple(site.num_experts for site in sites)
-    path = paths if isinstance(paths, ExpertPath) else _read_path(Path(paths), layers, experts, loaded)
+    path = paths if isinstance(paths, ExpertPath) else read_path(Path(paths), loaded.model, loaded.name)
     if path.layers != layers:
         raise FinetuneError(
             f"the path is of another model: its MoE layers are {_span(path.layers)}, those of {loaded.name} {_span(layers)}"
@@ -316,7 +333,13 @@ def checked_path(paths: str | Path | ExpertPath, loaded: LoadedModel) -> ExpertP
     return path
 
 
-def _read_path(file: Path, layers: tuple[int, ...], experts: tuple[int, ...], loaded: LoadedModel) -> ExpertPath:
+def read_path(file: Path, model: PreTrainedModel, name: str) -> ExpertPath:
+    """The expert path or ESFT expert config in a file; ``model`` may be one without weights.
+
+    Raises:
+        PathError: it cannot be read.
+        FinetuneError: it has no cells, or is an ESFT config of another model.
+    """
     content = read_json(file, error=PathError, missing=f"{file}: there is no such file; run `dbes paths` first")
     empty = f"{file}: the expert path is empty: it has no cells, so there is nothing to train"
     if isinstance(content, dict) and content.get("cells") == []:
@@ -325,7 +348,9 @@ def _read_path(file: Path, layers: tuple[int, ...], experts: tuple[int, ...], lo
         if isinstance(content["experts"], dict) and not any(content["experts"].values()):
             raise FinetuneError(empty)
         try:
-            return read_esft(file, layers=layers, experts=experts, model=loaded.name)
+            sites = find_sites(model)
+            layers, experts = tuple(site.layer for site in sites), tuple(site.num_experts for site in sites)
+            return read_esft(file, layers=layers, experts=experts, model=name)
         except PathError as problem:
             raise FinetuneError(f"{problem}: is it the path of another model?") from None
     return ExpertPath.load(file)

@@ -44,7 +44,7 @@ class explained:
     def _reason(self, problem: Exception, text: str) -> str:
         said = clipped(" ".join(text.split()), 300) if text.strip() else type(problem).__name__
         if out_of_memory(problem):
-            return f"the {self.part} does not fit in memory ({said}); a 16-bit dtype or a device map that offloads may help"
+            return f"the {self.part} does not fit in memory ({said}); `dbes plan --model {self.where}` says what it needs"
         if "trust_remote_code" in text:
             return needs_code(self.where).removeprefix(f"{self.where}: ")
         if isinstance(problem, OSError | HfHubHTTPError | HFValidationError):

@@ -15,9 +15,10 @@ from transformers.utils.quantization_config import Mxfp4Config
 
 from dbes.errors import ModelError
 from dbes.models.adapters import Adapter, find_adapter, inner_model, merge_adapter
-from dbes.models.classes import build, choose_class
+from dbes.models.classes import choose_class
 from dbes.models.execution import input_device
 from dbes.models.explained import explained
+from dbes.models.fitting import choose_dtype
 from dbes.models.folder import (
     ADAPTER_CONFIG,
     CONFIG,
@@ -29,9 +30,10 @@ from dbes.models.folder import (
     refuse_contradictions,
     unread_files,
 )
+from dbes.models.headers import stored_tensors
 from dbes.models.identity import folder_fingerprint, joined, model_fingerprint, tokenizer_fingerprint
 from dbes.models.leftovers import account, refuse_unfit, watched_loading
-from dbes.models.sites import find_sites
+from dbes.models.needs import measure, quantization_of, skeleton_of, stays_quantized
 from dbes.shipped import located
 
 NOT_A_FOLDER = "no-adapter-here"
@@ -83,13 +85,15 @@ def load_model(
         name: what the result calls it; by default hub id, name of the folder, or class.
         revision: branch, tag or commit on the hub.
         dtype: "auto" is float32 on a CPU, where bfloat16 is slow and changes the experts of 2-3 % of tokens with the shape of
-            the batch, and the checkpoint's own dtype on an accelerator. Or a name such as "bfloat16".
+            the batch (bfloat16 where only that fits in memory, which the notes say), and the checkpoint's own dtype on an
+            accelerator. Or a name such as "bfloat16".
         device_map: as in transformers; by default the accelerator when there is one.
         trust_remote_code: run model code that comes with the checkpoint. Off by default. Pickled weights are never loaded.
 
     Raises:
         ModelError: the folder lacks config, tokenizer or weights; weights are corrupt, truncated or incomplete; the hub cannot
-            be reached; the model needs its own code; it is not a Mixture-of-Experts model.
+            be reached; the model needs its own code; it is not a Mixture-of-Experts model; it does not fit in memory, which is
+            found before any weight is read.
     """
     if not isinstance(model, str | Path):
         if tokenizer is None:
@@ -219,9 +223,12 @@ def _load_base(
     config = load_config(where, revision=revision, trust_remote_code=trust_remote_code)
     with explained(where):
         kind, chosen = choose_class(config)
-    skeleton = _skeleton(where, config, trust_remote_code=trust_remote_code)
-    accelerated = torch.accelerator.is_available()
-    method = (_quantization(config) or {}).get("quant_method")
+    accelerated, method = torch.accelerator.is_available(), quantization_of(config)
+    _dtype(dtype, accelerated)
+    skeleton, taken = skeleton_of(where, config, trust_remote_code=trust_remote_code), ()
+    if skeleton is not None:
+        tensors = stored_tensors(where, revision=revision) if folder is not None or stays_quantized(method) else None
+        dtype, taken = choose_dtype(where, measure(skeleton, config, tensors), asked=dtype, device_map=device_map)
     options: dict[str, Any] = {
         "dtype": _dtype(dtype, accelerated),
         "device_map": device_map if device_map is not None else "auto" if accelerated else None,
@@ -245,7 +252,7 @@ def _load_base(
             raise
     snapshot = folder or _snapshot(where, revision)
     tensors = read_tensors(snapshot)
-    notes = account(where, model, report, tensors, skeleton=skeleton, quantized=method in AUTO_QUANTIZER_MAPPING)
+    notes = (*taken, *account(where, model, report, tensors, skeleton=skeleton, quantized=method in AUTO_QUANTIZER_MAPPING))
     if unread := unread_files(snapshot):
         notes = (*notes, f"files beside the weights that were not read: {', '.join(unread)}")
     return _Checkpoint(model.eval(), folder_fingerprint(folder) if folder is not None else snapshot.name, notes)
@@ -264,30 +271,6 @@ def _snapshot(where: str, revision: str | None, file: str = CONFIG) -> Path:
         found = cached_file(where, file, revision=revision)
     assert found is not None
     return Path(found).parent
-
-
-def _quantization(config: Any) -> dict[str, Any] | None:
-    for part in (config, config.get_text_config() if hasattr(config, "get_text_config") else None):
-        found = getattr(part, "quantization_config", None)
-        if found is not None:
-            return found if isinstance(found, dict) else found.to_dict()
-    return None
-
-
-def _skeleton(where: str, config: Any, *, trust_remote_code: bool) -> PreTrainedModel | None:
-    """The model without weights, its sites found, before hundreds of GB are downloaded for one that has none.
-
-    None where a model cannot be built without memory; it is checked once loaded.
-    """
-    try:
-        with explained(where), torch.device("meta"):
-            skeleton = build(config, trust_remote_code=trust_remote_code)
-    except ModelError as problem:
-        if isinstance(problem.__cause__, RuntimeError):
-            return None
-        raise
-    find_sites(skeleton)
-    return skeleton
 
 
 def _described(loaded: _Checkpoint, tokenizer: PreTrainedTokenizerBase, *, name: str) -> LoadedModel:
