@@ -64,14 +64,17 @@ class ContextualEstimates:
     covered: dict[str, np.ndarray]
 
 
-def contextual_estimates(sample: TokenSample, shape: RoutingShape, *, lexical: str = "lexical") -> ContextualEstimates:
+def contextual_estimates(
+    sample: TokenSample, shape: RoutingShape, *, lexical: str = "lexical", unit_group: np.ndarray | None = None
+) -> ContextualEstimates:
     """What the token and its position explain of each domain metric.
 
     Args:
         shape: of the documents that ``sample.routes.document`` counts; those cut from one source text are one unit.
         lexical: ``lexical``, or ``bigram`` to count the token before as well.
+        unit_group: see ``surrogate_of``.
     """
-    found = {key: surrogate_of(sample, shape, key) for key in (lexical, "position")}
+    found = {key: surrogate_of(sample, shape, key, unit_group=unit_group) for key in (lexical, "position")}
     explained = {key: explained_by(surrogate) for key, surrogate in found.items() if surrogate is not None}
     position = explained["position"]
     unknown = {name: np.full(each.surrogate.shape, np.nan) for name, each in position.items()}
@@ -100,14 +103,14 @@ def explained_by(surrogate: Surrogate) -> dict[str, Explained]:
     for name in found[0]:
         parts = [layer[name] for layer in found]
         mean = Pair(*(np.mean(side, axis=0) for side in zip(*parts, strict=True)))
-        cells = [_explained(part, surrogate.domain) for part in (*parts, mean)]
+        cells = [_explained(part, surrogate.group_domain) for part in (*parts, mean)]
         columns = {each.name: np.stack([getattr(cell, each.name) for cell in cells], axis=-1) for each in fields(Explained)}
         explained[name] = Explained(**columns)
     return explained
 
 
 class Pair(NamedTuple):
-    """Routed and surrogate values [rows], and both without each unit, [units, rows]."""
+    """Routed and surrogate values [rows], and both without each group, [groups, rows]."""
 
     routed: np.ndarray
     surrogate: np.ndarray

@@ -17,6 +17,7 @@ import numpy as np
 
 from dbes.scoring.descriptive import random_halves
 from dbes.scoring.equal_usage import UsageTest
+from dbes.scoring.grouping import Grouping
 from dbes.scoring.layer_counts import LayerCounts
 from dbes.scoring.permutation import permuted_labels
 from dbes.scoring.reference import ideal_values
@@ -88,14 +89,24 @@ class Placebos:
         names: of the domains.
         permutations: at least; 0 makes no test.
         seed: of the halves and the permutations.
+        grouping: of the texts, where they are many: groups of them, inside the halves, are left out in turn.
     """
 
-    def __init__(self, tokens: np.ndarray, domain: np.ndarray, names: Sequence[str], *, permutations: int, seed: int) -> None:
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        domain: np.ndarray,
+        names: Sequence[str],
+        *,
+        permutations: int,
+        seed: int,
+        grouping: Grouping | None = None,
+    ) -> None:
         half = random_halves(domain, seed=seed)
         many = max(permutations, FEWEST_PERMUTATIONS, PER_DOMAIN * len(names) - 1) if permutations else 0
         members = {name: np.flatnonzero(domain == index) for index, name in enumerate(names)}
         self.halves = {
-            name: _Halves(own, tokens[own], half[own], permutations=many, seed=seed)
+            name: _Halves(own, tokens[own], half[own], permutations=many, seed=seed, grouping=grouping)
             for name, own in members.items()
             if len(own) >= FEWEST_TEXTS
         }
@@ -136,7 +147,16 @@ def placebo_warnings(found: Mapping[str, Placebo]) -> Iterator[str]:
 class _Halves:
     """The two splits of one domain, and running sums over layers."""
 
-    def __init__(self, members: np.ndarray, tokens: np.ndarray, random: np.ndarray, *, permutations: int, seed: int) -> None:
+    def __init__(
+        self,
+        members: np.ndarray,
+        tokens: np.ndarray,
+        random: np.ndarray,
+        *,
+        permutations: int,
+        seed: int,
+        grouping: Grouping | None,
+    ) -> None:
         self.members = members
         self.sides = {"random": random} if tokens.min() == tokens.max() else {"random": random, "length": _longer(tokens, seed=seed)}
         # Products of texts know nothing of labels, so that both splits share them, and blocks where there are many texts.
@@ -151,20 +171,26 @@ class _Halves:
                 self.least[kind] = max(smallest_label_p(np.bincount(block).tolist()), 1 / (1 + permutations)) if permutations else np.nan
         self.products = np.zeros((1, 1))
         self.whole = dict.fromkeys(self.sides, 0.0)
-        self.left_out = {kind: np.zeros(len(members)) for kind in self.sides}
+        self.groups = {} if grouping is None else {kind: grouping.inside(members, side) for kind, side in self.sides.items()}
+        self.left_out = {kind: np.zeros(len(self._labels(kind))) for kind in self.sides}
         self.ideal = 0.0
 
     def add(self, hits: np.ndarray, ideal: float) -> None:
         """Add the hits of its texts [texts, 1, experts] at a layer."""
         self.products = self.products + next(iter(self.tests.values())).products(hits[:, 0])
         self.ideal += ideal
-        for kind, side in self.sides.items():
-            whole, left_out = document_scores(hits, side, 2)
+        for kind in self.sides:
+            rows = self.groups[kind].add(hits) if self.groups else hits
+            whole, left_out = document_scores(rows, self._labels(kind), 2)
             self.whole[kind] += float(whole.divergence.mean())
             self.left_out[kind] += left_out.divergence.mean(axis=(1, 2))
 
+    def _labels(self, kind: str) -> np.ndarray:
+        """Half of each text, or of each group of texts."""
+        return self.groups[kind].label if self.groups else self.sides[kind]
+
     def found(self, kind: str) -> tuple[Jackknife, Split]:
-        score = jackknife(np.asarray(self.whole[kind] / self.ideal), self.left_out[kind] / self.ideal, self.sides[kind])
+        score = jackknife(np.asarray(self.whole[kind] / self.ideal), self.left_out[kind] / self.ideal, self._labels(kind))
         value, reach = float(score.corrected), float(score.reach)
         p = float(self.tests[kind].p(self.products)[-1]) if not np.isnan(value) else float("nan")
         return score, Split(
