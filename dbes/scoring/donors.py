@@ -25,10 +25,8 @@ class Block:
         surrogate: [cells, 2 pairs], from hits of pairs and of others to the surrogate hits of every cell, before its own are taken off.
         own: [cells], how much of a cell's own hits has to be taken off.
         members: [groups, cells].
-        cell_group, cell_domain, cell_key, order: int [cells], group, domain and key of each cell, and the cells in order of groups.
-        kept: [cells], how often a hit of the cell is expected in the surrogate of its own domain, less once in that of its unit.
-        lent: [keys, domains], how often hits of a key are expected in a domain's surrogate, from all others; 0 without the key.
-        share: [cells], one over the occurrences of the key in the cell's domain, a cell's part of what is lent.
+        order: int [cells], the cells in order of groups. groups: (number, first, end) of each group among these.
+        lent: [cells, domains], in this order, how often a hit of the cell is expected in a domain's surrogate, less once in its own unit's.
     """
 
     rows: np.ndarray
@@ -40,13 +38,9 @@ class Block:
     surrogate: csr_array
     own: np.ndarray
     members: csr_array
-    cell_group: np.ndarray
-    cell_domain: np.ndarray
-    cell_key: np.ndarray
     order: np.ndarray
-    kept: np.ndarray
+    groups: list[tuple[int, int, int]]
     lent: np.ndarray
-    share: np.ndarray
 
     def hits(self, ids: np.ndarray, experts: int) -> tuple[np.ndarray, np.ndarray]:
         """Hits of every group at one layer, [groups, experts], and what those of every cell are beyond its surrogate, [cells, experts].
@@ -68,14 +62,9 @@ class Block:
         Args:
             beyond: [cells, experts], see ``hits``.
         """
-        group = self.cell_group[self.order]
-        starts = np.flatnonzero(np.diff(group, prepend=-1))
-        for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(group)], strict=True):
-            cells = self.order[start:end]
-            own, domain = self.cell_domain[cells[0]], to[group[start]]
-            weight = self.lent[self.cell_key[cells]].T * self.share[cells]
-            weight[own] = self.kept[cells]
-            domain += weight @ beyond[cells]
+        beyond = beyond[self.order]
+        for group, start, end in self.groups:
+            to[group] += self.lent[start:end].T @ beyond[start:end]
 
 
 def block_of(
@@ -99,8 +88,13 @@ def block_of(
     inside = (np.bincount(pair, per_rest)[pair] - per_rest) / divisor[pair]
     cells, pairs, every, cell_group = len(starts), len(size), np.arange(len(starts)), unit_group[cell_unit]
     taking, giving = _others(np.arange(pairs), first, width, key_of)
-    lent = np.zeros((len(width), domains))
-    lent[key_of, domain[pair_starts]] = size / divisor
+    by_key = np.zeros((len(width), domains))
+    by_key[key_of, domain[pair_starts]] = size / divisor
+    order = np.argsort(cell_group, kind="stable")
+    lent = by_key[key_of[pair[order]]] / size[pair[order], None]
+    lent[every, domain[order]] = inside[order] - 1
+    starts, _ = _runs(cell_group[order])
+    ends = [*starts[1:].tolist(), cells]
     return Block(
         rows=rows,
         row_cell=row_cell,
@@ -116,13 +110,9 @@ def block_of(
         ),
         own=per_rest / divisor[pair],
         members=_matrix((groups, cells), cell_group, every, np.ones(cells)),
-        cell_group=cell_group,
-        cell_domain=domain,
-        cell_key=key_of[pair],
-        order=np.argsort(cell_group, kind="stable"),
-        kept=inside - 1,
+        order=order,
+        groups=list(zip(cell_group[order][starts].tolist(), starts.tolist(), ends, strict=True)),
         lent=lent,
-        share=1 / size[pair],
     )
 
 

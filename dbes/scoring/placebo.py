@@ -102,11 +102,11 @@ class Placebos:
         seed: int,
         grouping: Grouping | None = None,
     ) -> None:
-        half = random_halves(domain, seed=seed)
-        many = max(permutations, FEWEST_PERMUTATIONS, PER_DOMAIN * len(names) - 1) if permutations else 0
+        half, self.seed = random_halves(domain, seed=seed), seed
+        self.many = max(permutations, FEWEST_PERMUTATIONS, PER_DOMAIN * len(names) - 1) if permutations else 0
         members = {name: np.flatnonzero(domain == index) for index, name in enumerate(names)}
         self.halves = {
-            name: _Halves(own, tokens[own], half[own], permutations=many, seed=seed, grouping=grouping)
+            name: _Halves(own, tokens[own], half[own], permutations=self.many, seed=seed, grouping=grouping)
             for name, own in members.items()
             if len(own) >= FEWEST_TEXTS
         }
@@ -125,7 +125,15 @@ class Placebos:
 
     def found(self) -> dict[str, Placebo]:
         """What the splits of each kind show in all layers that were added."""
-        return {kind: _together({name: each.found(kind) for name, each in self.halves.items() if kind in each.sides}) for kind in KINDS}
+        splits: dict[str, dict[str, tuple[Jackknife, Split]]] = {kind: {} for kind in KINDS}
+        blocks = {name: len(each.products) for name, each in self.halves.items()}
+        for size in sorted({*blocks.values()}):  # one order of blocks for all domains of so many: the same numbers would be drawn for each
+            orders = permuted_labels(np.arange(size), permutations=self.many, seed=self.seed + ORDER_SEED)
+            for name, each in self.halves.items():
+                if blocks[name] == size:
+                    for kind in each.sides:
+                        splits[kind][name] = each.found(kind, orders)
+        return {kind: _together({name: found[name] for name in self.halves if name in found}) for kind, found in splits.items()}
 
 
 def placebo_warnings(found: Mapping[str, Placebo]) -> Iterator[str]:
@@ -162,13 +170,11 @@ class _Halves:
         # Products of texts know nothing of labels, so that both splits share them, and blocks where there are many texts.
         both = 2 * random + self.sides.get("length", 0)
         test = UsageTest.of(tokens, both, domains=4, permutations=0, seed=seed)
-        two = UsageTest.of(np.ones(2), np.arange(2), domains=2, permutations=0, seed=seed).forms
-        self.tests, self.least = {}, {}
-        for kind, block in (("random", test.labels[0] // 2), ("length", test.labels[0] % 2)):
-            if kind in self.sides:
-                drawn = permuted_labels(block, permutations=permutations, seed=seed + ORDER_SEED)
-                self.tests[kind] = replace(test, labels=np.concatenate([block[None], drawn]), forms=two)
-                self.least[kind] = max(smallest_label_p(np.bincount(block).tolist()), 1 / (1 + permutations)) if permutations else np.nan
+        self.test, self.least = test, {}
+        self.blocks = {"random": test.labels[0] // 2, "length": test.labels[0] % 2}
+        for kind in self.sides:
+            least = smallest_label_p(np.bincount(self.blocks[kind]).tolist())
+            self.least[kind] = max(least, 1 / (1 + permutations)) if permutations else np.nan
         self.products = np.zeros((1, 1))
         self.whole = dict.fromkeys(self.sides, 0.0)
         self.groups = {} if grouping is None else {kind: grouping.inside(members, side) for kind, side in self.sides.items()}
@@ -177,7 +183,7 @@ class _Halves:
 
     def add(self, hits: np.ndarray, ideal: float) -> None:
         """Add the hits of its texts [texts, 1, experts] at a layer."""
-        self.products = self.products + next(iter(self.tests.values())).products(hits[:, 0])
+        self.products = self.products + self.test.products(hits[:, 0])
         self.ideal += ideal
         for kind in self.sides:
             rows = self.groups[kind].add(hits) if self.groups else hits
@@ -189,10 +195,13 @@ class _Halves:
         """Half of each text, or of each group of texts."""
         return self.groups[kind].label if self.groups else self.sides[kind]
 
-    def found(self, kind: str) -> tuple[Jackknife, Split]:
+    def found(self, kind: str, orders: np.ndarray) -> tuple[Jackknife, Split]:
+        """What the split of one kind shows; ``orders`` [permutations, blocks] are those of the test."""
+        block = self.blocks[kind]
+        test = replace(self.test, labels=np.concatenate([block[None], block[orders]]), domains=2)
         score = jackknife(np.asarray(self.whole[kind] / self.ideal), self.left_out[kind] / self.ideal, self._labels(kind))
         value, reach = float(score.corrected), float(score.reach)
-        p = float(self.tests[kind].p(self.products)[-1]) if not np.isnan(value) else float("nan")
+        p = float(test.p(self.products)[-1]) if not np.isnan(value) else float("nan")
         return score, Split(
             texts=len(self.members), score=value, score_low=value - reach, score_high=value + reach, p=p, p_least=self.least[kind]
         )
