@@ -32,7 +32,7 @@ from dbes.scoring.layers import score_layers
 from dbes.scoring.placebo import placebo_warnings
 from dbes.scoring.published import published_values
 from dbes.scoring.sampling import TokenSample, even_documents, example_tokens
-from dbes.scoring.specialists import SpecialistTable
+from dbes.scoring.specialists import SpecialistTable, listed_specialists
 from dbes.scoring.stored import COUNTS
 from dbes.scoring.tables import save_scores
 from dbes.scoring.verdict import verdict
@@ -333,9 +333,7 @@ def _small_sample_warnings(counts: Counts, specialization: Estimate) -> Iterator
 
 def _specialist_records(table: SpecialistTable, counts: Counts, sample: TokenSample | None) -> Iterator[Specialist]:
     """Specialists by falling lift, the first of them with their most over-represented tokens."""
-    found = np.argwhere(table.specialist)
-    order = np.argsort(-table.lift[tuple(found.T)], kind="stable")
-    ranked = found[order]
+    ranked = listed_specialists(table)
     examples = example_tokens(sample, counts.shape, counts.vocabulary, ranked[:EXAMPLE_SPECIALISTS])
     for index, (domain, column, expert) in enumerate(ranked):
         at = (domain, column, expert)

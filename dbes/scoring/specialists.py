@@ -36,6 +36,9 @@ LIFTS = (1.0, 1.5, 2.0, 4.0)
 LEAST_LIFT = 1.5
 """Lift from which an expert is listed as a specialist."""
 
+LISTED_SPECIALISTS = 4000
+"""Specialists that a result lists at most, the strongest of every domain alike; the table of expert usage has all."""
+
 HALVES = 2
 
 
@@ -208,6 +211,19 @@ def joined(layers: list[LayerTests]) -> SpecialistTable:
         lift_high=lift + error, z=z, p=p, q=q, replicated=replicated, unknown=unknown, specialist=np.zeros(p.shape, bool),
     )  # fmt: skip
     return replace(table, specialist=table.at_least(LEAST_LIFT))
+
+
+def listed_specialists(table: SpecialistTable) -> np.ndarray:
+    """Domain, layer and expert of the specialists that a result lists, by falling lift, int [listed, 3]."""
+    found = np.argwhere(table.specialist)
+    ranked = found[np.argsort(-table.lift[tuple(found.T)], kind="stable")]
+    if len(ranked) <= LISTED_SPECIALISTS:
+        return ranked
+    domain = ranked[:, 0]
+    place = np.empty(len(ranked), np.int64)
+    for each in np.unique(domain):
+        place[domain == each] = np.arange(np.count_nonzero(domain == each))
+    return ranked[np.sort(np.argsort(place, kind="stable")[:LISTED_SPECIALISTS])]
 
 
 def lift_error(usage: np.ndarray, variance: np.ndarray, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
