@@ -154,11 +154,11 @@ def write_routers(folder: Path, draws: int, size: dict[str, int]) -> None:
 
 def child(script: str, folder: str, permutations: int, code: Path | None = None) -> dict[str, Any]:
     """What a process of its own measures, with the code of this checkout or of another."""
-    where = {} if code is None else {"PYTHONPATH": str(code.resolve())}
+    code = (Path(__file__).parents[1] if code is None else code).resolve()
     shutil.rmtree(Path(folder) / "counts", ignore_errors=True)  # what an earlier process kept
     command = [sys.executable, "-c", script, folder, str(permutations)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", **where}
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(code)}
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=code).stdout)
 
 
 def measure(size: dict[str, int], *, permutations: int, draws: int, counting: bool, against: Path | None) -> dict[str, Any]:

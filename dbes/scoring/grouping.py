@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from scipy.sparse import csr_array
@@ -48,9 +49,13 @@ class Groups:
 
     def add(self, rows: np.ndarray) -> np.ndarray:
         """Sums over the rows of each group: [rows, ...] to float64 [groups, ...]."""
-        ones = np.ones(len(self.group))
-        member = csr_array((ones, (self.group, np.arange(len(self.group)))), shape=(len(self.label), len(self.group)))
-        return (member @ rows.reshape(len(rows), -1)).reshape(len(self.label), *rows.shape[1:])
+        return (self._members @ rows.reshape(len(rows), -1)).reshape(len(self.label), *rows.shape[1:])
+
+    @cached_property
+    def _members(self) -> csr_array:
+        """[groups, rows], ones where a row is in a group."""
+        every = np.arange(len(self.group))
+        return csr_array((np.ones(len(every)), (self.group, every)), shape=(len(self.label), len(every)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -170,7 +170,8 @@ class Trace:
             domains: names of the domains.
             layers: the model's own layer numbers, one per column of ``ids``.
             experts: number of routed experts, one for all layers or one per layer. Never inferred from the ids.
-            weights: float [tokens, layers, k], gate weights. Without them what needs weights is NaN.
+            weights: float [tokens, layers, k], gate weights. Without them what needs weights is NaN. Kept in float16, as a recording
+                keeps them, unless those of a token are too large or too small for it.
             margins: float [tokens, layers], router-logit margin z_(k) - z_(k+1); NaN where unknown.
             token_ids: int [tokens].
             positions: int [tokens], place in the document; by default the order of the rows of a document.
@@ -243,7 +244,7 @@ class Trace:
         routes = next(parts, None)
         while routes is not None:
             following = next(parts, None)
-            writer.write(_as_recorded(routes), last_document=len(self.shape.document_ids) - 1 if following is None else None)
+            writer.write(routes, last_document=len(self.shape.document_ids) - 1 if following is None else None)
             routes = following
         if self.control is not None:
             self.control.save(folder / CONTROL)
@@ -254,16 +255,6 @@ class Trace:
 def read_vocabulary(path: Path) -> dict[int, TokenText]:
     """Text of token ids; nothing where there is no such file."""
     return from_json(read_json(path, error=TraceError), where=path, error=TraceError) if path.exists() else {}
-
-
-def _as_recorded(routes: TokenRoutes) -> TokenRoutes:
-    """Gate weights in float16, as a recording keeps them; as they are where those of a token are too large or too small for it."""
-    weights = routes.weights
-    if weights is None or weights.dtype == np.float16 or not len(weights):
-        return routes
-    largest, least = weights.max(axis=-1), np.finfo(np.float16).smallest_normal / np.finfo(np.float16).eps
-    held = (largest == 0) | ((largest >= least) & (largest <= np.finfo(np.float16).max))
-    return replace(routes, weights=weights.astype(np.float16)) if held.all() else routes
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
