@@ -1,17 +1,20 @@
 """How long, and with how much memory, a large trace is scored.
 
-A synthetic trace of 1 M tokens (2,000 documents, 8 domains, 48 layers, 128 experts, top-8) is written as shards to a temporary
-folder and scored by ``dbes.score`` with 1,000 permutations and all intervals in a process of its own.
+A synthetic trace (1 M tokens, 2,000 documents, 8 domains, 48 layers, 128 experts, top-8) is written as shards to a temporary folder and
+scored by ``dbes.score`` with 1,000 permutations and all intervals in a process of its own.
 
     python benchmarks/scoring.py results.json
+
+``--case NAME``: one of the sizes below, whole or of some of its layers (``--part LAYERS``). ``--against FOLDER``: scored with the code of
+another checkout too, in the same run, so that ratios can be told on a machine that others use:
+
+    python benchmarks/scoring.py results.json --case documents10k --part 2 --against ../before
 
 ``--counting``: the trace is counted only, for example of many short documents:
 
     python benchmarks/scoring.py results.json --counting --documents 50000
 
-``--control``: with a random router beside it. ``--against FOLDER``: scored with the code of another checkout too:
-
-    python benchmarks/scoring.py results.json --documents 10000 --tokens 200000 --domains 50 --layers 8 --control --against ../before
+``--draws 3``: with so many draws of a random router beside it. All threads of BLAS but one are taken away, or their waiting would count.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import argparse
 import json
 import os
 import platform
-import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -34,6 +37,17 @@ from dbes.trace.types import RoutingShape, TokenRoutes, storage_dtype
 from dbes.trace.writer import TraceWriter
 
 SHARD_TOKENS = 1 << 16
+
+CASES: dict[str, dict[str, int]] = {
+    "usual": {},
+    "documents1k": {"documents": 1000, "tokens": 500_000},
+    "documents10k": {"documents": 10_000, "tokens": 200_000, "domains": 50, "layers": 94, "draws": 3, "permutations": 200},
+    "documents50k": {"documents": 50_000, "tokens": 500_000, "permutations": 200},
+    "tokens1m": {"layers": 16, "experts": 64, "permutations": 200},
+    "tokens4m": {"tokens": 4_000_000, "layers": 16, "experts": 64, "permutations": 200},
+    "layers94": {"tokens": 300_000, "layers": 94, "permutations": 200},
+}
+"""Sizes that differ from the usual one, which the defaults of the options are."""
 
 CHILD = """
 import json, resource, sys, time
@@ -63,6 +77,7 @@ import json, resource, sys, time
 from pathlib import Path
 import dbes.scoring.stored as stored
 from dbes.scoring.counting import count_routes
+from dbes.scoring.counts import Counts
 from dbes.trace.store import Trace
 
 def used():
@@ -75,7 +90,7 @@ counted = time.perf_counter()
 found = {"count_seconds": round(counted - start, 2), "counted": used()}
 stored.save_counts(counts, Path(sys.argv[1]) / "counts")
 saved = time.perf_counter()
-totals = stored.load_counts(Path(sys.argv[1]) / "counts").totals()
+totals = Counts.load(Path(sys.argv[1]) / "counts").totals()
 found |= {"save_seconds": round(saved - counted, 2), "read_seconds": round(time.perf_counter() - saved, 2), "saved_and_read": used()}
 size = sum(path.stat().st_size for path in (Path(sys.argv[1]) / "counts").iterdir())
 found |= {"hits": int(totals.hits.sum()), "counts_gib": round(size / 2**30, 3)}
@@ -130,34 +145,44 @@ def write_trace(folder: Path, *, tokens: int, documents: int, domains: int, laye
     writer.finish()
 
 
-def measure(size: dict[str, int], permutations: int, *, counting: bool, control: bool, against: Path | None) -> dict[str, Any]:
+def write_routers(folder: Path, draws: int, size: dict[str, int]) -> None:
+    """The trace, and below it the draws of a random router, each the control of the one before."""
+    for seed in range(draws + 1):
+        write_trace(folder, **size, seed=seed)
+        folder = folder / "control"
+
+
+def child(script: str, folder: str, permutations: int, code: Path | None = None) -> dict[str, Any]:
+    """What a process of its own measures, with the code of this checkout or of another."""
+    code = (Path(__file__).parents[1] if code is None else code).resolve()
+    shutil.rmtree(Path(folder) / "counts", ignore_errors=True)  # what an earlier process kept
+    command = [sys.executable, "-c", script, folder, str(permutations)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(code)}
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=code).stdout)
+
+
+def measure(size: dict[str, int], *, permutations: int, draws: int, counting: bool, against: Path | None) -> dict[str, Any]:
     """Seconds and memory of scoring (or only counting) a trace of this size in a child process, and with the code of ``against``."""
+    script = COUNTING if counting else CHILD
     with tempfile.TemporaryDirectory(prefix="dbes-scoring-") as folder:
         start = time.perf_counter()
-        write_trace(Path(folder), **size, seed=0)
-        if control:
-            write_trace(Path(folder) / "control", **size, seed=1)
+        write_routers(Path(folder), draws, size)
         written = time.perf_counter() - start
-        before = None
-        if against is not None:
-            command = [sys.executable, "-c", CHILD, folder, str(permutations)]
-            code = {**os.environ, "PYTHONPATH": str(against.resolve())}
-            before = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env=code).stdout)
+        before = None if against is None else child(script, folder, permutations, against)
         load = os.getloadavg()[0]
         start = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-c", COUNTING if counting else CHILD, folder, str(permutations)], capture_output=True, text=True, check=True
-        )
+        found = child(script, folder, permutations)
         wall = time.perf_counter() - start
+    if before is not None:
+        ratios = {name: round(found[name] / before[name], 3) for name in ("cpu_seconds", "peak_gib") if name in found}
+        found |= {"before": before, "ratio": ratios}
     return {
         "what": "count a trace on disk, save and read the counts"
         if counting
         else "score a trace on disk, every metric, permutations and intervals",
-        "size": {**size, "permutations": permutations, "control": control},
+        "size": {**size, "permutations": permutations, "draws": draws},
         "wall_seconds": round(wall, 2),
-        **json.loads(done.stdout),
-        **({} if before is None else {"before": before}),
-        "children_peak_gib": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20, 3),
+        **found,
         "limits": {"peak_gib": 2},
         "write_seconds": round(written, 1),
         "load_before": round(load, 2),
@@ -171,16 +196,29 @@ def measure(size: dict[str, int], permutations: int, *, counting: bool, control:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("json", type=Path, help="where to write the measurements")
-    parser.add_argument("--permutations", type=int, default=1000)
+    parser.add_argument("--case", choices=CASES, default="usual", help="a size with a name; options that are given win over it")
+    parser.add_argument("--part", type=int, metavar="LAYERS", help="so many of its layers only")
     parser.add_argument("--counting", action="store_true", help="count only")
-    parser.add_argument("--control", action="store_true", help="with a random router beside it")
     parser.add_argument("--against", type=Path, help="another checkout, whose code scores the same trace first")
-    for name, default in (("tokens", 1_000_000), ("documents", 2000), ("domains", 8), ("layers", 48), ("experts", 128), ("top-k", 8)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    usual = {
+        "permutations": 1000,
+        "draws": 0,
+        "tokens": 1_000_000,
+        "documents": 2000,
+        "domains": 8,
+        "layers": 48,
+        "experts": 128,
+        "top_k": 8,
+    }
+    for name, default in usual.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"{default:,} unless the case says otherwise")
     given = vars(parser.parse_args())
-    path, permutations = given.pop("json"), given.pop("permutations")
-    how = {name: given.pop(name) for name in ("counting", "control", "against")}
-    found = measure(given, permutations, **how)
+    path, case, part, counting, against = (given.pop(name) for name in ("json", "case", "part", "counting", "against"))
+    size = usual | CASES[case] | {name: value for name, value in given.items() if value is not None}
+    whole = size["layers"]
+    size["layers"] = min(whole, part or whole)
+    how = {name: size.pop(name) for name in ("permutations", "draws")}
+    found = {"case": case, "layers_of_case": whole} | measure(size, **how, counting=counting, against=against)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     print(json.dumps(found, indent=1))

@@ -64,6 +64,7 @@ class _Similarity(Open):
 class _Passed(Open):
     tests: Whole = 0
     specialists: Whole = 0
+    not_listed: Whole = 0
     by_domain: dict[str, Whole] = Field(default_factory=dict)
     by_lift: dict[str, Whole] = Field(default_factory=dict)
 

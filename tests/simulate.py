@@ -20,6 +20,7 @@ from dbes.scoring.counting import count_routes
 from dbes.scoring.counts import Counts, LayerCounts, StiffnessSums
 from dbes.scoring.equal_usage import UsageTest
 from dbes.scoring.estimates import Estimate, Measured, measure_layer
+from dbes.scoring.grouping import Grouping
 from dbes.scoring.layers import estimates_of, score_layers
 from dbes.trace.store import Trace
 from dbes.trace.types import LOGIT_NOISE, NOISE_SCALES, RoutingShape
@@ -173,8 +174,9 @@ def estimates(statistics: LayerCounts, *, permutations: int, seed: int) -> dict[
 
 def intervals(sums: LayerCounts) -> dict[str, Estimate]:
     """The estimates of one draw without tests and specialists, which no interval needs."""
-    domain, layers = sums.shape.document_domain, range(len(sums.shape.layers))
-    measured = [measure_layer(sums.column(layer), None)[0] for layer in layers]
+    grouping, layers = Grouping.of(sums.shape), range(len(sums.shape.layers))
+    domain = (sums.shape if grouping is None else grouping.shape).document_domain
+    measured = [measure_layer(sums.column(layer), None, grouping=grouping)[0] for layer in layers]
     means = {metric: reduce(Measured.plus, [each[metric] for each in measured]).over(len(measured)) for metric in measured[0]}
     columns = [estimates_of(each, (), domain, np.full(len(sums.shape.domains) + 1, np.nan)) for each in (*measured, means)]
     return {metric: Estimate.side_by_side([column[metric] for column in columns]) for metric in means}

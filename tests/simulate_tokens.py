@@ -87,12 +87,13 @@ def drawn_sample(
     return TokenSample(routes=routes), shape
 
 
-def explained_runs(router: str, *, key: str, runs: int, seed: int = 0, **settings: float) -> dict[str, list[Explained]]:
-    """Every metric of every run, another population in each."""
+def explained_runs(router: str, *, key: str, runs: int, seed: int = 0, grouped: int = 1, **settings: float) -> dict[str, list[Explained]]:
+    """Every metric of every run, another population in each; so many documents are left out together."""
     found: dict[str, list[Explained]] = {}
     for run in range(runs):
         sample, shape = drawn_sample(router, np.random.default_rng((seed, run)), **settings)
-        surrogate = surrogate_of(sample, shape, key)
+        group = np.arange(len(shape.document_domain)) // grouped
+        surrogate = surrogate_of(sample, shape, key, unit_group=None if grouped == 1 else group)
         assert surrogate is not None
         for name, each in explained_by(surrogate).items():
             found.setdefault(name, []).append(each)

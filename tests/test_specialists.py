@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import naive
 import numpy as np
@@ -11,10 +12,13 @@ import pytest
 import simulate
 from scipy import stats
 
+from dbes.scoring import specialists
 from dbes.scoring.counting import count_routes
 from dbes.scoring.counts import Counts, LayerCounts
 from dbes.scoring.descriptive import random_halves
+from dbes.scoring.score import score
 from dbes.scoring.specialists import LIFTS, RARE_HITS, SpecialistTable, find_specialists, half_labels, layer_specialists
+from dbes.scoring.tables import read_usage
 
 
 def examined(statistics: LayerCounts, *, permutations: int = 200, seed: int = 0) -> SpecialistTable:
@@ -235,3 +239,26 @@ def test_lift_intervals_of_chosen_cells_hold_the_true_lift(
     for found in held.values():
         assert len(found) > 100
         assert 0.90 - 2 * math.sqrt(0.09 / len(found)) <= np.mean(found) <= 0.995
+
+
+def test_a_result_lists_the_strongest_specialists_of_every_domain_and_counts_the_rest(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    about = simulate.population(11, domains=4, layers=2, experts=32, top_k=4, effect=1.2)
+    trace = simulate.draw_trace(about, np.random.default_rng(0), documents=12, tokens=120)
+    every = score(trace, permutations=60, output_path=tmp_path / "every")
+    assert every.companions["specialists"]["not_listed"] == 0
+    monkeypatch.setattr(specialists, "LISTED_SPECIALISTS", 9)
+    few = score(trace, permutations=60, output_path=tmp_path / "few")
+    found = few.companions["specialists"]
+    assert len(few.specialists) == 9 and found["specialists"] == len(every.specialists)
+    assert found["not_listed"] == len(every.specialists) - 9
+    by_domain = {name: [each for each in every.specialists if each.domain == name] for name in trace.shape.domains}
+    assert min(map(len, by_domain.values())) >= 3
+    for name, strongest in by_domain.items():
+        listed = [each for each in few.specialists if each.domain == name]
+        assert 2 <= len(listed) <= 3 and listed == strongest[: len(listed)]
+    assert [each.lift for each in few.specialists] == sorted((each.lift for each in few.specialists), reverse=True)
+    tables = [read_usage(tmp_path / name, result) for name, result in (("every", every), ("few", few))]
+    assert tables[0] is not None and tables[1] is not None
+    assert tables[0].equals(tables[1]) and tables[1]["specialist"].sum() == len(every.specialists)

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from safetensors.numpy import save as encode_safetensors
 import dbes.files
 from dbes.errors import DbesError, TraceError
 from dbes.scoring.score import score
+from dbes.trace import store
 from dbes.trace.manifest import MANIFEST, SEAL, ShardEntry, digest
 from dbes.trace.shards import validate_routes
 from dbes.trace.store import CONTROL, Trace
@@ -191,6 +193,28 @@ def test_a_saved_trace_is_the_same_trace(recording: naive.Recording, tmp_path: P
     assert saved.control is not None
     same_routes(rows_of(saved.control), rows_of(trace))
     assert score(saved, permutations=5).to_dataframe().equals(score(trace, permutations=5).to_dataframe())
+
+
+@pytest.mark.parametrize(("scale", "kind"), [(1.0, np.float16), (1e5, np.float32), (1e-4, np.float32)])
+def test_a_large_trace_is_saved_in_shards_of_whole_documents_with_the_weights_of_a_recording(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, scale: float, kind: type
+) -> None:
+    monkeypatch.setattr(store, "SHARD_TOKENS", 100)
+    random = np.random.default_rng(0)
+    document = np.repeat(np.arange(40), random.integers(5, 60, 40))
+    ids = np.argsort(random.random((len(document), 2, 8)), axis=-1)[..., :2]
+    weights = (scale * random.dirichlet((2, 2), ids.shape[:2])).astype(np.float32)
+    given = {"domain": np.arange(40) % 2, "domains": ("law", "code"), "layers": (0, 1), "experts": 8}
+    trace = Trace.from_arrays(ids, document=document, weights=weights, **given)
+    saved = trace.save(tmp_path)
+    pieces = list(saved)
+    assert len(pieces) == len(list(tmp_path.glob("shard-*.safetensors"))) >= len(document) // 100
+    assert max(map(len, pieces)) <= 100
+    assert all(one.document[-1] < other.document[0] for one, other in pairwise(pieces))
+    np.testing.assert_array_equal(np.concatenate([piece.ids for piece in pieces]), rows_of(trace).ids)
+    kept = np.concatenate([piece.weights for piece in pieces])
+    assert kept.dtype == kind
+    np.testing.assert_allclose(kept, weights, rtol=2.0**-11, atol=2.0**-25)
 
 
 def test_a_trace_of_several_shards_scores_like_one(recording: naive.Recording, tmp_path: Path) -> None:

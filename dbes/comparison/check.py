@@ -42,7 +42,7 @@ def check_folder(folder: str | Path) -> list[str]:
         return [*problems, str(problem)]
     if replicates is None:
         problems.append("no replicates.safetensors: the result cannot be ranked; write it again with this dbes")
-    elif len(replicates.documents) != sum(facts.sources for facts in result.task.domains.values()):
+    elif len(replicates.documents) != result.settings.get("groups", sum(facts.sources for facts in result.task.domains.values())):
         problems.append("replicates: their documents are not those of the result")
     elif missing := set(REPLICATED) - set(replicates.by_metric):
         problems.append(f"replicates: {', '.join(sorted(missing))} missing")

@@ -107,8 +107,8 @@ def read_replicates(folder: Path, result: Result) -> Replicates | None:
         settings = result.settings
         permutations = settings.get("permutations", 1000)
         scores = score_tables(Trace.load(folder / "trace"), permutations=int(permutations), seed=int(settings.get("seed", 0)))
-        shape = scores.counts.shape
-        found = Replicates(documents=shape.document_ids, document_domain=shape.document_domain, by_metric=scores.replicates)
+        left_out = scores.left_out
+        found = Replicates(documents=left_out.document_ids, document_domain=left_out.document_domain, by_metric=scores.replicates)
     else:
         return None
     expected = (len(found.documents), len(result.model.layers) + 1)

@@ -186,7 +186,8 @@ def model_payload(
     }  # fmt: skip
     payload["has"] = {
         "heat": payload["heat"] is not None, "tree": bool(tree), "text": bool(text), "moves": moves is not None,
-        "weights": any(document["weights"] for document in text), "more_specialists": len(result.specialists) > SPECIALIST_ROWS,
+        "weights": any(document["weights"] for document in text), "more_specialists": len(result.specialists) > SPECIALIST_ROWS
+        or result.companions.get("specialists", {}).get("not_listed", 0) > 0,
     }  # fmt: skip
     return payload
 

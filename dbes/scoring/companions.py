@@ -17,7 +17,7 @@ from dbes.scoring.layers import AllLayers
 from dbes.scoring.placebo import Placebo
 from dbes.scoring.resampling import domain_ratio
 from dbes.scoring.sampling import TokenSample
-from dbes.scoring.specialists import FALSE_DISCOVERY_RATE, LIFTS
+from dbes.scoring.specialists import FALSE_DISCOVERY_RATE, LIFTS, listed_specialists
 from dbes.trace.types import LOGIT_NOISE, NOISE_SCALES, RoutingShape
 
 
@@ -70,6 +70,7 @@ def companions(found: AllLayers, sample: TokenSample | None, counts: Counts, *, 
         "specialists": {
             "tests": int((~np.isnan(table.p)).sum()),
             "specialists": int(table.specialist.sum()),
+            "not_listed": int(table.specialist.sum()) - len(listed_specialists(table)),
             "by_domain": dict(zip(shape.domains, table.specialist.sum(axis=(1, 2)).tolist(), strict=True)),
             "by_lift": {f"{lift:g}": int(table.at_least(lift).sum()) for lift in LIFTS},
             "unknown": int(table.unknown.sum()),

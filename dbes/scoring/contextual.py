@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dbes.scoring.metrics import cosines, domain_divergence, effective_rank, grams, information_bound, isolation_of, usage_of
+from dbes.scoring.metrics import cosines_of_gram, domain_divergence, effective_rank, grams, information_bound, isolation_of, usage_of
 from dbes.scoring.resampling import jackknife
 from dbes.scoring.sampling import TokenSample
 from dbes.scoring.surrogates import Surrogate, SurrogateLayer, surrogate_of
@@ -64,19 +64,25 @@ class ContextualEstimates:
     covered: dict[str, np.ndarray]
 
 
-def contextual_estimates(sample: TokenSample, shape: RoutingShape, *, lexical: str = "lexical") -> ContextualEstimates:
+def contextual_estimates(
+    sample: TokenSample, shape: RoutingShape, *, lexical: str = "lexical", unit_group: np.ndarray | None = None
+) -> ContextualEstimates:
     """What the token and its position explain of each domain metric.
 
     Args:
         shape: of the documents that ``sample.routes.document`` counts; those cut from one source text are one unit.
         lexical: ``lexical``, or ``bigram`` to count the token before as well.
+        unit_group: see ``surrogate_of``.
     """
-    found = {key: surrogate_of(sample, shape, key) for key in (lexical, "position")}
-    explained = {key: explained_by(surrogate) for key, surrogate in found.items() if surrogate is not None}
+    explained, covered = {}, {}
+    for key in (lexical, "position"):  # one after the other: what a surrogate is made of is large
+        surrogate = surrogate_of(sample, shape, key, unit_group=unit_group)
+        covered[key] = np.full(len(shape.domains) + 1, np.nan) if surrogate is None else surrogate.covered
+        if surrogate is not None:
+            explained[key] = explained_by(surrogate)
     position = explained["position"]
     unknown = {name: np.full(each.surrogate.shape, np.nan) for name, each in position.items()}
     tokens = explained.get(lexical)
-    nowhere = np.full(len(shape.domains) + 1, np.nan)
     return ContextualEstimates(
         metrics={
             name: Contextual(
@@ -88,26 +94,31 @@ def contextual_estimates(sample: TokenSample, shape: RoutingShape, *, lexical: s
             )
             for name, each in position.items()
         },
-        covered={key: nowhere if surrogate is None else surrogate.covered for key, surrogate in found.items()},
+        covered=covered,
     )
 
 
 def explained_by(surrogate: Surrogate) -> dict[str, Explained]:
     """Every domain metric of the router beside that of its surrogate, layer by layer and in the mean of the layers."""
     shape, columns = surrogate.shape, range(len(surrogate.shape.layers))
-    found = [_layer_scores(surrogate.layer(column), shape, column) for column in columns]
+    cells: dict[str, list[Explained]] = {}
+    sums: dict[str, Pair] = {}
+    for column in columns:  # what every group leaves is kept as a sum over layers only
+        for name, pair in _layer_scores(surrogate.layer(column), shape, column).items():
+            cells.setdefault(name, []).append(_explained(pair, surrogate.group_domain))
+            sums[name] = pair if name not in sums else Pair(*(mine + theirs for mine, theirs in zip(sums[name], pair, strict=True)))
     explained = {}
-    for name in found[0]:
-        parts = [layer[name] for layer in found]
-        mean = Pair(*(np.mean(side, axis=0) for side in zip(*parts, strict=True)))
-        cells = [_explained(part, surrogate.domain) for part in (*parts, mean)]
-        columns = {each.name: np.stack([getattr(cell, each.name) for cell in cells], axis=-1) for each in fields(Explained)}
-        explained[name] = Explained(**columns)
+    for name, total in sums.items():
+        mean = Pair(*(side / len(columns) for side in total))
+        every = [*cells[name], _explained(mean, surrogate.group_domain)]
+        explained[name] = Explained(
+            **{each.name: np.stack([getattr(cell, each.name) for cell in every], axis=-1) for each in fields(Explained)}
+        )
     return explained
 
 
 class Pair(NamedTuple):
-    """Routed and surrogate values [rows], and both without each unit, [units, rows]."""
+    """Routed and surrogate values [rows], and both without each group, [groups, rows]."""
 
     routed: np.ndarray
     surrogate: np.ndarray
@@ -136,11 +147,12 @@ def _metrics_of(shape: RoutingShape, column: int) -> Callable[[np.ndarray], dict
     def metrics(sums: np.ndarray) -> dict[str, np.ndarray]:
         usage = usage_of(sums)[..., None, :]
         divergence = domain_divergence(usage)[..., 0] * choice
+        gram = grams(usage)
         return {
             "specialization": _with_mean(divergence),
             "specialization_normalized": _with_mean(divergence / bound),
-            "der": effective_rank(grams(usage), np.array([experts])) * choice,
-            "domain_isolation": _with_mean(isolation_of(cosines(usage))[..., 0] * choice),
+            "der": effective_rank(gram, np.array([experts])) * choice,
+            "domain_isolation": _with_mean(isolation_of(cosines_of_gram(gram))[..., 0] * choice),
         }
 
     return metrics

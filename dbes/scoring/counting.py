@@ -33,7 +33,7 @@ from dbes.trace.types import GENERATED, PHASES, PROMPT, TokenRoutes, document_st
 
 WORKERS = min(os.cpu_count() or 1, 8)
 
-MEMORY_BYTES = 1 << 28
+MEMORY_BYTES = 1 << 26
 """Rows of more bytes than this go to a temporary file."""
 
 STRETCH_TOKENS = 1 << 17

@@ -1,7 +1,8 @@
 """Which text lends its hits to which in a surrogate: sparse matrices from the hits of single cells to all sums.
 
 They depend on keys, texts and domains alone, so that all layers share them. A *cell* is one key in one unit (source text), a *pair*
-one key in one domain. Every key here is in two units at least.
+one key in one domain. Every key here is in two units at least. A *group* is of one unit, or of several of a domain that are left out
+together.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ class Block:
 
     Attributes:
         rows, row_cell: tokens, and the cell of each. cells: how many.
-        tokens: float64 [units].
+        tokens: float64 [groups].
         pairs: [pairs, cells].
         others: [pairs, pairs], mean hits of the key, summed over the other domains.
         surrogate: [cells, 2 pairs], from hits of pairs and of others to the surrogate hits of every cell, before its own are taken off.
         own: [cells], how much of a cell's own hits has to be taken off.
-        members: [units, cells].
-        lent: [units x domains, cells], how often a hit of the unit is expected in a domain's surrogate, less once in the unit's own.
+        members: [groups, cells].
+        order: int [cells], the cells in order of groups. groups: (number, first, end) of each group among these.
+        lent: [cells, domains], in this order, how often a hit of the cell is expected in a domain's surrogate, less once in its own unit's.
     """
 
     rows: np.ndarray
@@ -36,10 +38,12 @@ class Block:
     surrogate: csr_array
     own: np.ndarray
     members: csr_array
-    lent: csr_array
+    order: np.ndarray
+    groups: list[tuple[int, int, int]]
+    lent: np.ndarray
 
     def hits(self, ids: np.ndarray, experts: int) -> tuple[np.ndarray, np.ndarray]:
-        """Hits of every unit at one layer, [units, experts], and what those of every cell are beyond its surrogate, [cells, experts].
+        """Hits of every group at one layer, [groups, experts], and what those of every cell are beyond its surrogate, [cells, experts].
 
         Args:
             ids: [rows, slots], experts of the tokens; numbers from ``experts`` on are none.
@@ -47,18 +51,30 @@ class Block:
         at = self.row_cell[:, None] * experts + ids
         at = at.ravel() if ids.max(initial=0) < experts else at[ids < experts]
         cells = np.bincount(at, np.ones(len(at)), minlength=self.cells * experts).reshape(self.cells, experts)
-        units, pairs = self.members @ cells, self.pairs @ cells
+        groups, pairs = self.members @ cells, self.pairs @ cells
         cells *= (1 + self.own)[:, None]
         cells -= self.surrogate @ np.concatenate([pairs, self.others @ pairs])
-        return units, cells
+        return groups, cells
+
+    def lend(self, beyond: np.ndarray, to: np.ndarray) -> None:
+        """Add to [groups, domains, experts] what the hits of each group are beyond their surrogate as often as it is lent to a domain.
+
+        Args:
+            beyond: [cells, experts], see ``hits``.
+        """
+        beyond = beyond[self.order]
+        for group, start, end in self.groups:
+            to[group] += self.lent[start:end].T @ beyond[start:end]
 
 
-def block_of(rows: np.ndarray, unit: np.ndarray, key: np.ndarray, unit_domain: np.ndarray, domains: int) -> Block:
+def block_of(
+    rows: np.ndarray, unit: np.ndarray, key: np.ndarray, unit_domain: np.ndarray, domains: int, *, unit_group: np.ndarray, groups: int
+) -> Block:
     """The matrices of some tokens.
 
     Args:
         rows, unit, key: [tokens], in order of key, domain and unit.
-        unit_domain: [units].
+        unit_domain, unit_group: [units]; a group lies in one domain.
     """
     starts, row_cell = _runs(key, unit)
     cell_unit, count = unit[starts], np.diff(starts, append=len(key)).astype(np.float64)
@@ -70,15 +86,20 @@ def block_of(rows: np.ndarray, unit: np.ndarray, key: np.ndarray, unit_domain: n
     rest = size[pair] - count
     per_rest = np.divide(count, rest, out=np.zeros_like(rest), where=rest > 0)
     inside = (np.bincount(pair, per_rest)[pair] - per_rest) / divisor[pair]
-    cells, pairs, units, every = len(starts), len(size), len(unit_domain), np.arange(len(starts))
-    lender, taker = _others(pair, first, width, key_of)
+    cells, pairs, every, cell_group = len(starts), len(size), np.arange(len(starts)), unit_group[cell_unit]
     taking, giving = _others(np.arange(pairs), first, width, key_of)
-    outside = (size / divisor)[taker] / size[pair[lender]]
+    by_key = np.zeros((len(width), domains))
+    by_key[key_of, domain[pair_starts]] = size / divisor
+    order = np.argsort(cell_group, kind="stable")
+    lent = by_key[key_of[pair[order]]] / size[pair[order], None]
+    lent[every, domain[order]] = inside[order] - 1
+    starts, _ = _runs(cell_group[order])
+    ends = [*starts[1:].tolist(), cells]
     return Block(
         rows=rows,
         row_cell=row_cell,
         cells=cells,
-        tokens=np.bincount(cell_unit, count, minlength=units),
+        tokens=np.bincount(cell_group, count, minlength=groups),
         pairs=_matrix((pairs, cells), pair, every, np.ones(cells)),
         others=_matrix((pairs, pairs), taking, giving, 1 / size[giving]),
         surrogate=_matrix(
@@ -88,13 +109,10 @@ def block_of(rows: np.ndarray, unit: np.ndarray, key: np.ndarray, unit_domain: n
             np.append(per_rest, count) / np.tile(divisor[pair], 2),
         ),
         own=per_rest / divisor[pair],
-        members=_matrix((units, cells), cell_unit, every, np.ones(cells)),
-        lent=_matrix(
-            (units * domains, cells),
-            np.append(cell_unit * domains + domain, cell_unit[lender] * domains + domain[pair_starts][taker]),
-            np.append(every, lender),
-            np.append(inside - 1, outside),
-        ),
+        members=_matrix((groups, cells), cell_group, every, np.ones(cells)),
+        order=order,
+        groups=list(zip(cell_group[order][starts].tolist(), starts.tolist(), ends, strict=True)),
+        lent=lent,
     )
 
 

@@ -17,18 +17,22 @@ by V = 2 sum C^2 B, B as A with squared products (after Chen & Qin 2010), and p 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from scipy.sparse import csr_array
 
 from dbes.scoring.permutation import permuted_labels
-from dbes.scoring.resampling import TIE, batches
+from dbes.scoring.resampling import PERMUTATION_CELLS, TIE, batches
 
 BLOCKS = 512
 """Documents that are tested one by one; of more, documents of one domain are added up at random until so many are left."""
 
 FEWEST_BLOCKS = 20
 """Blocks that a domain has at least, or as many as it has documents."""
+
+FEW_OF_BLOCKS = 8
+"""Products inside a domain of less than this part of the blocks are picked out; of more, a product with zeros and ones adds them up."""
 
 TIED = 1e-4
 """Labellings whose statistic is this close to the observed one reach it: rounding must not break a tie."""
@@ -42,27 +46,25 @@ class UsageTest:
         blocks: float64 [blocks, documents], ones where a document belongs to a block.
         tokens: float64 [documents].
         labels: int16 [1 + permutations, blocks], the domain of each block, first the observed ones.
-        forms: [domains + 1, domains, domains], C of each domain and, last, of their mean.
+        domains: how many.
     """
 
     blocks: csr_array
     tokens: np.ndarray
     labels: np.ndarray
-    forms: np.ndarray
+    domains: int
 
     @classmethod
     def of(cls, tokens: np.ndarray, document_domain: np.ndarray, *, domains: int, permutations: int, seed: int) -> UsageTest:
         """The test of documents with ``tokens`` [documents] tokens."""
         block, label = _blocks(document_domain, domains, seed=seed)
         ones = np.ones(len(block))
-        centre = np.eye(domains) - 1 / domains
-        forms = centre[:, :, None] * centre[:, None, :]
         observed = label.astype(np.int16)
         return cls(
             blocks=csr_array((ones, (block, np.arange(len(block)))), shape=(len(label), len(block))),
             tokens=tokens.astype(np.float64),
             labels=np.concatenate([observed[None], permuted_labels(observed, permutations=permutations, seed=seed)]),
-            forms=np.concatenate([forms, forms.mean(axis=0, keepdims=True)]),
+            domains=domains,
         )
 
     def products(self, hits: np.ndarray) -> np.ndarray:
@@ -82,36 +84,75 @@ class UsageTest:
 
         NaN without permutations, with one domain, or with a domain without tokens.
         """
+        if len(self.labels) < 2 or self.domains < 2:
+            return np.full(self.domains + 1, np.nan)
         found = self.statistics(products)
-        if len(found) < 2 or len(self.forms) < 3:
-            return np.full(len(self.forms), np.nan)
         reached = (found[1:] >= found[0] - TIED * np.maximum(1.0, np.abs(found[0]))).sum(axis=0)
         return np.where(np.isnan(found[0]), np.nan, (1 + reached) / len(found))
 
     def statistics(self, products: np.ndarray) -> np.ndarray:
-        """U / sqrt(V) of every labelling, [1 + permutations, domains + 1]."""
-        count, domains = len(products), self.forms.shape[1]
+        """U / sqrt(V) of every labelling, [1 + permutations, domains + 1].
+
+        Off its diagonal, A is made of products of tokens, so that C A needs no sums over pairs of domains, but those inside each domain
+        and one product of K with the weights of the blocks.
+        """
         between = products / max(np.abs(products).max(initial=0.0), np.finfo(float).tiny)
         np.fill_diagonal(between, 0.0)
         both = np.stack([between, between**2]).astype(np.float32)
-        weight = self.blocks @ self.tokens
-        diagonal = np.arange(domains)
-        found = []
-        for labels in batches(self.labels, 3 * count * domains):
-            member = (labels[:, :, None] == np.arange(domains, dtype=labels.dtype)).astype(np.float32)  # [labellings, blocks, domains]
-            flat = np.ascontiguousarray(member.transpose(1, 0, 2)).reshape(count, -1)
-            sums = (both @ flat).reshape(2, count, len(labels), domains).transpose(0, 2, 3, 1) @ member
-            tokens, squared = np.einsum("b,pbd->pd", weight, member), np.einsum("b,pbd->pd", weight**2, member)
-            pairs = tokens[:, :, None] * tokens[:, None, :]
-            pairs[:, diagonal, diagonal] -= squared
-            # A domain of one document has no pair of its own; the products with other domains are tested all the same.
-            pairs[:, diagonal, diagonal] = np.where(pairs[:, diagonal, diagonal] > TIE * tokens**2, pairs[:, diagonal, diagonal], np.inf)
-            with np.errstate(invalid="ignore", divide="ignore"):
-                mean, square = sums[0] / pairs, sums[1] / pairs**2
-                value = np.einsum("rde,pde->pr", self.forms, mean)
-                spread = np.sqrt(2 * np.einsum("rde,pde->pr", self.forms**2, square))
-                found.append(np.where(spread > 0, value / spread, np.where(np.isnan(spread), np.nan, 0.0)))
-        return np.concatenate(found)
+        return np.concatenate([self._studentized(both, labels) for labels in batches(self.labels, 8 * (len(products) + self.domains))])
+
+    def _studentized(self, both: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """The statistic [labellings, domains + 1] of products and squared products [2, blocks, blocks]."""
+        domains = self.domains
+        cells = (np.arange(len(labels))[:, None] * domains + labels).ravel()
+
+        def by_domain(blocks: np.ndarray) -> np.ndarray:
+            return np.bincount(cells, blocks.ravel(), minlength=len(labels) * domains).reshape(-1, domains)
+
+        weight = np.broadcast_to(self.blocks @ self.tokens, labels.shape)
+        tokens = by_domain(weight)
+        own = tokens**2 - by_domain(weight**2)
+        # A domain of one document has no pair of its own; the products with other domains are tested all the same.
+        own = np.where(own > TIE * tokens**2, own, np.inf)
+        one, rest = (1 - 1 / domains) ** 2 - 1 / domains**2, 1 / domains**2
+        moments = []
+        with np.errstate(invalid="ignore", divide="ignore"):
+            for power, inside in zip((1, 2), _inside(both, labels, domains), strict=True):
+                inverse = 1 / tokens**power
+                weights = np.take_along_axis(inverse, labels, axis=1)
+                row = inverse * by_domain((both[power - 1] @ weights.T.astype(np.float32)).T)  # of A with all pairs on its diagonal
+                alone = inside / own**power
+                extra = alone - inside * inverse**2
+                moments.append((row + extra, alone, (row + extra).sum(axis=1, keepdims=True)))
+            (row, alone, every), (row_squared, alone_squared, every_squared) = moments
+            value = alone - 2 / domains * row + rest * every
+            spread = rest**2 * every_squared + 2 * rest * one * row_squared + one**2 * alone_squared
+            mean = rest**2 * every_squared + (((1 - 1 / domains) / domains) ** 2 - rest**2) * alone_squared.sum(axis=1, keepdims=True)
+            value, spread = np.append(value, value.mean(axis=1, keepdims=True), axis=1), np.append(spread, mean, axis=1)
+            spread = np.sqrt(2 * spread)
+            return np.where(spread > 0, value / spread, np.where(np.isnan(spread), np.nan, 0.0))
+
+
+def _inside(both: np.ndarray, labels: np.ndarray, domains: int) -> np.ndarray:
+    """Sums of products and squared products [2, blocks, blocks] inside each domain, float64 [2, labellings, domains].
+
+    Every labelling has as many blocks of each domain.
+    """
+    found = np.zeros((2, len(labels), domains))
+    order = np.argsort(labels, axis=1, kind="stable")
+    ends = np.cumsum(np.bincount(labels[0], minlength=domains))
+    for domain, (start, end) in enumerate(pairwise([0, *ends.tolist()])):
+        if FEW_OF_BLOCKS * (end - start) > labels.shape[1]:
+            member = np.ascontiguousarray((labels == domain).T, np.float32)
+            found[:, :, domain] = np.einsum("kbp,bp->kp", both @ member, member)
+            continue
+        for first in range(0, len(labels), size := max(1, PERMUTATION_CELLS // (4 * (end - start) ** 2 + 1))):
+            part = slice(first, first + size)
+            members = order[part, start:end]
+            pairs = both[0].take(members[:, :, None] * labels.shape[1] + members[:, None, :])
+            found[0, part, domain] = pairs.sum(axis=(1, 2), dtype=np.float64)
+            found[1, part, domain] = np.einsum("pij,pij->p", pairs, pairs)
+    return found
 
 
 def _blocks(document_domain: np.ndarray, domains: int, *, seed: int) -> tuple[np.ndarray, np.ndarray]:

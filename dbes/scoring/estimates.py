@@ -22,6 +22,7 @@ from dbes.results import CalibratedRecord
 from dbes.scoring import metrics
 from dbes.scoring.contextual import Contextual
 from dbes.scoring.draws import DrawSpread, draw_variance, ngram_draw_variance, without_each_expert
+from dbes.scoring.grouping import Grouping
 from dbes.scoring.layer_counts import LayerCounts
 from dbes.scoring.reference import ideal_values
 from dbes.scoring.resampling import (
@@ -113,13 +114,18 @@ class Estimate:
         return cls(**{entry.name: np.stack([getattr(column, entry.name) for column in columns], axis=-1) for entry in fields(cls)})
 
 
-def measure_layer(sums: LayerCounts, null: DomainScores | None, *, control: bool = False) -> tuple[dict[str, Measured], np.ndarray]:
+def measure_layer(
+    sums: LayerCounts, null: DomainScores | None, *, control: bool = False, grouping: Grouping | None = None
+) -> tuple[dict[str, Measured], np.ndarray]:
     """Every calibrated metric of one layer, and the documents' shares in the n-grams above chance, [documents, sizes].
+
+    With a grouping, what is left out, and what has shares, are its groups.
 
     Args:
         null: scores under permuted labels, with a leading [permutations] axis; None for a control, whose chance level nobody asks for.
         control: the trace is a draw of a random router; say how much its scores would vary with the draw, as far as one can tell.
     """
+    documents, sums = sums, sums if grouping is None else grouping.sums(sums)
     shape = sums.shape
     domains, sizes, top_k = len(shape.domains), np.asarray(shape.experts), np.asarray(shape.top_k)
     counts, tokens = sums.by_domain(sums.hits), sums.by_domain(sums.active)
@@ -144,7 +150,7 @@ def measure_layer(sums: LayerCounts, null: DomainScores | None, *, control: bool
             draw_variance=None if fewer is None else draw_variance(rows(fewer)),
         )
 
-    ngrams, share = _ngrams(sums, control=control)
+    ngrams, share = _ngrams(documents, sums, grouping, control=control)
     return {
         "specialization": of_domains("specialization", lambda scores: scores.divergence),
         "specialization_normalized": of_domains("specialization_normalized", lambda scores: scores.divergence / bound),
@@ -168,19 +174,27 @@ def _stiffness(sums: LayerCounts) -> Measured:
     return Measured(value=value, whole=value, left_out=_rows(left_out_ratios(*ratio)))
 
 
-def _ngrams(sums: LayerCounts, *, control: bool) -> tuple[dict[str, Measured], np.ndarray]:
-    """Repeated primary experts over n tokens; null: the exact mean over shuffles of the tokens inside each document."""
+def _ngrams(
+    documents: LayerCounts, sums: LayerCounts, grouping: Grouping | None, *, control: bool
+) -> tuple[dict[str, Measured], np.ndarray]:
+    """Repeated primary experts over n tokens; null: the exact mean over shuffles of the tokens inside each document.
+
+    Args:
+        documents: what chance is made of; sums: what is left out in turn, the same or its groups.
+    """
     shape, ngrams, domains = sums.shape, sums.ngrams, len(sums.shape.domains)
     share = np.full((len(sums.tokens), len(NGRAMS)), np.nan)
-    if ngrams is None:
-        rows, documents = np.full(domains + 1, np.nan), np.full((len(sums.tokens), domains + 1), np.nan)
-        unknown = Measured(value=rows, whole=rows, left_out=documents, chance=rows, chance_left_out=documents)
+    if ngrams is None or documents.ngrams is None:
+        rows, left_out = np.full(domains + 1, np.nan), np.full((len(sums.tokens), domains + 1), np.nan)
+        unknown = Measured(value=rows, whole=rows, left_out=left_out, chance=rows, chance_left_out=left_out)
         return dict.fromkeys(NGRAMS, unknown), share
     found = {}
     for index, (metric, size) in enumerate(zip(NGRAMS, metrics.NGRAM_SIZES, strict=True)):
         windows, alike = ngrams.windows[:, 0, index], ngrams.alike[:, 0, index]
-        by_expert = metrics.shuffled_by_expert(ngrams.primaries[:, 0], size) * windows[:, None]
+        by_expert = metrics.shuffled_by_expert(documents.ngrams.primaries[:, 0], size) * documents.ngrams.windows[:, :1, index]
         expected = by_expert.sum(axis=-1)
+        if grouping is not None:
+            by_expert, expected = grouping.groups.add(by_expert), grouping.groups.add(expected)
         variance = None
         if control:
             parts = (sums.by_domain(part) for part in (alike, by_expert, windows, ngrams.primaries[:, 0]))

@@ -16,11 +16,13 @@ from dbes.scoring.descriptive import random_halves, split_half_similarity
 from dbes.scoring.draws import DrawSpread, draw_reach
 from dbes.scoring.equal_usage import UsageTest
 from dbes.scoring.estimates import NGRAMS, Estimate, Measured, draw_spread, estimate, measure_layer
+from dbes.scoring.grouping import CHANCE_DRAWS, Grouping
 from dbes.scoring.layer_counts import LayerCounts, joined_layers
 from dbes.scoring.permutation import permuted_labels, permuted_scores
 from dbes.scoring.placebo import Placebo, Placebos
 from dbes.scoring.resampling import sign_flip_p
-from dbes.scoring.specialists import LayerTests, SpecialistTable, half_labels, joined, layer_specialists
+from dbes.scoring.specialists import LayerTests, SpecialistTable, SpecialistTest, joined
+from dbes.trace.types import RoutingShape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,7 @@ class LayerScores:
         measured, controls: of the router and of draws of the random router, to be summed over layers.
         spread: how much the random router's scores vary with the draw of it.
         products: [blocks, blocks], what the test of equal usage needs of the layer, to be summed too.
-        share: [documents, sizes], what each document adds to the n-grams above chance.
+        share: [documents, sizes], what each document (or group of them) adds to the n-grams above chance.
     """
 
     totals: LayerCounts
@@ -51,12 +53,16 @@ class LayerScores:
 
 @dataclass(frozen=True, kw_only=True)
 class AllLayers:
-    """What is kept of all layers: ``totals`` of each domain, ``halves`` [domains, layers], and what their names say."""
+    """What is kept of all layers: ``totals`` of each domain, ``halves`` [domains, layers], and what their names say.
+
+    ``left_out``: the shape of what was left out in turn, documents or groups of them.
+    """
 
     totals: LayerCounts
     specialists: SpecialistTable
     halves: np.ndarray
     estimates: dict[str, Estimate]
+    left_out: RoutingShape
     decoder: Decoder | None = None
     placebo: dict[str, Placebo] | None = None
 
@@ -69,39 +75,67 @@ def score_layers(counts: Counts, *, permutations: int, seed: int, sign_flips: in
         sign_flips: draws of the n-gram test; by default as many as permutations.
     """
     shape, domain = counts.shape, counts.shape.document_domain
-    labels = permuted_labels(domain, permutations=permutations, seed=seed)
-    test = UsageTest.of(counts.tokens, domain, domains=len(shape.domains), permutations=permutations, seed=seed)
-    half = random_halves(domain, seed=seed)
-    split = half_labels(domain, half, permutations=permutations, seed=seed)
+    design = Design.of(counts, permutations=permutations, seed=seed)
     decoder = Decoder(domain, len(shape.domains), seed=seed)
-    placebos = Placebos(counts.tokens, domain, shape.domains, permutations=permutations, seed=seed)
+    placebos = Placebos(counts.tokens, domain, shape.domains, permutations=permutations, seed=seed, grouping=design.grouping)
     each = (placebos.watching(decoder.watching(counts.layers())), *(draw.layers() for draw in counts.controls))
-    layers = (score_layer(sums, drawn, labels=labels, test=test, half=half, split=split) for sums, *drawn in zip(*each, strict=False))
-    found = put_together(layers, test, domain, sign_flips=permutations if sign_flips is None else sign_flips, seed=seed)
+    layers = (score_layer(sums, drawn, design) for sums, *drawn in zip(*each, strict=False))
+    flips = permutations if sign_flips is None else sign_flips
+    found = put_together(layers, design.usage, design.left_out, sign_flips=flips, seed=seed)
     return replace(found, decoder=decoder, placebo=placebos.found())
 
 
-def score_layer(
-    sums: LayerCounts, drawn: Sequence[LayerCounts], *, labels: np.ndarray, test: UsageTest, half: np.ndarray, split: np.ndarray
-) -> LayerScores:
+@dataclass(frozen=True, kw_only=True)
+class Design:
+    """What is drawn once for all layers.
+
+    Attributes:
+        grouping: of the documents, where they are many.
+        left_out: the shape of what is left out in turn: the documents, or their groups.
+        labels: [permutations, documents], of the chance level, see ``permuted_labels``.
+        half: 0 or 1 for each document, see ``random_halves``.
+        usage, specialists: the tests.
+    """
+
+    grouping: Grouping | None
+    left_out: RoutingShape
+    labels: np.ndarray
+    half: np.ndarray
+    usage: UsageTest
+    specialists: SpecialistTest
+
+    @classmethod
+    def of(cls, counts: Counts, *, permutations: int, seed: int) -> Design:
+        shape, grouping = counts.shape, Grouping.of(counts.shape)
+        domain, draws = shape.document_domain, permutations if grouping is None else min(permutations, CHANCE_DRAWS)
+        return cls(
+            grouping=grouping,
+            left_out=shape if grouping is None else grouping.shape,
+            labels=permuted_labels(domain, permutations=draws, seed=seed),
+            half=random_halves(domain, seed=seed),
+            usage=UsageTest.of(counts.tokens, domain, domains=len(shape.domains), permutations=permutations, seed=seed),
+            specialists=SpecialistTest.of(shape, grouping, permutations=permutations, seed=seed),
+        )
+
+
+def score_layer(sums: LayerCounts, drawn: Sequence[LayerCounts], design: Design) -> LayerScores:
     """Everything of one layer that its counts are needed for.
 
     Args:
         drawn: sums of draws of the random router on the same documents.
-        labels: [permutations, documents], see ``permuted_labels``.
-        half, split: 0 or 1 for each document, see ``random_halves``; labels permuted inside them, see ``half_labels``.
     """
-    measured, share = measure_layer(sums, permuted_scores(sums, labels))
-    controls = tuple(measure_layer(draw, None, control=number == 0)[0] for number, draw in enumerate(drawn))
-    products = test.products(sums.hits[:, 0])
+    grouping, domain = design.grouping, design.left_out.document_domain
+    measured, share = measure_layer(sums, permuted_scores(sums, design.labels), grouping=grouping)
+    controls = tuple(measure_layer(draw, None, control=number == 0, grouping=grouping)[0] for number, draw in enumerate(drawn))
+    products = design.usage.products(sums.hits[:, 0])
     return LayerScores(
         totals=sums.totals(),
-        specialists=layer_specialists(sums, half, split),
-        halves=split_half_similarity(sums, half),
-        estimates=estimates_of(measured, controls, sums.shape.document_domain, test.p(products)),
+        specialists=design.specialists.layer(sums),
+        halves=split_half_similarity(sums, design.half),
+        estimates=estimates_of(measured, controls, domain, design.usage.p(products)),
         measured=measured,
         controls=controls,
-        spread={metric: draw_spread([draw[metric] for draw in controls], sums.shape.document_domain) for metric in measured if controls},
+        spread={metric: draw_spread([draw[metric] for draw in controls], domain) for metric in measured if controls},
         products=products,
         share=share,
     )
@@ -113,8 +147,9 @@ def estimates_of(
     return {metric: estimate(found, [draw[metric] for draw in controls], document_domain, p) for metric, found in measured.items()}
 
 
-def put_together(layers: Iterable[LayerScores], test: UsageTest, document_domain: np.ndarray, *, sign_flips: int, seed: int) -> AllLayers:
+def put_together(layers: Iterable[LayerScores], test: UsageTest, left_out: RoutingShape, *, sign_flips: int, seed: int) -> AllLayers:
     """What all layers say together; only sums of what has a number for each document are kept from one layer to the next."""
+    document_domain = left_out.document_domain
     kept: list[LayerScores] = []
     products = np.zeros((1, 1))
     sums: dict[str, Measured] = {}
@@ -141,4 +176,5 @@ def put_together(layers: Iterable[LayerScores], test: UsageTest, document_domain
         specialists=joined([layer.specialists for layer in kept]),
         halves=np.concatenate([layer.halves for layer in kept], axis=1),
         estimates=estimates,
+        left_out=left_out,
     )

@@ -246,7 +246,11 @@ def unbiased_cosines(gram: np.ndarray) -> np.ndarray:
 
 def cosines(usage: np.ndarray) -> np.ndarray:
     """Plug-in cosine similarity of the domains at each layer, [..., layers, domains, domains]."""
-    gram = grams(usage)
+    return cosines_of_gram(grams(usage))
+
+
+def cosines_of_gram(gram: np.ndarray) -> np.ndarray:
+    """The same from ``grams``."""
     norms = np.sqrt(np.diagonal(gram, axis1=-2, axis2=-1))
     with np.errstate(invalid="ignore", divide="ignore"):
         return gram / (norms[..., :, None] * norms[..., None, :])

@@ -17,6 +17,7 @@ import numpy as np
 
 from dbes.scoring.descriptive import random_halves
 from dbes.scoring.equal_usage import UsageTest
+from dbes.scoring.grouping import Grouping
 from dbes.scoring.layer_counts import LayerCounts
 from dbes.scoring.permutation import permuted_labels
 from dbes.scoring.reference import ideal_values
@@ -88,14 +89,24 @@ class Placebos:
         names: of the domains.
         permutations: at least; 0 makes no test.
         seed: of the halves and the permutations.
+        grouping: of the texts, where they are many: groups of them, inside the halves, are left out in turn.
     """
 
-    def __init__(self, tokens: np.ndarray, domain: np.ndarray, names: Sequence[str], *, permutations: int, seed: int) -> None:
-        half = random_halves(domain, seed=seed)
-        many = max(permutations, FEWEST_PERMUTATIONS, PER_DOMAIN * len(names) - 1) if permutations else 0
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        domain: np.ndarray,
+        names: Sequence[str],
+        *,
+        permutations: int,
+        seed: int,
+        grouping: Grouping | None = None,
+    ) -> None:
+        half, self.seed = random_halves(domain, seed=seed), seed
+        self.many = max(permutations, FEWEST_PERMUTATIONS, PER_DOMAIN * len(names) - 1) if permutations else 0
         members = {name: np.flatnonzero(domain == index) for index, name in enumerate(names)}
         self.halves = {
-            name: _Halves(own, tokens[own], half[own], permutations=many, seed=seed)
+            name: _Halves(own, tokens[own], half[own], permutations=self.many, seed=seed, grouping=grouping)
             for name, own in members.items()
             if len(own) >= FEWEST_TEXTS
         }
@@ -114,7 +125,15 @@ class Placebos:
 
     def found(self) -> dict[str, Placebo]:
         """What the splits of each kind show in all layers that were added."""
-        return {kind: _together({name: each.found(kind) for name, each in self.halves.items() if kind in each.sides}) for kind in KINDS}
+        splits: dict[str, dict[str, tuple[Jackknife, Split]]] = {kind: {} for kind in KINDS}
+        blocks = {name: len(each.products) for name, each in self.halves.items()}
+        for size in sorted({*blocks.values()}):  # one order of blocks for all domains of so many: the same numbers would be drawn for each
+            orders = permuted_labels(np.arange(size), permutations=self.many, seed=self.seed + ORDER_SEED)
+            for name, each in self.halves.items():
+                if blocks[name] == size:
+                    for kind in each.sides:
+                        splits[kind][name] = each.found(kind, orders)
+        return {kind: _together({name: found[name] for name in self.halves if name in found}) for kind, found in splits.items()}
 
 
 def placebo_warnings(found: Mapping[str, Placebo]) -> Iterator[str]:
@@ -136,37 +155,53 @@ def placebo_warnings(found: Mapping[str, Placebo]) -> Iterator[str]:
 class _Halves:
     """The two splits of one domain, and running sums over layers."""
 
-    def __init__(self, members: np.ndarray, tokens: np.ndarray, random: np.ndarray, *, permutations: int, seed: int) -> None:
+    def __init__(
+        self,
+        members: np.ndarray,
+        tokens: np.ndarray,
+        random: np.ndarray,
+        *,
+        permutations: int,
+        seed: int,
+        grouping: Grouping | None,
+    ) -> None:
         self.members = members
         self.sides = {"random": random} if tokens.min() == tokens.max() else {"random": random, "length": _longer(tokens, seed=seed)}
         # Products of texts know nothing of labels, so that both splits share them, and blocks where there are many texts.
         both = 2 * random + self.sides.get("length", 0)
         test = UsageTest.of(tokens, both, domains=4, permutations=0, seed=seed)
-        two = UsageTest.of(np.ones(2), np.arange(2), domains=2, permutations=0, seed=seed).forms
-        self.tests, self.least = {}, {}
-        for kind, block in (("random", test.labels[0] // 2), ("length", test.labels[0] % 2)):
-            if kind in self.sides:
-                drawn = permuted_labels(block, permutations=permutations, seed=seed + ORDER_SEED)
-                self.tests[kind] = replace(test, labels=np.concatenate([block[None], drawn]), forms=two)
-                self.least[kind] = max(smallest_label_p(np.bincount(block).tolist()), 1 / (1 + permutations)) if permutations else np.nan
+        self.test, self.least = test, {}
+        self.blocks = {"random": test.labels[0] // 2, "length": test.labels[0] % 2}
+        for kind in self.sides:
+            least = smallest_label_p(np.bincount(self.blocks[kind]).tolist())
+            self.least[kind] = max(least, 1 / (1 + permutations)) if permutations else np.nan
         self.products = np.zeros((1, 1))
         self.whole = dict.fromkeys(self.sides, 0.0)
-        self.left_out = {kind: np.zeros(len(members)) for kind in self.sides}
+        self.groups = {} if grouping is None else {kind: grouping.inside(members, side) for kind, side in self.sides.items()}
+        self.left_out = {kind: np.zeros(len(self._labels(kind))) for kind in self.sides}
         self.ideal = 0.0
 
     def add(self, hits: np.ndarray, ideal: float) -> None:
         """Add the hits of its texts [texts, 1, experts] at a layer."""
-        self.products = self.products + next(iter(self.tests.values())).products(hits[:, 0])
+        self.products = self.products + self.test.products(hits[:, 0])
         self.ideal += ideal
-        for kind, side in self.sides.items():
-            whole, left_out = document_scores(hits, side, 2)
+        for kind in self.sides:
+            rows = self.groups[kind].add(hits) if self.groups else hits
+            whole, left_out = document_scores(rows, self._labels(kind), 2)
             self.whole[kind] += float(whole.divergence.mean())
             self.left_out[kind] += left_out.divergence.mean(axis=(1, 2))
 
-    def found(self, kind: str) -> tuple[Jackknife, Split]:
-        score = jackknife(np.asarray(self.whole[kind] / self.ideal), self.left_out[kind] / self.ideal, self.sides[kind])
+    def _labels(self, kind: str) -> np.ndarray:
+        """Half of each text, or of each group of texts."""
+        return self.groups[kind].label if self.groups else self.sides[kind]
+
+    def found(self, kind: str, orders: np.ndarray) -> tuple[Jackknife, Split]:
+        """What the split of one kind shows; ``orders`` [permutations, blocks] are those of the test."""
+        block = self.blocks[kind]
+        test = replace(self.test, labels=np.concatenate([block[None], block[orders]]), domains=2)
+        score = jackknife(np.asarray(self.whole[kind] / self.ideal), self.left_out[kind] / self.ideal, self._labels(kind))
         value, reach = float(score.corrected), float(score.reach)
-        p = float(self.tests[kind].p(self.products)[-1]) if not np.isnan(value) else float("nan")
+        p = float(test.p(self.products)[-1]) if not np.isnan(value) else float("nan")
         return score, Split(
             texts=len(self.members), score=value, score_low=value - reach, score_high=value + reach, p=p, p_least=self.least[kind]
         )

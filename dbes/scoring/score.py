@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from dbes.errors import ResultError, SettingError, TraceError
 from dbes.files import locked
@@ -25,12 +26,13 @@ from dbes.scoring.counts import Counts
 from dbes.scoring.estimates import Estimate, calibrated_records
 from dbes.scoring.facts import environment, model_facts, require_tokens, task_facts
 from dbes.scoring.given import NO_TOKENS
+from dbes.scoring.grouping import Grouping
 from dbes.scoring.layer_counts import LayerCounts
 from dbes.scoring.layers import score_layers
 from dbes.scoring.placebo import placebo_warnings
 from dbes.scoring.published import published_values
 from dbes.scoring.sampling import TokenSample, even_documents, example_tokens
-from dbes.scoring.specialists import SpecialistTable
+from dbes.scoring.specialists import SpecialistTable, listed_specialists
 from dbes.scoring.stored import COUNTS
 from dbes.scoring.tables import save_scores
 from dbes.scoring.verdict import verdict
@@ -38,7 +40,7 @@ from dbes.text import unknown
 from dbes.trace.baselines import ROUTERS, Router, blocks_overlap, imitate
 from dbes.trace.matching import MATCHED, match_lengths
 from dbes.trace.store import TRACE_FOLDER, Trace
-from dbes.trace.types import GENERATED, PHASES
+from dbes.trace.types import GENERATED, PHASES, RoutingShape
 from dbes.wording import counted, span
 
 RECORDED = "recorded"
@@ -75,6 +77,7 @@ class Scores:
     ``counts``: of the source texts that have tokens; ``totals``: their sums for each domain.
     ``replicates``: for each headline metric the model's score at every layer and, last, their mean, with each document left out,
     float32 [documents, layers + 1], and the same of its excess where there is a random router; paired comparisons are made of them.
+    ``left_out``: the shape of these documents, or of the groups that stand for them where they are many.
     """
 
     result: Result
@@ -83,6 +86,7 @@ class Scores:
     specialists: SpecialistTable
     arrays: dict[str, np.ndarray]
     replicates: dict[str, np.ndarray]
+    left_out: RoutingShape
 
 
 def score(
@@ -174,6 +178,7 @@ def read_routes(folder: str | Path) -> Trace | Counts:
     return Counts.load(folder) if (Path(folder) / COUNTS).is_file() else Trace.load(folder)
 
 
+@threadpool_limits.wrap(limits=1, user_api="blas")
 def score_tables(
     trace: Trace | Counts, *, permutations: int = 1000, seed: int = 0, phase: int | None = None, surrogate: str = "token"
 ) -> Scores:
@@ -193,7 +198,12 @@ def score_tables(
     # A document without tokens (of this phase) says nothing: counted as one, it would move the jackknife and the null.
     used = np.flatnonzero(units.tokens > 0) if units.tokens.any() else np.arange(len(units.tokens))
     units = units.take(used)
-    beyond = None if sample is None else contextual_estimates(sample, shape, lexical=SURROGATES[surrogate])
+    grouping = Grouping.of(units.shape)
+    unit_group = None
+    if grouping is not None:
+        unit_group = np.zeros(int(shape.units.max()) + 1, np.int64)
+        unit_group[used] = grouping.groups.group
+    beyond = None if sample is None else contextual_estimates(sample, shape, lexical=SURROGATES[surrogate], unit_group=unit_group)
     if sample is not None:
         sample = replace(sample, routes=replace(sample.routes, document=np.searchsorted(used, shape.units[sample.routes.document])))
     found = score_layers(units, permutations=permutations, seed=seed)
@@ -207,7 +217,8 @@ def score_tables(
         environment=environment(counts),
         settings={"permutations": permutations, "seed": seed, "phase": PHASES[counts.phase], "control": len(counts.controls)}
         | {"surrogate": surrogate}
-        | ({} if counts.by_documents else {"documents": "unknown"}),
+        | ({} if counts.by_documents else {"documents": "unknown"})
+        | ({} if grouping is None else {"groups": len(grouping.groups.label)}),
         recording=RecordingFacts(documents=sum(facts.documents for facts in task.domains.values()), tokens=int(counts.tokens.sum())),
         warnings=(
             *_model_notes(counts),
@@ -236,6 +247,7 @@ def score_tables(
         specialists=table,
         arrays=arrays,
         replicates=_replicates(found.estimates, control=counts.control is not None) if counts.by_documents else {},
+        left_out=found.left_out,
     )
 
 
@@ -321,9 +333,7 @@ def _small_sample_warnings(counts: Counts, specialization: Estimate) -> Iterator
 
 def _specialist_records(table: SpecialistTable, counts: Counts, sample: TokenSample | None) -> Iterator[Specialist]:
     """Specialists by falling lift, the first of them with their most over-represented tokens."""
-    found = np.argwhere(table.specialist)
-    order = np.argsort(-table.lift[tuple(found.T)], kind="stable")
-    ranked = found[order]
+    ranked = listed_specialists(table)
     examples = example_tokens(sample, counts.shape, counts.vocabulary, ranked[:EXAMPLE_SPECIALISTS])
     for index, (domain, column, expert) in enumerate(ranked):
         at = (domain, column, expert)

@@ -13,13 +13,16 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from scipy.special import stdtrit
+from threadpoolctl import threadpool_limits
 
 from dbes.scoring.counts import Counts
 from dbes.scoring.descriptive import random_halves
+from dbes.scoring.grouping import SPECIALIST_DRAWS, Grouping
 from dbes.scoring.layer_counts import LayerCounts, side_by_side
 from dbes.scoring.metrics import usage_of
 from dbes.scoring.permutation import domain_sums
 from dbes.scoring.resampling import batches, clustered_usage, false_discovery_q, pooled_p, studentized_difference
+from dbes.trace.types import RoutingShape
 
 FALSE_DISCOVERY_RATE = 0.05
 
@@ -32,6 +35,9 @@ LIFTS = (1.0, 1.5, 2.0, 4.0)
 
 LEAST_LIFT = 1.5
 """Lift from which an expert is listed as a specialist."""
+
+LISTED_SPECIALISTS = 4000
+"""Specialists that a result lists at most, the strongest of every domain alike; the table of expert usage has all."""
 
 HALVES = 2
 
@@ -90,10 +96,35 @@ class LayerTests:
 
 def find_specialists(counts: Counts, *, permutations: int, seed: int) -> SpecialistTable:
     """The specialist test of every expert in every domain."""
-    domain = counts.shape.document_domain
-    half = random_halves(domain, seed=seed)
-    labels = half_labels(domain, half, permutations=permutations, seed=seed)
-    return joined([layer_specialists(sums, half, labels) for sums in counts.layers()])
+    test = SpecialistTest.of(counts.shape, Grouping.of(counts.shape), permutations=permutations, seed=seed)
+    with threadpool_limits(1, "blas"):
+        return joined([test.layer(sums) for sums in counts.layers()])
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecialistTest:
+    """What the test needs beside the counts of a layer; the same for all layers.
+
+    Attributes:
+        grouping: of the documents, where they are many: its groups stand for documents then.
+        half: 0 or 1 for each document, see ``random_halves``.
+        labels: [permutations, documents], see ``half_labels``.
+    """
+
+    grouping: Grouping | None
+    half: np.ndarray
+    labels: np.ndarray
+
+    @classmethod
+    def of(cls, shape: RoutingShape, grouping: Grouping | None, *, permutations: int, seed: int) -> SpecialistTest:
+        domain = shape.document_domain if grouping is None else grouping.shape.document_domain
+        half = random_halves(domain, seed=seed)
+        draws = permutations if grouping is None else min(permutations, SPECIALIST_DRAWS)
+        return cls(grouping=grouping, half=half, labels=half_labels(domain, half, permutations=draws, seed=seed))
+
+    def layer(self, sums: LayerCounts) -> LayerTests:
+        """What the test is made of at one layer."""
+        return layer_specialists(sums if self.grouping is None else self.grouping.sums(sums), self.half, self.labels)
 
 
 def half_labels(document_domain: np.ndarray, half: np.ndarray, *, permutations: int, seed: int) -> np.ndarray:
@@ -180,6 +211,19 @@ def joined(layers: list[LayerTests]) -> SpecialistTable:
         lift_high=lift + error, z=z, p=p, q=q, replicated=replicated, unknown=unknown, specialist=np.zeros(p.shape, bool),
     )  # fmt: skip
     return replace(table, specialist=table.at_least(LEAST_LIFT))
+
+
+def listed_specialists(table: SpecialistTable) -> np.ndarray:
+    """Domain, layer and expert of the specialists that a result lists, by falling lift, int [listed, 3]."""
+    found = np.argwhere(table.specialist)
+    ranked = found[np.argsort(-table.lift[tuple(found.T)], kind="stable")]
+    if len(ranked) <= LISTED_SPECIALISTS:
+        return ranked
+    domain = ranked[:, 0]
+    place = np.empty(len(ranked), np.int64)
+    for each in np.unique(domain):
+        place[domain == each] = np.arange(np.count_nonzero(domain == each))
+    return ranked[np.sort(np.argsort(place, kind="stable")[:LISTED_SPECIALISTS])]
 
 
 def lift_error(usage: np.ndarray, variance: np.ndarray, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

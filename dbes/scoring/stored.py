@@ -186,8 +186,9 @@ def _compact(array: np.ndarray) -> np.ndarray:
     """Whole numbers in as few bytes as hold them."""
     if array.dtype.kind != "f":
         return array
+    least, most = (float(array.min()), float(array.max())) if array.size else (0.0, 0.0)  # NaN where there is one
     for kind in (np.uint8, np.uint16, np.uint32):
-        if not array.size or (np.isfinite(array).all() and array.min() >= 0 and array.max() <= np.iinfo(kind).max):
+        if least >= 0 and most <= np.iinfo(kind).max:
             whole = array.astype(kind)
             return whole if np.array_equal(whole, array) else array
     return array

@@ -60,13 +60,13 @@ def keys_of(routes: TokenRoutes, key: str) -> np.ndarray | None:
 
 @dataclass(frozen=True, kw_only=True)
 class WithoutEach:
-    """Sums of the domains as they would be without a unit and what it brings, for some units.
+    """Sums of the domains as they would be without a group and what it brings, for some groups.
 
     Attributes:
-        routed, surrogate: [units, domains, experts].
+        routed, surrogate: [groups, domains, experts].
     """
 
-    units: slice
+    groups: slice
     routed: np.ndarray
     surrogate: np.ndarray
 
@@ -75,11 +75,13 @@ class WithoutEach:
 class SurrogateLayer:
     """The sums of one layer, of the tokens that a surrogate covers and that ran.
 
+    A group is what is left out in turn: one unit (source text), or several where there are many.
+
     Attributes:
-        tokens: float64 [units].
-        routed, surrogate: float64 [units, experts], hits; a token has as many in the surrogate as its donors have on average.
-        lent: float64 [units, domains, experts], surprise of a unit's hits as it enters the domains' surrogate, less once in its own.
-        domain: int [units]. domains: how many.
+        tokens: float64 [groups].
+        routed, surrogate: float64 [groups, experts], hits; a token has as many in the surrogate as its donors have on average.
+        lent: float64 [groups, domains, experts], surprise of a group's hits as it enters the domains' surrogate, less once in its own.
+        domain: int [groups]. domains: how many.
     """
 
     tokens: np.ndarray
@@ -93,24 +95,21 @@ class SurrogateLayer:
     def of(cls, blocks: Sequence[tuple[Block, np.ndarray]], domain: np.ndarray, *, domains: int, experts: int) -> SurrogateLayer:
         """From blocks with the experts of their tokens, [rows, slots]."""
         tokens, (routed, surrogate) = np.zeros(len(domain)), np.zeros((2, len(domain), experts))
-        lent = np.zeros((len(domain) * domains, experts))
-        size = max(1, TABLE_CELLS // experts)
+        lent = np.zeros((len(domain), domains, experts))
         for block, ids in blocks:
             hits, beyond = block.hits(ids, experts)
             tokens += block.tokens
             routed += hits
             surrogate += hits - block.members @ beyond
-            for start in range(0, len(lent), size):
-                lent[start : start + size] += block.lent[start : start + size] @ beyond
-        lent = lent.reshape(len(domain), domains, experts)
+            block.lend(beyond, lent)
         return cls(tokens=tokens, routed=routed, surrogate=surrogate, lent=lent, domain=domain, domains=domains)
 
-    def by_domain(self, per_unit: np.ndarray) -> np.ndarray:
-        """Sums over the units of each domain, float64 [domains, ...]."""
-        return np.stack([per_unit[self.domain == domain].sum(axis=0, dtype=np.float64) for domain in range(self.domains)])
+    def by_domain(self, per_group: np.ndarray) -> np.ndarray:
+        """Sums over the groups of each domain, float64 [domains, ...]."""
+        return np.stack([per_group[self.domain == domain].sum(axis=0, dtype=np.float64) for domain in range(self.domains)])
 
     def without_each(self) -> Iterator[WithoutEach]:
-        """The domains without each unit, for as many units at a time as memory allows, in order."""
+        """The domains without each group, for as many groups at a time as memory allows, in order."""
         routed, surrogate, lent = (self.by_domain(each) for each in (self.routed, self.surrogate, self.lent))
         with np.errstate(invalid="ignore", divide="ignore"):
             share = np.nan_to_num(self.tokens / self.by_domain(self.tokens)[self.domain])
@@ -118,12 +117,12 @@ class SurrogateLayer:
         for start in range(0, len(self.domain), size):
             part = slice(start, start + size)
             mine, each = self.domain[part], np.arange(len(self.domain[part]))
-            # What units bring adds up to the sums: the rest is spread over them by their tokens.
+            # What groups bring adds up to the sums: the rest is spread over them by their tokens.
             change = share[part, None, None] * lent[mine] - self.lent[part]
             change[each, mine] -= self.routed[part] + share[part, None] * (surrogate - routed)[mine]
             fewer = np.repeat(routed[None], len(mine), axis=0)
             fewer[each, mine] -= self.routed[part]
-            yield WithoutEach(units=part, routed=fewer, surrogate=np.clip(surrogate + change, 0.0, None))
+            yield WithoutEach(groups=part, routed=fewer, surrogate=np.clip(surrogate + change, 0.0, None))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +133,7 @@ class Surrogate:
         key: see ``KEYS``.
         units: int [units], the source units with covered tokens, ascending, of all that the documents are cut from.
         domain: int [units].
+        group, group_domain: int [units], int [groups], what is left out together; a unit is a group of its own where they are few.
         covered: float [domains + 1], share of the tokens of each domain, and of all, whose key occurs in another unit; NaN without tokens.
         tokens: int [units], covered tokens.
         rows, row_unit, row_key: the covered tokens, the place of their unit among ``units``, and their key.
@@ -142,6 +142,8 @@ class Surrogate:
     key: str
     units: np.ndarray
     domain: np.ndarray
+    group: np.ndarray
+    group_domain: np.ndarray
     covered: np.ndarray
     tokens: np.ndarray
     rows: np.ndarray = field(repr=False)
@@ -157,7 +159,7 @@ class Surrogate:
         ran = (ids < experts).any(axis=1)  # what marks a missing expert is larger than any
         blocks = self._blocks if ran.all() else self._blocks_of(np.flatnonzero(ran))
         with_ids = [(block, ids[block.rows]) for block in blocks]
-        return SurrogateLayer.of(with_ids, self.domain, domains=len(self.shape.domains), experts=experts)
+        return SurrogateLayer.of(with_ids, self.group_domain, domains=len(self.shape.domains), experts=experts)
 
     @cached_property
     def _blocks(self) -> list[Block]:
@@ -179,15 +181,17 @@ class Surrogate:
         cuts = np.flatnonzero(np.diff(piece)) + 1
         domains = len(self.shape.domains)
         parts = (np.split(each, cuts) for each in (rows, unit, key))
-        return [block_of(rows, unit, key, self.domain, domains) for rows, unit, key in zip(*parts, strict=True) if len(rows)]
+        left_out = {"unit_group": self.group, "groups": len(self.group_domain)}
+        return [block_of(rows, unit, key, self.domain, domains, **left_out) for rows, unit, key in zip(*parts, strict=True) if len(rows)]
 
 
-def surrogate_of(sample: TokenSample, shape: RoutingShape, key: str) -> Surrogate | None:
+def surrogate_of(sample: TokenSample, shape: RoutingShape, key: str, *, unit_group: np.ndarray | None = None) -> Surrogate | None:
     """The surrogate of the tokens of a sample; None where the trace has no token ids and the key needs them.
 
     Args:
         shape: of the documents that ``sample.routes.document`` counts; those cut from one source text are one unit.
         key: one of ``KEYS``.
+        unit_group: int [units of shape], which of them are left out together; all of a group are of one domain. None: none.
     """
     keys = keys_of(sample.routes, key)
     if keys is None:
@@ -199,6 +203,7 @@ def surrogate_of(sample: TokenSample, shape: RoutingShape, key: str) -> Surrogat
     rows = np.flatnonzero(served(unit, key_number))
     units, row_unit = np.unique(unit[rows], return_inverse=True)
     domain, domains = unit_domain[units], len(shape.domains)
+    first, group = np.unique(units if unit_group is None else unit_group[units], return_index=True, return_inverse=True)[1:]
     every = np.bincount(unit_domain[unit], minlength=domains).astype(np.float64)
     have = np.bincount(unit_domain[unit[rows]], minlength=domains)
     with np.errstate(invalid="ignore"):
@@ -207,6 +212,8 @@ def surrogate_of(sample: TokenSample, shape: RoutingShape, key: str) -> Surrogat
         key=key,
         units=units,
         domain=domain,
+        group=group,
+        group_domain=domain[first],
         covered=covered,
         tokens=np.bincount(row_unit, minlength=len(units)),
         rows=rows,

@@ -102,7 +102,7 @@ def write_tables(scores: Scores, folder: Path) -> list[Path]:
         written += [parquet, text]
     arrays = {name: np.ascontiguousarray(array) for name, array in scores.arrays.items()}
     write_bytes(folder / MATRICES, encode_safetensors(arrays))
-    shape = scores.counts.shape
+    shape = scores.left_out
     replicates = {name: np.ascontiguousarray(array) for name, array in scores.replicates.items()}
     replicates["document_domain"] = np.asarray(shape.document_domain, np.int32)
     about = {"documents": json.dumps(shape.document_ids), "domains": json.dumps(shape.domains)}

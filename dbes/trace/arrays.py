@@ -90,12 +90,21 @@ def _in_order(given: Mapping[str, Any], shape: RoutingShape) -> TokenRoutes:
         positions=_order_within(document[rows]) if places is None else places,
         token_ids=column("token_ids", ids.shape[:1], np.int32),
         phase=column("phase", ids.shape[:1], np.uint8),
-        weights=column("weights", ids.shape, np.float32),
+        weights=_as_recorded(column("weights", ids.shape, np.float32)),
         logit_margins=column("margins", per_layer, np.float32),
         selection_margins=column("selection_margins", per_layer, np.float32),
         scaled_margins=column("scaled_margins", per_layer, np.float32),
         kept=column("kept", (*per_layer, len(NOISE_SCALES)), np.uint8),
     )
+
+
+def _as_recorded(weights: np.ndarray | None) -> np.ndarray | None:
+    """Gate weights in float16, as a recording keeps them; as they are where those of a token are too large or too small for it."""
+    if weights is None or not weights.size:
+        return weights
+    largest, least = weights.max(axis=-1), np.finfo(np.float16).smallest_normal / np.finfo(np.float16).eps
+    held = (largest == 0) | ((largest >= least) & (largest <= np.finfo(np.float16).max))
+    return weights.astype(np.float16) if held.all() else weights
 
 
 def _order_within(document: np.ndarray) -> np.ndarray:

@@ -170,7 +170,8 @@ class Trace:
             domains: names of the domains.
             layers: the model's own layer numbers, one per column of ``ids``.
             experts: number of routed experts, one for all layers or one per layer. Never inferred from the ids.
-            weights: float [tokens, layers, k], gate weights. Without them what needs weights is NaN.
+            weights: float [tokens, layers, k], gate weights. Without them what needs weights is NaN. Kept in float16, as a recording
+                keeps them, unless those of a token are too large or too small for it.
             margins: float [tokens, layers], router-logit margin z_(k) - z_(k+1); NaN where unknown.
             token_ids: int [tokens].
             positions: int [tokens], place in the document; by default the order of the rows of a document.
