@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -101,6 +101,7 @@ class ForwardEngine:
             "family": loaded.config.get("model_type"),
             "parameters": loaded.parameters,
             "dtype": loaded.dtype,
+            **({} if loaded.quantization is None else {"quantization": loaded.quantization}),
             "attention": loaded.attention,
             "experts_implementation": loaded.experts_implementation,
             "device": loaded.device,
@@ -115,6 +116,11 @@ class ForwardEngine:
         return {"window": self.window, "seed": self.seed, "control": self.control, "stiffness": self.stiffness}
 
     def blocks(self, work: Work) -> Iterator[Block]:
+        for batch in self.batches(work):
+            yield from record_within_memory(self, batch)
+
+    def batches(self, work: Work) -> Iterator[list[Window]]:
+        """The windows of the texts, in batches."""
         windows = [
             Window(work.first + place, work.document_ids[place], start, ids[start : start + self.window])
             for place, ids in enumerate(work.texts)
@@ -122,8 +128,7 @@ class ForwardEngine:
         ]
         budget = automatic_budget(self.loaded, self.sites) if self.batch_size is None else self.batch_size
         by_count = self.batch_size is not None
-        for batch in batches(windows, budget, by_count=by_count, batching=self.batching, extra=self.extra):
-            yield from record_within_memory(self, batch)
+        return batches(windows, budget, by_count=by_count, batching=self.batching, extra=self.extra)
 
     def score_reason(self, layer: int, missing: int, tokens: int) -> str:
         return score_reason(next(site for site in self.sites if site.layer == layer), missing, tokens)
@@ -167,6 +172,11 @@ class ForwardEngine:
             matrix = torch.randn(site.num_experts, width, generator=generator) * router_std(site, width)
             self._on_device[key] = matrix.T.contiguous().to(hidden.device)
         return self._on_device[key]
+
+    def forget_random_routers(self, index: int) -> None:
+        """Give back the memory of a site's random routers; they are drawn again when they are asked for."""
+        for key in [key for key in self._on_device if key[0] == index]:
+            del self._on_device[key]
 
     def inputs(self, windows: Sequence[Window]) -> tuple[dict[str, Tensor], np.ndarray]:
         """The model's inputs, padded on the right, and the flat rows that are text (neither padding nor special tokens)."""
@@ -232,7 +242,7 @@ def record_batch(engine: ForwardEngine, windows: Sequence[Window]) -> Block:
                 f"layer {site.layer}: {len(decision.ids)} tokens were routed, the batch has {total} (padding included); "
                 f"dbes cannot tell which token is which in {site.name}"
             )
-        found = _columns(engine, index, decision, kept_rows, noise[index])
+        found = columns_of(engine, index, decision, kept_rows, noise[index])
         for name, column in found.items():
             columns.setdefault(name, {})[index] = column
 
@@ -248,12 +258,17 @@ def record_batch(engine: ForwardEngine, windows: Sequence[Window]) -> Block:
                 f"layer {site.layer} ({site.name}) routed {count} times in one forward, expected once; was the model compiled "
                 "(torch.compile) or wrapped before recording? Give the plain model"
             )
-    arrays = {name: _stacked(by_site, len(layers)) for name, by_site in columns.items()}
+    return block_of(windows, layers, {name: stacked(by_site, len(layers)) for name, by_site in columns.items()})
+
+
+def block_of(windows: Sequence[Window], layers: tuple[int, ...], arrays: Mapping[str, np.ndarray]) -> Block:
+    """Arrays [tokens, layers, ...] of the windows' tokens, row after row; names of the random router's begin with ``control_``."""
+    lengths = [len(window) for window in windows]
     return Block(
-        document=np.repeat([window.document for window in windows], [len(window) for window in windows]),
-        positions=np.concatenate(positions),
+        document=np.repeat([window.document for window in windows], lengths),
+        positions=np.concatenate([np.arange(window.start, window.start + len(window)) for window in windows]),
         token_ids=np.concatenate([window.token_ids for window in windows]),
-        phase=np.full(len(rows), PROMPT, np.uint8),
+        phase=np.full(sum(lengths), PROMPT, np.uint8),
         layers=layers,
         routes={name: array for name, array in arrays.items() if not name.startswith("control_")},
         control={name.removeprefix("control_"): array for name, array in arrays.items() if name.startswith("control_")},
@@ -312,7 +327,7 @@ def find_batching(engine: ForwardEngine, texts: Sequence[np.ndarray]) -> Batchin
     return "one at a time"
 
 
-def _columns(engine: ForwardEngine, index: int, decision: Decision, kept_rows: Tensor, noise_at: np.ndarray) -> dict[str, Tensor]:
+def columns_of(engine: ForwardEngine, index: int, decision: Decision, kept_rows: Tensor, noise_at: np.ndarray) -> dict[str, Tensor]:
     """What is kept of one site's decision, on the device where it was made."""
     site = engine.sites[index]
     device = decision.ids.device
@@ -363,7 +378,7 @@ def _stiffness_columns(engine: ForwardEngine, site: RoutingSite, decision: Decis
     return found
 
 
-def _stacked(by_site: dict[int, Tensor], layers: int) -> np.ndarray:
+def stacked(by_site: dict[int, Tensor], layers: int) -> np.ndarray:
     """[tokens, layers, ...] of one column; one copy off the device. A layer that could not give it holds what means missing."""
     device = next(iter(by_site.values())).device
     sample = next(iter(by_site.values()))

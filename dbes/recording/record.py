@@ -18,6 +18,7 @@ from dbes.models.token_text import token_texts
 from dbes.models.windows import embedding_rows, refuse_unknown, special_tokens, token_ids
 from dbes.recording.engine import Engine
 from dbes.recording.forward import ACCELERATOR_BATCH_TOKENS, Batching, ForwardEngine, find_batching
+from dbes.recording.streaming import streaming
 from dbes.trace.blocks import Assembly, Contents, Work
 from dbes.trace.manifest import MANIFEST, read_manifest
 from dbes.trace.store import CONTROL, Trace
@@ -49,6 +50,8 @@ class Recording:
     Attributes:
         tokens: recorded now, without those an earlier, interrupted run had already recorded.
         batching: what could share a batch; None where the engine does not batch windows.
+        engine: whether the weights were in memory, or read layer by layer; None for other engines.
+        bytes_read, bytes_skipped: of the weights, by the streaming engine: read, and not read because no token chose those experts.
     """
 
     trace: Trace
@@ -56,6 +59,9 @@ class Recording:
     tokens: int
     seconds: float
     batching: Batching | None = None
+    engine: Literal["memory", "streaming"] | None = None
+    bytes_read: int | None = None
+    bytes_skipped: int | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -73,6 +79,7 @@ def record_documents(
     seed: int = 0,
     control: int = CONTROL_DRAWS,
     stiffness: bool = True,
+    max_memory: int | None = None,
     provenance: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Recording:
@@ -89,6 +96,7 @@ def record_documents(
         seed: of the random-router control and of the noise of the stability measures.
         control: draws of the random-router control to record in the same pass; their spread tells what another draw would show.
         stiffness: record margins and flips.
+        max_memory: bytes that this process may use, where the model's layers were left on disk; by default what is free.
         provenance: further facts for the trace's manifest (name, version and fingerprint of the task).
         progress: called as progress(tokens done, tokens in all).
 
@@ -119,7 +127,11 @@ def record_documents(
         window=window if limit is None else min(window, limit - extra),
         batch_size=None if batch_size == "auto" else batch_size,
     )
-    engine = replace(engine, batching=find_batching(engine, texts))
+    before_reading = 0 if loaded.layerwise is None else loaded.layerwise.bytes_read
+    if loaded.layerwise is None:
+        engine = replace(engine, batching=find_batching(engine, texts))
+    else:
+        engine = streaming(engine, texts, max_memory=max_memory, folder=None if output_path is None else Path(output_path))
     done = record_with(
         engine,
         documents,
@@ -130,7 +142,10 @@ def record_documents(
         provenance=provenance,
         progress=progress,
     )
-    return replace(done, batching=engine.batching)
+    if loaded.layerwise is None:
+        return replace(done, batching=engine.batching, engine="memory")
+    read, skipped = loaded.layerwise.bytes_read - before_reading, loaded.layerwise.bytes_skipped
+    return replace(done, batching=engine.batching, engine="streaming", bytes_read=read, bytes_skipped=skipped)
 
 
 def record_with(

@@ -1,0 +1,257 @@
+"""A model whose decoder layers stay on disk: one is read and filled when it is to run, and given back afterwards.
+
+All else (embeddings, norms, rotary tables) is loaded as ever; the language-model head and the parts for images and sound are not read.
+Transformers itself builds, renames, merges and dequantizes, through the same functions that load a whole model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from copy import deepcopy
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightConverter, WeightRenaming, convert_and_load_state_dict_in_model, rename_source_key
+from transformers.utils import logging
+
+from dbes.errors import ModelError
+from dbes.models.sites import SENSES, RoutingSite, find_sites
+from dbes.text import clipped
+
+STREAMED = ("fp8", "mxfp4")
+"""Quantization methods whose weights are dequantized layer by layer."""
+
+
+class Layerwise:
+    """Decoder layers of one checkpoint, to be filled and given back one at a time.
+
+    Attributes:
+        layers: the decoder layers, in the order in which they run.
+        depth: how many of them run; what follows the last router is never read.
+        resident: bytes of what stays in memory.
+        largest: bytes of the largest layer in memory.
+        stored: bytes of each layer's tensors on disk.
+        bytes_read: of tensors, since the checkpoint was opened.
+        bytes_skipped: of the layers' tensors that no token needed.
+    """
+
+    def __init__(self, model: PreTrainedModel, files: Sequence[str], load_config: Any) -> None:
+        self.model, self.load_config = model, load_config
+        self.files = {name: Path(path) for path in files for name in _open(path).keys()}  # noqa: SIM118 (no mapping)
+        self._handles: dict[Path, Any] = {}
+        self._facts = {path: _facts(path) for path in set(self.files.values())}
+        self._reader: ThreadPoolExecutor | None = None
+        self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
+        self.bytes_read = self.bytes_skipped = 0
+        sites = find_sites(model)
+        self.path = _list_of(model, sites)
+        self.layers: Any = model.get_submodule(self.path)
+        self.depth = sites[-1].layer + 1
+
+        self.report = self._tried()
+        self.names: list[list[str]] = [[] for _ in self.layers]
+        outside = []
+        skipped = _head(model)
+        for name, target in self._targets().items():
+            layer = _layer_of(target, self.path)
+            if layer is not None:
+                self.names[layer].append(name)
+            elif not target.startswith(skipped) and not SENSES.search(target):
+                outside.append(name)
+        self.stored = [sum(self._size(name) for name in names) for names in self.names]
+        self._fill(self._read(outside))
+        self._empty: list[dict[str, Tensor]] = []
+        self.resident = self.largest = 0
+
+    def settle(self) -> None:
+        """Remember what of each layer lies on disk; to be called once transformers has built what no file holds."""
+        for layer in self.layers:
+            held = chain(layer.named_parameters(remove_duplicate=False), layer.named_buffers(remove_duplicate=False))
+            self._empty.append({name: tensor for name, tensor in held if tensor.is_meta})
+        inner = {id(tensor) for empty in self._empty for tensor in empty.values()}
+        whole = {id(tensor): tensor for tensor in chain(self.model.parameters(), self.model.buffers()) if id(tensor) not in inner}
+        self.resident = sum(tensor.nbytes for tensor in whole.values() if not tensor.is_meta)
+        self.largest = max(sum(tensor.nbytes for tensor in empty.values()) for empty in self._empty[: self.depth])
+
+    def load(self, index: int) -> None:
+        """Fill one layer.
+
+        Raises:
+            ModelError: a file cannot be read, or is another than before; a tensor of the layer does not lie in it.
+        """
+        ahead, self._ahead = self._ahead, None
+        tensors = ahead[1].result() if ahead is not None and ahead[0] == index else self._read(self.names[index])
+        self._fill(tensors)
+        layer = self.layers[index]
+        held = chain(layer.named_parameters(), layer.named_buffers())
+        if empty := [name for name, tensor in held if tensor.is_meta]:
+            raise ModelError(
+                f"{type(self.model).__name__}: {self.path}.{index}.{empty[0]} is not stored with its layer, so layers cannot be read one "
+                "by one; use the memory engine"
+            )
+
+    def prefetch(self, index: int) -> None:
+        """Begin to read one layer, beside whatever else runs."""
+        if self._reader is None:
+            self._reader = ThreadPoolExecutor(1, "dbes-reader")
+        self._ahead = index, self._reader.submit(self._read, self.names[index])
+
+    def free(self, index: int) -> None:
+        """Give the memory of one layer back."""
+        layer = self.layers[index]
+        for name, tensor in self._empty[index].items():
+            path, _, own = name.rpartition(".")
+            module = layer.get_submodule(path)
+            (module._buffers if own in module._buffers else module._parameters)[own] = tensor
+
+    def stop(self) -> None:
+        """End the reading ahead."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead[1].cancel()
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            reader.shutdown(wait=True, cancel_futures=True)
+
+    def _read(self, names: Sequence[str]) -> dict[str, Tensor]:
+        tensors = {}
+        for name in names:
+            path = self.files[name]
+            if _facts(path) != self._facts[path]:
+                raise ModelError(f"{path}: changed since the checkpoint was opened; start again once it is as it should be")
+            try:
+                tensors[name] = self._handle(path).get_tensor(name)
+            except (SafetensorError, OSError, ValueError) as problem:
+                raise ModelError(f"{path}: {clipped(name)} cannot be read ({clipped(str(problem), 200)}); copy the file again") from None
+            self.bytes_read += tensors[name].nbytes
+        return tensors
+
+    def _fill(self, tensors: Mapping[str, Tensor]) -> None:
+        with _quiet():
+            info, _ = convert_and_load_state_dict_in_model(self.model, dict(tensors), self.load_config)
+        for name, problem in sorted(info.conversion_errors.items()):
+            said = " ".join(problem.split())[-200:]
+            raise ModelError(f"{type(self.model).__name__}: {name} cannot be put together from the weights ({said})")
+
+    def _tried(self) -> Any:
+        """What a load of all tensors finds missing, left over, or of another shape: tried on tensors that hold no numbers."""
+        empty = {name: self._without_numbers(name) for name in self.files}
+        mapping = deepcopy(self.load_config.weight_mapping or [])
+        for entry in mapping:
+            if isinstance(entry, WeightConverter):
+                entry.force_cpu = False
+        config = replace(self.load_config, device_map={"": "meta"}, weight_mapping=mapping)
+        with _quiet():
+            return convert_and_load_state_dict_in_model(self.model, empty, config)[0]
+
+    def _targets(self) -> dict[str, str]:
+        """Where in the model each tensor of the files goes; those without a place are left out."""
+        mapping = self.load_config.weight_mapping or []
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        own, prefix = self.model.state_dict(), self.model.base_model_prefix
+        found = {}
+        for name in sorted(self.files):
+            target, _ = rename_source_key(name, renamings, converters, prefix, own)
+            if target not in own and name in own:
+                target, _ = rename_source_key(name, [], [], prefix, own)
+            if target in own:
+                found[name] = target
+        return found
+
+    def _handle(self, path: Path) -> Any:
+        if path not in self._handles:
+            self._handles[path] = _open(path)
+        return self._handles[path]
+
+    def _without_numbers(self, name: str) -> Tensor:
+        cut = self._handle(self.files[name]).get_slice(name)
+        shape = cut.get_shape()
+        dtype = (cut[:0] if shape else cut[...]).dtype
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def _size(self, name: str) -> int:
+        return self._without_numbers(name).nbytes
+
+
+@contextmanager
+def layers_on_disk() -> Iterator[list[Layerwise]]:
+    """Inside the block ``from_pretrained`` leaves decoder layers on disk; the list then holds what reads them."""
+    found: list[Layerwise] = []
+    plain = PreTrainedModel.__dict__["_load_pretrained_model"]
+
+    def load(model: Any, _: Any, files: Any, load_config: Any, expected_keys: Any = None) -> tuple[Any, None]:  # noqa: ARG001
+        found.append(Layerwise(model, files, load_config))
+        return found[-1].report, None
+
+    PreTrainedModel._load_pretrained_model = staticmethod(load)  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield found
+        for layerwise in found:
+            layerwise.settle()
+    finally:
+        PreTrainedModel._load_pretrained_model = plain
+
+
+def _open(path: str | Path) -> Any:
+    # not memory-mapped: what is read is ours to free, and counts once
+    return safe_open(path, framework="pt", backend="pread")
+
+
+def _facts(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except OSError as problem:
+        raise ModelError(f"{path}: cannot be read any more ({problem.strerror or problem})") from None
+    return status.st_size, status.st_mtime_ns
+
+
+def _list_of(model: nn.Module, sites: Sequence[RoutingSite]) -> str:
+    """Path of the list that holds the decoder layers."""
+    found = set()
+    for site in sites:
+        parts = site.name.split(".")
+        for position, part in enumerate(parts):
+            if part.isdigit() and isinstance(model.get_submodule(".".join(parts[:position])), nn.ModuleList):
+                found.add(".".join(parts[:position]))
+                break
+    if len(found) != 1:
+        raise ModelError(
+            f"{type(model).__name__}: its MoE layers lie in {' and '.join(sorted(found))}, not in one list of decoder layers, so they "
+            "cannot be read one by one; use the memory engine"
+        )
+    return found.pop()
+
+
+def _layer_of(target: str, path: str) -> int | None:
+    found = re.match(rf"{re.escape(path)}\.(\d+)\.", target)
+    return int(found[1]) if found else None
+
+
+def _head(model: PreTrainedModel) -> tuple[str, ...]:
+    """Path of the language-model head, which no routing needs."""
+    head: Any = None
+    with suppress(AttributeError, NotImplementedError):
+        head = model.get_output_embeddings()
+    return tuple(f"{name}." for name, module in model.named_modules() if head is not None and module is head)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress bars of transformers: one per layer would be many."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
