@@ -6,29 +6,34 @@ Transformers itself builds, renames, merges and dequantizes, through the same fu
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightRenaming, convert_and_load_state_dict_in_model, rename_source_key
 from transformers.utils import logging
 
 from dbes.errors import ModelError
+from dbes.files import refused_by_system
 from dbes.models.sites import SENSES, RoutingSite, find_sites
-from dbes.text import clipped
 
 STREAMED = ("fp8", "mxfp4")
 """Quantization methods whose weights are dequantized layer by layer."""
+
+
+ALIGNMENT = 64
+"""Bytes that kernels load at once."""
 
 
 class Layerwise:
@@ -46,9 +51,8 @@ class Layerwise:
 
     def __init__(self, model: PreTrainedModel, files: Sequence[str], load_config: Any) -> None:
         self.model, self.load_config = model, load_config
-        self.files = {name: Path(path) for path in files for name in _open(path).keys()}  # noqa: SIM118 (no mapping)
-        self._handles: dict[Path, Any] = {}
-        self._facts = {path: _facts(path) for path in set(self.files.values())}
+        self.tensors = {name: tensor for path in files for name, tensor in _stored(Path(path))}
+        self._facts = {path: _facts(path) for path in {tensor.path for tensor in self.tensors.values()}}
         self._reader: ThreadPoolExecutor | None = None
         self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
         self.bytes_read = self.bytes_skipped = 0
@@ -67,7 +71,7 @@ class Layerwise:
                 self.names[layer].append(name)
             elif not target.startswith(skipped) and not SENSES.search(target):
                 outside.append(name)
-        self.stored = [sum(self._size(name) for name in names) for names in self.names]
+        self.stored = [sum(self.tensors[name].empty.nbytes for name in names) for names in self.names]
         self._fill(self._read(outside))
         self._empty: list[dict[str, Tensor]] = []
         self.resident = self.largest = 0
@@ -125,14 +129,12 @@ class Layerwise:
     def _read(self, names: Sequence[str]) -> dict[str, Tensor]:
         tensors = {}
         for name in names:
-            path = self.files[name]
-            if _facts(path) != self._facts[path]:
-                raise ModelError(f"{path}: changed since the checkpoint was opened; start again once it is as it should be")
-            try:
-                tensors[name] = self._handle(path).get_tensor(name)
-            except (SafetensorError, OSError, ValueError) as problem:
-                raise ModelError(f"{path}: {clipped(name)} cannot be read ({clipped(str(problem), 200)}); copy the file again") from None
-            self.bytes_read += tensors[name].nbytes
+            stored = self.tensors[name]
+            if _facts(stored.path) != self._facts[stored.path]:
+                raise ModelError(f"{stored.path}: changed since the checkpoint was opened; start again once it is as it should be")
+            with refused_by_system(stored.path, doing="read", error=ModelError):
+                tensors[name] = stored.read()
+            self.bytes_read += stored.empty.nbytes
         return tensors
 
     def _fill(self, tensors: Mapping[str, Tensor]) -> None:
@@ -144,7 +146,7 @@ class Layerwise:
 
     def _tried(self) -> Any:
         """What a load of all tensors finds missing, left over, or of another shape: tried on tensors that hold no numbers."""
-        empty = {name: self._without_numbers(name) for name in self.files}
+        empty = {name: tensor.empty for name, tensor in self.tensors.items()}
         mapping = deepcopy(self.load_config.weight_mapping or [])
         for entry in mapping:
             if isinstance(entry, WeightConverter):
@@ -160,27 +162,13 @@ class Layerwise:
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         own, prefix = self.model.state_dict(), self.model.base_model_prefix
         found = {}
-        for name in sorted(self.files):
+        for name in sorted(self.tensors):
             target, _ = rename_source_key(name, renamings, converters, prefix, own)
             if target not in own and name in own:
                 target, _ = rename_source_key(name, [], [], prefix, own)
             if target in own:
                 found[name] = target
         return found
-
-    def _handle(self, path: Path) -> Any:
-        if path not in self._handles:
-            self._handles[path] = _open(path)
-        return self._handles[path]
-
-    def _without_numbers(self, name: str) -> Tensor:
-        cut = self._handle(self.files[name]).get_slice(name)
-        shape = cut.get_shape()
-        dtype = (cut[:0] if shape else cut[...]).dtype
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    def _size(self, name: str) -> int:
-        return self._without_numbers(name).nbytes
 
 
 @contextmanager
@@ -202,9 +190,48 @@ def layers_on_disk() -> Iterator[list[Layerwise]]:
         PreTrainedModel._load_pretrained_model = plain
 
 
-def _open(path: str | Path) -> Any:
-    # not memory-mapped: what is read is ours to free, and counts once
-    return safe_open(path, framework="pt", backend="pread")
+@dataclass(frozen=True, eq=False)
+class _Stored:
+    """Where the bytes of a tensor lie in a file; ``empty`` has its dtype and shape."""
+
+    path: Path
+    start: int
+    empty: Tensor
+
+    def read(self) -> Tensor:
+        """The tensor, in memory that is its own and is aligned as in a memory-mapped file.
+
+        Kernels take other ways where vectors are aligned otherwise, and round otherwise: thus they give what they give for a model that
+        transformers has mapped into memory.
+        """
+        size, shift = self.empty.nbytes, self.start % ALIGNMENT
+        room = torch.empty(size + 2 * ALIGNMENT, dtype=torch.uint8)
+        shift += -room.data_ptr() % ALIGNMENT
+        held = room[shift : shift + size]
+        content = memoryview(held.numpy())
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.start)
+            while len(content):
+                count = file.readinto(content)
+                if not count:
+                    raise ModelError(f"{self.path}: truncated; copy or download it again")
+                content = content[count:]
+        if shift % max(1, self.empty.itemsize):
+            held = held.clone()
+        return held.view(self.empty.dtype).reshape(self.empty.shape)
+
+
+def _stored(path: Path) -> Iterator[tuple[str, _Stored]]:
+    """The tensors of a safetensors file, which was checked before (`dbes.models.folder.read_tensors`)."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    with safe_open(path, framework="pt", backend="pread") as content:
+        for name in content.keys():  # noqa: SIM118 (no mapping)
+            cut = content.get_slice(name)
+            shape = cut.get_shape()
+            empty = torch.empty(shape, dtype=(cut[:0] if shape else cut[...]).dtype, device="meta")
+            yield name, _Stored(path, 8 + size + header[name]["data_offsets"][0], empty)
 
 
 def _facts(path: Path) -> tuple[int, int]:
