@@ -239,10 +239,16 @@ class TaskFacts(_Strict):
 
 
 class RecordingFacts(_Strict):
+    """What was recorded and what it took. Bytes: of the weights, as the streaming engine read them, or left them unread because no token
+    chose those experts."""
+
     documents: Whole
     tokens: Whole
     seconds: Number = math.nan
     tokens_per_second: Number = math.nan
+    engine: Literal["memory", "streaming"] | None = None
+    bytes_read: Whole | None = None
+    bytes_skipped: Whole | None = None
 
 
 class Result(_Strict):

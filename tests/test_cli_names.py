@@ -18,6 +18,7 @@ FREE = {
     *(f"{command} model" for command in ("evaluate", "doctor", "paths", "finetune", "intervene")),
     "evaluate batch_size",
     "evaluate device_map",
+    "evaluate max_memory",
     "finetune lr",
     "intervene budget",
     "merge base",
@@ -28,6 +29,7 @@ FREE = {
 NAMES: dict[str, tuple[str, str]] = {
     "evaluate tasks": ("embeded", "embedded"),
     "evaluate dtype": ("bfloat", "bfloat16"),
+    "evaluate engine": ("stream", "streaming"),
     "evaluate format": ("jsn", "json"),
     "score router": ("referenc", "reference"),
     "score phase": ("promt", "prompt"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from dbes.results import Result
 
 
+ENGINES = ("auto", "memory", "streaming")
 ROUTERS = ("recorded", "reference", "uniform", "collapsed", "hash")
 PHASES = ("all", "prompt", "generated")
 MATCHES = ("none", "length")
@@ -43,6 +44,10 @@ def evaluate(
     ] = "auto",
     device_map: Annotated[str | None, typer.Option(help="As in transformers, for example auto or cpu.")] = None,
     batch_size: Annotated[str, typer.Option(help="Windows per batch, or auto.")] = "auto",
+    engine: Annotated[
+        str, one_of("engine", ENGINES, "memory loads all weights; streaming reads one layer at a time, for checkpoints larger than memory.")
+    ] = "auto",
+    max_memory: Annotated[str | None, typer.Option(help="What streaming may use, for example 4GiB; by default what is free.")] = None,
     seed: SeedOption = 0,
     permutations: PermutationsOption = 1000,
     trust_remote_code: RemoteOption = False,
@@ -64,7 +69,8 @@ def evaluate(
     with progress_bar() as progress:
         found = run(
             model, tasks=wanted, output_path=output_path, revision=revision, limit=limit, dtype=dtype, device_map=device_map,
-            batch_size=_batch_size(batch_size), seed=seed, permutations=permutations, trust_remote_code=trust_remote_code,
+            batch_size=_batch_size(batch_size), engine=cast("Any", engine), max_memory=max_memory, seed=seed,
+            permutations=permutations, trust_remote_code=trust_remote_code,
             overwrite=overwrite, save_trace=save_trace, embedded_fallback=embedded_fallback, progress=progress,
         )  # fmt: skip
     done = [result for result in found if result.status == "ok"]

@@ -57,6 +57,8 @@ class Options(TypedDict, total=False):
     seed: int
     permutations: int
     trust_remote_code: bool
+    engine: Literal["auto", "memory", "streaming"]
+    max_memory: int | str | None
     overwrite: bool
     save_trace: bool
     embedded_fallback: bool
@@ -81,6 +83,8 @@ def evaluate(
     seed: int = 0,
     permutations: int = 1000,
     trust_remote_code: bool = False,
+    engine: Literal["auto", "memory", "streaming"] = "auto",
+    max_memory: int | str | None = None,
     overwrite: bool = False,
     save_trace: bool = True,
     embedded_fallback: bool = False,
@@ -107,6 +111,9 @@ def evaluate(
         seed: of the random-router control, the permutations and the reference router.
         permutations: shuffles of the documents' domain labels that make the chance level.
         trust_remote_code: run model code that comes with the checkpoint.
+        engine: "memory" loads all weights; "streaming" reads one decoder layer at a time, for checkpoints larger than memory. The
+            recorded routes are the same. "auto" is "memory".
+        max_memory: what the process may use with "streaming", in bytes or as "4GiB"; by default what the machine has free.
         overwrite: evaluate again although there is a result, or another recording, in the folder.
         save_trace: keep the recorded routes beside the result, so that they can be scored again without the model.
         embedded_fallback: when the hub cannot be reached, use the embedded sample and say so.
@@ -126,7 +133,8 @@ def evaluate(
     with given_model(model, tokenizer) as given:
         request = Request.of(
             given, revision=revision, limit=limit, dtype=dtype, device_map=device_map, batch_size=batch_size, seed=seed,
-            permutations=permutations, trust_remote_code=trust_remote_code, embedded_fallback=embedded_fallback,
+            permutations=permutations, trust_remote_code=trust_remote_code, engine=engine, max_memory=max_memory,
+            embedded_fallback=embedded_fallback,
         )  # fmt: skip
         benchmarks = [read_benchmark(task, limit=limit, embedded_fallback=embedded_fallback) for task in wanted]
         if not benchmarks:
@@ -179,6 +187,8 @@ def record(
     batch_size: int | Literal["auto"] = "auto",
     seed: int = 0,
     trust_remote_code: bool = False,
+    engine: Literal["auto", "memory", "streaming"] = "auto",
+    max_memory: int | str | None = None,
     progress: Progress | None = None,
 ) -> Trace:
     """The routing of a model over a task, without scores.
@@ -194,7 +204,7 @@ def record(
     with given_model(model, tokenizer) as given:
         request = Request.of(
             given, revision=revision, limit=limit, dtype=dtype, device_map=device_map, batch_size=batch_size, seed=seed, permutations=0,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=trust_remote_code, engine=engine, max_memory=max_memory,
         ).on(tasks)  # fmt: skip
         benchmark = read_benchmark(tasks, limit=limit)
         subject = subject_of(given, request)
@@ -217,6 +227,8 @@ def _loaded(subject: Subject, request: Request) -> LoadedModel:
         dtype=request.dtype or "auto",
         device_map=request.device_map,
         trust_remote_code=request.trust_remote_code,
+        # the one place where "auto" is decided
+        layerwise={"auto": None, "memory": False, "streaming": True}[request.engine],
     )
 
 
@@ -285,12 +297,14 @@ def _recorded(job: Job, loaded: LoadedModel, folder: Path | None, *, progress: P
         output_path=folder,
         batch_size=request.batch_size,
         seed=request.seed,
+        max_memory=request.max_memory,
         # how windows share a batch can change close choices, so it is part of what a recording is
         provenance={"task": benchmark.facts, "batch_size": request.batch_size},
         progress=None if progress is None else lambda now, total: progress("recording", now, total),
     )
     facts = _facts(job, done.trace)
-    return done.trace, facts.model_copy(update={"seconds": done.seconds, "tokens_per_second": done.tokens_per_second})
+    took = {name: getattr(done, name) for name in ("seconds", "tokens_per_second", "engine", "bytes_read", "bytes_skipped")}
+    return done.trace, facts.model_copy(update=took)
 
 
 def _facts(job: Job, trace: Trace) -> RecordingFacts:

@@ -28,6 +28,10 @@ UNRESOLVED = "unresolved"
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
+ENGINES = ("auto", "memory", "streaming")
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
@@ -76,6 +80,8 @@ class Request:
     dtype: str | None
     device_map: str | None
     trust_remote_code: bool
+    engine: str = "auto"
+    max_memory: int | None = None
     embedded_fallback: bool = False
     model: str | None
     tasks: str | None
@@ -86,6 +92,9 @@ class Request:
         """What is asked of a model, before any task is named; how a model in memory computes was settled elsewhere."""
         if not isinstance(model, str | Path):
             options |= {"dtype": None, "device_map": None}
+            if options.get("engine") == "streaming" and model.layerwise is None:
+                raise SettingError("engine 'streaming': this model is in memory already; give its folder or hub id")
+        options["max_memory"] = in_bytes(options.get("max_memory"))
         return cls(model=str(model) if isinstance(model, str | Path) else None, tasks=None, **options)
 
     def on(self, task: str | Path | Task) -> Request:
@@ -94,6 +103,8 @@ class Request:
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in DTYPES:
             raise SettingError(unknown("dtype", self.dtype, DTYPES))
+        if self.engine not in ENGINES:
+            raise SettingError(unknown("engine", self.engine, ENGINES))
         if self.batch_size != "auto" and not (_whole(self.batch_size) and self.batch_size >= 1):
             raise SettingError(f"batch_size {self.batch_size!r}: expected 'auto' or a whole number of at least 1")
         for name, value, least in (("seed", self.seed, 0), ("permutations", self.permutations, 0), ("limit", self.limit, 1)):
@@ -108,6 +119,21 @@ class Request:
     def settings(self) -> dict[str, Any]:
         """What a result keeps under ``settings``; enough to compare it and to write the command that makes it again."""
         return asdict(self)
+
+
+def in_bytes(size: int | str | None) -> int | None:
+    """A size of memory as it is given: bytes, or a number with its unit (``4GiB``, ``500 MB``).
+
+    Raises:
+        SettingError: neither, or 0.
+    """
+    if size is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B)?", str(size).strip(), re.IGNORECASE)
+    number = 0 if found is None else int(float(found[1]) * UNITS[(found[2] or "").upper()])
+    if number < 1:
+        raise SettingError(f"max_memory {size!r}: expected a size such as 4GiB or 500MB")
+    return number
 
 
 def _whole(value: Any) -> bool:

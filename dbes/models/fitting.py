@@ -21,6 +21,10 @@ SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
 """Device maps by which accelerate spreads a model over the accelerators, and over the host's memory where these do not suffice."""
 
 
+class TooLargeError(ModelError):
+    """A model does not fit in the memory that is left."""
+
+
 def memory_at(device_map: Any, *, mapped: int = 0) -> Available | None:
     """What is left where a device map puts the weights; None where that cannot be told (a map of modules).
 
@@ -48,31 +52,35 @@ def memory_at(device_map: Any, *, mapped: int = 0) -> Available | None:
     return available_memory(mapped=mapped) if device.type == "cpu" else device_memory(device)
 
 
-def choose_dtype(where: str, needs: Needs, *, asked: str, device_map: Any = None) -> tuple[str, tuple[str, ...]]:
+def choose_dtype(where: str, needs: Needs, *, asked: str, device_map: Any = None, layerwise: bool = False) -> tuple[str, tuple[str, ...]]:
     """The dtype to load a model in, and notes for the result.
 
     "auto" on a CPU is float32, or bfloat16 where only that fits; on an accelerator it stays "auto".
 
+    Args:
+        layerwise: layers are read one at a time; whether that fits is told by the engine, which knows its batches.
+
     Raises:
-        ModelError: it does not fit; says what is needed, what is left and by which limit, and what to do.
+        TooLargeError: it does not fit; says what is needed, what is left and by which limit, and what to do.
     """
     available = memory_at(device_map, mapped=needs.files or 0)
     automatic = asked == "auto" and not torch.accelerator.is_available()
     wanted = ("float32", "bfloat16") if automatic else (needs.dtype if asked == "auto" else asked,)
     if available is None or wanted[0] not in needs.weights:
         return asked, ()
+    needed = needs.streaming if layerwise else needs.memory
     for dtype in wanted:
-        if needs.memory(dtype, tokens=SMALLEST_BATCH) > available.bytes:
+        if needed(dtype, tokens=SMALLEST_BATCH) > available.bytes and not (layerwise and dtype == wanted[-1]):
             continue
         if dtype == wanted[0]:
             return asked, ()
         taken = (
-            f"loaded in {dtype}: {wanted[0]} needs {byte_count(needs.memory(wanted[0], tokens=SMALLEST_BATCH))} of memory, "
+            f"loaded in {dtype}: {wanted[0]} needs {byte_count(needed(wanted[0], tokens=SMALLEST_BATCH))} of memory, "
             f"and {left(available)}; the experts of 2-3 % of tokens may differ from {wanted[0]}"
         )
         notes.warning("%s: %s", where, taken)
         return dtype, (taken,)
-    raise ModelError(refusal_of(where, needs, dtype=wanted[-1], available=available, device_map=device_map))
+    raise TooLargeError(refusal_of(where, needs, dtype=wanted[-1], available=available, device_map=device_map))
 
 
 def refusal_of(where: str, needs: Needs, *, dtype: str, available: Available, device_map: Any = None) -> str:

@@ -18,7 +18,7 @@ from dbes.models.adapters import Adapter, find_adapter, inner_model, merge_adapt
 from dbes.models.classes import choose_class
 from dbes.models.execution import input_device
 from dbes.models.explained import explained
-from dbes.models.fitting import choose_dtype
+from dbes.models.fitting import TooLargeError, choose_dtype, notes
 from dbes.models.folder import (
     ADAPTER_CONFIG,
     CONFIG,
@@ -32,9 +32,11 @@ from dbes.models.folder import (
 )
 from dbes.models.headers import stored_tensors
 from dbes.models.identity import folder_fingerprint, joined, model_fingerprint, tokenizer_fingerprint
+from dbes.models.layerwise import STREAMED, Layerwise, layers_on_disk
 from dbes.models.leftovers import account, refuse_unfit, watched_loading
-from dbes.models.needs import measure, quantization_of, skeleton_of, stays_quantized
+from dbes.models.needs import measure, quantization_of, skeleton_of, stays_quantized, stored_as
 from dbes.shipped import located
+from dbes.text import clipped
 
 NOT_A_FOLDER = "no-adapter-here"
 
@@ -50,6 +52,8 @@ class LoadedModel:
         tokenizer_sha256: of everything that turns text into ids.
         dtype, attention, experts_implementation, device: how it computes; all of them can flip close choices.
         notes: what a reader of the result should know: tensors of the checkpoint that were not loaded, an adapter that was merged.
+        quantization: how the weights are stored, where that is not their dtype (method and block size).
+        layerwise: reads the decoder layers, where these were left on disk.
     """
 
     model: PreTrainedModel
@@ -64,6 +68,8 @@ class LoadedModel:
     experts_implementation: str
     device: str
     notes: tuple[str, ...] = ()
+    quantization: str | None = None
+    layerwise: Layerwise | None = None
 
 
 def load_model(
@@ -75,6 +81,7 @@ def load_model(
     dtype: str = "auto",
     device_map: str | dict | None = None,
     trust_remote_code: bool = False,
+    layerwise: bool | None = False,
 ) -> LoadedModel:
     """The checkpoint in a folder or on the Hugging Face hub, in eval mode; or a model that is already built, with its tokenizer.
 
@@ -89,6 +96,7 @@ def load_model(
             accelerator. Or a name such as "bfloat16".
         device_map: as in transformers; by default the accelerator when there is one.
         trust_remote_code: run model code that comes with the checkpoint. Off by default. Pickled weights are never loaded.
+        layerwise: leave the decoder layers on disk, to be read one at a time (`dbes.models.layerwise`); None: where it does not fit.
 
     Raises:
         ModelError: the folder lacks config, tokenizer or weights; weights are corrupt, truncated or incomplete; the hub cannot
@@ -96,18 +104,28 @@ def load_model(
             found before any weight is read.
     """
     if not isinstance(model, str | Path):
+        if layerwise:
+            raise ModelError("a model built in memory is in memory: only a checkpoint's layers can be left on disk")
         if tokenizer is None:
             raise ModelError("a model built in memory needs its tokenizer: load_model(model, tokenizer=...)")
         model = transformers_model(model)
         given = name or model.config.name_or_path or type(model).__name__
         given = Path(given).name if Path(given).exists() else given
-        return _described(_Checkpoint(model.eval(), model_fingerprint(model)), tokenizer, name=given)
+        held = _Checkpoint(model.eval(), model_fingerprint(model), quantization=stored_as(model.config))
+        return _described(held, tokenizer, name=given)
 
     where, called = located(model)
     name, folder = name or called, find_folder(model if called is None else where)
     if tokenizer is None and folder is not None and (folder / CONFIG).exists():
         check_folder(folder, trust_remote_code=trust_remote_code)
-    loaded = _load(where, revision=revision, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+    options = {"dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
+    try:
+        loaded = _load_layerwise(where, folder, revision, **options) if layerwise else _load(where, revision=revision, **options)
+    except TooLargeError as problem:
+        if layerwise is not None:
+            raise
+        notes.warning("%s; its layers are read one at a time", problem)
+        loaded = _load_layerwise(where, folder, revision, **options)
     if tokenizer is None:
         tokenizer = load_tokenizer(loaded.texts_by or where, revision=revision, trust_remote_code=trust_remote_code)
     return _described(loaded, tokenizer, name=name or (folder.resolve().name if folder is not None else where))
@@ -179,6 +197,8 @@ class _Checkpoint:
     revision: str
     notes: tuple[str, ...] = ()
     texts_by: str | None = None
+    quantization: str | None = None
+    layerwise: Layerwise | None = None
 
 
 def _load(where: str, *, revision: str | None, dtype: str, device_map: str | dict | None, trust_remote_code: bool) -> _Checkpoint:
@@ -211,11 +231,41 @@ def _load_beneath(
         joined(own, base.revision),
         (*base.notes, f"an adapter, merged into {adapter.base}"),
         None if tokenizer else adapter.base,
+        base.quantization,
     )
 
 
+def _load_layerwise(
+    where: str, folder: Path | None, revision: str | None, *, dtype: str, device_map: str | dict | None, trust_remote_code: bool
+) -> _Checkpoint:
+    """A checkpoint with its decoder layers left on disk."""
+    if (adapter := find_adapter(where, folder, revision=revision)) is not None:
+        raise ModelError(f"{adapter.source}: an adapter cannot be merged into layers that are read one by one; merge it first and save")
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = "cpu" if accelerator is None else accelerator.type
+    if device_map not in (None, "auto", "cpu", device):
+        raise ModelError(f"device_map {device_map!r}: layers that are read one by one run on one device; leave it out, or give cpu")
+    place = {"": device_map if device_map == "cpu" else device}
+    config = load_config(where, revision=revision, trust_remote_code=trust_remote_code)
+    method = quantization_of(config)
+    if method is not None and method not in STREAMED:
+        raise ModelError(
+            f"{where}: quantized by {clipped(method)}; layers are read one by one of plain checkpoints and of {' and '.join(STREAMED)}"
+        )
+    with layers_on_disk() as found:
+        loaded = _load_base(where, folder, revision, dtype, place, trust_remote_code=trust_remote_code, layerwise=True)
+    return replace(loaded, layerwise=found[0])
+
+
 def _load_base(
-    where: str, folder: Path | None, revision: str | None, dtype: str, device_map: str | dict | None, *, trust_remote_code: bool
+    where: str,
+    folder: Path | None,
+    revision: str | None,
+    dtype: str,
+    device_map: str | dict | None,
+    *,
+    trust_remote_code: bool,
+    layerwise: bool = False,
 ) -> _Checkpoint:
     """A folder or a repository without regard to adapters, checked against its config."""
     if folder is not None:
@@ -228,7 +278,7 @@ def _load_base(
     skeleton, taken = skeleton_of(where, config, trust_remote_code=trust_remote_code), ()
     if skeleton is not None:
         tensors = stored_tensors(where, revision=revision) if folder is not None or stays_quantized(method) else None
-        dtype, taken = choose_dtype(where, measure(skeleton, config, tensors), asked=dtype, device_map=device_map)
+        dtype, taken = choose_dtype(where, measure(skeleton, config, tensors), asked=dtype, device_map=device_map, layerwise=layerwise)
     options: dict[str, Any] = {
         "dtype": _dtype(dtype, accelerated),
         "device_map": device_map if device_map is not None else "auto" if accelerated else None,
@@ -255,7 +305,8 @@ def _load_base(
     notes = (*taken, *account(where, model, report, tensors, skeleton=skeleton, quantized=method in AUTO_QUANTIZER_MAPPING))
     if unread := unread_files(snapshot):
         notes = (*notes, f"files beside the weights that were not read: {', '.join(unread)}")
-    return _Checkpoint(model.eval(), folder_fingerprint(folder) if folder is not None else snapshot.name, notes)
+    revision = folder_fingerprint(folder) if folder is not None else snapshot.name
+    return _Checkpoint(model.eval(), revision, notes, quantization=stored_as(config))
 
 
 def _has_config(where: str, folder: Path | None, revision: str | None) -> bool:
@@ -288,6 +339,8 @@ def _described(loaded: _Checkpoint, tokenizer: PreTrainedTokenizerBase, *, name:
         experts_implementation=str(getattr(model.config, "_experts_implementation", None)),
         device=input_device(model).type,
         notes=loaded.notes,
+        quantization=loaded.quantization,
+        layerwise=loaded.layerwise,
     )
 
 

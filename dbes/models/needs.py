@@ -22,6 +22,7 @@ from dbes.models.explained import explained
 from dbes.models.folder import StoredTensor
 from dbes.models.leftovers import LAYER
 from dbes.models.sites import expert_slices, find_sites
+from dbes.text import clipped
 
 FOLLOWS = torch.float16
 """The dtype that skeletons are built in: what has it takes the dtype that a checkpoint is loaded in, anything else keeps its own."""
@@ -127,10 +128,23 @@ def skeleton_of(where: str, config: Any, *, trust_remote_code: bool) -> PreTrain
 
 def quantization_of(config: Any) -> str | None:
     """``quant_method`` of a config; None where its weights are plain."""
+    return (_quantization(config) or {}).get("quant_method")
+
+
+def stored_as(config: Any) -> str | None:
+    """Quantization method, bits and block size of a checkpoint's weights in words, where they are quantized."""
+    if (found := _quantization(config)) is None:
+        return None
+    method, bits, block = (found.get(name) for name in ("quant_method", "bits", "weight_block_size"))
+    told = [f"{bits} bits"] * isinstance(bits, int) + [f"blocks of {' x '.join(map(str, block or ()))}"] * isinstance(block, list | tuple)
+    return ", ".join([clipped(str(getattr(method, "value", method))), *told])
+
+
+def _quantization(config: Any) -> dict[str, Any] | None:
     for part in (config, config.get_text_config() if hasattr(config, "get_text_config") else None):
         found = getattr(part, "quantization_config", None)
         if found is not None:
-            return (found if isinstance(found, dict) else found.to_dict()).get("quant_method")
+            return found if isinstance(found, dict) else found.to_dict()
     return None
 
 

@@ -80,15 +80,24 @@ class ForwardEngine:
         return {"window": self.window, "seed": self.seed, "control": self.control, "stiffness": self.stiffness, "batching": self.batching}
 
     def blocks(self, work: Work) -> Iterator[Block]:
+        yield from _recorded(self, self.windows(work))
+
+    def windows(self, work: Work) -> list[Window]:
+        """The windows of the texts, longest first."""
         windows = [
             Window(work.first + place, work.document_ids[place], start, ids[start : start + self.window])
             for place, ids in enumerate(work.texts)
             for start in range(0, len(ids), self.window)
         ]
-        yield from _recorded(self, longest_first(windows))
+        return longest_first(windows)
 
     def score_reason(self, layer: int, missing: int, tokens: int) -> str:
         return score_reason(next(site for site in self.sites if site.layer == layer), missing, tokens)
+
+    @property
+    def budget(self) -> int:
+        """Of a batch: windows where ``batch_size`` is given, else tokens."""
+        return automatic_budget(self.loaded, self.sites) if self.batch_size is None else self.batch_size
 
     @property
     def extra(self) -> int:
@@ -130,6 +139,11 @@ class ForwardEngine:
             self._on_device[key] = matrix.T.contiguous().to(hidden.device)
         return self._on_device[key]
 
+    def forget_random_routers(self, index: int) -> None:
+        """Give back the memory of a site's random routers; they are drawn again when they are asked for."""
+        for key in [key for key in self._on_device if key[0] == index]:
+            del self._on_device[key]
+
     def inputs(self, windows: Sequence[Window]) -> tuple[dict[str, Tensor], np.ndarray]:
         """The model's inputs, padded on the right, and the flat rows that are text (neither padding nor special tokens)."""
         first = len(self.before)
@@ -147,6 +161,7 @@ def computing(loaded: LoadedModel) -> dict[str, Any]:
     """How a model computes: all that can flip close choices beside its weights."""
     return {
         "dtype": loaded.dtype,
+        **({} if loaded.quantization is None else {"quantization": loaded.quantization}),
         "attention": loaded.attention,
         "experts_implementation": loaded.experts_implementation,
         "device": loaded.device,
@@ -159,8 +174,7 @@ def _recorded(engine: ForwardEngine, windows: Sequence[Window]) -> Iterator[Bloc
 
     Where memory does not suffice for a batch, the budget is halved for the rest of the windows, and the blocks say so.
     """
-    by_count = engine.batch_size is not None
-    budget = automatic_budget(engine.loaded, engine.sites) if engine.batch_size is None else engine.batch_size
+    by_count, budget = engine.batch_size is not None, engine.budget
     reduced: int | None = None
     coming: Coming | None = None
     while windows:
@@ -197,7 +211,6 @@ class Coming:
     """
 
     windows: Sequence[Window]
-    positions: np.ndarray
     layers: tuple[int, ...]
     copies: Mapping[str, Tensor]
     arrived: Sequence[torch.Event]
@@ -208,11 +221,12 @@ class Coming:
         for event in self.arrived:
             event.synchronize()
         arrays = {name: copy.numpy() for name, copy in self.copies.items()}
+        lengths = [len(window) for window in self.windows]
         return Block(
-            document=np.repeat([window.document for window in self.windows], [len(window) for window in self.windows]),
-            positions=self.positions,
+            document=np.repeat([window.document for window in self.windows], lengths),
+            positions=np.concatenate([_positions(window) for window in self.windows]),
             token_ids=np.concatenate([window.token_ids for window in self.windows]),
-            phase=np.full(len(self.positions), PROMPT, np.uint8),
+            phase=np.full(sum(lengths), PROMPT, np.uint8),
             layers=self.layers,
             routes={name: array for name, array in arrays.items() if not name.startswith("control_")},
             control={name.removeprefix("control_"): array for name, array in arrays.items() if name.startswith("control_")},
@@ -233,8 +247,7 @@ def begin_batch(engine: ForwardEngine, windows: Sequence[Window]) -> Coming:
     """
     inputs, rows = engine.inputs(windows)
     layers = engine.contents.layers
-    positions = [np.arange(window.start, window.start + len(window)) for window in windows]
-    keys = np.concatenate([noise_keys(window.document_id, at) for window, at in zip(windows, positions, strict=True)])
+    keys = keys_of(windows)
     total = inputs["input_ids"].numel()
     placed: dict[torch.device, tuple[Tensor, Tensor]] = {}
     columns: dict[str, dict[int, Tensor]] = {}
@@ -250,7 +263,7 @@ def begin_batch(engine: ForwardEngine, windows: Sequence[Window]) -> Coming:
             )
         if device not in placed:  # once a batch, not once a layer
             placed[device] = sent(rows, device), sent(keys, device)
-        for name, column in _columns(engine, index, decision, *placed[device]).items():
+        for name, column in columns_of(engine, index, decision, *placed[device]).items():
             columns.setdefault(name, {})[index] = column
 
     model = engine.loaded.model
@@ -265,11 +278,20 @@ def begin_batch(engine: ForwardEngine, windows: Sequence[Window]) -> Coming:
                 f"layer {site.layer} ({site.name}) routed {count} times in one forward, expected once; was the model compiled "
                 "(torch.compile) or wrapped before recording? Give the plain model"
             )
-    copies, arrived = fetched({name: _stacked(by_site, len(layers)) for name, by_site in columns.items()})
-    return Coming(windows, np.concatenate(positions), layers, copies, arrived)
+    copies, arrived = fetched({name: stacked(by_site, len(layers)) for name, by_site in columns.items()})
+    return Coming(windows, layers, copies, arrived)
 
 
-def _columns(engine: ForwardEngine, index: int, decision: Decision, rows: Tensor, keys: Tensor) -> dict[str, Tensor]:
+def keys_of(windows: Sequence[Window]) -> np.ndarray:
+    """int64 [tokens], the `noise_keys` of the windows' tokens, row after row."""
+    return np.concatenate([noise_keys(window.document_id, _positions(window)) for window in windows])
+
+
+def _positions(window: Window) -> np.ndarray:
+    return np.arange(window.start, window.start + len(window))
+
+
+def columns_of(engine: ForwardEngine, index: int, decision: Decision, rows: Tensor, keys: Tensor) -> dict[str, Tensor]:
     """What is kept of one site's decision, on the device where it was made, as are the rows that are kept and their `noise_keys`."""
     site = engine.sites[index]
     ids, weights = decision.ids[rows], decision.weights[rows]
@@ -318,7 +340,7 @@ def _stiffness_columns(engine: ForwardEngine, site: RoutingSite, decision: Decis
     return found
 
 
-def _stacked(by_site: dict[int, Tensor], layers: int) -> Tensor:
+def stacked(by_site: dict[int, Tensor], layers: int) -> Tensor:
     """[tokens, layers, ...] of one column. A layer that could not give it holds what means missing."""
     sample = next(iter(by_site.values()))
     empty = torch.full_like(sample, SKIPPED) if sample.dtype == torch.int32 else torch.zeros_like(sample)

@@ -21,6 +21,7 @@ from dbes.recording.batches import Batching
 from dbes.recording.batching import find_batching
 from dbes.recording.engine import Engine
 from dbes.recording.forward import ForwardEngine
+from dbes.recording.streaming import streaming
 from dbes.recording.units import SHARD_TOKENS, Unit, work_units
 from dbes.trace.blocks import Assembly, Block, Contents, Work
 from dbes.trace.manifest import MANIFEST, read_manifest
@@ -51,6 +52,8 @@ class Recording:
     Attributes:
         tokens: recorded now, without those an earlier, interrupted run had already recorded.
         batching: what could share a batch; None where the engine does not batch windows.
+        engine: whether the weights were in memory, or read layer by layer; None for other engines.
+        bytes_read, bytes_skipped: of the weights, by the streaming engine: read, and not read because no token chose those experts.
     """
 
     trace: Trace
@@ -58,6 +61,9 @@ class Recording:
     tokens: int
     seconds: float
     batching: Batching | None = None
+    engine: Literal["memory", "streaming"] | None = None
+    bytes_read: int | None = None
+    bytes_skipped: int | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -75,6 +81,7 @@ def record_documents(
     seed: int = 0,
     control: int = CONTROL_DRAWS,
     stiffness: bool = True,
+    max_memory: int | None = None,
     provenance: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Recording:
@@ -91,6 +98,7 @@ def record_documents(
         seed: of the random-router control and of the noise of the stability measures.
         control: draws of the random-router control to record in the same pass; their spread tells what another draw would show.
         stiffness: record margins and flips.
+        max_memory: bytes that this process may use, where the model's layers were left on disk; by default what is free.
         provenance: further facts for the trace's manifest (name, version and fingerprint of the task).
         progress: called as progress(tokens done, tokens in all).
 
@@ -121,7 +129,12 @@ def record_documents(
         window=window if limit is None else min(window, limit - extra),
         batch_size=None if batch_size == "auto" else batch_size,
     )
-    engine = replace(engine, batching=find_batching(engine, texts, None if output_path is None else Path(output_path)))
+    before_reading = 0 if loaded.layerwise is None else loaded.layerwise.bytes_read
+    folder = None if output_path is None else Path(output_path)
+    if loaded.layerwise is None:
+        engine = replace(engine, batching=find_batching(engine, texts, folder))
+    else:
+        engine = streaming(engine, texts, max_memory=max_memory, folder=folder)
     done = record_with(
         engine,
         documents,
@@ -132,7 +145,10 @@ def record_documents(
         provenance=provenance,
         progress=progress,
     )
-    return replace(done, batching=engine.batching)
+    if loaded.layerwise is None:
+        return replace(done, batching=engine.batching, engine="memory")
+    read, skipped = loaded.layerwise.bytes_read - before_reading, loaded.layerwise.bytes_skipped
+    return replace(done, batching=engine.batching, engine="streaming", bytes_read=read, bytes_skipped=skipped)
 
 
 def record_with(

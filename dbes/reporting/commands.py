@@ -91,6 +91,8 @@ def _evaluate(result: Result) -> list[str]:
     words += ["--dtype", str(dtype)] if dtype else []
     words += ["--device-map", str(settings["device_map"])] if settings.get("device_map") else []
     words += ["--batch-size", str(settings["batch_size"])] if settings.get("batch_size", "auto") != "auto" else []
+    words += ["--engine", str(settings["engine"])] if settings.get("engine", "auto") != "auto" else []
+    words += ["--max-memory", str(settings["max_memory"])] if settings.get("max_memory") else []
     words += ["--limit", str(settings["limit"])] if settings.get("limit") is not None else []
     words += ["--trust-remote-code"] if settings.get("trust_remote_code") is True else []
     words += ["--embedded-fallback"] if settings.get("embedded_fallback") is True else []
