@@ -5,9 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from families import character_tokenizer, discovered, representatives, tiny_model
@@ -78,8 +82,10 @@ def test_in_sixteen_bits_layers_are_those_of_the_whole_model(checkpoint: Path, t
 def test_every_byte_is_read_once_and_the_head_never(checkpoint: Path) -> None:
     done = recorded(checkpoint, None, layerwise=True)
     tensors = {name: tensor for path in checkpoint.glob("*.safetensors") for name, tensor in load_file(path).items()}
-    needed = sum(tensor.nbytes for name, tensor in tensors.items() if name.startswith("model.layers."))
-    assert done.bytes_read == needed > 0
+    layers = {name: tensor.nbytes for name, tensor in tensors.items() if name.startswith("model.layers.")}
+    unneeded = sum(size for name, size in layers.items() if name.startswith("model.layers.3.mlp.experts."))
+    assert done.bytes_read == sum(layers.values()) - unneeded  # the last layer ends with its router
+    assert done.bytes_skipped == unneeded > 0
     whole = load_model(checkpoint, layerwise=True)
     assert whole.layerwise is not None
     assert whole.layerwise.bytes_read == sum(tensors[name].nbytes for name in ("model.embed_tokens.weight", "model.norm.weight"))
@@ -97,7 +103,7 @@ def test_one_layer_is_in_memory_at_a_time(checkpoint: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(Layerwise, "load", noting)
     record_documents(loaded, written(), domains=("a", "b"), window=40)
-    assert held == [{0}, {1}, {2}, {3}]
+    assert held == [{0}, {1}, {2}, set()]  # of the last, the experts are not there
     assert all(each.is_meta for layer in loaded.layerwise.layers for each in layer.parameters())  # pyright: ignore
     assert not any("forward" in vars(layer) for layer in loaded.layerwise.layers)  # pyright: ignore
 
@@ -287,6 +293,48 @@ def test_memory_that_waits_in_a_file_comes_back(tmp_path: Path) -> None:
         second.back()
         assert torch.equal(whole, before) and torch.equal(other, torch.arange(10))
     assert not list(tmp_path.iterdir())
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from dbes.models.layerwise import Layerwise
+from dbes.recording import record
+from test_streaming import recorded
+record.SHARD_TOKENS = 60
+load, left = Layerwise.load, [int(sys.argv[1])]
+def dying(self, index):
+    if left[0] == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left[0] -= 1
+    load(self, index)
+Layerwise.load = dying
+recorded(Path(sys.argv[2]), Path(sys.argv[3]), layerwise=True)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_every_layer_and_at_any_moment(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recording, "SHARD_TOKENS", 60)
+    recorded(checkpoint, tmp_path / "memory", layerwise=False)
+    code = KILLED.format(tests=str(Path(__file__).parent))
+
+    def run(loads: int, seconds: float | None = None) -> int:
+        words = [sys.executable, "-c", code, str(loads), str(checkpoint), str(tmp_path / "trace")]
+        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return process.wait()
+
+    assert [run(loads) for loads in (0, 1, 2, 3, 4, 1, 2, 3)] == [-signal.SIGKILL] * 8
+    random = np.random.default_rng(0)
+    for seconds in random.uniform(2, 20, 5):
+        assert run(-1, float(seconds)) in (0, -signal.SIGKILL)
+    assert run(-1) == 0
+    assert contents(tmp_path / "trace") == contents(tmp_path / "memory")
 
 
 @pytest.mark.parametrize(
