@@ -239,8 +239,8 @@ class TaskFacts(_Strict):
 
 
 class RecordingFacts(_Strict):
-    """What was recorded and what it took. Bytes: of the weights, as the streaming engine read them, or left them unread because no token
-    chose those experts."""
+    """What was recorded and what it took. Bytes: of the weights, as the streaming engine read them, or left them unread because the
+    last layer ends with its router."""
 
     documents: Whole
     tokens: Whole

@@ -98,8 +98,7 @@ def evaluate(
 
     Args:
         model: hub id, folder, ``"embedded"`` for the checkpoint that ships with dbes, a `LoadedModel`, or a model of transformers or
-            peft in memory, which is left as it was.
-        tokenizer: of a model in memory.
+            peft in memory (with its ``tokenizer``), which is left as it was.
         tasks: name of a task, path of a task YAML, a `Task`, or a list of these. All tasks of a list are read before anything is
             written; of one that fails later, the result in the list has status "error", and the others are run.
         output_path: folder of the results.
@@ -111,8 +110,7 @@ def evaluate(
         seed: of the random-router control, the permutations and the reference router.
         permutations: shuffles of the documents' domain labels that make the chance level.
         trust_remote_code: run model code that comes with the checkpoint.
-        engine: "memory" loads all weights; "streaming" reads one decoder layer at a time, for checkpoints larger than memory. The
-            recorded routes are the same. "auto" is "memory".
+        engine: "memory" loads all weights, "streaming" one decoder layer at a time; the routes are the same. "auto" is "memory".
         max_memory: what the process may use with "streaming", in bytes or as "4GiB"; by default what the machine has free.
         overwrite: evaluate again although there is a result, or another recording, in the folder.
         save_trace: keep the recorded routes beside the result, so that they can be scored again without the model.
@@ -132,9 +130,8 @@ def evaluate(
     wanted = list(tasks) if several else [tasks]
     with given_model(model, tokenizer) as given:
         request = Request.of(
-            given, revision=revision, limit=limit, dtype=dtype, device_map=device_map, batch_size=batch_size, seed=seed,
-            permutations=permutations, trust_remote_code=trust_remote_code, engine=engine, max_memory=max_memory,
-            embedded_fallback=embedded_fallback,
+            given, revision=revision, limit=limit, dtype=dtype, device_map=device_map, batch_size=batch_size, seed=seed, engine=engine,
+            max_memory=max_memory, permutations=permutations, trust_remote_code=trust_remote_code, embedded_fallback=embedded_fallback,
         )  # fmt: skip
         benchmarks = [read_benchmark(task, limit=limit, embedded_fallback=embedded_fallback) for task in wanted]
         if not benchmarks:

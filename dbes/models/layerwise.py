@@ -46,7 +46,7 @@ class Layerwise:
         largest: bytes of the largest layer in memory.
         stored: bytes of each layer's tensors on disk.
         bytes_read: of tensors, since the checkpoint was opened.
-        bytes_skipped: of the layers' tensors that no token needed.
+        bytes_skipped: of the last layer's experts, which nothing needs once its router has decided.
     """
 
     def __init__(self, model: PreTrainedModel, files: Sequence[str], load_config: Any) -> None:
@@ -63,11 +63,14 @@ class Layerwise:
 
         self.report = self._tried()
         self.names: list[list[str]] = [[] for _ in self.layers]
+        self._unneeded, self._unneeded_bytes = _last_experts(model, sites[-1]), 0
         outside = []
         skipped = _head(model)
         for name, target in self._targets().items():
             layer = _layer_of(target, self.path)
-            if layer is not None:
+            if self._unneeded is not None and target.startswith(self._unneeded):
+                self._unneeded_bytes += self.tensors[name].empty.nbytes
+            elif layer is not None:
                 self.names[layer].append(name)
             elif not target.startswith(skipped) and not SENSES.search(target):
                 outside.append(name)
@@ -96,10 +99,13 @@ class Layerwise:
         tensors = ahead[1].result() if ahead is not None and ahead[0] == index else self._read(self.names[index])
         self._fill(tensors)
         layer = self.layers[index]
-        held = chain(layer.named_parameters(), layer.named_buffers())
-        if empty := [name for name, tensor in held if tensor.is_meta]:
+        unneeded = self._unneeded if index == self.depth - 1 else None
+        if unneeded is not None:
+            self.bytes_skipped += self._unneeded_bytes
+        held = chain(layer.named_parameters(f"{self.path}.{index}"), layer.named_buffers(f"{self.path}.{index}"))
+        if empty := [name for name, tensor in held if tensor.is_meta and not (unneeded and name.startswith(unneeded))]:
             raise ModelError(
-                f"{type(self.model).__name__}: {self.path}.{index}.{empty[0]} is not stored with its layer, so layers cannot be read one "
+                f"{type(self.model).__name__}: {empty[0]} is not stored with its layer, so layers cannot be read one "
                 "by one; use the memory engine"
             )
 
@@ -257,6 +263,13 @@ def _list_of(model: nn.Module, sites: Sequence[RoutingSite]) -> str:
             "cannot be read one by one; use the memory engine"
         )
     return found.pop()
+
+
+def _last_experts(model: nn.Module, site: RoutingSite) -> str | None:
+    """Path of the experts of the last MoE layer, where its forward can be ended before they run."""
+    if site.adapter != "experts" or (site.router is not None and any(site.router is module for module in site.experts.modules())):
+        return None
+    return next(f"{name}." for name, module in model.named_modules() if module is site.experts)
 
 
 def _layer_of(target: str, path: str) -> int | None:

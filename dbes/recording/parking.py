@@ -31,7 +31,11 @@ class Parking:
         with refused_by_system(folder, doing="used for hidden states; give more --max-memory or another folder"):
             folder.mkdir(parents=True, exist_ok=True)
             self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (closed on leaving)
-            self._grow(size)
+            try:
+                self._grow(size)
+            except OSError:
+                self._file.close()
+                raise
 
     def __enter__(self) -> Parking:
         return self

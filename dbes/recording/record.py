@@ -53,7 +53,8 @@ class Recording:
         tokens: recorded now, without those an earlier, interrupted run had already recorded.
         batching: what could share a batch; None where the engine does not batch windows.
         engine: whether the weights were in memory, or read layer by layer; None for other engines.
-        bytes_read, bytes_skipped: of the weights, by the streaming engine: read, and not read because no token chose those experts.
+        bytes_read, bytes_skipped: of the weights, by the streaming engine: read, and not read because the last layer ends
+            with its router.
     """
 
     trace: Trace
@@ -129,7 +130,7 @@ def record_documents(
         window=window if limit is None else min(window, limit - extra),
         batch_size=None if batch_size == "auto" else batch_size,
     )
-    before_reading = 0 if loaded.layerwise is None else loaded.layerwise.bytes_read
+    before = (0, 0) if loaded.layerwise is None else (loaded.layerwise.bytes_read, loaded.layerwise.bytes_skipped)
     folder = None if output_path is None else Path(output_path)
     if loaded.layerwise is None:
         engine = replace(engine, batching=find_batching(engine, texts, folder))
@@ -147,7 +148,7 @@ def record_documents(
     )
     if loaded.layerwise is None:
         return replace(done, batching=engine.batching, engine="memory")
-    read, skipped = loaded.layerwise.bytes_read - before_reading, loaded.layerwise.bytes_skipped
+    read, skipped = loaded.layerwise.bytes_read - before[0], loaded.layerwise.bytes_skipped - before[1]
     return replace(done, batching=engine.batching, engine="streaming", bytes_read=read, bytes_skipped=skipped)
 
 
