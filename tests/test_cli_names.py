@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 from dbes.cli import app
 
 FREE = {
-    *(f"{command} {option}" for command in ("evaluate", "finetune", "doctor", "merge") for option in ("revision",)),
-    *(f"{command} model" for command in ("evaluate", "doctor", "paths", "finetune", "intervene")),
+    *(f"{command} {option}" for command in ("evaluate", "finetune", "doctor", "merge", "plan") for option in ("revision",)),
+    *(f"{command} model" for command in ("evaluate", "doctor", "paths", "finetune", "intervene", "plan")),
+    *(f"plan {option}" for option in ("memory", "disk_speed", "paths")),
     "evaluate batch_size",
     "evaluate device_map",
     "evaluate max_memory",
@@ -40,6 +41,8 @@ NAMES: dict[str, tuple[str, str]] = {
     "compare by": ("specialisation", "specialization"),
     "compare format": ("markdwon", "markdown"),
     "doctor format": ("jsn", "json"),
+    "plan tasks": ("embeded", "embedded"),
+    "plan format": ("jsn", "json"),
     "paths domain": ("lwa", "law"),
     "paths rule": ("specialisation", "specialization"),
     "paths match": ("target-laod", "target-load"),
@@ -107,6 +110,7 @@ def line(case: str, wrong: str, *, result: Path, model: Path, task: Path, out: P
         "report": [result],
         "compare": [result],
         "doctor": [model],
+        "plan": ["--model", model],
         "paths": [result, *([] if name == "domain" else ["--domain", "law"]), "--out", out],
         "finetune": ["--model", model, "--paths", out, *([] if name == "data" else ["--data", "task:law"]), "--out", out],
         "intervene": ["--model", model, *([] if name == "domain" else ["--domain", "law"]), "--out", out],

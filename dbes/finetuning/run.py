@@ -111,11 +111,8 @@ def finetune(
     started = accelerator is not None
     accelerator = accelerator if accelerator is not None else _accelerator(settings, out)
     with claimed(out, where, save=save) if accelerator.is_main_process else nullcontext():
-        place = _place(accelerator)
-        _refuse_unfit(model, paths, settings, place, revision=revision, trust_remote_code=trust_remote_code)
         say("loading")
-        with memory_explained():
-            loaded = load_model(model, revision=revision, device_map=place, trust_remote_code=trust_remote_code)
+        loaded = _load(model, paths, settings, accelerator, revision=revision, trust_remote_code=trust_remote_code)
         path = checked_path(paths, loaded)
         guarded = (GUARD,) if settings.protect is not None else ()
         identity = settings.identity(loaded.revision, path.cells, found.digest, tasks, limit, save, *guarded)
@@ -136,22 +133,19 @@ def finetune(
         return report
 
 
-def _place(accelerator: Any) -> dict[str, Any] | None:
-    """The device of this process where there are several."""
-    return {"": accelerator.device} if accelerator.num_processes > 1 and accelerator.device.type != "cpu" else None
-
-
-def _refuse_unfit(
-    model: str | Path, paths: str | Path | ExpertPath, settings: FinetuneSettings, place: Any, **options: Any
-) -> None:
-    """Stop before loading where model and path cannot fit into memory together."""
+def _load(model: str | Path, paths: str | Path | ExpertPath, settings: FinetuneSettings, accelerator: Any, **options: Any) -> LoadedModel:
+    """The base model, on the device of this process where there are several; not begun where it and the path cannot fit together."""
+    place = {"": accelerator.device} if accelerator.num_processes > 1 and accelerator.device.type != "cpu" else None
     try:
         skeleton, needs = read_needs(str(model), **options)
         path = paths if isinstance(paths, ExpertPath) else read_path(Path(paths), skeleton, str(model))
         found = needs_of_cells(skeleton, path.cells, rank=settings.lora_rank, dtype=LEAST)
     except DbesError:
-        return  # what is wrong with model or path is told when they are loaded
-    refuse_unfit(str(model), needs, found, settings, device_map=place)
+        pass  # what is wrong with model or path is told when they are loaded
+    else:
+        refuse_unfit(str(model), needs, found, settings, device_map=place)
+    with memory_explained():
+        return load_model(model, device_map=place, **options)
 
 
 def _finished(out: Path, identity: str, *, check: bool) -> FinetuneReport | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +27,10 @@ NEXT_TOKENS_LAYER = re.compile(r"\.(?:eh_proj|enorm|hnorm|shared_head)\b")
 BUFFERS = re.compile(r"(?:^|\.)(?:(?:original_)?inv_freq|cos_cached|sin_cached|position_ids|masked_bias|causal_mask)$")
 HEADS = re.compile(r"^(?:lm_head|v_head|value_head|score|classifier|reward_head)\.")
 SCALES = re.compile(r"scale|zero_point|qzeros|g_idx|absmax|amax")
+
+ONE_BY_ONE = "HF_DEACTIVATE_ASYNC_LOAD"
+"""Makes transformers read one tensor after the other. Its threads read ahead of what puts experts together: 1.0 GB of weights in float32
+took 2.0 GB at most with them, 1.2 GB without."""
 
 
 @dataclass
@@ -55,11 +60,17 @@ def watched_loading() -> Iterator[LoadingReport]:
         report.conversions = dict(loading_info.conversion_errors)
 
     verbosity = transformers.utils.logging.get_verbosity()
+    threads = os.environ.get(ONE_BY_ONE)
+    os.environ[ONE_BY_ONE] = "1"
     PreTrainedModel._adjust_missing_and_unexpected_keys = keep
     transformers.utils.logging.set_verbosity_error()
     try:
         yield report
     finally:
+        if threads is None:
+            del os.environ[ONE_BY_ONE]
+        else:
+            os.environ[ONE_BY_ONE] = threads
         PreTrainedModel._adjust_missing_and_unexpected_keys = adjust
         transformers.utils.logging.set_verbosity(verbosity)
 
