@@ -120,7 +120,7 @@ def random_recording(
         domains=tuple(f"domain{i}" for i in range(len(documents))),
         layers=tuple(range(1, 2 * len(widths), 2)),
         experts=tuple(widths),
-        weights=np.array(weights).astype(np.float32) if extras else None,
+        weights=np.array(weights).astype(np.float16) if extras else None,  # as a trace keeps them
         margins=random.normal(0.5, 1, shape).astype(np.float32) if extras else None,
         token_ids=random.integers(0, vocabulary, tokens) if extras else None,
         selection_margins=(scaled * 0.1).astype(np.float32) if extras else None,

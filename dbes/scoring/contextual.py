@@ -74,7 +74,8 @@ def contextual_estimates(
         lexical: ``lexical``, or ``bigram`` to count the token before as well.
         unit_group: see ``surrogate_of``.
     """
-    explained, covered = {}, {}
+    explained: dict[str, dict[str, Explained]] = {}
+    covered: dict[str, np.ndarray] = {}
     for key in (lexical, "position"):  # one after the other: what a surrogate is made of is large
         surrogate = surrogate_of(sample, shape, key, unit_group=unit_group)
         covered[key] = np.full(len(shape.domains) + 1, np.nan) if surrogate is None else surrogate.covered
