@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
 import threading
@@ -15,13 +17,16 @@ from typing import Any
 import pytest
 from test_engines import Scripted, scripted, told
 from test_recording import contents
+from test_reuse import contents as result_contents
 
 from dbes.errors import FileError, RecordingError, SettingError
 from dbes.locks import Held, is_held
 from dbes.recording import crew as crews
 from dbes.recording import record as recording
 from dbes.recording.crew import Crew
+from dbes.results import RESULT_FILE, load_result
 from dbes.trace.blocks import Block, Work
+from dbes.trace.store import Trace
 
 LOCAL = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -171,9 +176,10 @@ class TestMeeting:
 
     def test_the_failure_of_the_first_is_that_of_all(self, tmp_path: Path) -> None:
         first, other = Crew(0, 2, key="k"), Crew(1, 2, key="k")
-        with pytest.raises(ValueError, match="broken"), first.meeting(tmp_path):
-            raise ValueError("broken")
         with pytest.raises(RecordingError, match="rank 0: broken"), other.meeting(tmp_path):
+            with pytest.raises(ValueError, match="broken"), first.meeting(tmp_path):
+                assert not other.reached(0, "waiting")
+                raise ValueError("broken")
             other.reached(0, "loading")
         assert not list(tmp_path.iterdir())
 
@@ -190,3 +196,126 @@ class TestMeeting:
         with Crew(0, 2, key="k").meeting(tmp_path):
             pass
         assert sorted(path.name for path in tmp_path.iterdir()) == [f"{crews.MEETING}k", f"{crews.MEETING}new"]
+
+
+MEMBER = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import test_recording as tests
+from dbes.recording.crew import Crew
+tests.torch.set_num_threads(1)
+tests.recording.SHARD_TOKENS = 200
+folder, pause, crew = Path(sys.argv[2]), float(sys.argv[3]), Crew.here()
+real = tests.forward.begin_batch
+def slowly(*given):
+    time.sleep(pause)
+    return real(*given)
+tests.forward.begin_batch = slowly
+with crew.meeting(folder.parent):
+    crew.begin(0)
+    if crew.first or crew.reached(0, "recording"):
+        tests.record("olmoe", tests.written(30), output_path=folder, crew=crew)
+    crew.tell("done", folder=folder)
+"""
+
+
+def started(folder: Path, size: int, pause: float = 0.0) -> list[subprocess.Popen[str]]:
+    """Processes as a launcher starts them; they share this parent."""
+    line = [sys.executable, "-c", MEMBER, str(Path(__file__).parent), str(folder), str(pause)]
+    alone = {name: value for name, value in os.environ.items() if name not in LOCAL} | {"OMP_NUM_THREADS": "1"}
+    ranks = [{"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)} for rank in range(size)]
+    return [subprocess.Popen(line, env=alone | rank, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for rank in ranks]
+
+
+def ended(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str]]:
+    return [(process.returncode, words) for process in processes for words in [process.communicate(timeout=240)[1]]]
+
+
+@pytest.fixture(scope="module")
+def recorded_alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("alone") / "trace"
+    assert [code for code, _ in ended(started(folder, 1))] == [0]
+    return contents(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
+def test_real_processes_write_what_one_writes(size: int, recorded_alone: dict[str, bytes], tmp_path: Path) -> None:
+    found = ended(started(tmp_path / "trace", size, pause=0.05))
+    assert [code for code, _ in found] == [0] * size, found
+    assert contents(tmp_path / "trace") == recorded_alone and [path.name for path in tmp_path.iterdir()] == ["trace"]
+    assert len([name for name in recorded_alone if name.startswith("shard")]) > 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("victim", "again"), [(0, 1), (1, 3), (1, 2)])
+def test_killed_at_a_random_moment_and_started_again_with_another_number(
+    victim: int, again: int, recorded_alone: dict[str, bytes], tmp_path: Path
+) -> None:
+    folder, moment = tmp_path / "trace", random.Random(victim + 10 * again)
+    processes = started(folder, 2, pause=0.3)
+    while not list(folder.glob("units/*.lock")):
+        assert processes[0].poll() is None
+        time.sleep(0.01)
+    time.sleep(moment.uniform(0, 1.5))
+    processes[victim].send_signal(signal.SIGKILL)
+    found = ended(processes)
+    assert found[victim][0] in (0, -signal.SIGKILL)
+    code, words = found[1 - victim]
+    if found[victim][0] != 0:
+        owner = "rank 0 ended without a word" if victim == 0 else "rank 1, process "
+        assert code == 0 or owner in words, words
+    found = ended(started(folder, again))
+    assert [code for code, _ in found] == [0] * again, found
+    assert contents(folder) == recorded_alone
+
+
+SHARDS = """
+import sys, dbes.recording.record as recording
+recording.SHARD_TOKENS = 1500
+from dbes.cli import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_launchers(launcher: str, tiny_checkpoint: Path, tiny_task: Path, tmp_path: Path) -> None:
+    options = ["evaluate", "--model", str(tiny_checkpoint), "--tasks", str(tiny_task), "--permutations", "20", "--batch-size", "4"]
+    environment = {name: value for name, value in os.environ.items() if name not in LOCAL} | {"OMP_NUM_THREADS": "1"}
+    script = tmp_path / "shards.py"
+    script.write_text(SHARDS)
+    tools = Path(sys.executable).parent
+    if launcher == "torchrun":  # as users call it: the small task is one unit
+        alone, lines = ["-m", "dbes.cli"], [str(tools / "torchrun"), "--standalone", "--nproc_per_node", "2", "-m", "dbes.cli"]
+    else:
+        # with --cpu accelerate starts one process alone
+        alone, lines = [str(script)], [str(tools / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2", str(script)]
+    found = []
+    for name, line in (("alone", [sys.executable, *alone]), ("crew", lines)):
+        done = subprocess.run(
+            [*line, *options, "--output-path", str(tmp_path / name)], env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.count("Written:") == 1
+        found.append(result_contents(next((tmp_path / name).rglob(RESULT_FILE)).parent))
+    assert found[0].keys() == found[1].keys() and [name for name in found[0] if found[0][name] != found[1][name]] == []
+    assert launcher == "torchrun" or len([name for name in found[0] if name.startswith("trace/shard")]) > 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [(), ("--overwrite",)], ids=" ".join)
+def test_of_two_started_by_hand_the_second_is_refused(
+    flags: tuple[str, ...], tiny_checkpoint: Path, tiny_task: Path, tmp_path: Path
+) -> None:
+    asked = ["--model", str(tiny_checkpoint), "--tasks", str(tiny_task), "--permutations", "20", "--output-path", str(tmp_path)]
+    line = [sys.executable, "-m", "dbes.cli", "evaluate", *asked, *flags]
+    environment = {name: value for name, value in os.environ.items() if name not in LOCAL} | {"OMP_NUM_THREADS": "1"}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    found = ended([subprocess.Popen(line, env=environment, **quiet) for _ in range(2)])
+    for code, words in found:
+        assert code == 0 or "another run is writing here" in words, words
+    assert 0 in [code for code, _ in found]
+    folder = next(tmp_path.rglob(RESULT_FILE)).parent
+    assert load_result(folder).status == "ok" and Trace.load(folder / "trace").tokens > 0 and not list(folder.rglob(".*"))

@@ -34,9 +34,8 @@ PATIENCE = 900.0
 """Seconds that a process waits for the first one to begin."""
 
 POLL = 0.1
-RECENT = 60.0
 STALE = 3600.0
-"""Seconds after which what is left of killed processes is taken away; and within which processes of one start begin."""
+"""Seconds after which what is left of killed processes is taken away."""
 
 
 class State(Strict):
@@ -70,7 +69,7 @@ class Crew:
         self._folder: Path | None = None
         self._state = State(launch=uuid.uuid4().hex)
         self._presence: Held | None = None
-        self._began, self._seen = time.time(), False
+        self._seen = False
 
     @classmethod
     def here(cls, environment: Mapping[str, str] = os.environ) -> Crew:
@@ -213,8 +212,7 @@ class Crew:
         if not path.is_file():
             return None
         state = read_versioned(path, State, error=RecordingError)
-        recent = path.stat().st_mtime > self._began - RECENT
-        return state if self._seen or state.stage == "ended" or (state.stage == "failed" and recent) else None
+        return state if self._seen or state.stage == "ended" else None
 
     def units(self, ledger: Ledger) -> Iterator[tuple[Unit, Held | None]]:
         """Units to record that no other process records, each with the lock to release when it is done.
