@@ -139,19 +139,22 @@ def evaluate(
         results = []
         for number, (task, benchmark) in enumerate(zip(wanted, benchmarks, strict=True)):
             job = replace(job, request=request.on(task), benchmark=benchmark)
-            crew.begin(number)
-            try:
-                if crew.first:
-                    result, job = _done(job, crew, overwrite=overwrite, progress=progress)
-                else:
-                    result, job = _helped(job, crew, number)
-            except DbesError as problem:
-                if not several:
-                    raise
-                result = _failure(job, problem)
-            crew.tell("done", folder=job.folder)
+            result, job = _of_task(job, crew, number, several=several, overwrite=overwrite, progress=progress)
             results.append(result)
     return results if several else results[0]
+
+
+def _of_task(job: Job, crew: Crew, number: int, *, several: bool, overwrite: bool, progress: Progress | None) -> tuple[Result, Job]:
+    """As `_done`, of one of the tasks; of one that fails beside others, what is to be read of it."""
+    crew.begin(number)
+    try:
+        result, job = _done(job, crew, overwrite=overwrite, progress=progress) if crew.first else _helped(job, crew, number)
+    except DbesError as problem:
+        if not several:
+            raise
+        result = _failure(job, problem)
+    crew.tell("done", folder=job.folder)
+    return result, job
 
 
 def _done(job: Job, crew: Crew, *, overwrite: bool, progress: Progress | None) -> tuple[Result, Job]:
