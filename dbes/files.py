@@ -20,11 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dbes.errors import DbesError, FileError, refusal
-
-try:
-    import fcntl
-except ImportError:  # not on Windows, where runs are not kept apart
-    fcntl = None
+from dbes.locks import fcntl, lock
 
 LOCK = ".dbes.lock"
 PART = ".part"
@@ -67,7 +63,7 @@ def _temporary(path: Path) -> tuple[int, Path]:
     while True:
         handle, name = tempfile.mkstemp(prefix=f".{path.name[:200]}.", suffix=PART, dir=path.parent)
         temporary = Path(name)
-        if _lock(handle) and _same_file(handle, temporary):  # else it was taken for abandoned between creating and locking it
+        if lock(handle) and _same_file(handle, temporary):  # else it was taken for abandoned between creating and locking it
             return handle, temporary
         os.close(handle)
 
@@ -92,7 +88,7 @@ def _remove_if_abandoned(path: Path) -> None:
     elif stat.S_ISREG(kind) and fcntl is not None:
         handle = os.open(path, os.O_RDWR | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0))
         try:
-            if _lock(handle):
+            if lock(handle):
                 path.unlink()
         finally:
             os.close(handle)
@@ -247,7 +243,7 @@ def _taken(path: Path, *, patience: float) -> int:
         with refused_by_system(path):
             handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0), 0o666)
         try:
-            if _lock(handle):
+            if lock(handle):
                 if _same_file(handle, path):  # else its owner removed it between our opening and locking it
                     os.ftruncate(handle, 0)
                     os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
@@ -266,20 +262,6 @@ def _taken(path: Path, *, patience: float) -> int:
             os.close(handle)
             raise
         os.close(handle)
-
-
-def _lock(handle: int) -> bool:
-    """Whether the open file is ours now; True too where the system or its file system knows no locks: then runs are not kept apart."""
-    if fcntl is None:
-        return True
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as problem:
-        if problem.errno in (errno.EACCES, errno.EAGAIN):
-            return False
-        if problem.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
-            raise
-    return True
 
 
 def _same_file(handle: int, path: Path) -> bool:

@@ -16,6 +16,7 @@ from test_recording import contents, joined, loaded_model, record, written
 
 from dbes.errors import RecordingError, TraceError
 from dbes.models.sites import find_sites, score_reason
+from dbes.recording import ledger
 from dbes.recording import record as recording
 from dbes.recording.record import record_with
 from dbes.trace.blocks import STORED, Block, Contents, Work
@@ -201,20 +202,20 @@ def test_killed_after_any_shard_ends_with_the_same_bytes(order: Order, tmp_path:
     told(scripted(order), tmp_path / "whole")
     whole = contents(tmp_path / "whole")
     assert [name for name in whole if name.startswith("shard")] == [f"shard-0000{number}.safetensors" for number in range(4)]
-    write = recording.TraceWriter.write
-    for killed in range(8):  # after each shard of the control and of the trace
+    write = ledger.write_shard
+    for killed in range(8):  # before each shard of the trace and of the control
         done = iter(range(killed, -1, -1))
 
-        def failing(*given: Any, done: Iterator[int] = done, **options: Any) -> None:
+        def failing(*given: Any, done: Iterator[int] = done, **options: Any) -> Any:
             if next(done) == 0:
                 raise KeyboardInterrupt
-            write(*given, **options)
+            return write(*given, **options)
 
         folder = tmp_path / str(killed)
-        monkeypatch.setattr(recording.TraceWriter, "write", failing)
+        monkeypatch.setattr(ledger, "write_shard", failing)
         with pytest.raises(KeyboardInterrupt):
             told(scripted(order), folder)
-        monkeypatch.setattr(recording.TraceWriter, "write", write)
+        monkeypatch.setattr(ledger, "write_shard", write)
         engine = scripted(order)
         resumed = told(engine, folder)
         assert contents(folder) == whole

@@ -25,7 +25,7 @@ from dbes.models import LoadedModel, load_model
 from dbes.models.execution import base_of
 from dbes.models.hooks import watching
 from dbes.models.sites import find_sites
-from dbes.recording import batching, forward
+from dbes.recording import batching, forward, ledger
 from dbes.recording import record as recording
 from dbes.recording.batches import Window
 from dbes.recording.forward import Coming, ForwardEngine, record_batch
@@ -316,24 +316,30 @@ def test_progress_and_speed_are_told() -> None:
     assert done.tokens_per_second > 0 and done.documents == 6
 
 
-@pytest.mark.parametrize("stop_at", ["control ahead", "control complete"])
+@pytest.mark.parametrize("stop_at", ["a shard of a control", "a control is complete", "the trace is complete"])
 def test_resuming_where_two_traces_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: str) -> None:
-    """Killed between the control's shard and the trace's, and between finishing the one and the other."""
+    """Killed between the trace's shard and a control's, and between finishing one and another."""
     monkeypatch.setattr(recording, "SHARD_TOKENS", 60)
     record("olmoe", written(), output_path=tmp_path / "whole")
-    method, calls = ("write", 3) if stop_at == "control ahead" else ("finish", 1)
-    real = getattr(recording.TraceWriter, method)
-    left = iter(range(calls, 0, -1))
+    where, name, calls = {
+        "a shard of a control": (ledger, "write_shard", 3),
+        "a control is complete": (ledger.TraceWriter, "finish", 2),
+        "the trace is complete": (ledger, "discard", 4),  # of the manifests that the controls might have, and of the units
+    }[stop_at]
+    real, left = getattr(where, name), iter(range(calls, 0, -1))
 
-    def failing(self: Any, *args: Any, **kwargs: Any) -> None:
-        if self.folder.name == "cut" and next(left) == 1:
+    def failing(*given: Any, **options: Any) -> Any:
+        if next(left) == 1:
             raise KeyboardInterrupt
-        real(self, *args, **kwargs)
+        return real(*given, **options)
 
-    monkeypatch.setattr(recording.TraceWriter, method, failing)
-    with pytest.raises(KeyboardInterrupt):
-        record("olmoe", written(), output_path=tmp_path / "cut")
-    monkeypatch.setattr(recording.TraceWriter, method, real)
+    with monkeypatch.context() as patch:
+        patch.setattr(where, name, failing)
+        with pytest.raises(KeyboardInterrupt):
+            record("olmoe", written(), output_path=tmp_path / "cut")
+    if stop_at == "the trace is complete":
+        assert_same_routes(Trace.load(tmp_path / "cut"), Trace.load(tmp_path / "whole"))
+        return
     with pytest.raises(TraceError, match="not finished"):
         Trace.load(tmp_path / "cut")
     record("olmoe", written(), output_path=tmp_path / "cut")
@@ -437,7 +443,7 @@ def test_what_may_share_a_batch_is_found_out_once(tmp_path: Path, monkeypatch: p
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(recording.TraceWriter, "write", interrupted)
+        patch.setattr(ledger, "write_shard", interrupted)
         with pytest.raises(KeyboardInterrupt):
             record("olmoe", documents, output_path=tmp_path)
     monkeypatch.setattr(batching, "_known", {})  # as in another process

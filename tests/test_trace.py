@@ -425,7 +425,7 @@ def test_shards_can_be_forgotten_and_empty_documents_counted_as_done(recording: 
     writer.write(routes.take(routes.document < 2), last_document=3)
     assert writer.next_document == 4
     writer.write(routes.take(routes.document >= 4))
-    writer.keep_shards(1)
+    writer.keep(writer.entries[:1])
     assert (writer.shards, writer.next_document) == (1, 4)
     assert TraceWriter(tmp_path, trace.shape, {}).shards == 1
 

@@ -17,14 +17,13 @@ from test_engines import ANSWERS, layer_by_layer, scripted, step_by_step, told
 from test_recording import Document, contents, record, written
 
 from dbes.errors import FileError, RecordingError
-from dbes.recording import forward, units
+from dbes.recording import forward, ledger, units
 from dbes.recording import record as recording
 from dbes.recording.background import WAITING, Background
 from dbes.recording.batches import Batching, Window, batches, first_batch, longest_first
 from dbes.recording.units import work_units
 from dbes.trace import blocks
 from dbes.trace.spool import Spool
-from dbes.trace.writer import TraceWriter
 
 
 def cut_in_a_loop(lengths: Sequence[int], limit: int) -> list[tuple[int, int]]:
@@ -145,27 +144,52 @@ def test_a_unit_is_batched_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sizes == [[20] * 6, [4] * 6] and apart > 4
 
 
-@pytest.mark.parametrize("stop_at", range(8))
-def test_an_interrupted_unit_is_recorded_again_and_its_shards_are_kept(stop_at: int, tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("stop_at", [0, 3, 7])
+def test_an_interrupted_unit_is_recorded_again(stop_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recording, "SHARD_TOKENS", 20)
     told(scripted(), tmp_path / "whole")
     one_unit(monkeypatch)
     monkeypatch.setattr(blocks, "SPOOL_BYTES", 0)
-    write, left = TraceWriter.write, iter(range(stop_at, -1, -1))
+    write, left = ledger.write_shard, iter(range(stop_at, -1, -1))
 
-    def failing(*arguments: Any, **options: Any) -> None:
+    def failing(*arguments: Any, **options: Any) -> Any:
         if next(left) == 0:
             raise KeyboardInterrupt
-        write(*arguments, **options)
+        return write(*arguments, **options)
 
-    monkeypatch.setattr(TraceWriter, "write", failing)
-    with pytest.raises(KeyboardInterrupt):
-        told(scripted(), tmp_path / "cut")
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger, "write_shard", failing)
+        with pytest.raises(KeyboardInterrupt):
+            told(scripted(), tmp_path / "cut")
     assert not list((tmp_path / "cut").glob(".*")), "a spool was left"
-    monkeypatch.setattr(TraceWriter, "write", write)
     engine = scripted()
     told(engine, tmp_path / "cut")
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole") and engine.asked == [0]
+
+
+@pytest.mark.parametrize("harm", ["a shard is missing", "a shard is altered", "the record is altered", "the record is half", "another cut"])
+def test_a_unit_that_is_not_as_it_was_written_is_recorded_again(harm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recording, "SHARD_TOKENS", 20)
+    told(scripted(), tmp_path / "whole")
+    cut = tmp_path / "cut"
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger.TraceWriter, "finish", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            told(scripted(), cut)
+    kept, shard, asked = cut / "units" / "unit-00001.json", cut / "control" / "shard-00001.safetensors", 1
+    if harm == "a shard is missing":
+        shard.unlink()
+    elif harm == "a shard is altered":
+        shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    elif harm == "the record is altered":
+        kept.write_text(kept.read_text().replace('"unit": 1', '"unit": 2'))
+    elif harm == "the record is half":
+        kept.write_text(kept.read_text()[:100])
+    else:
+        one_unit(monkeypatch)
+    engine = scripted()
+    told(engine, cut)
+    assert contents(cut) == contents(tmp_path / "whole") and len(engine.asked) == asked
 
 
 class TestSpool:

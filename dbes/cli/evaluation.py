@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -63,10 +64,11 @@ def evaluate(
     With several tasks one that fails does not keep the others from being run.
     """
     from dbes.evaluation.pipeline import evaluate as run
+    from dbes.recording.crew import Crew
     from dbes.reporting.report import keep_page
 
-    wanted = names(tasks)
-    with progress_bar() as progress:
+    wanted, quiet = names(tasks), not Crew.here().first
+    with nullcontext() if quiet else progress_bar() as progress:
         found = run(
             model, tasks=wanted, output_path=output_path, revision=revision, limit=limit, dtype=dtype, device_map=device_map,
             batch_size=_batch_size(batch_size), engine=cast("Any", engine), max_memory=max_memory, seed=seed,
@@ -74,7 +76,7 @@ def evaluate(
             overwrite=overwrite, save_trace=save_trace, embedded_fallback=embedded_fallback, progress=progress,
         )  # fmt: skip
     done = [result for result in found if result.status == "ok"]
-    for result in found:
+    for result in found if not quiet else ():
         if result.status != "ok":
             tell(str(result.error))
             continue
@@ -82,7 +84,7 @@ def evaluate(
         keep_page(result.folder)
         if format == "table":
             _show(result)
-    if format == "json" and done:
+    if format == "json" and done and not quiet:
         say_json(_json(done, several=len(wanted) > 1))
     if len(done) < len(found):
         raise typer.Exit(FAILED)

@@ -22,6 +22,7 @@ from dbes.evaluation.request import (
 )
 from dbes.evaluation.reuse import finished_result, missing_files, notes, other_recording, same_result, tidy, whole_trace
 from dbes.files import discard, locked
+from dbes.recording.crew import Crew
 from dbes.results import PAGE_FILE, RESULT_FILE, ModelFacts, RecordingFacts, Result, TaskFacts, load_result
 from dbes.scoring.score import score_tables
 from dbes.scoring.tables import COMPANIONS, save_scores
@@ -128,7 +129,8 @@ def evaluate(
     """
     several = not isinstance(tasks, str | Path | Task)
     wanted = list(tasks) if several else [tasks]
-    with given_model(model, tokenizer) as given:
+    crew = Crew.here()
+    with given_model(model, tokenizer) as given, crew.meeting(Path(output_path)):
         request = Request.of(
             given, revision=revision, limit=limit, dtype=dtype, device_map=device_map, batch_size=batch_size, seed=seed, engine=engine,
             max_memory=max_memory, permutations=permutations, trust_remote_code=trust_remote_code, embedded_fallback=embedded_fallback,
@@ -136,22 +138,31 @@ def evaluate(
         benchmarks = [read_benchmark(task, limit=limit, embedded_fallback=embedded_fallback) for task in wanted]
         if not benchmarks:
             raise SettingError("tasks: expected at least one")
+        crew.check(request.device_map)
         subject = subject_of(given, request)
         job = Job(subject=subject, request=request, benchmark=benchmarks[0], output_path=Path(output_path), save_trace=save_trace)
         results = []
-        for task, benchmark in zip(wanted, benchmarks, strict=True):
+        for number, (task, benchmark) in enumerate(zip(wanted, benchmarks, strict=True)):
             job = replace(job, request=request.on(task), benchmark=benchmark)
-            try:
-                result, job = _done(job, overwrite=overwrite, progress=progress)
-            except DbesError as problem:
-                if not several:
-                    raise
-                result = _failure(job, problem)
+            result, job = _of_task(job, crew, number, several=several, overwrite=overwrite, progress=progress)
             results.append(result)
     return results if several else results[0]
 
 
-def _done(job: Job, *, overwrite: bool, progress: Progress | None) -> tuple[Result, Job]:
+def _of_task(job: Job, crew: Crew, number: int, *, several: bool, overwrite: bool, progress: Progress | None) -> tuple[Result, Job]:
+    """As `_done`, of one of the tasks; of one that fails beside others, what is to be read of it."""
+    crew.begin(number)
+    try:
+        result, job = _done(job, crew, overwrite=overwrite, progress=progress) if crew.first else _helped(job, crew, number)
+    except DbesError as problem:
+        if not several:
+            raise
+        result = _failure(job, problem)
+    crew.tell("done", folder=job.folder)
+    return result, job
+
+
+def _done(job: Job, crew: Crew, *, overwrite: bool, progress: Progress | None) -> tuple[Result, Job]:
     """The result of a job, and the job with the model in it, where that was loaded."""
     while True:
         if not overwrite and (found := finished_result(job)) is not None:
@@ -160,15 +171,34 @@ def _done(job: Job, *, overwrite: bool, progress: Progress | None) -> tuple[Resu
             try:
                 if not overwrite and (found := _repaired(job)) is not None:
                     return found, job
-                loaded = job.subject.loaded or _loaded(job.subject, job.request)
+                crew.tell("loading")
+                loaded = job.subject.loaded or _loaded(job.subject, job.request, device=crew.device)
                 where, job = job.folder, job.with_model(loaded)
                 if job.folder == where:
-                    return _evaluated(job, loaded, fresh=overwrite, progress=progress), job
+                    return _evaluated(job, loaded, crew, fresh=overwrite, progress=progress), job
             except RECOVERED as problem:
                 raise _failed(job, problem) from problem
         # the revision was not known before, so the result belongs into another folder
         with suppress(OSError):
             where.rmdir()
+
+
+def _helped(job: Job, crew: Crew, task: int) -> tuple[Result, Job]:
+    """As `_done` of a process that is not the first: it records units of the trace, and touches nothing else.
+
+    Raises:
+        DbesError: what the first process failed of.
+    """
+    if crew.reached(task, "loading"):
+        loaded = job.subject.loaded or _loaded(job.subject, job.request, device=crew.device)
+        job = job.with_model(loaded)
+        if crew.reached(task, "recording"):
+            with suppress(DbesError):  # it stands in the unit that was not finished, of which the first process fails
+                _recorded(job, loaded, job.folder / TRACE_FOLDER, progress=None, crew=crew)
+    found = load_result(crew.result(task))
+    if found.status != "ok":
+        raise ResultError(found.error or "failed")
+    return found, job
 
 
 def record(
@@ -211,7 +241,7 @@ def record(
             return _recorded(job, loaded, None if output_path is None else Path(output_path), progress=progress)[0]
 
 
-def _loaded(subject: Subject, request: Request) -> LoadedModel:
+def _loaded(subject: Subject, request: Request, *, device: str | None = None) -> LoadedModel:
     from dbes.models import load_model
 
     assert request.model is not None
@@ -222,7 +252,7 @@ def _loaded(subject: Subject, request: Request) -> LoadedModel:
         name=subject.name,
         revision=request.revision,
         dtype=request.dtype or "auto",
-        device_map=request.device_map,
+        device_map=request.device_map or device,
         trust_remote_code=request.trust_remote_code,
         # the one place where "auto" is decided
         layerwise={"auto": None, "memory": False, "streaming": True}[request.engine],
@@ -245,12 +275,12 @@ def _repaired(job: Job) -> Result | None:
     return _scored(job, trace, found.recording or _facts(job, trace))
 
 
-def _evaluated(job: Job, loaded: LoadedModel, *, fresh: bool, progress: Progress | None) -> Result:
+def _evaluated(job: Job, loaded: LoadedModel, crew: Crew, *, fresh: bool, progress: Progress | None) -> Result:
     folder = job.folder
     if fresh or same_result(job) is not None:
         for name in (RESULT_FILE, PAGE_FILE, *COMPANIONS, TRACE_FOLDER):
             discard(folder / name)
-    trace, facts = _recorded(job, loaded, folder / TRACE_FOLDER, progress=progress)
+    trace, facts = _recorded(job, loaded, folder / TRACE_FOLDER, progress=progress, crew=crew)
     if progress is not None:
         progress("scoring", 0, 0)
     return _scored(job, trace, facts)
@@ -275,7 +305,9 @@ def _scored(job: Job, trace: Trace, facts: RecordingFacts) -> Result:
     return result
 
 
-def _recorded(job: Job, loaded: LoadedModel, folder: Path | None, *, progress: Progress | None) -> tuple[Trace, RecordingFacts]:
+def _recorded(
+    job: Job, loaded: LoadedModel, folder: Path | None, *, progress: Progress | None, crew: Crew | None = None
+) -> tuple[Trace, RecordingFacts]:
     from dbes.recording.record import record_documents
 
     benchmark, request = job.benchmark, job.request
@@ -298,6 +330,7 @@ def _recorded(job: Job, loaded: LoadedModel, folder: Path | None, *, progress: P
         # how windows share a batch can change close choices, so it is part of what a recording is
         provenance={"task": benchmark.facts, "batch_size": request.batch_size},
         progress=None if progress is None else lambda now, total: progress("recording", now, total),
+        crew=crew,
     )
     facts = _facts(job, done.trace)
     took = {name: getattr(done, name) for name in ("seconds", "tokens_per_second", "engine", "bytes_read", "bytes_skipped")}

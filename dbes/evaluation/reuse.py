@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from dbes.errors import DbesError, FileError, ResultError
 from dbes.evaluation.request import Expected, Job, Request
 from dbes.files import discard, locked, remove_abandoned, sha256_of
+from dbes.recording.ledger import UNITS
 from dbes.results import METRICS_VERSION, RESULT_FILE, Result, load_result
 from dbes.scoring.tables import COMPANIONS
 from dbes.trace.store import TRACE_FOLDER, Trace
@@ -173,5 +174,6 @@ def tidy(job: Job) -> None:
     trace = job.folder / TRACE_FOLDER
     for folder in (trace, *(path for path in trace.rglob("*") if path.is_dir())):
         remove_abandoned(folder)
+    discard(trace / UNITS)
     if not job.save_trace and trace.is_dir():
         discard(trace)

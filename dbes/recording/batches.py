@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from dbes.models import LoadedModel
-from dbes.models.sites import RoutingSite
+if TYPE_CHECKING:
+    from dbes.models import LoadedModel
+    from dbes.models.sites import RoutingSite
 
 Batching = Literal["padded", "equal lengths", "one at a time"]
 """What may share a batch without changing the routing: any windows, windows of one length, or none."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from dbes.errors import RecordingError
-from dbes.files import write_json
+from dbes.locks import Held
 from dbes.models import LoadedModel
 from dbes.models.sites import find_sites, max_positions
 from dbes.models.token_text import token_texts
@@ -19,16 +19,16 @@ from dbes.models.windows import embedding_rows, refuse_unknown, special_tokens, 
 from dbes.recording.background import Background
 from dbes.recording.batches import Batching
 from dbes.recording.batching import find_batching
+from dbes.recording.crew import Crew
 from dbes.recording.engine import Engine
 from dbes.recording.forward import ForwardEngine
+from dbes.recording.ledger import Ledger, Tally
 from dbes.recording.streaming import streaming
 from dbes.recording.units import SHARD_TOKENS, Unit, work_units
 from dbes.trace.blocks import Assembly, Block, Contents, Work
-from dbes.trace.manifest import MANIFEST, read_manifest
-from dbes.trace.store import CONTROL, Trace
-from dbes.trace.types import UNKNOWN, RoutingShape, TokenRoutes
+from dbes.trace.store import Trace
+from dbes.trace.types import RoutingShape
 from dbes.trace.vocabulary import TokenText
-from dbes.trace.writer import TraceWriter
 
 CONTROL_DRAWS = 3
 Progress = Callable[[int, int], None]
@@ -85,6 +85,7 @@ def record_documents(
     max_memory: int | None = None,
     provenance: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    crew: Crew | None = None,
 ) -> Recording:
     """Routing of every token of the documents, as executed. The same whatever the batch size and the order of documents.
 
@@ -102,6 +103,7 @@ def record_documents(
         max_memory: bytes that this process may use, where the model's layers were left on disk; by default what is free.
         provenance: further facts for the trace's manifest (name, version and fingerprint of the task).
         progress: called as progress(tokens done, tokens in all).
+        crew: the processes that record into the folder together; the first of them returns the trace, the others one without routes.
 
     Raises:
         RecordingError: no documents, a text without tokens, an unknown domain; a layer that did not fire; wrong counts; NaN in
@@ -145,6 +147,7 @@ def record_documents(
         output_path=output_path,
         provenance=provenance,
         progress=progress,
+        crew=crew,
     )
     if loaded.layerwise is None:
         return replace(done, batching=engine.batching, engine="memory")
@@ -162,39 +165,55 @@ def record_with(
     output_path: str | Path | None = None,
     provenance: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    crew: Crew | None = None,
 ) -> Recording:
     """The routes an engine tells of the documents, checked, in shards of whole documents.
 
     Args:
         texts: int32 [tokens] of each document, without special tokens.
         spelled: texts of token ids, for the trace's vocabulary.
-        domains, output_path, provenance, progress: see `record_documents`.
+        domains, output_path, provenance, progress, crew: see `record_documents`.
 
     Raises:
         RecordingError: no documents, an unknown domain; blocks that are not the routes of every token at every layer, once.
         TraceError: the folder holds another recording.
     """
-    contents = engine.contents
+    crew, contents = crew or Crew(), engine.contents
     shape = _shape(contents, documents, domains)
     facts = {**engine.identity, **dict(provenance or {}), **engine.settings}
-    target = _Destination(output_path, shape, facts, draws=contents.control)
-    tally = _Tally(len(contents.layers), target.routes())
-    started, told = time.perf_counter(), _Told(tally.tokens, len(contents.layers), sum(map(len, texts)), progress)
-    lengths = [len(text) + contents.answer for text in texts]
-    with Background() as host:
-        for unit in work_units(lengths, contents.bytes_per_token, shard_tokens=SHARD_TOKENS):
-            low, high = unit.documents
-            if high > target.next_document:
-                _record_unit(engine, unit, Work(low, shape.document_ids[low:high], texts[low:high]), target, tally, host, told)
+    units = work_units([len(text) + contents.answer for text in texts], contents.bytes_per_token, shard_tokens=SHARD_TOKENS)
+    folder = None if output_path is None else Path(output_path)
+    ledger = Ledger(folder, shape, facts, draws=contents.control, units=units, first=crew.first)
+    crew.tell("recording")
+    earlier, started, total = ledger.tokens, time.perf_counter(), sum(map(len, texts))
+    told = _Told(earlier, len(contents.layers), total, progress)
+    with crew.holding() as locks, Background() as host:
+        while True:
+            for unit, held in crew.units(ledger):
+                locks += [held] if held is not None else []
+                low, high = unit.documents
+                work = Work(low, shape.document_ids[low:high], texts[low:high])
+                _record_unit(engine, unit, work, ledger, host, told, held)
+                told.others(ledger.tokens)
+            host.finish()
+            if ledger.look() or not crew.first:
+                break
+            told.others(ledger.tokens)
+            crew.wait()
     seconds = time.perf_counter() - started
-    trace = target.finish(vocabulary=spelled(sorted(tally.seen)), provenance=tally.facts(engine))
-    return Recording(trace=trace, documents=len(documents), tokens=tally.tokens - told.earlier, seconds=seconds)
+    if not crew.first:
+        return Recording(trace=Trace(shape=shape, provenance=facts), documents=0, tokens=0, seconds=seconds)
+    tally = ledger.tally()
+    trace = ledger.finish(vocabulary=spelled(tally.seen), provenance=_facts(ledger, tally, engine))
+    return Recording(trace=trace, documents=len(documents), tokens=tally.tokens - earlier, seconds=seconds)
 
 
-def _record_unit(engine: Engine, unit: Unit, work: Work, target: _Destination, tally: _Tally, host: Background, told: _Told) -> None:
+def _record_unit(
+    engine: Engine, unit: Unit, work: Work, ledger: Ledger, host: Background, told: _Told, held: Held | None
+) -> None:  # fmt: skip
     """One work unit: while the engine runs, another thread puts its routes together and writes its shards, and those of the one before."""
     where = str(engine.identity.get("model"))
-    assembly = Assembly(engine.contents, work, where=where, error=RecordingError, folder=target.folder)
+    assembly = Assembly(engine.contents, work, where=where, error=RecordingError, folder=ledger.folder)
     reduced: int | None = None
     for block in engine.blocks(work):
         host.do(assembly.add, block)
@@ -202,29 +221,29 @@ def _record_unit(engine: Engine, unit: Unit, work: Work, target: _Destination, t
         told.add(block)
 
     def store() -> None:
-        tally.reduced |= {} if reduced is None else {str(work.first): reduced}
-        kept = [bounds for bounds in unit.shards if bounds[0] >= target.next_document]
-        for (_, end), (routes, controls) in zip(kept, assembly.parts(kept), strict=True):
-            target.write(routes, controls, last_document=end - 1)
-            tally.add(routes)
+        ledger.keep(unit, assembly.parts(unit.shards), reduced=reduced)
+        if held is not None:
+            held.release()
 
     host.do(store)
 
 
 class _Told:
-    """Tells progress; tokens count when all their layers have come.
-
-    Attributes:
-        earlier: tokens that were recorded before.
-    """
+    """Tells progress; tokens count when all their layers have come."""
 
     def __init__(self, earlier: int, layers: int, total: int, progress: Progress | None) -> None:
-        self.earlier, self._layers, self._total, self._progress, self._cells = earlier, layers, total, progress, 0
+        self._layers, self._total, self._progress = layers, total, progress
+        self._earlier, self._cells, self._done = earlier, 0, earlier
 
     def add(self, block: Block) -> None:
         self._cells += len(block.document) * len(block.layers)
+        self.others(self._earlier + self._cells // self._layers)
+
+    def others(self, done: int) -> None:
+        """So many tokens are done by now by all processes."""
+        self._done = max(self._done, done)
         if self._progress is not None:
-            self._progress(self.earlier + self._cells // self._layers, self._total)
+            self._progress(self._done, self._total)
 
 
 def _placed(documents: Sequence[TextDocument], domains: Sequence[str]) -> np.ndarray:
@@ -274,99 +293,21 @@ def _token_ids(loaded: LoadedModel, documents: Sequence[TextDocument]) -> list[n
     return texts
 
 
-class _Tally:
-    """What is known only at the end: tokens seen, slots that ran nothing, rows without a score."""
-
-    def __init__(self, layers: int, earlier: Iterator[TokenRoutes]) -> None:
-        self.tokens = 0
-        self.seen: set[int] = set()
-        self.idle = np.zeros(layers, np.int64)
-        self.unscored = np.zeros(layers, np.int64)
-        self.unmargined = np.zeros(layers, np.int64)
-        self.reduced: dict[str, int] = {}
-        for routes in earlier:
-            self.add(routes)
-
-    def add(self, routes: TokenRoutes) -> None:
-        assert routes.token_ids is not None
-        self.tokens += len(routes)
-        self.seen.update(np.unique(routes.token_ids).tolist())
-        self.idle += (routes.ids == np.iinfo(routes.ids.dtype).max).sum(axis=(0, 2))
-        if routes.kept is not None and routes.logit_margins is not None:
-            self.unscored += (routes.kept[:, :, 0] == UNKNOWN).sum(axis=0)
-            self.unmargined += np.isnan(routes.logit_margins).sum(axis=0)
-
-    def facts(self, engine: Engine) -> dict[str, Any]:
-        """Per layer: why rows have no score, and the share of slots that went to zero-computation experts or were skipped."""
-        reasons: dict[str, str] = {}
-        logit_reasons: dict[str, str] = {}
-        idle: dict[str, float] = {}
-        contents = engine.contents
-        for column, (layer, top_k) in enumerate(zip(contents.layers, contents.top_k, strict=True)):
-            if self.unscored[column]:
-                reasons[str(layer)] = engine.score_reason(layer, int(self.unscored[column]), self.tokens)
-            if self.unmargined[column]:
-                logit_reasons[str(layer)] = f"no router logits for {self.unmargined[column]} of {self.tokens} tokens"
-            running = self.idle[column] - self.tokens * (contents.slots - top_k)
-            if running:
-                idle[str(layer)] = float(running / (self.tokens * top_k))
-        found = {"scores_missing": reasons, "logits_missing": logit_reasons, "slots_without_expert": idle}
-        # where memory ran out texts shared smaller batches, by the first document of the work unit
-        return found | ({"batches_reduced_to": self.reduced} if self.reduced else {})
-
-
-class _Destination:
-    """Where shards go: a trace folder with its controls, or memory. A control's shard is written before the trace's, so that on resuming
-    it is never behind, and is cut back when it is ahead."""
-
-    def __init__(self, output_path: str | Path | None, shape: RoutingShape, facts: Mapping[str, Any], *, draws: int) -> None:
-        self.shape, self.facts = shape, dict(facts)
-        self.folder = None if output_path is None else Path(output_path)
-        self.kept: list[tuple[TokenRoutes, ...]] = []
-        self.writer: TraceWriter | None = None
-        self.controls: list[TraceWriter] = []
-        if self.folder is None:
-            return
-        self.writer = TraceWriter(self.folder, shape, facts)
-        inner = self.folder
-        for draw in range(draws):
-            inner = inner / CONTROL
-            if (inner / MANIFEST).is_file() and (manifest := read_manifest(inner)).complete:
-                # interrupted between finishing the control and finishing the trace
-                write_json(inner / MANIFEST, manifest.model_copy(update={"complete": False}).model_dump(mode="json"))
-            self.controls.append(TraceWriter(inner, shape, self._control_facts(draw)))
-            self.controls[-1].keep_shards(self.writer.shards)
-
-    def _control_facts(self, draw: int) -> dict[str, Any]:
-        return {**self.facts, "router": "random", "draw": draw}
-
-    @property
-    def next_document(self) -> int:
-        return self.writer.next_document if self.writer is not None else 0
-
-    def routes(self) -> Iterator[TokenRoutes]:
-        """Shards of an earlier, interrupted run."""
-        if self.folder is not None:
-            yield from Trace(shape=self.shape, path=self.folder, entries=read_manifest(self.folder).shards)
-
-    def write(self, routes: TokenRoutes, controls: Sequence[TokenRoutes], *, last_document: int) -> None:
-        if self.writer is None:
-            self.kept.append((routes, *controls))
-            return
-        for writer, control in zip(self.controls, controls, strict=False):
-            writer.write(control, last_document=last_document)
-        self.writer.write(routes, last_document=last_document)
-
-    def finish(self, *, vocabulary: Mapping[int, TokenText], provenance: Mapping[str, Any]) -> Trace:
-        if self.writer is None:
-            loaded, *controls = zip(*self.kept, strict=True)
-            control = None
-            for draw, routes in reversed(list(enumerate(controls))):
-                control = Trace(shape=self.shape, provenance=self._control_facts(draw), control=control, loaded=routes)
-            facts = {**self.facts, **provenance}
-            return Trace(shape=self.shape, provenance=facts, control=control, vocabulary=vocabulary, loaded=loaded)
-        for writer in reversed(self.controls):
-            writer.finish()
-        self.writer.finish(vocabulary=vocabulary, provenance=provenance)
-        assert self.folder is not None
-        return Trace.load(self.folder)
+def _facts(ledger: Ledger, tally: Tally, engine: Engine) -> dict[str, Any]:
+    """Per layer: why rows have no score, and the share of slots that went to zero-computation experts or were skipped; and where memory
+    ran out."""
+    reasons: dict[str, str] = {}
+    logit_reasons: dict[str, str] = {}
+    idle: dict[str, float] = {}
+    contents = engine.contents
+    for column, (layer, top_k) in enumerate(zip(contents.layers, contents.top_k, strict=True)):
+        if tally.unscored[column]:
+            reasons[str(layer)] = engine.score_reason(layer, tally.unscored[column], tally.tokens)
+        if tally.unmargined[column]:
+            logit_reasons[str(layer)] = f"no router logits for {tally.unmargined[column]} of {tally.tokens} tokens"
+        running = tally.idle[column] - tally.tokens * (contents.slots - top_k)
+        if running:
+            idle[str(layer)] = float(running / (tally.tokens * top_k))
+    found = {"scores_missing": reasons, "logits_missing": logit_reasons, "slots_without_expert": idle}
+    reduced = ledger.reduced()
+    return found | ({"batches_reduced_to": reduced} if reduced else {})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from safetensors.numpy import save as encode_safetensors
 
 from dbes.errors import TraceError
 from dbes.files import discard, write_bytes, write_json, write_text
-from dbes.trace.manifest import MANIFEST, TRACE_SCHEMA, Manifest, ShardEntry, read_manifest, sealed
+from dbes.trace.manifest import MANIFEST, TRACE_SCHEMA, Manifest, ShardEntry, digest, read_manifest, sealed
 from dbes.trace.types import RoutingShape, TokenRoutes
 from dbes.trace.vocabulary import TokenText, as_json
 
@@ -24,10 +24,11 @@ class TraceWriter:
     """Appends shards to a trace folder; what was written whole before an interruption is kept and resumed from.
 
     Opening a folder that holds an unfinished recording **of the same thing** (shape and provenance equal) resumes it:
-    ``next_document`` is the first document still to be recorded. Anything else in the folder is an error.
+    ``next_document`` is the first document still to be recorded. Anything else in the folder is an error, and without ``begin`` so is
+    nothing.
     """
 
-    def __init__(self, folder: Path, shape: RoutingShape, provenance: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, shape: RoutingShape, provenance: Mapping[str, Any], *, begin: bool = True) -> None:
         self.folder = folder
         self._manifest = Manifest(
             schema_version=TRACE_SCHEMA,
@@ -50,12 +51,23 @@ class TraceWriter:
                 told = ", ".join(_other_facts(earlier, self._manifest)) or ("finished" if earlier.complete else "shards are missing")
                 raise TraceError(f"{folder}: holds another recording ({told}); choose another folder or --overwrite")
             self._manifest = earlier
-        else:
+        elif begin:
             self._save()
+        else:
+            raise TraceError(f"{folder}: holds no recording")
 
     @property
     def shards(self) -> int:
         return len(self._manifest.shards)
+
+    @property
+    def entries(self) -> tuple[ShardEntry, ...]:
+        return self._manifest.shards
+
+    @property
+    def identity(self) -> str:
+        """sha256 of what is recorded, without how far it is."""
+        return digest(self._manifest.model_copy(update={"complete": False, "shards": ()}).model_dump(mode="json"))
 
     @property
     def tokens(self) -> int:
@@ -66,28 +78,18 @@ class TraceWriter:
         """First document that no whole shard holds yet."""
         return self._manifest.shards[-1].last_document + 1 if self._manifest.shards else 0
 
-    def keep_shards(self, count: int) -> None:
-        """Forget all but the first ``count`` shards (a control that ran one shard ahead of its trace is cut back)."""
-        self._manifest = self._manifest.model_copy(update={"shards": self._manifest.shards[:count]})
+    def keep(self, shards: Sequence[ShardEntry]) -> None:
+        """These are the shards, whoever wrote them; what was known of others is forgotten."""
+        self._manifest = self._manifest.model_copy(update={"shards": tuple(shards)})
         self._save()
 
     def write(self, routes: TokenRoutes, *, last_document: int | None = None) -> None:
         """Add one shard. ``last_document`` says up to where documents are done when the last of them have no token."""
-        content = encode_safetensors({name: np.ascontiguousarray(array) for name, array in routes.arrays().items()})
-        name = f"shard-{self.shards:05d}.safetensors"
         last = last_document
         if last is None:
             last = int(routes.document[-1]) if len(routes) else self.next_document - 1
-        entry = ShardEntry(
-            name=name,
-            tokens=len(routes),
-            first_document=self.next_document,
-            last_document=last,
-            sha256=hashlib.sha256(content).hexdigest(),
-        )
-        write_bytes(self.folder / name, content)
-        self._manifest = self._manifest.model_copy(update={"shards": (*self._manifest.shards, entry)})
-        self._save()
+        entry = write_shard(self.folder, self.shards, routes, documents=(self.next_document, last + 1))
+        self.keep((*self._manifest.shards, entry))
 
     def finish(self, *, vocabulary: Mapping[int, TokenText] | None = None, provenance: Mapping[str, Any] | None = None) -> None:
         """Mark the trace complete; ``provenance`` adds facts known only at the end (counts, seconds are not among them).
@@ -108,6 +110,20 @@ class TraceWriter:
 
     def _save(self) -> None:
         write_json(self.folder / MANIFEST, sealed(self._manifest))
+
+
+def write_shard(folder: Path, number: int, routes: TokenRoutes, *, documents: tuple[int, int]) -> ShardEntry:
+    """Write one shard, of [first, last + 1) documents; what the manifest will say of it."""
+    content = encode_safetensors({name: np.ascontiguousarray(array) for name, array in routes.arrays().items()})
+    entry = ShardEntry(
+        name=f"shard-{number:05d}.safetensors",
+        tokens=len(routes),
+        first_document=documents[0],
+        last_document=documents[1] - 1,
+        sha256=hashlib.sha256(content).hexdigest(),
+    )
+    write_bytes(folder / entry.name, content)
+    return entry
 
 
 def _other_facts(one: Manifest, other: Manifest) -> list[str]:
