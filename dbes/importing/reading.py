@@ -12,6 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from tokenize import TokenError
 from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
@@ -222,7 +223,7 @@ def _npy_header(content: BinaryIO, where: str) -> tuple[tuple[int, ...], bool, n
         version = np.lib.format.read_magic(content)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(content)
-    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as problem:
+    except (ValueError, TypeError, SyntaxError, TokenError, RecursionError, MemoryError) as problem:
         raise SourceError(f"{where}: not a .npy file, or cut short ({clipped(str(problem))})") from None
     if dtype.hasobject:
         raise SourceError(f"{where}: {PICKLED}")
