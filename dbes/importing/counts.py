@@ -66,7 +66,7 @@ def _of_names(source: Source, where: str, content: Mapping[Any, Any], sizes: Mod
         numbers = [int(LAYER.fullmatch(str(name))[1]) for name in content]  # pyright: ignore[reportOptionalSubscript]
         if len(set(numbers)) < len(numbers):
             raise SourceError(f"{where}: a layer stands in it twice")
-        rows = [_whole(value, f"{where}, {clipped(str(name))}", 1) for name, value in content.items()]
+        rows = [whole(value, f"{where}, {clipped(str(name))}", 1) for name, value in content.items()]
         if len({len(row) for row in rows}) > 1:
             raise SourceError(f"{where}: layers with {sorted({len(row) for row in rows})} experts in one table")
         order = np.argsort(numbers)
@@ -81,11 +81,11 @@ def _of_names(source: Source, where: str, content: Mapping[Any, Any], sizes: Mod
                 raise SourceError(f"{place}: nothing that is a table of counts")
             yield from _of_names(source, place, value, sizes, domain=label)
             continue
-        hits = _whole(value, place, None)
+        hits = whole(value, place, None)
         hits = hits.sum(axis=0) if hits.ndim == 3 else hits
         if hits.ndim != 2:
             raise SourceError(f"{place}: shape {hits.shape}, expected [layers, experts] or [steps, layers, experts]")
-        numbers = list(range(len(hits))) if layers is None else _whole(layers, f"{where}, layers", 1).tolist()
+        numbers = list(range(len(hits))) if layers is None else whole(layers, f"{where}, layers", 1).tolist()
         if len(numbers) != len(hits):
             raise SourceError(f"{place}: {len(hits)} layers, but `layers` names {len(numbers)}")
         yield table(source, place, hits, numbers, sizes, domain=label)
@@ -127,7 +127,7 @@ def table(
     )
 
 
-def _whole(value: Any, where: str, axes: int | None) -> np.ndarray:
+def whole(value: Any, where: str, axes: int | None) -> np.ndarray:
     """Counts, int64."""
     try:
         found = np.asarray(value)

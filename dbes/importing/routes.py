@@ -22,7 +22,7 @@ from dbes.trace.writer import TraceWriter
 SHARD_TOKENS = 1 << 15
 """Tokens of a shard at most; longer documents are cut to pieces, which stay one unit of all statistics."""
 
-COLUMNS = ("token_ids", "phase", "weights")
+COLUMNS = ("token_ids", "phase", "weights", "logit_margins")
 MASS = 65_000.0
 """Gate weights are kept as float16, whose largest number this is about."""
 
@@ -136,7 +136,7 @@ class _Sink:
                 row, column = np.argwhere(each != each[:, :1])[0]
                 raise SourceError(
                     f"{where}: row {row} has {each[row, 0]} experts at layer {document.layers[0]}, but {each[row, column]} at layer "
-                    f"{document.layers[column]}; every token takes as many at each layer"
+                    f"{document.layers[column]}; every token takes as many at each (dense layers are dropped by --model-config config.json)"
                 )
         if document.weights is not None:
             weights = np.where(stored == np.iinfo(kind).max, 0, document.weights[:, columns]).astype(np.float32)
@@ -153,6 +153,7 @@ class _Sink:
             token_ids=None if document.token_ids is None else document.token_ids.astype(np.int32),
             phase=document.phase,
             weights=weights,
+            logit_margins=None if document.logit_margins is None else document.logit_margins[:, columns].astype(np.float16),
         )
 
     def _shape(self, documents: int) -> RoutingShape:

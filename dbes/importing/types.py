@@ -47,6 +47,7 @@ class Document:
         token_ids, positions: integers [tokens]; positions count from 0 by default.
         phase: uint8 [tokens], as in ``TokenRoutes``.
         weights: float [tokens, layers, slots].
+        logit_margins: float [tokens, layers], as in ``TokenRoutes``; NaN where unknown.
         text: name of the text it is a piece of; by default its own id. Documents of one text are one unit of all statistics.
         fields: what else the file says of it; a domain map can read the domain from here.
         uneven: layers may have run different numbers of slots for one token (a router that can skip).
@@ -63,6 +64,7 @@ class Document:
     positions: np.ndarray | None = None
     phase: np.ndarray | None = None
     weights: np.ndarray | None = None
+    logit_margins: np.ndarray | None = None
     text: str | None = None
     fields: Mapping[str, Any] = field(default_factory=dict)
     uneven: bool = False
