@@ -151,7 +151,8 @@ def record_of(number: int, rank: int, ids: np.ndarray, lengths: list[int] | None
     positions = [start + place for length in (lengths or [1] * tokens) for place in range(length)]
     return {
         "forward_pass_id": number, "rank": rank, "gatherer_key": "primary", "input_ids": list(range(first, first + tokens)),
-        "positions": positions, "extend_seq_lens": lengths, "forward_mode": 1, "topk_ids_of_layer": torch.from_numpy(ids), "misc_objects": [],
+        "positions": positions, "extend_seq_lens": lengths, "forward_mode": 1, "misc_objects": [],
+        "topk_ids_of_layer": torch.from_numpy(ids),
     }  # fmt: skip
 
 
@@ -299,7 +300,8 @@ def statistic(folder: Path, ranks: list[dict[str, np.ndarray]], **meta: Any) -> 
 
 
 def iterations(*seeds: int) -> dict[str, np.ndarray]:
-    return {f"{50 + step}_{layer + 1}": row for step, seed in enumerate(seeds) for layer, row in enumerate(foreign.hits_of(moe(seed), EXPERTS))}
+    tables = [foreign.hits_of(moe(seed), EXPERTS) for seed in seeds]
+    return {f"{50 + step}_{layer + 1}": row for step, table in enumerate(tables) for layer, row in enumerate(table)}
 
 
 def total(*seeds: int) -> np.ndarray:
@@ -341,5 +343,5 @@ def test_statistics_that_are_damaged(tmp_path):
     (folder / "meta_info.json").unlink()
     refused(tmp_path, folder, "meta_info.json: no such file", format="trtllm")
     (folder / "rank0.safetensors").rename(folder / "other.safetensors")
-    with pytest.raises(SourceError, match="no rank<r>.safetensors"):
+    with pytest.raises(SourceError, match=r"no rank<r>\.safetensors"):
         imported(tmp_path, folder, format="trtllm")

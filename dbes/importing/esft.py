@@ -27,10 +27,10 @@ def read(sources: Sequence[Source], sizes: ModelSizes, _: Notes) -> Iterator[Doc
         if files is None:
             raise SourceError(f"{folder}: several files of one layer; expected one text file a layer in a folder")
         for row in zip_longest(*(lines(source) for source in files)):
-            numbers = {None if cell is None else cell[0] for cell in row}
-            if len(numbers) > 1:
-                short = next(place for place, cell in enumerate(row) if cell is None or cell[0] == max(filter(None, numbers)))
-                raise SourceError(f"{files[short]}: has no line {min(filter(None, numbers))}, which files of other layers have; cut short?")
+            least = min(cell[0] for cell in row if cell is not None)
+            short = next((place for place, cell in enumerate(row) if cell is None or cell[0] != least), None)
+            if short is not None:
+                raise SourceError(f"{files[short]}: has no line {least}, which files of other layers have; cut short?")
             cells = [cell for cell in row if cell is not None]
             number = cells[0][0]
             parsed = [_line(line, top_k, f"{source}, line {number}") for source, (_, line) in zip(files, cells, strict=True)]
