@@ -340,6 +340,16 @@ def test_the_command_knows_every_format():
     assert (AUTO, *KNOWN) == FORMATS
 
 
+def test_the_page_of_formats_names_every_format(tmp_path):
+    from dbes.importing.detection import FORMATS
+
+    page = (Path(__file__).resolve().parents[1] / "docs" / "formats.md").read_text("utf-8")
+    assert all(f"\n| `{name}` |" in page for name in FORMATS)
+    example = page.split("```json\n")[1].split("\n")[0]
+    (tmp_path / "a.jsonl").write_text(example)
+    assert imported(tmp_path, tmp_path / "a.jsonl").routes.tokens == 2
+
+
 def test_what_a_source_lacks_is_nan_with_a_reason(tmp_path):
     imported(tmp_path, foreign.write_lines(tmp_path / "a.jsonl", lines(documents(16))))
     result = dbes.score(tmp_path / "out", permutations=19, output_path=tmp_path / "result")

@@ -54,8 +54,8 @@ def _line(line: bytes, top_k: int, where: str) -> tuple[np.ndarray, np.ndarray]:
     if len(parts) != 2:
         raise SourceError(f"{where}: expected ids, two tabs, weights; found {len(parts)} parts")
     try:
-        ids = np.array(parts[0].split(b"\t")).astype(np.int64)
-        weights = np.array(parts[1].split(b"\t")).astype(np.float32)
+        ids = np.fromiter(map(int, parts[0].split(b"\t")), np.int64)
+        weights = np.fromiter(map(float, parts[1].split(b"\t")), np.float32)
     except (ValueError, OverflowError) as problem:
         raise SourceError(f"{where}: not numbers with tabs between ({clipped(str(problem))})") from None
     if len(ids) != len(weights) or len(ids) % top_k:
