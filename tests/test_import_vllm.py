@@ -101,6 +101,16 @@ def test_zeros_of_unsupported_kernels_are_no_routing(tmp_path, ids, tokens):
     refused(tmp_path, path, "line 2.*stands twice.*did not record routing", model_config=config)
 
 
+def test_zeros_with_one_expert_a_token(tmp_path):
+    whole = foreign.routing(np.random.default_rng(0), 20, LAYERS, EXPERTS, 1)
+    whole[:, 0] = 0
+    path = tmp_path / "a.npy"
+    np.save(path, whole.astype(np.uint8))
+    refused(tmp_path, path, "every token has expert 0 at layer 0.*--model-config")
+    config = foreign.config(tmp_path, layers=LAYERS, experts=EXPERTS, k=1)
+    assert any("every token has expert 0" in note for note in imported(tmp_path, path, model_config=config).told)
+
+
 def test_the_split_form_of_021_with_a_cached_prefix(tmp_path, ids, tokens):
     prompt = ids[:PROMPT].astype(np.int16)
     prompt[:3] = -1

@@ -65,6 +65,8 @@ class _Sink:
         if self.slots > self.experts:
             raise SourceError(f"{first.where}: {self.slots} slots, but the model has {self.experts} experts")
         self.layers = first.layers
+        self.told = sizes.moe_layers is not None
+        self.chosen = np.zeros(len(first.layers), bool)
         self.columns = {name for name in COLUMNS if getattr(first, name) is not None}
         self.writer: TraceWriter | None = None
         self.waiting: list[tuple[Document, TokenRoutes]] = []
@@ -93,12 +95,23 @@ class _Sink:
 
     def finish(self) -> None:
         self._flush(len(self.ids))
+        self._refuse_zeros()
         assert self.writer is not None
         shape = self._shape(len(self.ids))
         self._possible(shape)
         self.writer.grow(shape)
         told = {"told": list(self.notes.told())}
         self.writer.finish(provenance={"import": {**self.provenance["import"], **told}})
+
+    def _refuse_zeros(self) -> None:
+        """With one expert a token, layers of zeros alone (dense ones, or kernels that record nothing) have no expert twice in a row."""
+        if self.slots > 1 or self.chosen.all():
+            return
+        layer = self.layers[int(np.argmin(self.chosen))]
+        seems = f"every token has expert 0 at layer {layer}, which is how a dense layer looks, or a server that did not record routing"
+        if not self.told:
+            raise SourceError(f"{self.first.where}: {seems}; give --model-config config.json, which tells what it is")
+        self.notes.once(seems)
 
     def _alike(self, document: Document) -> None:
         first, where = self.first, document.where
@@ -126,6 +139,7 @@ class _Sink:
                 f"{self.experts} experts (0 to {self.experts - 1}; -1 where there is none)"
             )
         stored = ids.astype(kind)
+        self.chosen |= ((stored != 0) & (ids != MISSING)).any(axis=(0, 2))
         weights = None
         if ids.dtype.kind == "i" and (ids < 0).any():
             ran = ids >= 0
