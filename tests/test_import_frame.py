@@ -247,6 +247,13 @@ def test_what_stands_in_the_folder_is_kept(tmp_path):
         dbes.import_routing(path, output_path=tmp_path / "mine", experts=8, overwrite=True)
 
 
+def test_a_folder_inside_the_sources_is_no_source(tmp_path):
+    foreign.write_lines(tmp_path / "logs" / "z.jsonl", lines(documents(2)))
+    for _ in range(2):
+        found = dbes.import_routing(tmp_path / "logs", output_path=tmp_path / "logs" / "a", experts=EXPERTS, overwrite=True)
+        assert len(found.routes.shape.document_ids) == 2
+
+
 def test_what_an_interrupted_import_left_is_no_part_of_the_next(tmp_path):
     left = tmp_path / ".out.import.part"
     left.mkdir()
@@ -338,6 +345,13 @@ def test_the_command_knows_every_format():
     from dbes.importing.detection import FORMATS as KNOWN
 
     assert (AUTO, *KNOWN) == FORMATS
+
+
+def test_a_page_of_texts_of_one_length(tmp_path):
+    texts = {name: ids[:20] for name, ids in documents(16).items()}
+    imported(tmp_path, foreign.write_lines(tmp_path / "a.jsonl", lines(texts)))
+    dbes.score(tmp_path / "out", permutations=19, output_path=tmp_path / "result")
+    assert Path(str(dbes.report(tmp_path / "result"))).is_file()
 
 
 def test_the_page_of_formats_names_every_format(tmp_path):

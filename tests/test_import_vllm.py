@@ -67,6 +67,9 @@ def test_a_start_after_the_beginning(tmp_path, ids, tokens):
 def test_several_choices_of_one_prompt_are_one_text(tmp_path, ids, tokens):
     response = foreign.vllm_response("r", ids.astype(np.uint8), *tokens)
     response["choices"].append({**response["choices"][0], "index": 1, "routed_experts": foreign.base64_npy(ids[::-1].astype(np.uint8))})
+    for choice in response["choices"]:
+        del choice["token_ids"]
+    response["usage"]["completion_tokens"] = 2 * OUTPUT  # of both choices together
     shape = imported(tmp_path, foreign.write_lines(tmp_path / "a.jsonl", [response])).routes.shape
     assert shape.document_ids == ("r/0", "r/1") and shape.document_source == ("r", "r")
 

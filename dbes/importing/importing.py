@@ -86,6 +86,7 @@ def import_routing(
     domains, notes = read_domain_map(domain_map), Notes()
     _free(target, overwrite=overwrite)
     found = sources_of([sources] if isinstance(sources, str | Path) else sources)
+    found = tuple(source for source in found if target.resolve() not in source.path.resolve().parents)  # what an import before wrote
     given = frozenset(source.name for source in found if source.name == source.path.as_posix())
     chosen = format_of(detected(found, notes) if format == AUTO else format)
     used = of_format(found, chosen, given, notes)

@@ -78,13 +78,17 @@ def _of_record(record: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]
         place = where if key is None else f"{where}, {key}[{number}]"
         if not isinstance(part, dict):
             raise SourceError(f"{place}: expected a JSON object")
-        both = {**{field: record[field] for field in (SPLIT, START, "prompt_token_ids", "usage") if field in record}, **part}
+        usage = part.get("usage", record.get("usage"))
+        if len(parts) > 1 and isinstance(usage, dict):
+            usage = {field: count for field, count in usage.items() if field != "completion_tokens"}  # of all choices together
+        both = {**{field: record[field] for field in (SPLIT, START, "prompt_token_ids") if field in record}, **part}
         yield {
             "where": place,
             "id": name if len(parts) == 1 else f"{name}/{part.get('index', number)}",
             "text": name,
             "fields": about(record),
-            **{field: both.get(field) for field in (ROUTED, SPLIT, START, "prompt_token_ids", "token_ids", "usage")},
+            **{field: both.get(field) for field in (ROUTED, SPLIT, START, "prompt_token_ids", "token_ids")},
+            "usage": usage,
         }
 
 
