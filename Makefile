@@ -48,6 +48,7 @@ docs: $(READY)  ## The page of the API, from signatures and docstrings, and the 
 benchmarks: $(READY)  ## Speed and memory, as ratios within one run.
 	$(OFFLINE) $(BIN)/python benchmarks/recording.py build/recording.json
 	$(OFFLINE) $(BIN)/python benchmarks/scoring.py build/scoring.json
+	$(OFFLINE) $(BIN)/python benchmarks/importing.py build/importing.json
 
 leaderboard: $(READY)  ## Check the shipped results and rebuild reports/leaderboard.html from them.
 	$(OFFLINE) $(BIN)/dbes compare reports/entries --check

@@ -22,6 +22,7 @@ from dbes.errors import (
     RecordingError,
     ResultError,
     SettingError,
+    SourceError,
     TaskError,
     TraceError,
 )
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from dbes.finetuning.output import merge
     from dbes.finetuning.run import finetune
     from dbes.finetuning.settings import FinetuneSettings
+    from dbes.importing.importing import import_routing
     from dbes.intervention.grid import intervene
     from dbes.intervention.settings import InterventionSettings
     from dbes.models.doctor import Diagnosis, examine
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "evaluate": "dbes.evaluation.pipeline",
     "record": "dbes.evaluation.pipeline",
+    "import_routing": "dbes.importing.importing",
     "score": "dbes.scoring.score",
     "load_result": "dbes.results",
     "load_results": "dbes.results",
@@ -94,6 +97,7 @@ __all__ = [
     "Result",
     "ResultError",
     "SettingError",
+    "SourceError",
     "Task",
     "TaskError",
     "Trace",
@@ -103,6 +107,7 @@ __all__ = [
     "examine",
     "find_path",
     "finetune",
+    "import_routing",
     "intervene",
     "list_tasks",
     "load_model",

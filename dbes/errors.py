@@ -34,6 +34,10 @@ class TraceError(DbesError):
     """A trace on disk or in memory is incomplete, altered or inconsistent."""
 
 
+class SourceError(DbesError):
+    """A file of routing that was recorded elsewhere cannot be imported; the message names it, and the line or field."""
+
+
 class ResultError(DbesError):
     """A result file cannot be read or written."""
 

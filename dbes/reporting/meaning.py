@@ -53,7 +53,7 @@ def placebo_rows(result: Result) -> list[tuple[str | None, str, str, str, str]]:
     """
     found = _placebo(result)
     names = [name for name in result.task.domains if name in found.get(KINDS[0], {})]
-    splits = [(None, found.get("summary", {})), *((name, {kind: found[kind][name] for kind in KINDS}) for name in names)]
+    splits = [(None, found.get("summary", {})), *((name, {kind: found.get(kind, {}).get(name, {}) for kind in KINDS}) for name in names)]
     return [
         (name, _interval(random), _holm(random), _interval(length), _holm(length))
         for name, split in splits

@@ -257,9 +257,11 @@ def _replicates(estimates: Mapping[str, Estimate], *, control: bool) -> dict[str
 
 
 def _model_notes(counts: Counts) -> Iterator[str]:
-    """What loading the checkpoint told: tensors that were left out, an adapter that was merged."""
+    """What loading the checkpoint told (tensors that were left out, an adapter that was merged), or importing its routing."""
     for note in counts.provenance.get("notes") or ():
         yield f"model: {note}"
+    for note in (counts.provenance.get("import") or {}).get("told") or ():
+        yield f"import: {note}"
 
 
 def _warnings(counts: Counts, totals: LayerCounts, facts: Mapping[str, DomainFacts]) -> Iterator[str]:

@@ -83,6 +83,16 @@ class TraceWriter:
         self._manifest = self._manifest.model_copy(update={"shards": tuple(shards)})
         self._save()
 
+    def grow(self, shape: RoutingShape) -> None:
+        """More documents (and domains) follow those of before: an import learns of them as it reads. Sizes of the router stay."""
+        update = {
+            "domains": shape.domains,
+            "document_domain": tuple(shape.document_domain.tolist()),
+            "document_ids": shape.document_ids,
+            "document_source": shape.document_source,
+        }
+        self._manifest = self._manifest.model_copy(update=update)
+
     def write(self, routes: TokenRoutes, *, last_document: int | None = None) -> None:
         """Add one shard. ``last_document`` says up to where documents are done when the last of them have no token."""
         last = last_document
