@@ -27,6 +27,7 @@ from dbes.errors import (
 )
 
 if TYPE_CHECKING:
+    from dbes.comparison.agreement import Agreement, agreement
     from dbes.comparison.compare import Comparison, compare
     from dbes.evaluation.pipeline import evaluate, record
     from dbes.finetuning.output import merge
@@ -53,6 +54,7 @@ _HOMES = {
     "load_result": "dbes.results",
     "load_results": "dbes.results",
     "compare": "dbes.comparison.compare",
+    "agreement": "dbes.comparison.agreement",
     "report": "dbes.reporting.report",
     "find_path": "dbes.paths.search",
     "finetune": "dbes.finetuning.run",
@@ -69,6 +71,7 @@ _HOMES = {
     "Task": "dbes.tasks.task",
     "ExpertPath": "dbes.paths.types",
     "Comparison": "dbes.comparison.compare",
+    "Agreement": "dbes.comparison.agreement",
     "Diagnosis": "dbes.models.doctor",
     "FinetuneSettings": "dbes.finetuning.settings",
     "InterventionSettings": "dbes.intervention.settings",
@@ -76,6 +79,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Agreement",
     "Comparison",
     "Counts",
     "DbesError",
@@ -98,6 +102,7 @@ __all__ = [
     "TaskError",
     "Trace",
     "TraceError",
+    "agreement",
     "compare",
     "evaluate",
     "examine",
