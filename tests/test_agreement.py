@@ -124,7 +124,13 @@ def test_the_interval_is_the_jackknife_of_a_ratio_over_documents() -> None:
     value = ratio(cells, "differs")
     reach = float(jackknife(np.asarray(value), left_out, domain).reach)
     found = agreement(first, second, scores=False).differing
-    assert (found.low, found.high) == (pytest.approx(max(value - reach, 0)), pytest.approx(min(value + reach, 1)))
+    assert (found.low, found.high) == pytest.approx(ends(value, reach))
+
+
+def ends(value: float, reach: float) -> tuple[float, float]:
+    """Ends of an interval symmetric in the log-odds."""
+    odds, far = math.log(value / (1 - value)), reach / (value * (1 - value))
+    return 1 / (1 + math.exp(far - odds)), 1 / (1 + math.exp(-far - odds))
 
 
 def test_documents_of_one_source_are_one_unit() -> None:
@@ -137,7 +143,7 @@ def test_documents_of_one_source_are_one_unit() -> None:
     ])  # fmt: skip
     reach = float(jackknife(np.asarray(ratio(cells, "differs")), left_out, np.asarray([0, 1, 0, 1])).reach)
     found = agreement(*joined, scores=False).differing
-    assert found.high == pytest.approx(min(found.value + reach, 1))
+    assert (found.low, found.high) == pytest.approx(ends(found.value, reach))
 
 
 def _ids(trace: Trace) -> np.ndarray:
@@ -308,29 +314,31 @@ def test_a_domain_of_one_text_has_no_interval() -> None:
     assert math.isnan(intervals["code"]) and intervals["law"] == 0 and math.isnan(found.differing.high)
 
 
-def simulated(rng: np.random.Generator, documents: int) -> tuple[np.ndarray, np.ndarray]:
-    """Differing and compared tokens of documents whose own rates and lengths vary, also together."""
-    rate = rng.beta(2, 38, size=documents)
-    tokens = 20 + rng.geometric(1 / (200 + 2000 * rate))
+def simulated(rng: np.random.Generator, documents: int, *, growth: float, spread: float) -> tuple[np.ndarray, np.ndarray]:
+    """Differing and compared tokens of documents whose rates and lengths vary; with growth, the longer ones differ more."""
+    rate = rng.beta(spread, 19 * spread, size=documents)
+    tokens = 20 + rng.geometric(1 / (200 + growth * rate))
     return rng.binomial(tokens, rate), tokens
 
 
-def expected_share() -> float:
-    """E[tokens x rate] / E[tokens]: the ratio that many documents tend to."""
-    above, below = simulated(np.random.default_rng(99), 2_000_000)
-    return above.sum() / below.sum()
-
-
 @pytest.mark.slow
-def test_intervals_cover_the_share_that_many_documents_tend_to() -> None:
-    """Nominally 95 %; of 40 documents of two domains at least 90 % of 600 intervals must (0.90 is 5 standard errors below 0.945)."""
-    truth, rng, held = expected_share(), np.random.default_rng(0), 0
-    domain = np.repeat([0, 1], 20)
+@pytest.mark.parametrize(
+    ("documents", "growth", "spread", "least"),
+    [
+        pytest.param(40, 0, 2, 0.887, id="rates and lengths are independent"),
+        pytest.param(200, 2000, 2, 0.887, id="long documents differ more, many documents"),
+        pytest.param(40, 2000, 2, 0.86, id="long documents differ more, few: what the module admits"),
+    ],
+)
+def test_intervals_cover_the_share_that_many_documents_tend_to(documents: int, growth: float, spread: float, least: float) -> None:
+    """Nominally 95 %; the bounds are three standard errors of 600 runs below the 92 and 90 % that the module admits."""
+    above, below = simulated(np.random.default_rng(99), 2_000_000, growth=growth, spread=spread)
+    truth, rng, held = above.sum() / below.sum(), np.random.default_rng(0), 0
+    domain = np.repeat([0, 1], documents // 2)
     for _ in range(600):
-        above, below = simulated(rng, 40)
-        found = _share(above, below, domain)
+        found = _share(*simulated(rng, documents, growth=growth, spread=spread), domain)
         held += found.low <= truth <= found.high
-    assert held / 600 >= 0.90
+    assert held / 600 >= least, held
 
 
 def _share(above: np.ndarray, below: np.ndarray, domain: np.ndarray) -> Any:
