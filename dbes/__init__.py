@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from dbes.comparison.agreement import Agreement, agreement
     from dbes.comparison.compare import Comparison, compare
     from dbes.evaluation.pipeline import evaluate, record
+    from dbes.exporting.export import export
     from dbes.finetuning.output import merge
     from dbes.finetuning.run import finetune
     from dbes.finetuning.settings import FinetuneSettings
@@ -56,6 +57,7 @@ _HOMES = {
     "compare": "dbes.comparison.compare",
     "agreement": "dbes.comparison.agreement",
     "report": "dbes.reporting.report",
+    "export": "dbes.exporting.export",
     "find_path": "dbes.paths.search",
     "finetune": "dbes.finetuning.run",
     "merge": "dbes.finetuning.output",
@@ -106,6 +108,7 @@ __all__ = [
     "compare",
     "evaluate",
     "examine",
+    "export",
     "find_path",
     "finetune",
     "intervene",

@@ -9,7 +9,7 @@ import warnings
 
 import typer
 
-from dbes.cli import evaluation, finetuning, intervention, paths, reports, tasks, testbed
+from dbes.cli import evaluation, exporting, finetuning, intervention, paths, reports, tasks, testbed
 from dbes.cli.common import Guarded
 from dbes.text import printable
 
@@ -23,7 +23,7 @@ app = typer.Typer(
 )
 for command in (evaluation.evaluate, evaluation.score, reports.report, reports.compare, evaluation.doctor):
     app.command()(command)
-for command in (paths.paths, finetuning.finetune, finetuning.merge, intervention.intervene):
+for command in (paths.paths, exporting.export, finetuning.finetune, finetuning.merge, intervention.intervene):
     app.command()(command)
 app.add_typer(tasks.app, name="tasks")
 app.add_typer(testbed.app, name="testbed")
