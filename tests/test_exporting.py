@@ -163,7 +163,7 @@ def test_a_logical_count_of_unequal_layers_is_refused(tmp_path: Path) -> None:
 
 def target_of(config: Mapping[str, Any], name: str) -> bool:
     """As PEFT matches names: a pattern by re.fullmatch, names of a list by equality or as the end after a dot."""
-    if "target_modules" in config:
+    if isinstance(config["target_modules"], str):
         return re.fullmatch(config["target_modules"], name) is not None
     return any(name == target or name.endswith(f".{target}") for target in config["target_parameters"])
 

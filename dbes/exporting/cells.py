@@ -18,7 +18,7 @@ WHOLE_LAYERS = (
     "PEFT allows one such adapter a model. `dbes finetune` trains exactly these experts."
 )
 SINGLE_EXPERTS = "target_modules is for models whose experts are modules of their own: a pattern of exactly these experts."
-NAMES = "Names are those of models that keep their experts in `layers.N.mlp.experts`; compare them with the names of your model."
+NAMES = "Names are those of models that keep their experts in `model.layers.N.mlp.experts`; compare them with the names of your model."
 CONSTANTS = (
     "approximate_experts goes into config.json; vLLM also needs a vector `<experts prefix>.<expert>.approx_value` [hidden_size] in the "
     "checkpoint for every expert listed (its mean output), which routing does not tell."
@@ -41,7 +41,11 @@ def peft(path: ExpertPath) -> dict[str, Any]:
     return {
         "experts": _named(experts),
         "fused_experts": {
-            "lora_config": {"target_parameters": [f"layers.{layer}.mlp.experts.{name}" for layer in experts for name in FUSED]},
+            # without the empty list PEFT adds the modules it has in mind for a model's type
+            "lora_config": {
+                "target_parameters": [f"model.layers.{layer}.mlp.experts.{name}" for layer in experts for name in FUSED],
+                "target_modules": [],
+            },
             "adapted_experts": sum(dict(zip(path.layers, path.experts, strict=True))[layer] for layer in experts),
             "chosen_experts": len(path.cells),
             "cannot_express": WHOLE_LAYERS,
