@@ -85,7 +85,7 @@ def test_routes_read_back_as_they_were(trace: Trace, tmp_path: Path) -> None:
         assert (int(row["position"]), int(row["token_id"]), int(row["layer"])) == (position, token, layer)
         assert [int(each) for each in row["experts"].split(" ")] == experts
         # nine digits tell all numbers of single precision apart
-        assert np.float32([float(each) for each in row["weights"].split(" ")]).tolist() == weights
+        assert np.asarray(row["weights"].split(" "), np.float32).tolist() == weights
 
 
 def test_what_a_recording_lacks_is_empty_never_zero(trace: Trace, tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_counts_of_documents_make_the_same_counts_again(trace: Trace, tmp_path: 
     table = pd.read_parquet(export(trace, tmp_path / "documents.parquet", format="parquet", rows="documents"))
     hits = np.zeros((4, 3, 5), np.int64)
     place = {name: index for index, name in enumerate(trace.shape.document_ids)}
-    hits[table["document"].map(place), table["layer"].map(LAYERS.index), table["expert"]] = table["count"]
+    hits[table["document"].map(place.__getitem__), table["layer"].map(LAYERS.index), table["expert"]] = table["count"]
     again = Counts.from_arrays(hits, domains=DOMAINS, document_domain=[0, 1, 0, 1], top_k=2, layers=LAYERS, tokens=LENGTHS)
     np.testing.assert_array_equal(again.whole().hits, counts_of(trace).whole().hits)
 
