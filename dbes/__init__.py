@@ -28,8 +28,10 @@ from dbes.errors import (
 )
 
 if TYPE_CHECKING:
+    from dbes.comparison.agreement import Agreement, agreement
     from dbes.comparison.compare import Comparison, compare
     from dbes.evaluation.pipeline import evaluate, record
+    from dbes.exporting.export import export
     from dbes.finetuning.output import merge
     from dbes.finetuning.run import finetune
     from dbes.finetuning.settings import FinetuneSettings
@@ -56,7 +58,9 @@ _HOMES = {
     "load_result": "dbes.results",
     "load_results": "dbes.results",
     "compare": "dbes.comparison.compare",
+    "agreement": "dbes.comparison.agreement",
     "report": "dbes.reporting.report",
+    "export": "dbes.exporting.export",
     "find_path": "dbes.paths.search",
     "finetune": "dbes.finetuning.run",
     "merge": "dbes.finetuning.output",
@@ -72,6 +76,7 @@ _HOMES = {
     "Task": "dbes.tasks.task",
     "ExpertPath": "dbes.paths.types",
     "Comparison": "dbes.comparison.compare",
+    "Agreement": "dbes.comparison.agreement",
     "Diagnosis": "dbes.models.doctor",
     "FinetuneSettings": "dbes.finetuning.settings",
     "InterventionSettings": "dbes.intervention.settings",
@@ -79,6 +84,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Agreement",
     "Comparison",
     "Counts",
     "DbesError",
@@ -102,9 +108,11 @@ __all__ = [
     "TaskError",
     "Trace",
     "TraceError",
+    "agreement",
     "compare",
     "evaluate",
     "examine",
+    "export",
     "find_path",
     "finetune",
     "import_routing",

@@ -9,7 +9,7 @@ import warnings
 
 import typer
 
-from dbes.cli import evaluation, finetuning, importing, intervention, paths, plan, reports, tasks, testbed
+from dbes.cli import evaluation, exporting, finetuning, importing, intervention, paths, plan, reports, tasks, testbed
 from dbes.cli.common import Guarded
 from dbes.text import printable
 
@@ -24,7 +24,7 @@ app = typer.Typer(
 for command in (evaluation.evaluate, evaluation.score, reports.report, reports.compare, evaluation.doctor, plan.plan):
     app.command()(command)
 app.command("import")(importing.import_)
-for command in (paths.paths, finetuning.finetune, finetuning.merge, intervention.intervene):
+for command in (paths.paths, exporting.export, finetuning.finetune, finetuning.merge, intervention.intervene):
     app.command()(command)
 app.add_typer(tasks.app, name="tasks")
 app.add_typer(testbed.app, name="testbed")

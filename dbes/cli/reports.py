@@ -47,6 +47,9 @@ def compare(
         list[Path] | None, typer.Option(help="Accuracies of the models: CSV `model,accuracy`, or results of lm-eval (may be repeated).")
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="Only check that the results may be published.")] = False,
+    agreement: Annotated[
+        bool, typer.Option("--agreement", help="Of two recordings (traces, or results that kept theirs): do they choose the same experts?")
+    ] = False,
 ) -> None:
     """Put results side by side; of two, the paired difference for every metric and layer depth."""
     from dbes.comparison.check import check_all
@@ -64,6 +67,9 @@ def compare(
         raise typer.Exit(FAILED if problems else 0)
     if output is not None:
         check_writable(output)
+    if agreement:
+        compare_recordings(results, format=format, output=output)
+        return
     found = run(results, by=by, accuracy=accuracy or ())
     if not found.entries:
         raise ResultError(told_apart(found.apart))
@@ -76,5 +82,27 @@ def compare(
         say(output)
     elif format == "html":
         typer.echo(text, nl=False)  # as it is: its scripts run by their hash, and its text is harmless already
+    else:
+        say(text, nl=False)
+
+
+def compare_recordings(recordings: list[Path], *, format: str, output: Path | None) -> None:
+    """`dbes compare --agreement`."""
+    from dbes.comparison.agreement import agreement as run
+    from dbes.errors import SettingError
+    from dbes.reporting import agreement, export
+
+    if len(recordings) != 2:
+        raise SettingError(f"--agreement is of two recordings, {len(recordings)} were given")
+    found = run(recordings[0], recordings[1])
+    if format == "table" and output is None:
+        stdout().print(agreement.render_terminal(found))
+        return
+    text = agreement.as_text(found, "markdown" if format == "table" else format)
+    if output is not None:
+        export.write(text, output)
+        say(output)
+    elif format == "html":
+        typer.echo(text, nl=False)
     else:
         say(text, nl=False)

@@ -122,7 +122,7 @@ def render_terminal(comparison: Comparison, paired: Sequence[Difference] = (), *
     if not published and (phases := phase_rows(comparison)):
         parts.append(_phase_table(phases))
     if paired:
-        parts.append(_difference_table(paired))
+        parts.append(difference_table(paired))
     rule = (
         f"{order_words(comparison)}: 1 + the models that are significantly better (paired jackknife over the common documents, "
         f"{LEVEL:.0%} over all pairs after Holm); in brackets the places that cannot be excluded. Baselines are not ranked."
@@ -205,7 +205,8 @@ def _phase_table(rows: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-def _difference_table(paired: Sequence[Difference]) -> Table:
+def difference_table(paired: Sequence[Difference]) -> Table:
+    """Paired differences of two models, those that stay below the level after Holm not dimmed."""
     title = Text(f"{legible(paired[0].first, 60)} minus {legible(paired[0].second, 60)}, paired over the common documents")
     table = Table(title=title, title_justify="left", title_style="italic", header_style="bold")
     for heading in ("Metric", "Depth", "First", "Second", "Difference", "95 % interval", "p (Holm)"):

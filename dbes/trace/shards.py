@@ -15,7 +15,7 @@ from dbes.errors import DbesError, TraceError
 from dbes.files import read_bytes, regular
 from dbes.text import clipped
 from dbes.trace.manifest import ShardEntry
-from dbes.trace.types import GENERATED, LOGIT_NOISE, NOISE_SCALES, UNKNOWN, RoutingShape, TokenRoutes
+from dbes.trace.types import GENERATED, LOGIT_NOISE, NOISE_SCALES, PIECE_TOKENS, UNKNOWN, RoutingShape, TokenRoutes
 
 REQUIRED = ("ids", "document", "positions")
 KNOWN = tuple(column.name for column in fields(TokenRoutes))
@@ -93,8 +93,8 @@ def validate_routes(routes: TokenRoutes, shape: RoutingShape, *, where: str) -> 
         raise TraceError(f"{where}: positions must ascend within each document, from 0 on")
     missing = int(np.iinfo(routes.ids.dtype).max)
     check_ids(routes.ids, missing=missing, layers=shape.layers, experts=shape.experts, top_k=shape.top_k, where=where)
-    ran = routes.ids != missing
-    if routes.weights is not None and not np.isfinite(routes.weights[ran]).all():
+    weights = routes.weights
+    if weights is not None and not np.isfinite(weights).all() and not np.isfinite(weights[routes.ids != missing]).all():
         raise TraceError(f"{where}: weights hold NaN or infinity; leave weights out where they are unknown")
     check_values(routes.arrays(), shape.slots, where=where)
 
@@ -126,6 +126,9 @@ def check_ids(
     Args:
         missing: the mark of a slot that did not run.
     """
+    pieces = (ids[begin : begin + PIECE_TOKENS] for begin in range(0, len(ids), PIECE_TOKENS))
+    if all(_possible(piece, missing=missing, experts=np.asarray(experts), top_k=np.asarray(top_k)) for piece in pieces):
+        return
     slots = np.ascontiguousarray(np.moveaxis(ids, 2, 0))
     for column, (layer, count, k) in enumerate(zip(layers, experts, top_k, strict=True)):
         here = slots[:, :, column]
@@ -143,6 +146,21 @@ def check_ids(
                     f"{where}: expert {int(slots[slot, token, column])} stands twice in row {token} at layer {layers[column]}: "
                     "duplicate ids in a row mean that the source did not record routing (for example all zero)"
                 )
+
+
+def _possible(ids: np.ndarray, *, missing: int, experts: np.ndarray, top_k: np.ndarray) -> bool:
+    """Whether ids [tokens, layers, slots] pass the checks of `check_ids`; few tokens at a time stay in the processor's cache."""
+    slots = np.ascontiguousarray(np.moveaxis(ids, 2, 0))
+    absent = slots == missing
+    if (((slots >= experts) | (slots < 0)) & ~absent).any() or (len(slots) - absent.sum(axis=0, dtype=np.int32) > top_k).any():
+        return False
+    some = absent.any()
+    for slot in range(1, len(slots)):
+        for other in range(slot):
+            twice = slots[slot] == slots[other]
+            if twice.any() and (not some or (twice & ~absent[slot]).any()):
+                return False
+    return True
 
 
 def check_values(arrays: Mapping[str, np.ndarray], slots: int, *, where: str, error: type[DbesError] = TraceError) -> None:
