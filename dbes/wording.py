@@ -82,11 +82,6 @@ def whole(number: float | None) -> str:
     return f"{int(number):,}" if number == int(number) else f"{number:,.1f}"
 
 
-def memory_size(size: float) -> str:
-    """``3.2 GiB``, ``12 MiB``."""
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
-
-
 def counted(number: int, thing: str) -> str:
     """``1 layer``, ``2 layers``."""
     return f"{number:,} {thing}{'' if number == 1 else 's'}"

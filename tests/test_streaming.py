@@ -19,14 +19,16 @@ from safetensors.torch import load_file, save_file
 from test_recording import contents, written
 from transformers import PreTrainedModel
 
+import dbes
 from dbes.errors import FileError, ModelError, SettingError, TraceError
-from dbes.evaluation.request import in_bytes
-from dbes.models import load_model
+from dbes.models import fitting, load_model
 from dbes.models.layerwise import Layerwise
+from dbes.models.memory import Available
 from dbes.recording import record as recording
 from dbes.recording import streaming
 from dbes.recording.parking import Parking
 from dbes.recording.record import Recording, record_documents
+from dbes.wording import bytes_of
 
 OTHERWISE = {"zaya"}
 """Families whose routers transformers gives another bias on loading than the checkpoint has."""
@@ -252,8 +254,27 @@ def test_a_full_disk_is_met_at_the_beginning(checkpoint: Path, tmp_path: Path, m
 
 def test_too_little_memory_is_said_before_a_layer_is_read(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Layerwise, "load", lambda *_: pytest.fail("a layer was read"))
-    with pytest.raises(ModelError, match=r"streaming needs .*, and may use 1 MiB; give more --max-memory"):
+    with pytest.raises(ModelError, match=r"streaming needs .*, and may use 1.05 MB; give more --max-memory"):
         recorded(checkpoint, None, layerwise=True, max_memory=2**20)
+
+
+def test_a_checkpoint_that_does_not_fit_is_streamed_where_the_engine_may_be_chosen(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = {name: [document.text for document in written() if document.domain == name] for name in ("a", "b")}
+    task = dbes.Task(name="mine", version=1, domains=texts)
+
+    def evaluated(engine: str, folder: str) -> dbes.Result:
+        return dbes.evaluate(checkpoint, tasks=task, output_path=tmp_path / folder, engine=engine, permutations=9, dtype="bfloat16")
+
+    fits = evaluated("auto", "fits")
+    monkeypatch.setattr(fitting, "available_memory", lambda **_: Available(1, "the test"))
+    with pytest.raises(ModelError, match=r"does not fit in memory, so it was not loaded: .* 1 bytes are left by the test"):
+        evaluated("memory", "refused")
+    streamed = evaluated("auto", "streamed")
+    assert fits.recording is not None and streamed.recording is not None
+    assert (fits.recording.engine, streamed.recording.engine) == ("memory", "streaming")
+    assert repr(streamed.calibrated) == repr(fits.calibrated)  # NaN is not equal to itself
 
 
 def test_what_cannot_be_streamed_is_refused_with_the_reason(checkpoint: Path) -> None:
@@ -338,13 +359,13 @@ def test_killed_at_every_layer_and_at_any_moment(checkpoint: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("given", "bytes_"), [("4GiB", 4 * 2**30), ("1.5 GB", 1_500_000_000), ("700", 700), (5, 5), (None, None), ("512mib", 2**29)]
+    ("given", "bytes_"), [("4GiB", 4 * 2**30), ("1.5 GB", 1_500_000_000), ("700", 700), (5, 5), ("512mib", 2**29)]
 )
-def test_sizes_of_memory(given: Any, bytes_: int | None) -> None:
-    assert in_bytes(given) == bytes_
+def test_sizes_of_memory(given: Any, bytes_: int) -> None:
+    assert bytes_of(str(given), option="max_memory") == bytes_
 
 
 @pytest.mark.parametrize("given", ["much", "0", "-4GiB", "4 GiBs", 0, True])
 def test_sizes_that_are_none(given: Any) -> None:
-    with pytest.raises(SettingError, match="expected a size such as 4GiB"):
-        in_bytes(given)
+    with pytest.raises(SettingError, match=r"max_memory .*: expected a size such as 64GiB"):
+        bytes_of(str(given), option="max_memory")

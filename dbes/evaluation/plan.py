@@ -16,7 +16,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import PreTrainedModel
 
 from dbes.errors import ModelError, SettingError
-from dbes.evaluation.request import read_benchmark
+from dbes.evaluation.request import ENGINES, read_benchmark
 from dbes.models.fitting import SMALLEST_BATCH, left, memory_at
 from dbes.models.folder import find_folder, weight_files
 from dbes.models.headers import stored_tensors
@@ -28,7 +28,6 @@ from dbes.text import unknown
 from dbes.wording import byte_count
 
 Engine = Literal["memory", "streaming"]
-ENGINES = ("auto", "memory", "streaming")
 
 TOKENS = 1_000_000
 UNIT_TOKENS = 1_000_000

@@ -14,6 +14,7 @@ from dbes.errors import ModelError, SettingError
 from dbes.shipped import EMBEDDED, located
 from dbes.tasks.task import Document, Task, load_task, read_task, task_facts
 from dbes.text import unknown
+from dbes.wording import bytes_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,8 +30,6 @@ UNRESOLVED = "unresolved"
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 ENGINES = ("auto", "memory", "streaming")
-
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +93,8 @@ class Request:
             options |= {"dtype": None, "device_map": None}
             if options.get("engine") == "streaming" and model.layerwise is None:
                 raise SettingError("engine 'streaming': this model is in memory already; give its folder or hub id")
-        options["max_memory"] = in_bytes(options.get("max_memory"))
+        if (given := options.get("max_memory")) is not None:
+            options["max_memory"] = bytes_of(str(given), option="max_memory")
         return cls(model=str(model) if isinstance(model, str | Path) else None, tasks=None, **options)
 
     def on(self, task: str | Path | Task) -> Request:
@@ -119,21 +119,6 @@ class Request:
     def settings(self) -> dict[str, Any]:
         """What a result keeps under ``settings``; enough to compare it and to write the command that makes it again."""
         return asdict(self)
-
-
-def in_bytes(size: int | str | None) -> int | None:
-    """A size of memory as it is given: bytes, or a number with its unit (``4GiB``, ``500 MB``).
-
-    Raises:
-        SettingError: neither, or 0.
-    """
-    if size is None:
-        return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B)?", str(size).strip(), re.IGNORECASE)
-    number = 0 if found is None else int(float(found[1]) * UNITS[(found[2] or "").upper()])
-    if number < 1:
-        raise SettingError(f"max_memory {size!r}: expected a size such as 4GiB or 500MB")
-    return number
 
 
 def _whole(value: Any) -> bool:

@@ -25,6 +25,7 @@ from dbes.errors import ModelError, RecordingError, out_of_memory
 from dbes.models.execution import forward
 from dbes.models.hooks import Decision, watching
 from dbes.models.layerwise import Layerwise
+from dbes.models.memory import available_memory
 from dbes.models.miniature import miniature
 from dbes.models.sites import RoutingSite, find_sites
 from dbes.models.windows import embedding_rows
@@ -33,7 +34,7 @@ from dbes.recording.batching import find_batching
 from dbes.recording.forward import Coming, ForwardEngine, columns_of, fetched, keys_of, sent, stacked
 from dbes.recording.parking import Parked, Parking, hidden_states
 from dbes.trace.blocks import Block, Work
-from dbes.wording import memory_size
+from dbes.wording import byte_count
 
 HELD = 2
 """Hidden states that the forward of a batch holds at a time: what its layer works on, and what the embedding gave."""
@@ -106,15 +107,15 @@ class StreamingEngine(ForwardEngine):
         """
         layerwise = self.layerwise
         process = psutil.Process().memory_info().rss
-        most = self.max_memory or process + psutil.virtual_memory().available
+        most = self.max_memory or process + available_memory().bytes
         largest = max(layerwise.stored[: layerwise.depth])
         layer = max(CONVERTING * layerwise.largest, layerwise.largest + largest)
         batch = max(run.size for run in runs) * WORKING
         free = most - process - layer - batch
         if free < 0:
             raise ModelError(
-                f"{self.loaded.name}: streaming needs {memory_size(most - free)} ({memory_size(process)} in use, {memory_size(layer)} to "
-                f"put one layer together, {memory_size(batch)} for one batch), and may use {memory_size(most)}; give more --max-memory, a "
+                f"{self.loaded.name}: streaming needs {byte_count(most - free)} ({byte_count(process)} in use, {byte_count(layer)} to "
+                f"put one layer together, {byte_count(batch)} for one batch), and may use {byte_count(most)}; give more --max-memory, a "
                 "smaller --batch-size, or a 16-bit --dtype"
             )
         ahead = free >= largest
