@@ -46,7 +46,7 @@ def evaluate(
     device_map: Annotated[str | None, typer.Option(help="As in transformers, for example auto or cpu.")] = None,
     batch_size: Annotated[str, typer.Option(help="Windows per batch, or auto.")] = "auto",
     engine: Annotated[
-        str, one_of("engine", ENGINES, "memory loads all weights; streaming reads one layer at a time, for checkpoints larger than memory.")
+        str, one_of("engine", ENGINES, "memory loads all weights; streaming reads one layer at a time; auto streams what does not fit.")
     ] = "auto",
     max_memory: Annotated[str | None, typer.Option(help="What streaming may use, for example 4GiB; by default what is free.")] = None,
     seed: SeedOption = 0,

@@ -111,7 +111,8 @@ def evaluate(
         seed: of the random-router control, the permutations and the reference router.
         permutations: shuffles of the documents' domain labels that make the chance level.
         trust_remote_code: run model code that comes with the checkpoint.
-        engine: "memory" loads all weights, "streaming" one decoder layer at a time; the routes are the same. "auto" is "memory".
+        engine: "memory" loads all weights, "streaming" one decoder layer at a time; the routes are the same. "auto" is "memory"
+            where the model fits.
         max_memory: what the process may use with "streaming", in bytes or as "4GiB"; by default what the machine has free.
         overwrite: evaluate again although there is a result, or another recording, in the folder.
         save_trace: keep the recorded routes beside the result, so that they can be scored again without the model.
@@ -254,7 +255,6 @@ def _loaded(subject: Subject, request: Request, *, device: str | None = None) ->
         dtype=request.dtype or "auto",
         device_map=request.device_map or device,
         trust_remote_code=request.trust_remote_code,
-        # the one place where "auto" is decided
         layerwise={"auto": None, "memory": False, "streaming": True}[request.engine],
     )
 

@@ -243,9 +243,9 @@ def _load_layerwise(
         raise ModelError(f"{adapter.source}: an adapter cannot be merged into layers that are read one by one; merge it first and save")
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = "cpu" if accelerator is None else accelerator.type
-    if device_map not in (None, "auto", "cpu", device):
+    chosen = device if device_map in (None, "auto") else device_map
+    if not isinstance(chosen, str) or chosen.partition(":")[0] not in ("cpu", device):
         raise ModelError(f"device_map {device_map!r}: layers that are read one by one run on one device; leave it out, or give cpu")
-    place = {"": device_map if device_map == "cpu" else device}
     config = load_config(where, revision=revision, trust_remote_code=trust_remote_code)
     method = quantization_of(config)
     if method is not None and method not in STREAMED:
@@ -253,7 +253,7 @@ def _load_layerwise(
             f"{where}: quantized by {clipped(method)}; layers are read one by one of plain checkpoints and of {' and '.join(STREAMED)}"
         )
     with layers_on_disk() as found:
-        loaded = _load_base(where, folder, revision, dtype, place, trust_remote_code=trust_remote_code, layerwise=True)
+        loaded = _load_base(where, folder, revision, dtype, {"": chosen}, trust_remote_code=trust_remote_code, layerwise=True)
     return replace(loaded, layerwise=found[0])
 
 
