@@ -92,9 +92,10 @@ def test_a_task_built_in_python_is_that_of_the_same_texts_in_files(task: dbes.Ta
     assert [document.domain for document in read_benchmark(mixed).documents] == ["law"] * 8 + ["code"] * 2
 
 
-def test_an_empty_text_is_refused_by_its_place() -> None:
-    with pytest.raises(dbes.TaskError, match=r"task mine: domains\.b\.texts\.2: the text is empty"):
-        read_benchmark(dbes.Task(name="mine", version=1, domains={"a": ["x"], "b": ["x", " "]}))  # pyright: ignore[reportArgumentType]
+def test_empty_texts_are_left_out_and_counted() -> None:
+    found = read_benchmark(dbes.Task(name="mine", version=1, domains={"a": ["x"], "b": ["x", " "]}))  # pyright: ignore[reportArgumentType]
+    assert [document.text for document in found.documents] == ["x", "x"]
+    assert found.facts["note"] == "rows without text were left out: b (1)"
 
 
 def state(model: PreTrainedModel) -> list[Any]:

@@ -43,6 +43,7 @@ NAMES: dict[str, tuple[str, str]] = {
     "doctor format": ("jsn", "json"),
     "plan tasks": ("embeded", "embedded"),
     "plan format": ("jsn", "json"),
+    "import format": ("vlm", "vllm"),
     "export format": ("parket", "parquet"),
     "export rows": ("document", "documents"),
     "export domain": ("lwa", "law"),
@@ -114,6 +115,7 @@ def line(case: str, wrong: str, *, result: Path, model: Path, task: Path, out: P
         "compare": [result],
         "doctor": [model],
         "plan": ["--model", model],
+        "import": [result / "result.json", "--out", out],
         "export": [
             result / "trace",
             "--out",

@@ -132,12 +132,8 @@ def record_documents(
         window=window if limit is None else min(window, limit - extra),
         batch_size=None if batch_size == "auto" else batch_size,
     )
-    before = (0, 0) if loaded.layerwise is None else (loaded.layerwise.bytes_read, loaded.layerwise.bytes_skipped)
-    folder = None if output_path is None else Path(output_path)
-    if loaded.layerwise is None:
-        engine = replace(engine, batching=find_batching(engine, texts, folder))
-    else:
-        engine = streaming(engine, texts, max_memory=max_memory, folder=folder)
+    earlier = _read(loaded)
+    engine = _settled(engine, texts, None if output_path is None else Path(output_path), max_memory)
     done = record_with(
         engine,
         documents,
@@ -151,8 +147,20 @@ def record_documents(
     )
     if loaded.layerwise is None:
         return replace(done, batching=engine.batching, engine="memory")
-    read, skipped = loaded.layerwise.bytes_read - before[0], loaded.layerwise.bytes_skipped - before[1]
+    read, skipped = (now - then for now, then in zip(_read(loaded), earlier, strict=True))
     return replace(done, batching=engine.batching, engine="streaming", bytes_read=read, bytes_skipped=skipped)
+
+
+def _settled(engine: ForwardEngine, texts: Sequence[np.ndarray], folder: Path | None, max_memory: int | None) -> ForwardEngine:
+    """The engine that knows what may share a batch, and reads layer by layer where they were left on disk."""
+    if engine.loaded.layerwise is not None:
+        return streaming(engine, texts, max_memory=max_memory, folder=folder)
+    return replace(engine, batching=find_batching(engine, texts, folder))
+
+
+def _read(loaded: LoadedModel) -> tuple[int, int]:
+    """Bytes of the weights that were read layer by layer so far, and that need not be."""
+    return (0, 0) if loaded.layerwise is None else (loaded.layerwise.bytes_read, loaded.layerwise.bytes_skipped)
 
 
 def record_with(
