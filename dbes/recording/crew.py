@@ -18,6 +18,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
+import psutil
+
 from dbes.errors import DbesError, FileError, RecordingError, SettingError
 from dbes.files import discard, refused_by_system, write_json
 from dbes.locks import Held, is_held
@@ -62,14 +64,16 @@ class Crew:
     Attributes:
         rank, size: which of how many; the one of rank 0 is the first.
         local_rank: which of those on this machine, by which it picks its GPU.
+        began: when it was started, in seconds since 1970; by default now.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, *, local_rank: int = 0, key: str = "") -> None:
+    def __init__(self, rank: int = 0, size: int = 1, *, local_rank: int = 0, key: str = "", began: float | None = None) -> None:
         self.rank, self.size, self.local_rank, self._key = rank, size, local_rank, key
         self._folder: Path | None = None
         self._state = State(launch=uuid.uuid4().hex)
         self._presence: Held | None = None
         self._seen = False
+        self._began = time.time() if began is None else began
 
     @classmethod
     def here(cls, environment: Mapping[str, str] = os.environ) -> Crew:
@@ -92,7 +96,8 @@ class Crew:
         about = [environment.get(name, "") for name in names]
         if environment.get("LOCAL_WORLD_SIZE", str(size)) == str(size):
             about.append(f"{socket.gethostname()} {os.getppid()}")  # all on this machine: started by one process
-        return cls(rank, size, local_rank=local, key=hashlib.sha256("\n".join(about).encode()).hexdigest()[:16])
+        key = hashlib.sha256("\n".join(about).encode()).hexdigest()[:16]
+        return cls(rank, size, local_rank=local, key=key, began=psutil.Process().create_time())
 
     @property
     def first(self) -> bool:
@@ -206,13 +211,15 @@ class Crew:
             time.sleep(POLL)
 
     def _read(self) -> State | None:
-        """The state; what an earlier start left behind says nothing, but a first process may have been so quick that it was never seen."""
+        """The state; what an earlier start left behind says nothing, but a first process may have been so quick that it was never seen:
+        then it wrote after this process had begun."""
         assert self._folder is not None
         path = self._folder / "state.json"
-        if not path.is_file():
+        try:
+            written = path.stat().st_mtime
+        except OSError:
             return None
-        state = read_versioned(path, State, error=RecordingError)
-        return state if self._seen or state.stage == "ended" else None
+        return read_versioned(path, State, error=RecordingError) if self._seen or written > self._began else None
 
     def units(self, ledger: Ledger) -> Iterator[tuple[Unit, Held | None]]:
         """Units to record that no other process records, each with the lock to release when it is done.
