@@ -89,6 +89,11 @@ class TestProgram:
         monkeypatch.setattr(sys, "argv", [str(place / "dbes")])
         assert program() == program(shared=True) == "dbes"
         monkeypatch.setattr(sys, "argv", ["/x/dbes/cli/__main__.py"])
+        assert program() == "dbes"
+        monkeypatch.setattr(sys, "executable", str(place / "python3.11"))  # as launchers call it
+        assert program() == "dbes"
+        (place / "dbes").unlink()
+        monkeypatch.setattr(sys, "executable", str(place / "python"))
         assert program() == "python -m dbes.cli"
 
     def test_by_its_path(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

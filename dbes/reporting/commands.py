@@ -26,9 +26,8 @@ def program(*, shared: bool = False) -> str:
     interpreter, module = Path(sys.executable), ["-m", "dbes.cli"]
     if started.stem == "dbes" and started.is_file():
         words = [_place(started)]
-    elif started.parts[-2:] == ("cli", "__main__.py"):
-        words = [_place(interpreter), *module]
     else:
+        # also after `python -m dbes.cli`: launchers of several processes start interpreters by other names
         script = interpreter.with_name("dbes")
         words = [_place(script)] if script.is_file() else [_place(interpreter), *module]
     return "dbes" if shared and Path(words[0]).is_absolute() else shell(words)
