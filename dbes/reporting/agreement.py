@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dbes.comparison.agreement import Agreement, Share
+from dbes.comparison.compare import DEPTHS
 from dbes.comparison.ranks import LEVEL, Difference
 from dbes.reporting.agreement_page import render_agreement
 from dbes.reporting.charts import METRICS
@@ -70,8 +71,11 @@ def _ties(found: Agreement) -> str:
 def _scores(found: Agreement) -> str:
     apart = [each for each in found.scores if each.adjusted <= LEVEL]
     if apart:
-        named = "; ".join(f"{_metric(each)} {share(each.difference, 2, sign=True)}, {each.depth}" for each in apart)
-        return f"Scores differ beyond chance, first minus second: {named}."
+        # the table has all; here those of the whole model stand for their parts
+        whole = [each for each in apart if each.depth == DEPTHS[0][0]] or apart
+        named = "; ".join(f"{_metric(each)} {share(each.difference, 2, sign=True)}, {each.depth}" for each in whole)
+        more = f", and {len(apart) - len(whole)} more in the table" if len(apart) > len(whole) else ""
+        return f"Scores differ beyond chance, first minus second: {named}{more}."
     widest = max(found.scores, key=lambda each: abs(each.difference))
     if widest.difference == 0:
         return "Every score is the same."
