@@ -23,6 +23,7 @@ from dbes.models.headers import stored_tensors
 from dbes.models.load import load_config, load_tokenizer
 from dbes.models.memory import Available
 from dbes.models.needs import Needs, measure, skeleton_of
+from dbes.models.windows import token_ids
 from dbes.shipped import located
 from dbes.text import unknown
 from dbes.wording import byte_count
@@ -128,7 +129,8 @@ def count_tokens(model: str, tasks: str, *, revision: str | None = None, trust_r
         TaskError, ModelError: the task or the tokenizer cannot be read.
     """
     tokenizer = load_tokenizer(located(model)[0], revision=revision, trust_remote_code=trust_remote_code)
-    return sum(len(tokenizer.encode(document.text, add_special_tokens=False)) for document in read_benchmark(tasks).documents)
+    documents = read_benchmark(tasks).documents
+    return sum(map(len, token_ids(tokenizer, [each.text for each in documents], names=lambda place: f"document {documents[place].id!r}")))
 
 
 def plan(
