@@ -13,7 +13,7 @@ from rich.console import Console
 from dbes.reporting.card import card_section
 from dbes.reporting.page import render_page
 from dbes.reporting.terminal import render
-from dbes.results import Result
+from dbes.results import RecordingFacts, Result
 from dbes.scoring.score import score
 from dbes.trace.store import Trace
 
@@ -88,3 +88,11 @@ def test_without_token_ids_the_share_of_the_word_is_unknown_everywhere() -> None
     result = score(bare, permutations=200)
     for text in (shown(result), card_section(result), render_page(result)):
         assert "the share of the word is unknown: the recording has no token ids" in text
+
+
+def test_what_was_read_layer_by_layer_is_told() -> None:
+    result = score(simulated_trace(), permutations=20)
+    facts = RecordingFacts(documents=2, tokens=3, engine="streaming", bytes_read=5_263_360, bytes_skipped=1_572_864)
+    told = shown(result.model_copy(update={"recording": facts}))
+    assert "Layers read from disk one at a time: 5.26 MB of weights, 1.57 MB were not needed" in told
+    assert "from disk" not in shown(result)

@@ -19,7 +19,7 @@ from dbes.scoring.portions import share_of_position, share_of_word, word_unknown
 from dbes.scoring.resolution import DOUBTFUL, SIGNIFICANCE, cannot_tell, why_not
 from dbes.scoring.verdict import current_verdict
 from dbes.text import label, labels, printable
-from dbes.wording import UNKNOWN, counted, p_cell, plus_minus, portion, share
+from dbes.wording import UNKNOWN, byte_count, counted, p_cell, plus_minus, portion, share
 
 FURTHER = (
     ("der", "Effective rank"),
@@ -120,6 +120,9 @@ def _heading(result: Result) -> Text:
         line.append(f", {read}, {counted(recording.tokens, 'token')}")
         if not math.isnan(recording.tokens_per_second):
             line.append(f", recorded at {recording.tokens_per_second:,.0f} tokens/s")
+        if recording.bytes_read is not None:
+            unread = byte_count(recording.bytes_skipped or 0)
+            line.append(f"\nLayers read from disk one at a time: {byte_count(recording.bytes_read)} of weights, {unread} were not needed")
     return line
 
 
