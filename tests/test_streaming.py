@@ -222,6 +222,7 @@ def test_a_file_that_changes_while_it_is_streamed(checkpoint: Path) -> None:
 @pytest.mark.parametrize("layer", range(4))
 def test_resumed_from_the_last_whole_shard(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layer: int) -> None:
     monkeypatch.setattr(recording, "SHARD_TOKENS", 60)  # several units of work
+    monkeypatch.setattr(recording, "UNIT_TOKENS", 1)  # one after the other
     recorded(checkpoint, tmp_path / "memory", layerwise=False)
     load, units = Layerwise.load, []
 
@@ -323,7 +324,7 @@ sys.path.insert(0, {tests!r})
 from dbes.models.layerwise import Layerwise
 from dbes.recording import record
 from test_streaming import recorded
-record.SHARD_TOKENS = 60
+record.SHARD_TOKENS, record.UNIT_TOKENS = 60, 1
 load, left = Layerwise.load, [int(sys.argv[1])]
 def dying(self, index):
     if left[0] == 0:
@@ -371,3 +372,25 @@ def test_sizes_of_memory(given: Any, bytes_: int) -> None:
 def test_sizes_that_are_none(given: Any) -> None:
     with pytest.raises(SettingError, match=r"max_memory .*: expected a size such as 64GiB"):
         bytes_of(str(given), option="max_memory")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_weights_are_read_once_for_all_work_units(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
+    monkeypatch.setattr(recording, "SHARD_TOKENS", 30)
+    recorded(checkpoint, tmp_path / "memory", layerwise=False)
+    shards = sum(1 for _ in (tmp_path / "memory").glob("shard-*"))
+    loads: list[int] = []
+    load = Layerwise.load
+    monkeypatch.setattr(Layerwise, "load", lambda self, index: (loads.append(index), load(self, index)))
+    share = recording._most
+    monkeypatch.setattr(recording, "_most", lambda engine, units, lengths, _: share(engine, units, lengths, processes))
+    recorded(checkpoint, tmp_path / "streaming", layerwise=True)
+    assert shards > 3 and loads == [0, 1, 2, 3] * processes  # by one of so many processes, which ends alone
+    assert contents(tmp_path / "streaming") == contents(tmp_path / "memory")
+    loads.clear()
+    monkeypatch.setattr(recording, "UNIT_TOKENS", 1)
+    recorded(checkpoint, tmp_path / "apart", layerwise=True)
+    assert len(loads) > 4 * processes
+    assert contents(tmp_path / "apart") == contents(tmp_path / "memory")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 from dbes.trace.blocks import Block, Contents, Work
 
@@ -32,4 +32,13 @@ class Engine(Protocol):
 
     def score_reason(self, layer: int, missing: int, tokens: int) -> str:
         """Why ``missing`` of ``tokens`` rows of a layer have no selection score."""
+        ...
+
+
+@runtime_checkable
+class PassEngine(Protocol):
+    """An engine that reads its weights anew for whatever it is given, and therefore is given several work units at a time."""
+
+    def blocks_of(self, works: Sequence[Work]) -> Iterator[Block]:
+        """As `Engine.blocks`, the same for each of the works as if it were alone; a block holds texts of one of them."""
         ...

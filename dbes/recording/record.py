@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -20,11 +21,11 @@ from dbes.recording.background import Background
 from dbes.recording.batches import Batching
 from dbes.recording.batching import find_batching
 from dbes.recording.crew import Crew
-from dbes.recording.engine import Engine
+from dbes.recording.engine import Engine, PassEngine
 from dbes.recording.forward import ForwardEngine
 from dbes.recording.ledger import Ledger, Tally
 from dbes.recording.streaming import streaming
-from dbes.recording.units import SHARD_TOKENS, Unit, work_units
+from dbes.recording.units import SHARD_TOKENS, UNIT_TOKENS, Unit, work_units
 from dbes.trace.blocks import Assembly, Block, Contents, Work
 from dbes.trace.store import Trace
 from dbes.trace.types import RoutingShape
@@ -189,7 +190,9 @@ def record_with(
     crew, contents = crew or Crew(), engine.contents
     shape = _shape(contents, documents, domains)
     facts = {**engine.identity, **dict(provenance or {}), **engine.settings}
-    units = work_units([len(text) + contents.answer for text in texts], contents.bytes_per_token, shard_tokens=SHARD_TOKENS)
+    lengths = [len(text) + contents.answer for text in texts]
+    units = work_units(lengths, contents.bytes_per_token, shard_tokens=SHARD_TOKENS)
+    most = _most(engine, units, lengths, crew.size)
     folder = None if output_path is None else Path(output_path)
     ledger = Ledger(folder, shape, facts, draws=contents.control, units=units, first=crew.first)
     crew.tell("recording")
@@ -197,11 +200,9 @@ def record_with(
     told = _Told(earlier, len(contents.layers), total, progress)
     with crew.holding() as locks, Background() as host:
         while True:
-            for unit, held in crew.units(ledger):
-                locks += [held] if held is not None else []
-                low, high = unit.documents
-                work = Work(low, shape.document_ids[low:high], texts[low:high])
-                _record_unit(engine, unit, work, ledger, host, told, held)
+            for claims in _passes(crew.units(ledger), locks, most=most):
+                works = [Work(low, shape.document_ids[low:high], texts[low:high]) for low, high in (each.unit.documents for each in claims)]
+                _record_units(engine, claims, works, ledger, host, told)
                 told.others(ledger.tokens)
             host.finish()
             if ledger.look() or not crew.first:
@@ -216,24 +217,59 @@ def record_with(
     return Recording(trace=trace, documents=len(documents), tokens=tally.tokens - earlier, seconds=seconds)
 
 
-def _record_unit(
-    engine: Engine, unit: Unit, work: Work, ledger: Ledger, host: Background, told: _Told, held: Held | None
-) -> None:  # fmt: skip
-    """One work unit: while the engine runs, another thread puts its routes together and writes its shards, and those of the one before."""
-    where = str(engine.identity.get("model"))
-    assembly = Assembly(engine.contents, work, where=where, error=RecordingError, folder=ledger.folder)
-    reduced: int | None = None
-    for block in engine.blocks(work):
-        host.do(assembly.add, block)
-        reduced = block.reduced or reduced
+@dataclass(frozen=True)
+class _Claim:
+    """A work unit that this process records, and the lock that says so."""
+
+    unit: Unit
+    held: Held | None
+
+
+def _passes(claimed: Iterator[tuple[Unit, Held | None]], locks: list[Held], *, most: int) -> Iterator[list[_Claim]]:
+    """Units that an engine is given at a time, at most so many; their locks are added to the list as soon as they are held."""
+    claims: list[_Claim] = []
+    for unit, held in claimed:
+        locks += [held] if held is not None else []
+        claims.append(_Claim(unit, held))
+        if len(claims) == most:
+            yield claims
+            claims = []
+    if claims:
+        yield claims
+
+
+def _most(engine: Engine, units: Sequence[Unit], lengths: Sequence[int], processes: int) -> int:
+    """How many units an engine is given at a time: one; of those that may be given several, its share, up to about UNIT_TOKENS."""
+    if not isinstance(engine, PassEngine):
+        return 1
+    fitting = -(-UNIT_TOKENS * len(units) // max(1, sum(lengths)))
+    return max(1, min(-(-len(units) // processes), fitting))
+
+
+def _record_units(
+    engine: Engine, claims: Sequence[_Claim], works: Sequence[Work], ledger: Ledger, host: Background, told: _Told
+) -> None:
+    """Work units: while the engine runs, another thread puts their routes together, and writes the shards of these and those before."""
+    about: dict[str, Any] = {"where": str(engine.identity.get("model")), "error": RecordingError, "folder": ledger.folder}
+    assemblies = [Assembly(engine.contents, work, **about, beside=len(works) - 1) for work in works]
+    firsts = [work.first for work in works]
+    reduced: dict[int, int] = {}
+    several = isinstance(engine, PassEngine)
+    for block in engine.blocks_of(works) if several else engine.blocks(works[0]):
+        place = bisect_right(firsts, int(block.document.min(initial=firsts[-1]))) - 1 if several else 0
+        host.do(assemblies[place].add, block)
+        if block.reduced is not None:
+            reduced[place] = block.reduced
         told.add(block)
 
-    def store() -> None:
-        ledger.keep(unit, assembly.parts(unit.shards), reduced=reduced)
+    def store(place: int) -> None:
+        unit, held = claims[place].unit, claims[place].held
+        ledger.keep(unit, assemblies[place].parts(unit.shards), reduced=reduced.get(place))
         if held is not None:
             held.release()
 
-    host.do(store)
+    for place in range(len(claims)):
+        host.do(store, place)
 
 
 class _Told:

@@ -64,10 +64,16 @@ class StreamingEngine(ForwardEngine):
         return self.loaded.layerwise
 
     def blocks(self, work: Work) -> Iterator[Block]:
+        return self.blocks_of([work])
+
+    def blocks_of(self, works: Sequence[Work]) -> Iterator[Block]:
         layerwise = self.layerwise
         by_count = self.batch_size is not None
-        planned = batches(self.windows(work), self.budget, by_count=by_count, batching=self.batching, extra=self.extra)
-        runs = [_Run(self, windows) for windows in planned]
+        # batches of each unit for itself, as the engine in memory has them: else close choices could fall otherwise
+        planned = [
+            batches(self.windows(work), self.budget, by_count=by_count, batching=self.batching, extra=self.extra) for work in works
+        ]
+        runs = [_Run(self, windows) for own in planned for windows in own]
         room = self._room(runs)
         with ExitStack() as stack:
             stack.callback(layerwise.stop)

@@ -133,13 +133,21 @@ class Assembly:
     Args:
         where: what errors are about.
         folder: on whose disk routes larger than SPOOL_BYTES are put together; None: in memory.
+        beside: so many others share these bytes.
 
     Raises:
         FileError: the disk has not this much room.
     """
 
     def __init__(
-        self, contents: Contents, work: Work, *, where: str, error: type[DbesError] = TraceError, folder: Path | None = None
+        self,
+        contents: Contents,
+        work: Work,
+        *,
+        where: str,
+        error: type[DbesError] = TraceError,
+        folder: Path | None = None,
+        beside: int = 0,
     ) -> None:
         self.contents, self.work, self.where, self.error = contents, work, where, error
         given = np.asarray([len(text) for text in work.texts])
@@ -154,7 +162,7 @@ class Assembly:
         self._phase = np.where(self._wanted, UNKNOWN, GENERATED).astype(np.uint8)
         self._seen = np.zeros((tokens, layers), bool)
         room = contents.room(tokens)
-        self._spool = None if folder is None or room <= SPOOL_BYTES else Spool(folder, room)
+        self._spool = None if folder is None or room <= SPOOL_BYTES // (1 + beside) else Spool(folder, room)
         self._routes = contents.empty(tokens, spool=self._spool)
         self._controls = [contents.empty(tokens, control=True, spool=self._spool) for _ in range(contents.control)]
         self._control_came = False
