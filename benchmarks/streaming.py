@@ -75,17 +75,17 @@ def read_so_far() -> int:
 
 def run(way: str, checkpoint: Path, *, tokens: int, dtype: str, max_memory: str) -> dict[str, Any]:
     """One way in this process."""
-    from dbes.wording import bytes_of
     from dbes.models import load_model, load_tokenizer
     from dbes.recording.record import record_documents
+    from dbes.wording import bytes_of
 
-    started, documents = time.perf_counter(), texts(tokens)
+    started, documents, most = time.perf_counter(), texts(tokens), bytes_of(max_memory, option="--max-memory")
     if way == "offload":
-        loaded = load_model(offloaded(checkpoint, dtype, bytes_of(max_memory, option="--max-memory") or 0), tokenizer=load_tokenizer(str(checkpoint)))
+        loaded = load_model(offloaded(checkpoint, dtype, most), tokenizer=load_tokenizer(str(checkpoint)))
     else:
         loaded = load_model(checkpoint, dtype=dtype, layerwise=way == "streaming")
     ready, read = time.perf_counter(), read_so_far()
-    options = {"max_memory": bytes_of(max_memory, option="--max-memory")} if way == "streaming" else {}
+    options = {"max_memory": most} if way == "streaming" else {}
     with tempfile.TemporaryDirectory(dir=checkpoint.parent) as output:
         done = record_documents(loaded, documents, domains=("a", "b"), window=WINDOW, output_path=Path(output) / "trace", **options)
     return {
