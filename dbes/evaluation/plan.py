@@ -24,6 +24,7 @@ from dbes.models.load import load_config, load_tokenizer
 from dbes.models.memory import Available
 from dbes.models.needs import Needs, measure, skeleton_of
 from dbes.models.windows import token_ids
+from dbes.recording.units import UNIT_TOKENS
 from dbes.shipped import located
 from dbes.text import unknown
 from dbes.wording import byte_count
@@ -31,9 +32,6 @@ from dbes.wording import byte_count
 Engine = Literal["memory", "streaming"]
 
 TOKENS = 1_000_000
-UNIT_TOKENS = 1_000_000
-"""Tokens that the streaming engine takes through all layers before it reads the checkpoint again."""
-
 EFFICIENCY = 0.5
 """Of the speed of bare multiplications, what a model reaches: a 260 M OLMoE recorded 748 of the 1,320 tokens a second that they allow."""
 
