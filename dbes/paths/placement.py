@@ -57,7 +57,8 @@ class Budget:
         """
         count = max(1, round(self.size * cells)) if self.size < 1 else int(self.size)
         if count >= cells:
-            raise PathError(f"budget {self.size:g} is all of the {cells} experts {'there are' if self.allocation == 'global' else 'of a layer'}")
+            where = "there are" if self.allocation == "global" else "of a layer"
+            raise PathError(f"budget {self.size:g} is all of the {cells} experts {where}: nothing is left to choose")
         return count
 
     def __post_init__(self) -> None:
