@@ -4,7 +4,8 @@ The texts of every domain are dealt to folds by a hash of their ids. The experts
 what they take of the fold's own slots is counted. What a delete-one jackknife needs is computed with the choice made again: a choice
 looks at texts that are elsewhere looked at as unseen ones, so that the texts' shares of a sum are not independent of each other, and
 their plain spread would be too small by up to a factor of 2 in variance where there is nothing to find. The jackknife errs on the
-safe side there (Efron & Stein 1981, doi:10.1214/aos/1176345462).
+safe side there (Efron & Stein 1981, doi:10.1214/aos/1176345462). The placement by overall load, which the domain's own is compared
+with, is taken as given: made again it would only add jumps of experts that are tied in the mean of the domains.
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ FOLDS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Slots:
-    """Slots of each domain, [1 + texts, domains]: of all texts in row 0, then without each text in turn, all choices made again.
+    """Slots of each domain, [1 + texts, domains]: of all texts in row 0, then without each text in turn, choices made again.
 
     Attributes:
         total: slots of the domain.
         uniform: those that as many experts drawn at random take on average.
         own: slots of unseen texts, taken by the experts that the domain's other texts use most.
         oracle: the most that as many experts could take of the same folds.
-        load: as own, by the experts that the other texts of all domains use most, every domain weighing the same.
+        load: as own, by the experts that the other texts of all domains use most, every domain weighing the same;
+            this choice is that of all texts in every row.
         across: [1 + texts, domains of the choice, domains], slots taken by the experts that all texts of a domain use most; on the diagonal
             those of the very texts that chose.
     """
@@ -75,9 +77,8 @@ def covered_slots(hits: np.ndarray, label: np.ndarray, fold: np.ndarray, *, doma
     whole = sums.sum(axis=1)
     chosen = most_used(whole, count)
     total, across = whole.sum(axis=-1), chosen.astype(np.float64) @ whole.T
-    trained = _usage(whole[:, None] - sums)
-    mixture = trained.sum(axis=0)
-    load = np.einsum("dkc,kc->d", sums, most_used(mixture, count).astype(np.float64))
+    by_load = most_used(_usage(whole[:, None] - sums).sum(axis=0), count).astype(np.float64)
+    load = np.einsum("dkc,kc->d", sums, by_load)
     own, oracle = _crossed(sums, whole, count)
     rows = {"total": total, "own": own, "oracle": oracle, "load": load, "across": across}
     found = {name: np.repeat(row[None], 1 + texts, axis=0) for name, row in rows.items()}
@@ -88,8 +89,6 @@ def covered_slots(hits: np.ndarray, label: np.ndarray, fold: np.ndarray, *, doma
         places = 1 + members
         found["total"][places, domain] = left.sum(axis=-1)
         found["own"][places, domain], found["oracle"][places, domain] = _crossed(rest, left, count)
-        by_load = most_used(mixture - trained[domain] + _usage(left[:, None] - rest), count).astype(np.float64)
-        found["load"][places] = np.tensordot(by_load, sums, axes=((1, 2), (1, 2)))
         found["load"][places, domain] = (by_load * rest).sum(axis=(1, 2))
         again = most_used(left, count).astype(np.float64)
         found["across"][places, :, domain] = left @ chosen.T.astype(np.float64)

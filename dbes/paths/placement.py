@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import reduce
 from operator import add
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 from scipy.stats import t as student
@@ -27,8 +27,7 @@ from dbes.text import unknown
 from dbes.trace.store import Trace
 from dbes.trace.types import RoutingShape
 
-Allocation = Literal["layer", "global"]
-ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
+ALLOCATIONS = ("layer", "global")
 Finding = Literal["unknown", "none", "load", "domain"]
 
 PLACED = "target-load"
@@ -47,7 +46,7 @@ class Budget:
     """
 
     size: float
-    allocation: Allocation = "layer"
+    allocation: str = "layer"
 
     def count(self, cells: int) -> int:
         """Experts to choose among so many: a share is rounded, and is at least one.
@@ -142,7 +141,7 @@ class Placement:
 
     model: str
     budget: float
-    allocation: Allocation
+    allocation: str
     chosen: int
     cells: int
     folds: int
@@ -158,7 +157,7 @@ def place(
     recorded: Result | Trace | Counts | Evidence | str | Path,
     *,
     budget: float | Budget = 0.25,
-    allocation: Allocation = "layer",
+    allocation: str = "layer",
     domain: str | None = None,
     folds: int = FOLDS,
 ) -> Placement:
