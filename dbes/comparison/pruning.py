@@ -29,6 +29,7 @@ from dbes.shipped import EMBEDDED
 from dbes.tasks.entries import Entry, entry_of_document
 from dbes.tasks.task import Task
 from dbes.trace.store import Trace
+from dbes.wording import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -128,8 +129,9 @@ def prune(
 
     Raises:
         SettingError: there is no such domain.
-        PathError: counts of whole domains; another model or task; too few texts; a budget that leaves nothing to choose.
-        ModelError: experts of this model cannot be masked in its routers, or a budget keeps fewer than run for a token.
+        PathError: counts of whole domains; another model or task; too few texts; a budget that leaves nothing to choose, or fewer
+            experts than run for a token.
+        ModelError: experts of this model cannot be masked in its routers.
         ResultError, TraceError, TaskError: what is given cannot be read.
     """
     from dbes.evaluation.request import given_model
@@ -138,6 +140,10 @@ def prune(
     index = evidence.domain(domain)
     if not evidence.counts.by_documents:
         raise PathError("only counts of whole domains are known, not of documents: no text can be kept from the choice")
+    for size in budgets:
+        least, needed = min(map(Budget(size=size).count, evidence.shape.experts)), max(evidence.shape.top_k)
+        if least < needed:
+            raise PathError(f"budget {size:g} keeps {counted(least, 'expert')} of a layer, and every token runs {needed}: keep more")
     side = _halves(evidence, limit)
     placements = [place(evidence, budget=Budget(size=size), domain=domain) for size in budgets]
     with given_model(model, tokenizer) as given:

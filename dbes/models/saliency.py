@@ -64,20 +64,22 @@ def _attach(site: RoutingSite, real: Tensor, sums: np.ndarray) -> Iterator[Remov
     def after(module: nn.Module, _: tuple, output: Any) -> None:
         args, kwargs = given.pop()
         ids, weights = READERS["experts"](site, args, kwargs, Scorekeeper())
-        there, total = real.to(ids.device), 0
+        whole, there = output.reshape(len(ids), -1), real.to(ids.device)
+        wide = torch.promote_types(whole.dtype, torch.float32)
+        total = torch.zeros_like(whole, dtype=wide)
         hidden = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         for slot in range(ids.shape[1]):
             alone = [_alone(value, hidden, ids, slot) for value in args]
             named = {name: _alone(value, hidden, ids, slot) for name, value in kwargs.items()}
-            single = module.forward(*alone, **named).reshape(len(ids), -1).float()
-            total = total + weights[:, slot, None].float() * single
+            single = module.forward(*alone, **named).reshape(len(ids), -1).to(wide)
+            gate = weights[:, slot].to(wide)
+            total += gate[:, None] * single
             routed = there & (ids[:, slot] < site.num_experts)
             chosen = ids[routed, slot].cpu().numpy()
-            norms = (weights[:, slot].float() * single.norm(dim=-1))[routed].double().cpu().numpy()
+            norms = (gate * single.norm(dim=-1))[routed].double().cpu().numpy()
             sums[0] += np.bincount(chosen, norms, minlength=sums.shape[1])
             sums[1] += np.bincount(chosen, minlength=sums.shape[1])
-        whole = output.reshape(len(ids), -1)
-        if float((total - whole.float())[there].norm()) > torch.finfo(whole.dtype).eps ** 0.5 * float(whole[there].float().norm()):
+        if float((total - whole)[there].norm()) > torch.finfo(whole.dtype).eps ** 0.5 * float(total[there].norm()):
             raise ModelError(f"layer {site.layer} ({site.name}): the outputs of single experts do not add up to what all of them gave")
 
     yield site.experts.register_forward_pre_hook(before, with_kwargs=True)
