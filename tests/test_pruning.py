@@ -225,8 +225,8 @@ def test_the_embedded_models_domain_needs_its_own_experts(tmp_path: Path) -> Non
     """Trained with experts that specialize: those of medicine serve its unseen texts better than the most used of all or random ones."""
     import dbes
 
-    result = dbes.evaluate("embedded", limit=24, permutations=5, save_trace=True, output_path=tmp_path)
-    found = prune(result, domain="medicine", model="embedded", budgets=(0.5,), limit=10)
+    result = dbes.evaluate("embedded", limit=16, permutations=5, save_trace=True, output_path=tmp_path)
+    found = prune(result, domain="medicine", model="embedded", budgets=(0.5,))
     findings = {arm.name: arm.finding for arm in found.budgets[0].arms}
     assert findings["overall load"] == "better" and findings["random"] in ("better", "no difference")
     assert found.budgets[0].arms[0].added["medicine"].low > 0
