@@ -18,7 +18,7 @@ from dbes.text import json_text, legible
 from dbes.wording import UNKNOWN, counted, share, shares
 
 if TYPE_CHECKING:
-    from dbes.comparison.pruning import Arm, Pruned, Pruning
+    from dbes.comparison.pruning import Pruned, Pruning
 
 FINDINGS = {
     "unknown": "unknown",
@@ -26,6 +26,7 @@ FINDINGS = {
     "load": "skew, overall load not shown to be worse",
     "domain": "skew of this domain",
 }
+AGAINST = {"better": "better than by", "worse": "worse than by", "no difference": "not told apart from"}
 PLACED = ("Domain", "Texts", "Unseen texts", "Gain", "95 % interval", "Domain over load", "95 % interval", "Finding")
 ELSEWHERE = ("Other domain", "Its slots covered", "95 % interval", "Lost to its own choice", "95 % interval")
 ARMS = ("Kept by", "Added in {}", "95 % interval", "Added elsewhere, mean", "Domain load minus this", "interval", "Domain load is")
@@ -159,9 +160,9 @@ def _pruning(found: Pruning) -> Shown:
     for each in found.budgets:
         own = each.arms[0]
         kept = f"{each.placement.chosen:,} of {each.placement.cells:,} experts"
-        told = [f"{arm.name}: {_against(arm)}" for arm in each.arms[1:]]
+        told = [f"{AGAINST[str(arm.finding)]} {arm.name} ({_bits(arm.less)})" for arm in each.arms if arm.less is not None]
         cost = f"{kept} kept by the load of {name}: {_bits(own.added[found.domain])} bits per byte on its unseen texts"
-        lines.append(f"{cost}; against {'; '.join(told)}.")
+        lines.append(f"{cost}. That is {'; '.join(told)}.")
         covered = each.placement[found.domain].covered
         title = f"{kept}; they take {_told(covered)} of the slots of unseen texts of {name}. Bits per byte"
         tables.append(Table(title=title, headings=tuple(each.format(name) for each in ARMS), rows=list(_arms(found, each))))
@@ -188,11 +189,6 @@ def _arms(found: Pruning, each: Pruned) -> Iterable[list[str]]:
         mean = f"{sum(others) / len(others):+.4f}" if others else UNKNOWN
         less = ["", "", ""] if arm.less is None else [f"{arm.less.value:+.4f}", _ends(arm.less), str(arm.finding)]
         yield [arm.name, f"{own.value:+.4f}", _ends(own), mean, *less]
-
-
-def _against(arm: Arm) -> str:
-    assert arm.less is not None
-    return f"{arm.finding} ({_bits(arm.less)})"
 
 
 def _bits(value: Estimate) -> str:
