@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from dbes.cli import app
 from dbes.errors import FileError, TaskError
 from dbes.tasks import hub as hub_tasks
+from dbes.tasks.cautions import cautions
 from dbes.tasks.prepare import prepare
 from dbes.tasks.task import Document, list_tasks, load_task, read_documents, read_task, task_facts, task_fingerprint, tasks_of
 
@@ -89,6 +90,8 @@ def test_full_task_reads_the_true_columns():
     assert found["code", "mbpp"].id == "11" and found["code", "mbpp"].text == "Remove it.\ndef g(): ..."
     assert found["software_engineering", "swe_bench_verified"].answer == "diff"
     assert found["general", "hle"].id == "h1"
+    told = cautions(reading.documents)["texts of one collection only, whose style can pass for the domain"]
+    assert told == {"science": "sciq", "finance": "finance_math", "software_engineering": "swe_bench_verified"}
     assert found["general", "mmlu"].text == "Where?\na\nb\nc\nd" and found["general", "mmlu"].choices == ("a", "b", "c", "d")
 
 
@@ -242,6 +245,7 @@ import os, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from dbes.tasks import task as tasks
+from dbes.tasks.cautions import cautions
 from dbes.tasks.prepare import prepare
 read, seen = tasks.read_source, []
 def dying(*arguments):
@@ -350,6 +354,7 @@ def test_a_group_that_cannot_be_used_is_told(tmp_path, content, told):
     assert told in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_group_is_evaluated_task_by_task(tmp_path, tiny_checkpoint):
     for name in ("one", "two"):
         task = {"name": name, "version": 1, "domains": {"a": {"texts": ["x y z", "x x"]}, "b": {"texts": ["u v", "w"]}}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -9,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from dbes.errors import TaskError
 from dbes.tasks.documents import Located, Place, documents_of
@@ -19,7 +22,7 @@ PATIENCE = 10.0
 """Seconds that the hub may take to say whether it has a data set; asked once, before anything is read."""
 
 BUFFER = 10_000
-"""Rows of a stream that are shuffled at a time."""
+"""Rows of a stream, from its beginning, that a sample is drawn from."""
 
 PACKAGED = ("parquet", "json", "csv", "text", "arrow")
 """Formats that stand for a data set where ``data_files`` names the files."""
@@ -79,17 +82,17 @@ def documents(task_file: Path, domain: str, source: DatasetSource, limit: int | 
 
 
 def _rows(table: Any, source: DatasetSource, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows with their numbers: of the split, or of a shuffled stream in the order they come."""
-    if source.seed is None or source.streaming:
-        try:
-            yield from enumerate(table if source.seed is None else table.shuffle(seed=source.seed, buffer_size=BUFFER))
-        except OSError as error:  # a stream is fetched while it is read
-            raise UnreachableError(f"{where}: lost while it was read: {_line(error)}") from error
-        return
-    import numpy as np
-
-    for number in np.random.default_rng(source.seed).permutation(len(table)):
-        yield int(number), table[int(number)]
+    """Rows with their numbers in the split: in its order or, with a seed, in a random one."""
+    try:
+        if source.seed is None:
+            yield from enumerate(table)
+            return
+        if source.streaming:  # without the library's own shuffling, which forgets the numbers and can wait for its threads
+            table = list(itertools.islice(table, BUFFER))
+        for number in np.random.default_rng(source.seed).permutation(len(table)):
+            yield int(number), table[int(number)]
+    except OSError as error:  # a stream is fetched while it is read
+        raise UnreachableError(f"{where}: lost while it was read: {_line(error)}") from error
 
 
 def _resolved(task_file: Path, source: DatasetSource, where: str) -> Resolved:

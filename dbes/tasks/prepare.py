@@ -102,7 +102,8 @@ def prepare(
 
 def card(task: Task, found: list[Prepared]) -> str:
     """What a prepared folder holds, as Markdown: source, revision, licence, counts, rows left out, and what may not be passed on."""
-    lines = [f"# Task {task.name}, version {task.version}: a prepared copy", "", task.description, ""]
+    lines = [f"# Task {task.name}, version {task.version}: a prepared copy", ""]
+    lines += [task.description, ""] if task.description else []
     lines += [f"Use it with `--tasks` and this folder, or {task.name}.yaml in it; nothing is downloaded then.", ""]
     lines += ["| Domain | Source | From | Revision | Licence | Texts | Rows left out | sha256 |", "|---|---|---|---|---|--:|---|---|"]
     for each in (each for each in found if each.kept is not None):
@@ -185,7 +186,8 @@ def _task_file(task: Task, found: list[Prepared]) -> str:
             domains[each.domain] = told
         else:
             domains.setdefault(each.domain, {"sources": []})["sources"].append(told)
-    content = {"name": task.name, "version": task.version, "description": task.description, "window": task.window, "domains": domains}
+    content: dict[str, Any] = {"name": task.name, "version": task.version, "description": task.description, "window": task.window}
+    content["domains"] = domains
     if missing := {f"{each.domain}/{each.name}": clipped(each.cause, 300) for each in found if each.kept is None}:
         content["missing"] = missing
     head = f"# Written by `dbes tasks prepare`; sources, revisions and licences are in {CARD}.\n"

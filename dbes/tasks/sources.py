@@ -111,7 +111,7 @@ class DatasetSource(RowFields):
             is read. Must be given.
         data_files: files of the repository that are read as the split, in place of those that its card names.
         streaming: read no more of the split than is asked for.
-        seed: take ``limit`` rows at random in place of the first; of a stream, from a shuffled buffer of `BUFFER` rows.
+        seed: take ``limit`` rows at random in place of the first; of a stream, from its first 10,000.
     """
 
     dataset: str
