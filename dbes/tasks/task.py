@@ -129,7 +129,12 @@ def tasks_of(task: str | Path | Task) -> list[str | Path | Task]:
     Raises:
         TaskError: as `load_task`; a group that holds itself.
     """
-    return list(dict.fromkeys(_members(task, ()))) if not isinstance(task, Task) else [task]
+    if isinstance(task, Task):
+        return [task]
+    found: dict[Path, str | Path | Task] = {}
+    for path, member in _members(task, ()):
+        found.setdefault(path, member)
+    return list(found.values())
 
 
 def is_group(task: str | Path | Task) -> bool:
@@ -137,14 +142,16 @@ def is_group(task: str | Path | Task) -> bool:
     return not isinstance(task, Task) and "group" in _read(task)[1]
 
 
-def _members(task: str | Path, above: tuple[Path, ...]) -> list[str | Path]:
+def _members(task: str | Path, above: tuple[Path, ...]) -> list[tuple[Path, str | Path]]:
+    """The tasks of a group, or a task alone: the file of each, and how it was named."""
     path, content = _read(task)
+    whole = path.resolve()
     if "group" not in content:
-        return [task if path.parent == TASKS and path.stem == str(task) else path]
-    if path in above:
-        circle = " > ".join(each.name for each in (*above[above.index(path) :], path))
+        return [(whole, task)]
+    if whole in above:
+        circle = " > ".join(each.name for each in (*above[above.index(whole) :], path))
         raise TaskError(f"{path}: a group that holds itself ({circle})")
-    return [each for member in _checked_group(path, content) for each in _members(member, (*above, path))]
+    return [each for member in _checked_group(path, content) for each in _members(member, (*above, whole))]
 
 
 def _checked_group(path: Path, content: Mapping[str, Any]) -> list[str | Path]:
@@ -172,7 +179,7 @@ def _read(task: str | Path) -> tuple[Path, dict[str, Any]]:
     content = read_yaml(path, error=TaskError, missing=f"{path}: no such task file")
     if not isinstance(content, dict):
         raise TaskError(f"{path}: a task is a mapping with name, version and domains, not {type(content).__name__}")
-    return path.resolve(), content
+    return path, content
 
 
 def list_tasks() -> list[Task]:
