@@ -49,6 +49,7 @@ benchmarks: $(READY)  ## Speed and memory, as ratios within one run.
 	$(OFFLINE) $(BIN)/python benchmarks/recording.py build/recording.json
 	$(OFFLINE) $(BIN)/python benchmarks/scoring.py build/scoring.json
 	$(OFFLINE) $(BIN)/python benchmarks/importing.py build/importing.json
+	$(OFFLINE) $(BIN)/python benchmarks/exporting.py build/exporting.json
 
 leaderboard: $(READY)  ## Check the shipped results and rebuild reports/leaderboard.html from them.
 	$(OFFLINE) $(BIN)/dbes compare reports/entries --check
