@@ -66,6 +66,7 @@ NAMES: dict[str, tuple[str, str]] = {
     "intervene ideas": ("per-layr", "per-layer"),
     "intervene protected": ("lfit", "lift"),
     "intervene routing": ("plane", "plain"),
+    "tasks prepare task": ("embeded", "embedded"),
     "testbed run preset": ("smoek", "smoke"),
     "testbed run mix": ("embeded", "embedded"),
     "testbed run only": ("scop", "scope"),
@@ -127,6 +128,7 @@ def line(case: str, wrong: str, *, result: Path, model: Path, task: Path, out: P
         "paths": [result, *([] if name == "domain" else ["--domain", "law"]), "--out", out],
         "finetune": ["--model", model, "--paths", out, *([] if name == "data" else ["--data", "task:law"]), "--out", out],
         "intervene": ["--model", model, *([] if name == "domain" else ["--domain", "law"]), "--out", out],
+        "tasks prepare": ["--out", out],
         "testbed run": ["--out", out, "--cache", out],
         "testbed train": ["--out", out, "--config", out.parent / "train.yaml", "--cache", out],
         "testbed mix": ["--cache", out],
@@ -142,7 +144,7 @@ def line(case: str, wrong: str, *, result: Path, model: Path, task: Path, out: P
         more += ["--rule", "random-load-matched"]
     if case == "paths tasks":
         more += ["--rule", "gradient", "--model", model]
-    if case == "testbed mix mix":
+    if case in ("testbed mix mix", "tasks prepare task"):
         more = [wrong]
     return [*command.split(), *usual[command], *more]
 

@@ -37,7 +37,7 @@ SURROGATES = ("token", "bigram")
 def evaluate(
     model: Annotated[str, typer.Option(help="Hub id or folder; `embedded` is the small checkpoint that ships with dbes.")] = "embedded",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
-    tasks: Annotated[str, typer.Option(help="Task name or YAML file; several separated by commas.")] = "embedded",
+    tasks: Annotated[str, typer.Option(help="Task name, YAML file (or a group's), prepared folder; several with commas.")] = "embedded",
     limit: Annotated[int | None, typer.Option(min=1, help="Documents per domain at most.")] = None,
     output_path: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("results"),
     dtype: Annotated[
@@ -85,7 +85,7 @@ def evaluate(
         if format == "table":
             _show(result)
     if format == "json" and done and not quiet:
-        say_json(_json(done, several=len(wanted) > 1))
+        say_json(_json(done, several=len(found) > 1))
     if len(done) < len(found):
         raise typer.Exit(FAILED)
 

@@ -27,7 +27,7 @@ from dbes.results import PAGE_FILE, RESULT_FILE, ModelFacts, RecordingFacts, Res
 from dbes.scoring.score import score_tables
 from dbes.scoring.tables import COMPANIONS, save_scores
 from dbes.shipped import EMBEDDED, EMBEDDED_MODEL
-from dbes.tasks.task import Task
+from dbes.tasks.task import Task, is_group, tasks_of
 from dbes.trace.store import MANIFEST, TRACE_FOLDER, Trace, read_manifest
 
 if TYPE_CHECKING:
@@ -100,8 +100,9 @@ def evaluate(
     Args:
         model: hub id, folder, ``"embedded"`` for the checkpoint that ships with dbes, a `LoadedModel`, or a model of transformers or
             peft in memory (with its ``tokenizer``), which is left as it was.
-        tasks: name of a task, path of a task YAML, a `Task`, or a list of these. All tasks of a list are read before anything is
-            written; of one that fails later, the result in the list has status "error", and the others are run.
+        tasks: name of a task, path of a task YAML or a prepared folder, a `Task`, a group of tasks, or a list of these. All tasks
+            of a list are read before anything is written; of one that fails later, the result in the list has status
+            "error", and the others are run.
         output_path: folder of the results.
         revision: branch, tag or commit of a model on the hub.
         limit: read at most this many documents of each domain.
@@ -120,7 +121,7 @@ def evaluate(
         progress: called as progress(stage, done, total); the stage names what is being done.
 
     Returns:
-        The result, or one for each task of a list.
+        The result, or one for each task of a list or a group.
 
     Raises:
         TaskError, SettingError: a task or an argument cannot be used (nothing is written).
@@ -128,8 +129,8 @@ def evaluate(
         ResultError: the folder holds a finished result of something else, which is left alone.
         DbesError: the evaluation failed; a result with status "error" has been written.
     """
-    several = not isinstance(tasks, str | Path | Task)
-    wanted = list(tasks) if several else [tasks]
+    several = not isinstance(tasks, str | Path | Task) or is_group(tasks)
+    wanted = [each for task in ([tasks] if isinstance(tasks, str | Path | Task) else tasks) for each in tasks_of(task)]
     crew = Crew.here()
     with given_model(model, tokenizer) as given, crew.meeting(Path(output_path)):
         request = Request.of(
