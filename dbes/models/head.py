@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from dbes.errors import RecordingError
 from dbes.models.execution import base_of, logits_of
@@ -29,15 +30,16 @@ def next_token_nats(model: nn.Module, inputs: Mapping[str, Tensor], rows: Tensor
     Raises:
         RecordingError: a model whose head cannot be told from its base, or that calls its base otherwise than once.
     """
+    whole: Any = model
     base = base_of(model)
+    base = whole.get_decoder() if base is model and isinstance(model, PreTrainedModel) else base
     if base is model:
         raise RecordingError(f"loss: the head of {type(model).__name__} cannot be told from the rest of it; record it without the loss")
     length = inputs["input_ids"].shape[1]
     rows = rows.to(inputs["input_ids"].device)
     predicted = rows[rows % length > 0]
     labels = inputs["input_ids"].reshape(-1)[predicted]
-    config: Any = model.config
-    step = max(1, most // config.get_text_config().vocab_size)
+    step = max(1, most // whole.config.get_text_config().vocab_size)
     pieces = (predicted - 1).split(step) if len(predicted) else ((rows[:1]),)
     given: list[Any] = []
 
