@@ -45,18 +45,20 @@ class DomainAccuracy(_Record):
 
 
 class DomainAblation(_Record):
-    """A domain's specialists masked, and as many cells of the same layers whose load in the domain is closest.
+    """A domain's specialists masked, and other cells of the same layers that carry as much of the domain.
 
     Attributes:
-        cells: masked, of each half of the source texts; each half is measured with the cells that the other half chose.
+        cells, control_cells: masked, of each half of the source texts; each half is measured with the cells that the other half chose.
         load, control_load: share of the domain's slots that these cells carry (on the texts that chose them), and their controls.
         sources: source texts of the domain that were measured.
         inside, outside, control_inside, control_outside: bits per byte added in the domain, and in the others (their mean).
         beyond: inside - control_inside, paired by source text. selectivity: beyond - (outside - control_outside).
-        finding: ``drives``, ``not alone``, ``no effect``, ``worse`` (the control adds more), or ``no specialists``.
+        finding: ``drives``, ``not alone``, ``unmatched`` (no other cells carry as much), ``no effect``, ``worse`` (the control adds more),
+            or ``no specialists``.
     """
 
     cells: tuple[Whole, Whole]
+    control_cells: tuple[Whole, Whole] = (0, 0)
     load: Number = math.nan
     control_load: Number = math.nan
     sources: Whole = 0
@@ -66,7 +68,7 @@ class DomainAblation(_Record):
     control_outside: Measured | None = None
     beyond: Measured | None = None
     selectivity: Measured | None = None
-    finding: Literal["drives", "not alone", "no effect", "worse", "no specialists"] = "no specialists"
+    finding: Literal["drives", "not alone", "unmatched", "no effect", "worse", "no specialists"] = "no specialists"
 
 
 class Measures(_Record):

@@ -65,7 +65,7 @@ def evaluate(
         bool, typer.Option("--lm-eval", help="The same accuracy, by lm-evaluation-harness; needs dbes[lm-eval].")
     ] = False,
     ablate: Annotated[
-        bool, typer.Option("--ablate", help="Mask each domain's specialists, and as many cells of the same load: what is lost?")
+        bool, typer.Option("--ablate", help="Mask each domain's specialists, and other cells of the same load: what is lost?")
     ] = False,
     format: FormatOption = "table",
 ) -> None:

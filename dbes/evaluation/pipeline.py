@@ -104,7 +104,7 @@ def evaluate(
         loss: measure bits per byte of every domain in the same pass; the head of the model runs too then.
         accuracy: measure how often the right choice of the task's multiple-choice items is the likeliest; "lm-eval" lets
             lm-evaluation-harness measure it (``dbes[lm-eval]``).
-        ablate: mask every domain's specialists and, as a control, as many cells of the same load, and measure bits per byte in and
+        ablate: mask every domain's specialists and, as a control, other cells of the same load, and measure bits per byte in and
             outside the domain, on texts that did not choose the specialists. Two more forwards over the texts for each domain.
         progress: called as progress(stage, done, total); the stage names what is being done.
 

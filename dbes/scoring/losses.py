@@ -17,6 +17,9 @@ from dbes.trace.types import RoutingShape
 
 LEVEL = 0.05
 
+MATCHED = 0.8
+"""Share of the specialists' load that a control must carry at least to be one."""
+
 
 def by_unit(per_document: np.ndarray, shape: RoutingShape) -> np.ndarray:
     """Sums over the documents of each source text, [units, ...]."""
@@ -84,11 +87,12 @@ def ablation_by_domain(
     for place, name in enumerate(names):
         cells = tuple(len(masks.own[half][place]) for half in (0, 1))
         load, control_load = masks.load_of(place)
-        about = {"cells": cells, "load": load, "control_load": control_load}
+        drawn = tuple(len(masks.control[half][place]) for half in (0, 1))
+        about = {"cells": cells, "control_cells": drawn, "load": load, "control_load": control_load}
         seen = masks.measured(place) & (text_bytes > 0)
         inside = seen & (domain == place)
         if not inside.any():
-            found[name] = DomainAblation(cells=(cells[0], cells[1]), load=load, control_load=control_load)
+            found[name] = DomainAblation(**about)
             continue
         added = np.stack([own[place] - base, control[place] - base], axis=1)[seen]
         sizes = np.repeat(text_bytes[seen, None], 2, axis=1)
@@ -132,4 +136,6 @@ def _finding(each: DomainAblation) -> str:
         return "no effect"
     if beyond.value < 0:
         return "worse"
+    if each.control_load < MATCHED * each.load:
+        return "unmatched"
     return "drives" if selective.p_holm <= LEVEL and selective.value > 0 else "not alone"

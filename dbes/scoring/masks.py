@@ -1,4 +1,4 @@
-"""Which cells an ablation masks: of each half of the texts the specialists of every domain, and as many others of the same load."""
+"""Which cells an ablation masks: of each half of the texts the specialists of every domain, and others of the same load."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Masks:
     Attributes:
         shape: with source texts as documents.
         half: 0 or 1 of each source text, int [units].
-        own, control: by half, by domain; as many of each, in the same layers.
+        own, control: by half, by domain; of the same load in the same layers, see `matched`.
         load: share of the domain's slots that they carry on the half that chose them, [halves, domains, 2] (own, control).
     """
 
@@ -88,10 +88,11 @@ def choose_masks(counts: Counts, *, permutations: int, seed: int) -> Masks:
 
 
 def matched(specialist: np.ndarray, lift: np.ndarray, share: np.ndarray, shape: RoutingShape) -> tuple[Cells, Cells]:
-    """The specialists of a domain, and in every layer as many other experts that carry as much of the domain as can be.
+    """The specialists of a domain, and in every layer other experts that together carry as much of the domain.
 
-    The pairs have the least sum of differences in load. Where a layer has fewer others than specialists, those of the highest lift are
-    taken, as many as there are others.
+    Specialists are taken by falling lift while those that are none carry as much. Each is paired with one of these (least sum of
+    differences in load); where the pairs carry less, more are added while that brings the sum closer: a control never has fewer cells
+    but where there are fewer.
 
     Args:
         specialist: bool [layers, experts]; lift, share: [layers, experts], of the domain.
@@ -99,9 +100,20 @@ def matched(specialist: np.ndarray, lift: np.ndarray, share: np.ndarray, shape: 
     own: list[tuple[int, int]] = []
     control: list[tuple[int, int]] = []
     for column, layer in enumerate(shape.layers):
-        chosen, others = np.flatnonzero(specialist[column]), np.flatnonzero(~specialist[column, : shape.experts[column]])
-        chosen = chosen[np.argsort(-lift[column, chosen], kind="stable")][: len(others)]
-        pairs = linear_sum_assignment(np.abs(share[column, chosen][:, None] - share[column, others]))
-        own += [(layer, int(chosen[place])) for place in pairs[0]]
-        control += [(layer, int(others[place])) for place in pairs[1]]
+        load, others = share[column], np.flatnonzero(~specialist[column, : shape.experts[column]])
+        chosen: list[int] = []
+        for expert in sorted(np.flatnonzero(specialist[column]).tolist(), key=lambda expert: -lift[column, expert]):
+            if load[[*chosen, expert]].sum() <= load[others].sum():
+                chosen.append(expert)
+        pairs = linear_sum_assignment(np.abs(load[chosen][:, None] - load[others]))[1]
+        drawn, rest = others[pairs].tolist(), np.delete(others, pairs).tolist()
+        while rest and chosen:
+            short = load[chosen].sum() - load[drawn].sum()
+            best = min(rest, key=lambda expert: abs(short - load[expert]))
+            if abs(short - load[best]) >= abs(short):
+                break
+            rest.remove(best)
+            drawn.append(best)
+        own += [(layer, expert) for expert in chosen]
+        control += [(layer, expert) for expert in drawn]
     return tuple(own), tuple(control)
