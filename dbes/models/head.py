@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from dbes.errors import RecordingError
 from dbes.models.execution import base_of, logits_of
@@ -32,7 +31,7 @@ def next_token_nats(model: nn.Module, inputs: Mapping[str, Tensor], rows: Tensor
     """
     whole: Any = model
     base = base_of(model)
-    base = whole.get_decoder() if base is model and isinstance(model, PreTrainedModel) else base
+    base = getattr(model, "model", model) if base is model else base  # as Llama 4, whose class names another part as its base
     if base is model:
         raise RecordingError(f"loss: the head of {type(model).__name__} cannot be told from the rest of it; record it without the loss")
     length = inputs["input_ids"].shape[1]

@@ -14,7 +14,8 @@ SERIES = ("specialists, in the domain", "specialists, in the others", "same load
 
 BESIDE = ("Domain", "Bits per byte", "95 % interval", "Items", "Accuracy", "95 % interval", "Per byte", "Chance")
 ABLATION = (
-    "Domain", "Cells", "Load", "Control cells", "Control load", "Inside", "Outside", "Control inside", "Control outside", "Beyond", "p (Holm)",
+    "Domain", "Cells", "Load", "Control cells", "Control load",
+    "Inside", "Outside", "Control inside", "Control outside", "Beyond", "p (Holm)",
 )  # fmt: skip
 
 FINDINGS = {

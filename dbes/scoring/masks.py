@@ -103,7 +103,7 @@ def matched(specialist: np.ndarray, lift: np.ndarray, share: np.ndarray, shape: 
         load, others = share[column], np.flatnonzero(~specialist[column, : shape.experts[column]])
         chosen: list[int] = []
         for expert in sorted(np.flatnonzero(specialist[column]).tolist(), key=lambda expert: -lift[column, expert]):
-            if load[[*chosen, expert]].sum() <= load[others].sum():
+            if load[[*chosen, expert]].sum() <= load[others].sum() * (1 + 1e-9):
                 chosen.append(expert)
         pairs = linear_sum_assignment(np.abs(load[chosen][:, None] - load[others]))[1]
         drawn, rest = others[pairs].tolist(), np.delete(others, pairs).tolist()
