@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from families import discovered, tiny_model
+from scipy.stats import spearmanr
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import dbes
+from dbes.comparison.relation import spearman
 from dbes.errors import SettingError, TraceError
 from dbes.evaluation.harness import definition, require_harness, write_items
 from dbes.evaluation.measuring import items_of
@@ -23,6 +25,10 @@ from dbes.measures import DomainAblation, DomainLoss, Measured, Measures
 from dbes.models import load_model
 from dbes.models.head import next_token_nats
 from dbes.recording.record import record_documents
+from dbes.reporting.export import entry_row, relation_lines
+from dbes.reporting.leaderboard import render_leaderboard
+from dbes.reporting.page import render_page
+from dbes.scoring.counts import Counts
 from dbes.scoring.losses import ablation_by_domain, loss_by_domain
 from dbes.scoring.masks import Masks, halves_of, matched
 from dbes.tasks.entries import Item
@@ -45,7 +51,7 @@ def test_bits_and_bytes_are_those_of_a_loop_over_documents(
     tiny_checkpoint: Path, tiny_task: Path, tmp_path: Path, batch_size: int | str
 ) -> None:
     task = load_task(tiny_task)
-    documents = read_documents(task, limit=3)
+    documents = read_documents(task, limit=1)
     loaded = load_model(tiny_checkpoint, dtype="float64")
     loaded.model.set_experts_implementation("eager")
     found = record_documents(
@@ -217,6 +223,10 @@ def test_an_expert_that_a_domain_needs_is_found_and_an_inert_one_is_not(tmp_path
             assert each.beyond.value > 0.1
     for name, part in model.state_dict().items():
         assert torch.equal(part, before[name])
+    page = render_page(result)
+    verdict = "no effect beyond cells of the same load" if inert else "its specialists drive it"
+    for name in DOMAINS:
+        assert f"{name}: {verdict}" in page
 
 
 def test_what_is_lacking_is_added_to_a_finished_result(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -275,6 +285,49 @@ def test_only_documents_with_an_answer_among_choices_are_items() -> None:
     found = items_of(documents)
     assert set(found) == {"medicine"}
     assert len(found["medicine"]) == sum(document.choices is not None for document in documents)
+
+
+def test_a_rank_correlation_is_that_of_scipy_and_says_nothing_of_three() -> None:
+    rng = np.random.default_rng(0)
+    one, other = rng.normal(size=(2, 9))
+    other[:2] = 1.0  # ties
+    rho, low, high = spearman(one, other)
+    assert rho == pytest.approx(spearmanr(one, other)[0])
+    reach = 1.959963984540054 * math.sqrt((1 + rho**2 / 2) / 6)
+    assert (low, high) == pytest.approx((math.tanh(math.atanh(rho) - reach), math.tanh(math.atanh(rho) + reach)))
+    assert all(math.isnan(value) for value in spearman(one[:3], other[:3]))
+    assert all(math.isnan(value) for value in spearman(one, np.ones(9)))
+
+
+@pytest.mark.parametrize("count", [3, 5])
+def test_models_are_set_against_their_loss(tmp_path: Path, count: int) -> None:
+    texts = {name: [f"{name} text {place} of some words" for place in range(6)] for name in ("a", "b", "c", "d")}
+    domains, ids = tuple(texts), [f"{name}{place}" for name, own in texts.items() for place in range(len(own))]
+    rng = np.random.default_rng(0)
+    for model in range(count):
+        hits = rng.integers(1, 9, (24, 1, 4)) * 4
+        hits[np.arange(24), 0, np.repeat(np.arange(4), 6)] += 40 * (model + 1)
+        counts = Counts.from_arrays(hits, domains=domains, document_domain=np.repeat(np.arange(4), 6), top_k=1, document_ids=ids,
+                                    provenance={"model": f"m{model}", "task": {"name": "t", "version": 1, "fingerprint": "f"}})  # fmt: skip
+        result = dbes.score(counts, permutations=20, output_path=tmp_path / f"m{model}")
+        loss = {name: DomainLoss(sources=6, text_bytes=9, bits_per_byte=Measured(value=3 - model / 9 + place, low=0.0, high=9.0))
+                for place, name in enumerate(domains)}  # fmt: skip
+        result.model_copy(update={"measures": Measures(loss=loss)}).save(tmp_path / f"m{model}")
+    found = dbes.compare(tmp_path)
+    (relation,) = found.relations
+    assert (relation.of, relation.models) == ("loss", count)
+    (line,) = relation_lines(found)
+    assert all("accuracy" not in entry_row(entry, found) for entry in found.entries)
+    if count < 4:
+        assert "3 models, of which nothing can be said" in line
+    else:
+        assert relation.rho == pytest.approx(-1)
+        assert relation.within_models == 5
+        assert -1 <= relation.within_low <= relation.within <= relation.within_high <= 1
+        assert "Spearman -1.00" in line
+    page = render_leaderboard(found)
+    assert "Specialization against bits per byte" in page
+    assert "Specialization against accuracy" not in page
 
 
 def test_measures_survive_json() -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, Unpack, overload
 from dbes.errors import DbesError, ModelError, ResultError, SettingError, TraceError, refusal
 from dbes.evaluation.measuring import lacking, measured_beside, require_measurable
 from dbes.evaluation.request import (
+    Benchmark,
     Job,
     Options,
     Progress,
@@ -95,17 +96,14 @@ def evaluate(
         seed: of the random-router control, the permutations and the reference router.
         permutations: shuffles of the documents' domain labels that make the chance level.
         trust_remote_code: run model code that comes with the checkpoint.
-        engine: "memory" loads all weights, "streaming" one decoder layer at a time; the routes are the same. "auto" is "memory"
-            where the model fits.
+        engine: "memory" loads all weights, "streaming" one decoder layer at a time; "auto" is "memory" where the model fits.
         max_memory: what the process may use with "streaming", in bytes or as "4GiB"; by default what the machine has free.
         overwrite: evaluate again although there is a result, or another recording, in the folder.
         save_trace: keep the recorded routes beside the result, so that they can be scored again without the model.
         embedded_fallback: when the hub cannot be reached, use the embedded sample and say so.
-        loss: measure bits per byte of every domain in the same pass; the head of the model runs too then.
-        accuracy: measure how often the right choice of the task's multiple-choice items is the likeliest; "lm-eval" lets
-            lm-evaluation-harness measure it (``dbes[lm-eval]``).
-        ablate: mask every domain's specialists and, as a control, other cells of the same load, and measure bits per byte in and
-            outside the domain, on texts that did not choose the specialists. Two more forwards over the texts for each domain.
+        loss: measure bits per byte of every domain in the same pass.
+        accuracy: measure how often the right choice of multiple-choice items is the likeliest; "lm-eval": by the harness.
+        ablate: mask every domain's specialists, and other cells of the same load, and measure what is lost, in other texts.
         progress: called as progress(stage, done, total); the stage names what is being done.
 
     Returns:
@@ -132,12 +130,21 @@ def evaluate(
         crew.check(request.device_map)
         subject = subject_of(given, request)
         job = Job(subject=subject, request=request, benchmark=benchmarks[0], output_path=Path(output_path), save_trace=save_trace)
-        results = []
-        for number, (task, benchmark) in enumerate(zip(wanted, benchmarks, strict=True)):
-            job = replace(job, request=request.on(task), benchmark=benchmark)
-            result, job = _of_task(job, crew, number, several=several, overwrite=overwrite, progress=progress)
-            results.append(result)
+        results = _of_tasks(job, wanted, benchmarks, crew, several=several, overwrite=overwrite, progress=progress)
     return results if several else results[0]
+
+
+def _of_tasks(
+    job: Job, tasks: Sequence[str | Path | Task], benchmarks: Sequence[Benchmark], crew: Crew, *, several: bool, overwrite: bool,
+    progress: Progress | None,
+) -> list[Result]:  # fmt: skip
+    """The results of one model, task by task."""
+    results = []
+    for number, (task, benchmark) in enumerate(zip(tasks, benchmarks, strict=True)):
+        job = replace(job, request=job.request.on(task), benchmark=benchmark)
+        result, job = _of_task(job, crew, number, several=several, overwrite=overwrite, progress=progress)
+        results.append(result)
+    return results
 
 
 def _of_task(job: Job, crew: Crew, number: int, *, several: bool, overwrite: bool, progress: Progress | None) -> tuple[Result, Job]:

@@ -66,7 +66,7 @@ def ablation_rows(result: Result, names: Mapping[str, str]) -> list[list[str]]:
         figures = (each.inside, each.outside, each.control_inside, each.control_outside)
         cells, drawn = (f"{first}, {second}" for first, second in (each.cells, each.control_cells))
         told = [UNKNOWN if figure is None else f"{figure.value:+.4f}" for figure in figures]
-        beyond = f"{each.beyond.value:+.4f} ({_interval(each.beyond, sign=True)})"
+        beyond = f"{each.beyond.value:+.4f} ±{(each.beyond.high - each.beyond.low) / 2:.4f}"
         rows.append([names[domain], cells, share(each.load), drawn, share(each.control_load), *told, beyond, p_cell(each.beyond.p_holm)])
     return rows
 
@@ -108,7 +108,5 @@ def measure_notes(result: Result) -> list[str]:
     return told
 
 
-def _interval(figure: Measured, *, sign: bool = False) -> str:
-    if math.isnan(figure.low):
-        return UNKNOWN
-    return f"{figure.low:+.4f} to {figure.high:+.4f}" if sign else f"{figure.low:.3f}–{figure.high:.3f}"
+def _interval(figure: Measured) -> str:
+    return UNKNOWN if math.isnan(figure.low) else f"{figure.low:.3f}–{figure.high:.3f}"
