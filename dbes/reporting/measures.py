@@ -40,7 +40,14 @@ def measures_of(result: Result) -> Measures:
     return result.measures or Measures()
 
 
-def beside_rows(result: Result, names: Mapping[str, str]) -> list[list[str]]:
+def beside_table(result: Result, names: Mapping[str, str]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of loss and accuracy, without the columns that tell nothing in any row."""
+    rows = _beside_rows(result, names)
+    told = [place for place in range(len(BESIDE)) if any(row[place] != UNKNOWN for row in rows)]
+    return [BESIDE[place] for place in told], [[row[place] for place in told] for row in rows]
+
+
+def _beside_rows(result: Result, names: Mapping[str, str]) -> list[list[str]]:
     """Loss and accuracy of every domain that has one of them, as `BESIDE`."""
     found, rows = measures_of(result), []
     for domain in result.task.domains:

@@ -126,7 +126,7 @@ def render_page(
         placebo=[(None if name is None else named[name], cells) for name, *cells in placebo_rows(result)],
         word_known=any(not math.isnan(record.lexical) for record in result.calibrated),
         word_unknown=word_unknown(result),
-        beside=measures.beside_rows(result, named),
+        beside=measures.beside_table(result, named),
         ablation=measures.ablation_rows(result, named),
         verdicts=measures.ablation_verdicts(result, named),
         measured=measures,

@@ -241,7 +241,7 @@ def _measures(result: Result) -> list[RenderableType]:
     """Loss and accuracy by domain, and what masking the specialists did."""
     shown, parts = labels(result.task.domains, DOMAIN_WIDTH), list[RenderableType]()
     tables = (
-        ("Loss and accuracy", measures.BESIDE, measures.beside_rows(result, shown)),
+        ("Loss and accuracy", *measures.beside_table(result, shown)),
         ("Bits per byte added by masking a domain's specialists", measures.ABLATION, measures.ablation_rows(result, shown)),
     )
     for title, headings, rows in tables:
