@@ -138,4 +138,5 @@ def _finding(each: DomainAblation) -> str:
         return "worse"
     if each.control_load < MATCHED * each.load:
         return "unmatched"
-    return "drives" if selective.p_holm <= LEVEL and selective.value > 0 else "not alone"
+    more_inside = each.inside is not None and each.outside is not None and each.inside.value > each.outside.value
+    return "drives" if selective.p_holm <= LEVEL and selective.value > 0 and more_inside else "not alone"
