@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
 from dbes.errors import FileError, ResultError
 from dbes.files import write_text
-from dbes.schema import Open, Strict, Whole, read_versioned
+from dbes.measures import Measures
+from dbes.schema import Number, Open, Strict, Whole, read_versioned
 from dbes.text import clipped
 
 if TYPE_CHECKING:
@@ -33,14 +34,6 @@ class NumberKeyed(dict[int, Any]):
         if isinstance(key, str) and key.lstrip("-").isdigit():
             return self[int(key)]
         raise KeyError(key)
-
-
-def _nan_when_null(number: Any) -> Any:
-    return math.nan if number is None else number
-
-
-Number = Annotated[float, Field(allow_inf_nan=True, strict=True), BeforeValidator(_nan_when_null)]
-"""A float whose NaN is written as null: strict JSON has no NaN."""
 
 
 class _Strict(Strict):
@@ -271,6 +264,7 @@ class Result(_Strict):
     calibrated: tuple[CalibratedRecord, ...] = ()
     specialists: tuple[Specialist, ...] = ()
     companions: dict[str, Any] = Field(default_factory=dict)
+    measures: Measures | None = None
     files: dict[str, str] = Field(default_factory=dict)
     """Name and sha256 of the tables and matrices that were written beside it; empty in results of earlier versions."""
     _folder: Path | None = PrivateAttr(default=None)
@@ -314,6 +308,8 @@ class Result(_Strict):
                 yield f"specialists.{number}: layer {each.layer}, domain {clipped(each.domain)}: the result has no such layer or domain"
         if unknown := {*self.companions.get("specialists", {}).get("by_domain", {})} - {*domains}:
             yield f"companions.specialists.by_domain: {clipped(min(unknown))} is not one of the task's domains"
+        if self.measures is not None and (unknown := self.measures.domains - {*domains}):
+            yield f"measures: {clipped(min(unknown))} is not one of the task's domains"
         similarity = self.companions.get("similarity", {}).get("mean_over_layers")
         if similarity is not None and [len(row) for row in similarity] != [len(domains)] * len(domains):
             yield f"companions.similarity.mean_over_layers: expected {len(domains)} x {len(domains)} numbers, one for each pair of domains"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from dbes.errors import DbesError
 from dbes.files import read_bytes
@@ -47,6 +47,14 @@ class Open(BaseModel):
 
 
 Whole = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
+
+
+def _nan_when_null(number: Any) -> Any:
+    return math.nan if number is None else number
+
+
+Number = Annotated[float, Field(allow_inf_nan=True, strict=True), BeforeValidator(_nan_when_null)]
+"""A float whose NaN is written as null: strict JSON has no NaN."""
 """A count that an array can hold."""
 
 Real = Annotated[float, Field(gt=-(2**62), lt=2**62, strict=True)]

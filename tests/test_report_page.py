@@ -294,7 +294,8 @@ def test_specs_are_valid_and_name_their_data() -> None:
 
     specs = [*layer_charts.curve_specs((1, 2)).values(), layer_charts.parts_spec((1, 2)), charts.domain_spec(3),
              charts.heat_spec(3), charts.similarity_spec(3),
-             charts.load_spec(), charts.utilization_spec((1,)), charts.trajectory_spec((1, 2)), charts.scatter_spec(),
+             charts.load_spec(), charts.utilization_spec((1,)), charts.trajectory_spec((1, 2)),
+            charts.scatter_spec("accuracy", "accuracy", "%"), charts.scatter_spec("loss", "bits per byte", ".2f"),
              charts.overlay_spec(),
              charts.parallel_spec(), charts.dendrogram_spec(["a", "b"]),
              *(charts.named_interval_spec(zero=zero) for zero in (True, False))]  # fmt: skip

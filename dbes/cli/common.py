@@ -120,11 +120,13 @@ def progress_bar() -> Iterator[Progress]:
         seen: set[str] = set()
 
         def report(stage: str, done: int, total: int) -> None:
+            unit = "half passes" if stage == "masking" else "tokens"
             if stage not in seen:
                 seen.add(stage)
                 if not console.is_terminal:
-                    say(f"{stage} {total:,} tokens" if total else stage, err=True)
+                    say(f"{stage} {total:,} {unit}" if total else stage, err=True)
             speed = bars.tasks[0].speed
-            bars.update(bar, description=stage, completed=done, total=total or None, rate=f"{speed:,.0f} tokens/s" if speed else "")
+            rate = f"{speed:,.0f} tokens/s" if speed and unit == "tokens" else ""
+            bars.update(bar, description=stage, completed=done, total=total or None, rate=rate)
 
         yield report

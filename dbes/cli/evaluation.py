@@ -57,6 +57,16 @@ def evaluate(
     embedded_fallback: Annotated[
         bool, typer.Option("--embedded-fallback", help="When the hub cannot be reached, use the embedded sample and say so.")
     ] = False,
+    loss: Annotated[bool, typer.Option("--loss", help="Bits per byte of every domain too, in the same pass.")] = False,
+    accuracy: Annotated[
+        bool, typer.Option("--accuracy", help="How often the right choice of the task's multiple-choice items is the likeliest.")
+    ] = False,
+    lm_eval: Annotated[
+        bool, typer.Option("--lm-eval", help="The same accuracy, by lm-evaluation-harness; needs dbes[lm-eval].")
+    ] = False,
+    ablate: Annotated[
+        bool, typer.Option("--ablate", help="Mask each domain's specialists, and other cells of the same load: what is lost?")
+    ] = False,
     format: FormatOption = "table",
 ) -> None:
     """Record a model's routing over a task and score it against chance and the ideal router.
@@ -73,7 +83,8 @@ def evaluate(
             model, tasks=wanted, output_path=output_path, revision=revision, limit=limit, dtype=dtype, device_map=device_map,
             batch_size=_batch_size(batch_size), engine=cast("Any", engine), max_memory=max_memory, seed=seed,
             permutations=permutations, trust_remote_code=trust_remote_code,
-            overwrite=overwrite, save_trace=save_trace, embedded_fallback=embedded_fallback, progress=progress,
+            overwrite=overwrite, save_trace=save_trace, embedded_fallback=embedded_fallback, loss=loss,
+            accuracy="lm-eval" if lm_eval else accuracy, ablate=ablate, progress=progress,
         )  # fmt: skip
     done = [result for result in found if result.status == "ok"]
     for result in found if not quiet else ():

@@ -22,6 +22,7 @@ from dbes.comparison.accuracy import Accuracies, read_accuracies
 from dbes.comparison.entries import Apart, LeaderboardEntry, Replicates, read_entries
 from dbes.comparison.excess import all_have_excess, excess_of
 from dbes.comparison.ranks import Difference, Rank, corrected, ranks_of
+from dbes.comparison.relation import Relation, relations
 from dbes.errors import ResultError, SettingError
 from dbes.results import RESULT_FILE, Result
 from dbes.scoring.decoding import Z95
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 NAME_WIDTH = 64
 
+OWN_ACCURACY = "the multiple-choice items of the task (mean over its domains that have some)"
+
 UNKNOWN_DATA = "unknown:"
 """Beginning of what stands for the fingerprint of a result without one."""
 
@@ -47,7 +50,8 @@ class Comparison:
     """Results that may stand side by side, their ranks and pairwise differences by one metric, and what stands apart.
 
     ``by_excess``: order, ranks and pairs are of the excess over the random router, because every model has one; else of the score.
-    ``accuracy_of``: the tasks or the file that accuracies come from; empty without accuracies.
+    ``accuracy_of``: the tasks or the file that accuracies come from, or the results' own; empty without accuracies.
+    ``relations``: of specialization with loss and accuracy, where models have them.
     """
 
     metric: str
@@ -57,6 +61,7 @@ class Comparison:
     apart: tuple[Apart, ...]
     by_excess: bool = False
     accuracy_of: str = ""
+    relations: tuple[Relation, ...] = ()
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per entry: its name, its ranks, and the model's score by every metric; NaN where it has none."""
@@ -115,7 +120,8 @@ def compare(
         pairs=tuple(pairs),
         apart=(*apart, *others),
         by_excess=by_excess,
-        accuracy_of=known.source,
+        accuracy_of=known.source or (OWN_ACCURACY if any(entry.accuracy is not None for entry in entries) else ""),
+        relations=relations(entries, [model_score(entry.result, "specialization") for entry in entries]),
     )
 
 
@@ -185,7 +191,7 @@ def _model_of(result: Result) -> tuple[str | None, ...]:
 
 
 def with_accuracies(entries: Sequence[LeaderboardEntry], known: Accuracies, *, elsewhere: set[str]) -> list[LeaderboardEntry]:
-    """The entries with their accuracy, found by label or by name.
+    """The entries with their accuracy, found by label or by name; without any given, that which the results hold.
 
     Args:
         elsewhere: names of results that stand apart: their accuracies are left out.
@@ -201,7 +207,8 @@ def with_accuracies(entries: Sequence[LeaderboardEntry], known: Accuracies, *, e
             raise ResultError(f"accuracy of {name!r}: several results have that name; use one of {', '.join(alike)}")
         key = entry.label if entry.label in known.by_model else name
         used.add(key)
-        made.append(replace(entry, accuracy=known.by_model.get(key)))
+        own = None if known.source or entry.result.measures is None else entry.result.measures.mean_accuracy
+        made.append(replace(entry, accuracy=known.by_model.get(key, own)))
     if missing := sorted(known.by_model.keys() - used - elsewhere):
         there = ", ".join(entry.label for entry in entries)
         raise ResultError(f"accuracy of {', '.join(map(repr, missing))}: no such model among the results; there are {there}")

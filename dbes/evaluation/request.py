@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from dbes.errors import ModelError, SettingError
+from dbes.evaluation.harness import HARNESS, require_harness
 from dbes.shipped import EMBEDDED, located
 from dbes.tasks.task import Document, Task, load_task, read_task, task_facts
 from dbes.text import unknown
@@ -30,6 +31,36 @@ UNRESOLVED = "unresolved"
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 ENGINES = ("auto", "memory", "streaming")
+
+NEEDS_MEMORY = "needs the model whole in memory, and streaming ends the last layer with its router; use --engine memory"
+
+
+Progress = Callable[[str, int, int], None]
+"""Called as progress(stage, done, total); the stage names what is being done."""
+
+
+class Options(TypedDict, total=False):
+    """Arguments of `evaluate` beside model and tasks."""
+
+    tokenizer: PreTrainedTokenizerBase | None
+    output_path: str | Path
+    revision: str | None
+    limit: int | None
+    dtype: str
+    device_map: str | None
+    batch_size: int | Literal["auto"]
+    seed: int
+    permutations: int
+    trust_remote_code: bool
+    engine: Literal["auto", "memory", "streaming"]
+    max_memory: int | str | None
+    overwrite: bool
+    save_trace: bool
+    embedded_fallback: bool
+    loss: bool
+    accuracy: bool | Literal["lm-eval"]
+    ablate: bool
+    progress: Progress | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +113,9 @@ class Request:
     engine: str = "auto"
     max_memory: int | None = None
     embedded_fallback: bool = False
+    loss: bool = False
+    accuracy: bool | str = False
+    ablate: bool = False
     model: str | None
     tasks: str | None
     revision: str | None
@@ -105,6 +139,12 @@ class Request:
             raise SettingError(unknown("dtype", self.dtype, DTYPES))
         if self.engine not in ENGINES:
             raise SettingError(unknown("engine", self.engine, ENGINES))
+        if self.accuracy not in (False, True, HARNESS):
+            raise SettingError(f"accuracy {self.accuracy!r}: expected True, False or {HARNESS!r}")
+        if self.accuracy == HARNESS:
+            require_harness()
+        if self.engine == "streaming" and (asked := self.beside):
+            raise SettingError(f"{asked}: {NEEDS_MEMORY}")
         if self.batch_size != "auto" and not (_whole(self.batch_size) and self.batch_size >= 1):
             raise SettingError(f"batch_size {self.batch_size!r}: expected 'auto' or a whole number of at least 1")
         for name, value, least in (("seed", self.seed, 0), ("permutations", self.permutations, 0), ("limit", self.limit, 1)):
@@ -114,6 +154,11 @@ class Request:
                 raise SettingError(f"{name} {value!r}: expected a whole number of at least {least}")
         if self.revision is not None and self.model is not None and (self.model == EMBEDDED or Path(self.model).is_dir()):
             raise SettingError(f"revision {self.revision!r}: {self.model} is a folder; only models of the hub have revisions")
+
+    @property
+    def beside(self) -> str:
+        """What is to be measured beside specialization, in words; empty for nothing."""
+        return " and ".join(name for name in ("loss", "accuracy", "ablate") if getattr(self, name))
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from dbes.errors import DbesError, FileError, ResultError
+from dbes.evaluation.measuring import lacking
 from dbes.evaluation.request import Expected, Job, Request
 from dbes.files import discard, locked, remove_abandoned, sha256_of
 from dbes.recording.ledger import UNITS
@@ -84,6 +85,7 @@ def other_recording(about: Mapping[str, Any], expected: Expected, request: Reque
     }
     # recordings of earlier versions do not say their batch size
     other = [name for name, value in now.items() if about.get(name) != value and not (name == "batch_size" and name not in about)]
+    other += ["loss"] if request.loss and not about.get("loss") else []
     recorded = about.get("task") or {}
     return other + ["task"] * any(recorded.get(name) != value for name, value in task.items())
 
@@ -151,7 +153,8 @@ def finished_result(job: Job) -> Result | None:
     found, unknown = same
     folder = job.folder
     kept = (folder / TRACE_FOLDER).is_dir()
-    if missing_files(folder, found) or (kept and job.save_trace and whole_trace(folder / TRACE_FOLDER) is None):
+    whole = not (kept and job.save_trace) or whole_trace(folder / TRACE_FOLDER) is not None
+    if lacking(job, found.measures) or missing_files(folder, found) or not whole:
         return None
     told = [f"{folder}: reused, recorded at {found.created}"]
     if unknown:
@@ -167,6 +170,14 @@ def finished_result(job: Job) -> Result | None:
             told.append(f"its routes are still there: {problem}")
     notes.warning("; ".join(told))
     return found
+
+
+def only_lacking(job: Job, found: Result) -> bool:
+    """Whether a finished result and its routes are whole, so that only what it lacks is to be measured."""
+    trace = whole_trace(job.folder / TRACE_FOLDER)
+    if not lacking(job, found.measures) or trace is None:
+        return False
+    return not missing_files(job.folder, found) and not other_recording(trace.provenance, job.expected, job.request)
 
 
 def tidy(job: Job) -> None:

@@ -65,7 +65,7 @@ def _computes(loaded: LoadedModel) -> str:
 
 
 def _tried(engine: ForwardEngine, texts: Sequence[np.ndarray]) -> Batching:
-    quiet = replace(engine, control=0, stiffness=False)
+    quiet = replace(engine, control=0, stiffness=False, loss=False)
     long = Window(0, "one", 0, texts[0][: min(engine.window, 48)])
     source = texts[1] if len(texts) > 1 else texts[0][::-1]
     other = Window(1, "other", 0, source[: max(1, min(len(long), len(source)) * 2 // 3)])

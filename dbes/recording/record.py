@@ -15,7 +15,7 @@ from dbes.errors import RecordingError
 from dbes.locks import Held
 from dbes.models import LoadedModel
 from dbes.models.sites import find_sites, max_positions
-from dbes.models.token_text import token_texts
+from dbes.models.token_text import token_bytes, token_texts
 from dbes.models.windows import embedding_rows, refuse_unknown, special_tokens, token_ids
 from dbes.recording.background import Background
 from dbes.recording.batches import Batching
@@ -27,6 +27,7 @@ from dbes.recording.ledger import Ledger, Tally
 from dbes.recording.streaming import streaming
 from dbes.recording.units import SHARD_TOKENS, UNIT_TOKENS, Unit, work_units
 from dbes.trace.blocks import Assembly, Block, Contents, Work
+from dbes.trace.loss import DIGEST, DocumentLoss, save_loss
 from dbes.trace.store import Trace
 from dbes.trace.types import RoutingShape
 from dbes.trace.vocabulary import TokenText
@@ -56,6 +57,7 @@ class Recording:
         engine: whether the weights were in memory, or read layer by layer; None for other engines.
         bytes_read, bytes_skipped: of the weights, by the streaming engine: read, and not read because the last layer ends
             with its router.
+        loss: of every document, where it was asked for.
     """
 
     trace: Trace
@@ -66,6 +68,7 @@ class Recording:
     engine: Literal["memory", "streaming"] | None = None
     bytes_read: int | None = None
     bytes_skipped: int | None = None
+    loss: DocumentLoss | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -83,6 +86,7 @@ def record_documents(
     seed: int = 0,
     control: int = CONTROL_DRAWS,
     stiffness: bool = True,
+    loss: bool = False,
     max_memory: int | None = None,
     provenance: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
@@ -101,6 +105,7 @@ def record_documents(
         seed: of the random-router control and of the noise of the stability measures.
         control: draws of the random-router control to record in the same pass; their spread tells what another draw would show.
         stiffness: record margins and flips.
+        loss: record how well the model predicts the texts; the head runs too then.
         max_memory: bytes that this process may use, where the model's layers were left on disk; by default what is free.
         provenance: further facts for the trace's manifest (name, version and fingerprint of the task).
         progress: called as progress(tokens done, tokens in all).
@@ -112,8 +117,36 @@ def record_documents(
         ModelError: not a Mixture-of-Experts model, or one whose routing cannot be read.
         TraceError: the folder holds another recording.
     """
-    sites = find_sites(loaded.model)
     _placed(documents, domains)
+    engine, texts = prepared(loaded, documents, window=window, batch_size=batch_size, seed=seed)
+    engine = replace(engine, control=int(control), stiffness=stiffness, loss=loss)
+    if loss and loaded.layerwise is not None:
+        raise RecordingError("loss: streaming ends the last layer with its router, so no token is predicted; use --engine memory")
+    earlier = _read(loaded)
+    engine = _settled(engine, texts, None if output_path is None else Path(output_path), max_memory)
+    done = record_with(
+        engine,
+        documents,
+        texts,
+        domains=domains,
+        spelled=lambda ids: token_texts(loaded.tokenizer, ids),
+        text_bytes=predicted_bytes(engine, documents, texts) if loss else None,
+        output_path=output_path,
+        provenance=provenance,
+        progress=progress,
+        crew=crew,
+    )
+    if loaded.layerwise is None:
+        return replace(done, batching=engine.batching, engine="memory")
+    read, skipped = (now - then for now, then in zip(_read(loaded), earlier, strict=True))
+    return replace(done, batching=engine.batching, engine="streaming", bytes_read=read, bytes_skipped=skipped)
+
+
+def prepared(
+    loaded: LoadedModel, documents: Sequence[TextDocument], *, window: int, batch_size: int | Literal["auto"] = "auto", seed: int = 0
+) -> tuple[ForwardEngine, list[np.ndarray]]:
+    """An engine that routes only, and the documents' token ids, int32 [tokens] each; raises as `record_documents`."""
+    sites = find_sites(loaded.model)
     texts = _token_ids(loaded, documents)
     before, after = special_tokens(loaded.tokenizer, [document.text for document in documents])
     refuse_unknown(np.asarray([*before, *after], int), embedding_rows(loaded.model), loaded.tokenizer, name="special tokens of a text")
@@ -128,28 +161,21 @@ def record_documents(
         before=before,
         after=after,
         seed=seed,
-        control=int(control),
-        stiffness=stiffness,
+        control=0,
+        stiffness=False,
         window=window if limit is None else min(window, limit - extra),
         batch_size=None if batch_size == "auto" else batch_size,
     )
-    earlier = _read(loaded)
-    engine = _settled(engine, texts, None if output_path is None else Path(output_path), max_memory)
-    done = record_with(
-        engine,
-        documents,
-        texts,
-        domains=domains,
-        spelled=lambda ids: token_texts(loaded.tokenizer, ids),
-        output_path=output_path,
-        provenance=provenance,
-        progress=progress,
-        crew=crew,
-    )
-    if loaded.layerwise is None:
-        return replace(done, batching=engine.batching, engine="memory")
-    read, skipped = (now - then for now, then in zip(_read(loaded), earlier, strict=True))
-    return replace(done, batching=engine.batching, engine="streaming", bytes_read=read, bytes_skipped=skipped)
+    return engine, texts
+
+
+def predicted_bytes(engine: ForwardEngine, documents: Sequence[TextDocument], texts: Sequence[np.ndarray]) -> np.ndarray:
+    """UTF-8 bytes of each document but of tokens that nothing stands before, int64 [documents]."""
+    found = np.asarray([len(document.text.encode()) for document in documents], np.int64)
+    if not engine.before:
+        firsts = [[token_bytes(engine.loaded.tokenizer, int(token)) for token in ids[:: engine.window]] for ids in texts]
+        found = np.maximum(found - [sum(each) for each in firsts], 0)
+    return found
 
 
 def _settled(engine: ForwardEngine, texts: Sequence[np.ndarray], folder: Path | None, max_memory: int | None) -> ForwardEngine:
@@ -171,6 +197,7 @@ def record_with(
     *,
     domains: Sequence[str],
     spelled: Callable[[Sequence[int]], Mapping[int, TokenText]] = lambda _: {},
+    text_bytes: np.ndarray | None = None,
     output_path: str | Path | None = None,
     provenance: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
@@ -181,6 +208,7 @@ def record_with(
     Args:
         texts: int32 [tokens] of each document, without special tokens.
         spelled: texts of token ids, for the trace's vocabulary.
+        text_bytes: int64 [documents], of what is predicted, where the engine tells of the loss.
         domains, output_path, provenance, progress, crew: see `record_documents`.
 
     Raises:
@@ -213,8 +241,12 @@ def record_with(
     if not crew.first:
         return Recording(trace=Trace(shape=shape, provenance=facts), documents=0, tokens=0, seconds=seconds)
     tally = ledger.tally()
-    trace = ledger.finish(vocabulary=spelled(tally.seen), provenance=_facts(ledger, tally, engine))
-    return Recording(trace=trace, documents=len(documents), tokens=tally.tokens - earlier, seconds=seconds)
+    provenance, nats, loss = _facts(ledger, tally, engine), ledger.nats(), None
+    if nats is not None and text_bytes is not None:
+        loss = DocumentLoss(nats / np.log(2), text_bytes)
+        provenance |= {} if folder is None else {DIGEST: save_loss(loss, folder)}
+    trace = ledger.finish(vocabulary=spelled(tally.seen), provenance=provenance)
+    return Recording(trace=trace, documents=len(documents), tokens=tally.tokens - earlier, seconds=seconds, loss=loss)
 
 
 @dataclass(frozen=True)
@@ -264,7 +296,7 @@ def _record_units(
 
     def store(place: int) -> None:
         unit, held = claims[place].unit, claims[place].held
-        ledger.keep(unit, assemblies[place].parts(unit.shards), reduced=reduced.get(place))
+        ledger.keep(unit, assemblies[place].parts(unit.shards), reduced=reduced.get(place), nats=assemblies[place].nats())
         if held is not None:
             held.release()
 

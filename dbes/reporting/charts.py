@@ -209,16 +209,16 @@ def trajectory_spec(layers: Sequence[int]) -> Spec:
     return finished(chart, 360)
 
 
-def scatter_spec() -> Spec:
-    """Specialization against accuracy, one point per model with its interval."""
-    base = alt.Chart(ROWS).encode(y=alt.Y("accuracy:Q", title="accuracy", axis=alt.Axis(format="%"), scale=alt.Scale(zero=False)))
-    tooltip = ["model:N", *numbers("score", "accuracy", digits=3)]
+def scatter_spec(field: str, title: str, form: str) -> Spec:
+    """Specialization against accuracy or loss, one point per model with its interval."""
+    base = alt.Chart(ROWS).encode(y=alt.Y(f"{field}:Q", title=title, axis=alt.Axis(format=form), scale=alt.Scale(zero=False)))
+    tooltip = ["model:N", *numbers("score", field, digits=3)]
     layers = [
         base.mark_rule(style="interval").encode(
             x=alt.X("score_low:Q", title="specialization (score)", axis=alt.Axis(format="%", tickCount=8)), x2="score_high:Q"
         ),
         base.mark_point(size=90, filled=True, opacity=1).encode(x="score:Q", tooltip=tooltip),
-        base.mark_text(dy=-12, fontSize=11).encode(x="score:Q", y=alt.Y("label_at:Q", title="accuracy"), text="model:N"),
+        base.mark_text(dy=-12, fontSize=11).encode(x="score:Q", y=alt.Y("label_at:Q", title=title), text="model:N"),
     ]
     return finished(alt.layer(*layers), 280)
 

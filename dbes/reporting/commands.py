@@ -94,6 +94,8 @@ def _evaluate(result: Result) -> list[str]:
     words += ["--max-memory", str(settings["max_memory"])] if settings.get("max_memory") else []
     words += ["--limit", str(settings["limit"])] if settings.get("limit") is not None else []
     words += ["--trust-remote-code"] if settings.get("trust_remote_code") is True else []
+    words += [f"--{name}" for name in ("loss", "ablate") if settings.get(name) is True]
+    words += {True: ["--accuracy"], "lm-eval": ["--lm-eval"]}.get(settings.get("accuracy", False), [])
     words += ["--embedded-fallback"] if settings.get("embedded_fallback") is True else []
     return words + _numbers(settings)
 

@@ -13,7 +13,16 @@ from dbes.comparison.compare import DEPTHS, Comparison, depth_of, differences, m
 from dbes.comparison.entries import LeaderboardEntry
 from dbes.comparison.ranks import LEVEL, Difference
 from dbes.reporting import charts
-from dbes.reporting.export import entry_note, entry_row, order_words, phase_rows, published_row
+from dbes.reporting.export import (
+    bits_cell,
+    entry_note,
+    entry_row,
+    has_loss,
+    order_words,
+    phase_rows,
+    published_row,
+    relation_lines,
+)
 from dbes.reporting.page import columns, render
 from dbes.scoring.score import REPLICATED
 from dbes.text import legible
@@ -41,6 +50,8 @@ def render_leaderboard(comparison: Comparison) -> str:
         apart=[(legible(each.name, 80), legible(each.reason, 400)) for each in comparison.apart],
         level=LEVEL,
         accuracy=legible(comparison.accuracy_of, 400),
+        loss=has_loss(comparison),
+        relations=relation_lines(comparison),
         phases=bool(payload["phases"]["model"]),
     )
 
@@ -52,11 +63,14 @@ def leaderboard_payload(comparison: Comparison) -> dict[str, Any]:
     for row, entry in zip(rows, entries, strict=True):
         row["rank_text"] = str(comparison.ranks[entry.label]) if entry.label in comparison.ranks else ""
     with charts.unchecked():
-        specs = {"overlay": charts.overlay_spec(), "parallel": charts.parallel_spec(), "scatter": charts.scatter_spec()}
+        specs = {"overlay": charts.overlay_spec(), "parallel": charts.parallel_spec()}
+        specs["scatter"] = charts.scatter_spec("accuracy", "accuracy", "%")
+        specs["scatter-loss"] = charts.scatter_spec("loss", "bits per byte", ".2f")
     return {
         "name": "leaderboard",
         "metric": comparison.metric,
         "accuracy": legible(comparison.accuracy_of, 400),
+        "loss": has_loss(comparison),
         "metrics": {metric: charts.METRICS[metric][0] for metric in REPLICATED},
         "depths": [depth for depth, _, _ in DEPTHS],
         "rows": rows,
@@ -133,6 +147,7 @@ def render_terminal(comparison: Comparison, paired: Sequence[Difference] = (), *
     )
     notes = [] if published else [rule, meaning]
     notes += [f"Accuracy: {comparison.accuracy_of}"] if comparison.accuracy_of and not published else []
+    notes += relation_lines(comparison) if not published else []
     notes += [f"{entry.label}: {note}" for entry in comparison.entries if (note := entry_note(entry, comparison.metric))]
     notes += [f"Not in the table: {each.name}: {each.reason}" for each in comparison.apart]
     parts += [Text(legible(note, 600), style="dim") for note in notes]
@@ -145,13 +160,15 @@ def _score_table(comparison: Comparison) -> Table:
     title = ""
     if task is not None:
         title = f"Task {task_words(legible(task.name, 60), task.version, None if task.fingerprint is None else task.fingerprint[:12])}"
-    headings = ("Score", "Excess", "Random router", "Word", "Domain named", *(["Accuracy"] if comparison.accuracy_of else []))
+    headings = ("Score", "Excess", "Random router", "Word", "Domain named", *(["Bits per byte"] if has_loss(comparison) else []))
+    headings += ("Accuracy",) if comparison.accuracy_of else ()
     table = _model_table(f"{title}: specialization" if title else "", "Rank", *headings)
     for entry in comparison.entries:
         row, rank = entry_row(entry, comparison), comparison.ranks.get(entry.label)
         excess = share(row["excess"], sign=True) + plus_minus(row["excess_low"], row["excess_high"])
         cells = [_score(*(row[f"specialization{end}"] for end in ("", "_low", "_high"))), excess, share(row["random_router"])]
         cells += [portion(row["share_of_word"]), share(row["domain_named"])]
+        cells += [bits_cell(row["loss"])] if has_loss(comparison) else []
         cells += [share(row["accuracy"])] if comparison.accuracy_of else []
         table.add_row(_model_name(entry, row), "–" if rank is None else str(rank), *cells)
     return table

@@ -22,7 +22,7 @@ from markupsafe import Markup
 from dbes.compressed import gunzip
 from dbes.errors import FileError, ResultError
 from dbes.files import check_writable, write_text
-from dbes.reporting import charts, layer_charts
+from dbes.reporting import charts, layer_charts, measures
 from dbes.reporting.commands import command, program
 from dbes.reporting.meaning import meaning_rows, placebo_rows
 from dbes.reporting.text_view import TextSample, contexts, documents, read_sample, token_text, trajectories
@@ -126,6 +126,11 @@ def render_page(
         placebo=[(None if name is None else named[name], cells) for name, *cells in placebo_rows(result)],
         word_known=any(not math.isnan(record.lexical) for record in result.calibrated),
         word_unknown=word_unknown(result),
+        beside=measures.beside_table(result, named),
+        ablation=measures.ablation_rows(result, named),
+        verdicts=measures.ablation_verdicts(result, named),
+        measured=measures,
+        notes=measures.measure_notes(result),
         few=charts.FEW_DOMAINS,
         headline=[_tile(result, metric) for metric in charts.HEADLINE],
         facts=provenance(result),
@@ -186,6 +191,7 @@ def model_payload(
         "untold": why_not(result) if cannot_tell(result) else "",
         "sample_tokens": sample.tokens if sample is not None else 0,
         "parts": columns(layer_charts.part_rows(result, named), ("domain", "layer", "part", "score", "low", "high")),
+        "ablation": measures.ablation_series(result, named),
         "specs": _specs(result, order),
     }  # fmt: skip
     heat, listed = payload["heat"], result.companions.get("specialists", {})
@@ -212,6 +218,7 @@ def _specs(result: Result, order: list[str]) -> dict[str, Any]:
     layers, domains = result.model.layers, len(order)
     with charts.unchecked():
         return {
+            "ablation": charts.interval_spec("bits per byte added by masking", measures.SERIES),
             "curve": layer_charts.curve_specs(layers),
             "parts": layer_charts.parts_spec(layers),
             "domain": charts.domain_spec(domains),

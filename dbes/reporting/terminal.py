@@ -14,6 +14,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from dbes.reporting import measures
 from dbes.reporting.commands import program, shell
 from dbes.results import CalibratedRecord, Result, Specialist
 from dbes.scoring.portions import share_of_position, share_of_word, word_unknown
@@ -68,6 +69,7 @@ def render(result: Result) -> RenderableType:
     parts += [_told(table) for table in (_layer_table(result), _further_table(result), _domain_table(result))]
     if result.specialists:
         parts.append(_specialist_table(result))
+    parts += _measures(result)
     parts.append(_footnotes(result))
     return Group(*parts)
 
@@ -233,6 +235,25 @@ def _specialist_table(result: Result) -> Table:
 def _strongest(specialists: Iterable[Specialist], domains: Iterable[str]) -> list[Specialist]:
     ranked = list(specialists)
     return [each for domain in domains for each in [one for one in ranked if one.domain == domain][:SPECIALISTS_PER_DOMAIN]]
+
+
+def _measures(result: Result) -> list[RenderableType]:
+    """Loss and accuracy by domain, and what masking the specialists did."""
+    shown, parts = labels(result.task.domains, DOMAIN_WIDTH), list[RenderableType]()
+    tables = (
+        ("Loss and accuracy", *measures.beside_table(result, shown)),
+        ("Bits per byte added by masking a domain's specialists", measures.ABLATION, measures.ablation_rows(result, shown)),
+    )
+    for title, headings, rows in tables:
+        if rows:
+            table = _table(title, *headings)
+            for name, *cells in rows:
+                table.add_row(Text(name), *cells)
+            parts.append(table)
+    verdicts = measures.ablation_verdicts(result, shown)
+    told = [*measures.measure_notes(result), *([measures.METHOD] if len(verdicts) > 1 else [])]
+    parts += [Text("\n".join(verdicts))] if verdicts else []
+    return [*parts, Text("\n".join(told), style="dim")] if told else parts
 
 
 def _footnotes(result: Result) -> Text:

@@ -42,6 +42,7 @@ start((data) => {
   fill("domain-metric", [...new Set(data.curve_domains.metric)].map((metric) => [metric, data.metrics[metric] ?? metric]));
   addFigure("domain", () => specs.domain, () => rowsOf(data.curve_domains, (i) => data.curve_domains.metric[i] === chosen("domain-metric")).map((row) => ({ ...row, label: row.score === null ? "" : percent(row.score) })), () => rowsOf(data.curve_domains), some("score"));
   onChange("domain-metric", () => redraw("domain"));
+  if (data.ablation.length) addFigure("ablation", () => ({ ...specs.ablation, height: 58 * new Set(data.ablation.map((row) => row.label)).size + 12 }), () => data.ablation);
   fill("similarity-layer", [["mean", "mean of all"], ...named], "mean");
   const similarity = (index) => data.order.flatMap((first) => data.order.map((second) => ({ layer: index < layers.length ? layers[index] : "mean", first, second, similarity: data.similarity[index][domains.indexOf(first)][domains.indexOf(second)] })));
   addFigure("similarity", () => specs.similarity, () => {
