@@ -12,6 +12,7 @@ import typer
 from dbes.cli.common import (
     FAILED,
     FormatOption,
+    MetricOption,
     PermutationsOption,
     RemoteOption,
     SeedOption,
@@ -57,6 +58,7 @@ def evaluate(
     embedded_fallback: Annotated[
         bool, typer.Option("--embedded-fallback", help="When the hub cannot be reached, use the embedded sample and say so.")
     ] = False,
+    metric: MetricOption = None,
     format: FormatOption = "table",
 ) -> None:
     """Record a model's routing over a task and score it against chance and the ideal router.
@@ -66,6 +68,7 @@ def evaluate(
     from dbes.evaluation.pipeline import evaluate as run
     from dbes.recording.crew import Crew
     from dbes.reporting.report import keep_page
+    from dbes.scoring.own import metric_from
 
     wanted, quiet = names(tasks), not Crew.here().first
     with nullcontext() if quiet else progress_bar() as progress:
@@ -73,7 +76,8 @@ def evaluate(
             model, tasks=wanted, output_path=output_path, revision=revision, limit=limit, dtype=dtype, device_map=device_map,
             batch_size=_batch_size(batch_size), engine=cast("Any", engine), max_memory=max_memory, seed=seed,
             permutations=permutations, trust_remote_code=trust_remote_code,
-            overwrite=overwrite, save_trace=save_trace, embedded_fallback=embedded_fallback, progress=progress,
+            overwrite=overwrite, save_trace=save_trace, embedded_fallback=embedded_fallback,
+            metrics=[metric_from(each) for each in metric or ()], progress=progress,
         )  # fmt: skip
     done = [result for result in found if result.status == "ok"]
     for result in found if not quiet else ():
@@ -102,15 +106,18 @@ def score(
     ] = "token",
     seed: SeedOption = 0,
     permutations: PermutationsOption = 1000,
+    metric: MetricOption = None,
     output_path: Annotated[Path | None, typer.Option(help="Folder to write result and tables to.")] = None,
     format: FormatOption = "table",
 ) -> None:
     """Score a recorded trace again; needs no model."""
+    from dbes.scoring.own import metric_from
     from dbes.scoring.score import score as run
 
     result = run(
-        trace, router=router, phase=phase, match=match, surrogate=surrogate, seed=seed, permutations=permutations, output_path=output_path
-    )
+        trace, router=router, phase=phase, match=match, surrogate=surrogate, seed=seed, permutations=permutations,
+        metrics=[metric_from(each) for each in metric or ()], output_path=output_path,
+    )  # fmt: skip
     if format == "json":
         say_json(_json([result], several=False))
     else:

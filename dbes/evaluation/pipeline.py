@@ -24,6 +24,7 @@ from dbes.evaluation.reuse import finished_result, missing_files, notes, other_r
 from dbes.files import discard, locked
 from dbes.recording.crew import Crew
 from dbes.results import PAGE_FILE, RESULT_FILE, ModelFacts, RecordingFacts, Result, TaskFacts, load_result
+from dbes.scoring.own import Metric
 from dbes.scoring.score import score_tables
 from dbes.scoring.tables import COMPANIONS, save_scores
 from dbes.shipped import EMBEDDED, EMBEDDED_MODEL
@@ -63,6 +64,7 @@ class Options(TypedDict, total=False):
     overwrite: bool
     save_trace: bool
     embedded_fallback: bool
+    metrics: Sequence[Metric]
     progress: Progress | None
 
 
@@ -89,6 +91,7 @@ def evaluate(
     overwrite: bool = False,
     save_trace: bool = True,
     embedded_fallback: bool = False,
+    metrics: Sequence[Metric] = (),
     progress: Progress | None = None,
 ) -> Result | list[Result]:
     """Measure how a Mixture-of-Experts checkpoint routes the domains of a task, and write the result.
@@ -117,6 +120,7 @@ def evaluate(
         overwrite: evaluate again although there is a result, or another recording, in the folder.
         save_trace: keep the recorded routes beside the result, so that they can be scored again without the model.
         embedded_fallback: when the hub cannot be reached, use the embedded sample and say so.
+        metrics: of your own, see `dbes.Metric`.
         progress: called as progress(stage, done, total); the stage names what is being done.
 
     Returns:
@@ -135,19 +139,31 @@ def evaluate(
         request = Request.of(
             given, revision=revision, limit=limit, dtype=dtype, device_map=device_map, batch_size=batch_size, seed=seed, engine=engine,
             max_memory=max_memory, permutations=permutations, trust_remote_code=trust_remote_code, embedded_fallback=embedded_fallback,
+            metrics=tuple(metrics),
         )  # fmt: skip
-        benchmarks = [read_benchmark(task, limit=limit, embedded_fallback=embedded_fallback) for task in wanted]
-        if not benchmarks:
-            raise SettingError("tasks: expected at least one")
-        crew.check(request.device_map)
-        subject = subject_of(given, request)
-        job = Job(subject=subject, request=request, benchmark=benchmarks[0], output_path=Path(output_path), save_trace=save_trace)
-        results = []
-        for number, (task, benchmark) in enumerate(zip(wanted, benchmarks, strict=True)):
-            job = replace(job, request=request.on(task), benchmark=benchmark)
-            result, job = _of_task(job, crew, number, several=several, overwrite=overwrite, progress=progress)
-            results.append(result)
+        results = _of_tasks(
+            given, wanted, request, crew, several=several, output_path=Path(output_path), overwrite=overwrite, save_trace=save_trace,
+            progress=progress,
+        )  # fmt: skip
     return results if several else results[0]
+
+
+def _of_tasks(
+    given: str | Path | LoadedModel, wanted: Sequence[str | Path | Task], request: Request, crew: Crew, *,
+    output_path: Path, several: bool, overwrite: bool, save_trace: bool, progress: Progress | None,
+) -> list[Result]:  # fmt: skip
+    benchmarks = [read_benchmark(task, limit=request.limit, embedded_fallback=request.embedded_fallback) for task in wanted]
+    if not benchmarks:
+        raise SettingError("tasks: expected at least one")
+    crew.check(request.device_map)
+    subject = subject_of(given, request)
+    job = Job(subject=subject, request=request, benchmark=benchmarks[0], output_path=output_path, save_trace=save_trace)
+    results = []
+    for number, (task, benchmark) in enumerate(zip(wanted, benchmarks, strict=True)):
+        job = replace(job, request=request.on(task), benchmark=benchmark)
+        result, job = _of_task(job, crew, number, several=several, overwrite=overwrite, progress=progress)
+        results.append(result)
+    return results
 
 
 def _of_task(job: Job, crew: Crew, number: int, *, several: bool, overwrite: bool, progress: Progress | None) -> tuple[Result, Job]:
@@ -289,7 +305,7 @@ def _evaluated(job: Job, loaded: LoadedModel, crew: Crew, *, fresh: bool, progre
 def _scored(job: Job, trace: Trace, facts: RecordingFacts) -> Result:
     """Score the trace of a job and write the result; ``result.json`` last."""
     request = job.request
-    scores = score_tables(trace, permutations=request.permutations, seed=request.seed)
+    scores = score_tables(trace, permutations=request.permutations, seed=request.seed, metrics=request.metrics)
     about = {"accelerator": accelerator_here()}
     if tokenizer := trace.provenance.get("tokenizer_sha256"):
         about["tokenizer_sha256"] = str(tokenizer)

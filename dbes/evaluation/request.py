@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dbes.errors import ModelError, SettingError
+from dbes.scoring.own import Metric, checked
 from dbes.shipped import EMBEDDED, located
 from dbes.tasks.task import Document, Task, load_task, read_task, task_facts
 from dbes.text import unknown
@@ -82,6 +83,7 @@ class Request:
     engine: str = "auto"
     max_memory: int | None = None
     embedded_fallback: bool = False
+    metrics: tuple[Metric, ...] = ()
     model: str | None
     tasks: str | None
     revision: str | None
@@ -101,6 +103,7 @@ class Request:
         return replace(self, tasks=None if isinstance(task, Task) else str(task))
 
     def __post_init__(self) -> None:
+        checked(self.metrics)
         if self.dtype is not None and self.dtype not in DTYPES:
             raise SettingError(unknown("dtype", self.dtype, DTYPES))
         if self.engine not in ENGINES:
@@ -117,8 +120,8 @@ class Request:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a result keeps under ``settings``; enough to compare it and to write the command that makes it again."""
-        return asdict(self)
+        """What a result keeps under ``settings``; enough, with ``own_metrics``, to compare it and to write the command for it."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "metrics"}
 
 
 def _whole(value: Any) -> bool:

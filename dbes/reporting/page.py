@@ -130,7 +130,7 @@ def render_page(
         command=command(result, start=start),
         citation=CITATION % version("dbes"),
         has=payload["has"],
-        metrics=charts.METRICS,
+        metrics=_metrics(result),
         domains=[(named[name], facts) for name, facts in result.task.domains.items()],
     )
 
@@ -155,7 +155,8 @@ def model_payload(
         "top_k": list(result.model.top_k),
         "domains": domains,
         "order": order,
-        "metrics": {name: title for name, (title, _) in charts.METRICS.items()},
+        "metrics": {name: title for name, (title, _) in _metrics(result).items()},
+        "whole": [name for name in _metrics(result) if not result.by_domain(name)],
         "curves": columns(_scores(result, named, by_layer=True), ("metric", "domain", "layer", *charts.CURVE_FIELDS)),
         "curve_domains": columns(_scores(result, named, by_layer=False), ("metric", "domain", *charts.CURVE_FIELDS)),
         "heat": heat_columns(usage, result) if usage is not None else None,
@@ -190,6 +191,12 @@ def model_payload(
         or result.companions.get("specialists", {}).get("not_listed", 0) > 0,
     }  # fmt: skip
     return payload
+
+
+def _metrics(result: Result) -> dict[str, tuple[str, str]]:
+    """Title and meaning of every metric of a result, those of the user's own last."""
+    own = {name: (legible(each.title, 40), legible(each.meaning, 200)) for name, each in result.own_metrics.items()}
+    return charts.METRICS | own
 
 
 def _scores(result: Result, named: dict[str, str], *, by_layer: bool) -> list[dict[str, Any]]:

@@ -64,7 +64,9 @@ def render(result: Result) -> RenderableType:
     if result.status == "error":
         return Panel(Text(result.error or "unknown error"), title="evaluation failed", border_style="red")
     parts: list[RenderableType] = [_heading(result), Panel(Text(current_verdict(result)), title="verdict", border_style="bold")]
-    parts += [_layer_table(result), _further_table(result), _domain_table(result)]
+    parts += [_layer_table(result), _further_table(result)]
+    parts += [_own_table(result)] if result.own_metrics else []
+    parts.append(_domain_table(result))
     if result.specialists:
         parts.append(_specialist_table(result))
     parts.append(_footnotes(result))
@@ -170,6 +172,21 @@ def _further_table(result: Result) -> Table:
     return table
 
 
+def _own_table(result: Result) -> Table:
+    """Every metric of the user's own: its value and, where it has a bound, its score."""
+    found = {(record.metric, record.layer): record for record in result.calibrated if record.domain is None}
+    parts = {name: ("value",) if own.bound is None else ("value", "score") for name, own in result.own_metrics.items()}
+    headings = [f"{label(own.title, 24)} {part}" for name, own in result.own_metrics.items() for part in parts[name]]
+    table = _table("Layers: metrics of your own", "Layer", *headings)
+    for layer in (*result.model.layers, None):
+        if layer is None:
+            table.add_section()
+        cells = [_value(each) if part == "value" else _score(result, each) for name in parts for each in [found.get((name, layer))]
+                 for part in parts[name]]  # fmt: skip
+        table.add_row("mean" if layer is None else str(layer), *cells)
+    return table
+
+
 def _domain_table(result: Result) -> Table:
     found = {(record.metric, record.domain): record for record in result.calibrated if record.layer is None}
     table = _table(
@@ -266,6 +283,10 @@ def _marks(result: Result) -> str:
     if any(cannot_tell(result, metric, domain) for metric in metrics for domain in (None, *result.task.domains)):
         return f"{above}, ? those of which too few texts can tell nothing (smallest possible p above {SIGNIFICANCE})"
     return above
+
+
+def _value(record: CalibratedRecord | None) -> str:
+    return UNKNOWN if record is None or math.isnan(record.value) else f"{record.value:.4g}"
 
 
 def _score(result: Result, record: CalibratedRecord | None) -> Text:

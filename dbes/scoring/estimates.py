@@ -32,6 +32,7 @@ from dbes.scoring.resampling import (
     domain_scores,
     jackknife,
     left_out_ratios,
+    with_mean,
 )
 from dbes.trace.types import NOISE_SCALES, RoutingShape
 
@@ -39,6 +40,9 @@ STABILITY_SCALE = NOISE_SCALES.index(1e-2)
 """Index of the noise level whose set stability is the stiffness score."""
 
 NGRAMS = tuple(f"ngram_expertise_{size}" for size in metrics.NGRAM_SIZES)
+
+CALIBRATED = ("specialization", "specialization_normalized", "der", "domain_isolation", "stiffness", *NGRAMS)
+"""Every calibrated metric of the package."""
 
 NO_SPAN = 1e-9
 """An ideal router this close to 0 differs from it by rounding only: a score relative to it would be noise over noise."""
@@ -55,6 +59,7 @@ class Measured:
         reference: [rows], of the ideal router, see ``ideal_values``.
         chance, chance_left_out: [rows], [documents, rows], where chance is exact (n-grams).
         draw_variance: [rows], variance over draws of a random router: of the value, or of the score where chance is exact.
+        zero, span: [rows], of a metric whose score is (value - zero) / span, see ``own.Metric``.
     """
 
     value: np.ndarray
@@ -65,6 +70,8 @@ class Measured:
     chance: np.ndarray | None = None
     chance_left_out: np.ndarray | None = None
     draw_variance: np.ndarray | None = None
+    zero: np.ndarray | None = None
+    span: np.ndarray | None = None
 
     def plus(self, other: Self) -> Self:
         """The sum of both; draws of the router are independent, so their variances add up."""
@@ -138,7 +145,7 @@ def measure_layer(
 
     def of_domains(metric: str, cells: Callable[[DomainScores], np.ndarray], last: slice = slice(None)) -> Measured:
         def rows(scores: DomainScores) -> np.ndarray:
-            return _rows((cells(scores) * choice)[..., 0])[..., last]
+            return with_mean((cells(scores) * choice)[..., 0])[..., last]
 
         drawn = None if null is None else rows(null)
         return Measured(
@@ -161,17 +168,12 @@ def measure_layer(
     }, share
 
 
-def _rows(cells: np.ndarray) -> np.ndarray:
-    """[..., domains] with their mean as a last row."""
-    return np.concatenate([cells, cells.mean(axis=-1, keepdims=True)], axis=-1)
-
-
 def _stiffness(sums: LayerCounts) -> Measured:
     """Set stability at noise 1e-2."""
     shape, stiffness = sums.shape, sums.stiffness
     ratio = stiffness.unchanged[:, 0, STABILITY_SCALE], stiffness.kept_count[:, 0], shape.document_domain, len(shape.domains)
-    value = _rows(domain_ratio(*ratio))
-    return Measured(value=value, whole=value, left_out=_rows(left_out_ratios(*ratio)))
+    value = with_mean(domain_ratio(*ratio))
+    return Measured(value=value, whole=value, left_out=with_mean(left_out_ratios(*ratio)))
 
 
 def _ngrams(
@@ -199,8 +201,8 @@ def _ngrams(
         if control:
             parts = (sums.by_domain(part) for part in (alike, by_expert, windows, ngrams.primaries[:, 0]))
             variance = ngram_draw_variance(*parts, size=size)
-        value, chance = (_rows(domain_ratio(part, windows, shape.document_domain, domains)) for part in (alike, expected))
-        without, chance_without = (_rows(left_out_ratios(part, windows, shape.document_domain, domains)) for part in (alike, expected))
+        value, chance = (with_mean(domain_ratio(part, windows, shape.document_domain, domains)) for part in (alike, expected))
+        without, chance_without = (with_mean(left_out_ratios(part, windows, shape.document_domain, domains)) for part in (alike, expected))
         found[metric] = Measured(
             value=value, whole=value, left_out=without, chance=chance, chance_left_out=chance_without, draw_variance=variance
         )
@@ -224,9 +226,10 @@ def _scored(found: Measured) -> _Scored:
         return _Scored(*ratios, 0.0 if found.draw_variance is None else found.draw_variance)
     if found.reference is None:  # stiffness: its score is the value itself
         return _Scored(found.whole, found.left_out, 0.0)
-    scale = np.where(np.abs(found.reference) > NO_SPAN, found.reference, np.nan)
+    span, zero = found.reference if found.span is None else found.span, 0.0 if found.zero is None else found.zero
+    scale = np.where(np.abs(span) > NO_SPAN, span, np.nan)
     variance = 0.0 if found.draw_variance is None else found.draw_variance / scale**2
-    return _Scored(found.whole / scale, found.left_out / scale, variance)
+    return _Scored((found.whole - zero) / scale, (found.left_out - zero) / scale, variance)
 
 
 def draw_spread(drawn: Sequence[Measured], document_domain: np.ndarray) -> DrawSpread:

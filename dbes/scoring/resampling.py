@@ -85,6 +85,11 @@ def domain_scores(counts: np.ndarray, tokens: np.ndarray, *, experts: np.ndarray
     return DomainScores.of(usage, unbiased_grams(usage, tokens, counts.sum(axis=-1, dtype=np.float64)), experts)
 
 
+def with_mean(cells: np.ndarray) -> np.ndarray:
+    """[..., domains] with their mean as a last row."""
+    return np.concatenate([cells, cells.mean(axis=-1, keepdims=True)], axis=-1)
+
+
 def batches(labels: np.ndarray, elements_each: int) -> Iterator[np.ndarray]:
     """The labels [permutations, documents], as many at a time as ``PERMUTATION_CELLS`` allows."""
     size = max(1, PERMUTATION_CELLS // max(elements_each, 1))

@@ -13,7 +13,7 @@ start((data) => {
   const curves = Object.keys(data.metrics);
   for (const metric of curves) {
     addFigure(`curve-${metric}`, () => specs.curve[scale() + (full() ? "_full" : "")],
-      () => rowsOf(data.curves, (i) => data.curves.metric[i] === metric && data.curves.domain[i] === (metric === "der" ? null : wanted())),
+      () => rowsOf(data.curves, (i) => data.curves.metric[i] === metric && data.curves.domain[i] === (data.whole.includes(metric) ? null : wanted())),
       () => rowsOf(data.curves, (i) => data.curves.metric[i] === metric).map((row) => ({ ...row, domain: row.domain ?? "" })));
   }
   const parts = (keep) => rowsOf(data.parts, (i) => keep(data.parts.domain[i]));
