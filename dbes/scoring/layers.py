@@ -1,6 +1,6 @@
 """A trace is scored one layer at a time: the counts of one layer go in, small arrays come out, and these are put together.
 
-Layers know nothing of each other, so that each may be scored in a process of its own.
+Layers know nothing of each other, so that several are scored at a time.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from dbes.scoring.permutation import permuted_labels, permuted_scores
 from dbes.scoring.placebo import Placebo, Placebos
 from dbes.scoring.resampling import sign_flip_p
 from dbes.scoring.specialists import LayerTests, SpecialistTable, SpecialistTest, joined
+from dbes.scoring.workers import in_order
 from dbes.trace.types import RoutingShape
 
 
@@ -87,7 +88,7 @@ def score_layers(
     decoder = Decoder(domain, len(shape.domains), seed=seed)
     placebos = Placebos(counts.tokens, domain, shape.domains, permutations=permutations, seed=seed, grouping=design.grouping)
     each = (placebos.watching(decoder.watching(counts.layers())), *(draw.layers() for draw in counts.controls))
-    layers = (score_layer(sums, drawn, design) for sums, *drawn in zip(*each, strict=False))
+    layers = in_order(lambda sums: score_layer(sums[0], sums[1:], design), zip(*each, strict=False), size=len(domain) * shape.width)
     flips = permutations if sign_flips is None else sign_flips
     found = put_together(layers, design.usage, design.left_out, sign_flips=flips, seed=seed)
     return replace(found, decoder=decoder, placebo=placebos.found())
