@@ -40,6 +40,7 @@ class Settings(Open):
     phase: Literal["all", "prompt", "generated"] = "all"
     match: Literal["none", "length"] = "none"
     surrogate: Literal["token", "bigram"] = "token"
+    strata: tuple[str, ...] = ()
 
 
 class _Similarity(Open):
@@ -137,3 +138,66 @@ class OwnMetric(Part):
     def identity(self) -> str:
         """All but its words and its place; only values of one identity are compared."""
         return self.model_dump_json(exclude={"title", "meaning", "place"})
+
+
+class StratumScore(Part):
+    """One metric of a stratum, all domains together. ``layer`` None: mean over layers; the rest as in ``CalibratedRecord``."""
+
+    metric: str
+    layer: int | None
+    value: Number
+    null: Number
+    corrected: Number
+    ci_low: Number
+    ci_high: Number
+    p: Number
+    reference: Number
+    score: Number
+    score_low: Number
+    score_high: Number
+
+
+class Stratum(Part):
+    """Some of the tokens: how many, their share of those that are in a stratum, and the source texts that they are in."""
+
+    name: str
+    tokens: Whole
+    share: Number
+    documents: Whole
+    scores: tuple[StratumScore, ...] = ()
+
+    def score(self, metric: str, layer: int | None = None) -> StratumScore | None:
+        """The score of a metric, of the model by default; None where there is none."""
+        return next((each for each in self.scores if (each.metric, each.layer) == (metric, layer)), None)
+
+
+class StrataDifference(Part):
+    """The score of one stratum less that of another, mean over layers, paired over the documents that have tokens in both.
+
+    Attributes:
+        matched: on the same tokens, which are a share ``covered`` of all that are in a stratum.
+        p: two-sided; p_holm: over the pairs of strata of the kind.
+        reason: why it is unknown.
+    """
+
+    first: str
+    second: str
+    metric: str
+    matched: bool
+    difference: Number = math.nan
+    low: Number = math.nan
+    high: Number = math.nan
+    p: Number = math.nan
+    p_holm: Number = math.nan
+    covered: Number = math.nan
+    reason: str | None = None
+
+
+class Strata(Part):
+    """Tokens divided by one thing that is known of them. ``reason``: why the trace cannot be divided so."""
+
+    by: str
+    reason: str | None = None
+    strata: tuple[Stratum, ...] = ()
+    differences: tuple[StrataDifference, ...] = ()
+    notes: tuple[str, ...] = ()

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, PrivateAttr, ValidationInfo, field_v
 
 from dbes.errors import FileError, ResultError
 from dbes.files import write_text
-from dbes.result_parts import Companions, Number, NumberKeyed, OwnMetric, Part, Settings
+from dbes.result_parts import Companions, Number, NumberKeyed, OwnMetric, Part, Settings, Strata
 from dbes.schema import Whole, read_versioned
 from dbes.text import clipped
 
@@ -167,6 +167,8 @@ class Result(Part):
     calibrated: tuple[CalibratedRecord, ...] = ()
     own_metrics: dict[str, OwnMetric] = Field(default_factory=dict)
     """By name, the metrics of the user's own among the calibrated; empty in results of earlier versions."""
+    strata: dict[str, Strata] = Field(default_factory=dict)
+    """By kind, where strata were asked for."""
     specialists: tuple[Specialist, ...] = ()
     companions: dict[str, Any] = Field(default_factory=dict)
     files: dict[str, str] = Field(default_factory=dict)

@@ -16,6 +16,7 @@ from dbes.cli.common import (
     PermutationsOption,
     RemoteOption,
     SeedOption,
+    StrataOption,
     names,
     one_of,
     progress_bar,
@@ -59,6 +60,7 @@ def evaluate(
         bool, typer.Option("--embedded-fallback", help="When the hub cannot be reached, use the embedded sample and say so.")
     ] = False,
     metric: MetricOption = None,
+    strata: StrataOption = "",
     format: FormatOption = "table",
 ) -> None:
     """Record a model's routing over a task and score it against chance and the ideal router.
@@ -77,7 +79,7 @@ def evaluate(
             batch_size=_batch_size(batch_size), engine=cast("Any", engine), max_memory=max_memory, seed=seed,
             permutations=permutations, trust_remote_code=trust_remote_code,
             overwrite=overwrite, save_trace=save_trace, embedded_fallback=embedded_fallback,
-            metrics=[metric_from(each) for each in metric or ()], progress=progress,
+            metrics=[metric_from(each) for each in metric or ()], strata=names(strata), progress=progress,
         )  # fmt: skip
     done = [result for result in found if result.status == "ok"]
     for result in found if not quiet else ():
@@ -107,6 +109,7 @@ def score(
     seed: SeedOption = 0,
     permutations: PermutationsOption = 1000,
     metric: MetricOption = None,
+    strata: StrataOption = "",
     output_path: Annotated[Path | None, typer.Option(help="Folder to write result and tables to.")] = None,
     format: FormatOption = "table",
 ) -> None:
@@ -116,7 +119,7 @@ def score(
 
     result = run(
         trace, router=router, phase=phase, match=match, surrogate=surrogate, seed=seed, permutations=permutations,
-        metrics=[metric_from(each) for each in metric or ()], output_path=output_path,
+        metrics=[metric_from(each) for each in metric or ()], strata=names(strata), output_path=output_path,
     )  # fmt: skip
     if format == "json":
         say_json(_json([result], several=False))

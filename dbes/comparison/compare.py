@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.stats import t as student
 
 from dbes.comparison.accuracy import Accuracies, read_accuracies
 from dbes.comparison.entries import Apart, LeaderboardEntry, Replicates, read_entries
@@ -337,12 +336,7 @@ def difference(
     found = jackknife(np.asarray(value), left_first - left_second, domain)
     drawn = draw_first + draw_second
     error, reach = math.hypot(float(found.error), drawn**0.5), math.hypot(float(found.reach), Z95 * drawn**0.5)
-    if math.isnan(error):
-        p = math.nan
-    elif error > 0:
-        p = float(2 * student.sf(abs(value) / error, found.freedom))
-    else:
-        p = 1.0 if value == 0 else 0.0
+    p = float(replace(found, error=np.asarray(error)).two_sided(value))
     return Difference(
         first=first.label, second=second.label, metric=metric, depth=depth, score_first=score_first, score_second=score_second,
         difference=value, low=value - reach, high=value + reach, p=p, of="excess" if excess else "score",

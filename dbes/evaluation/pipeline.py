@@ -65,6 +65,7 @@ class Options(TypedDict, total=False):
     save_trace: bool
     embedded_fallback: bool
     metrics: Sequence[Metric]
+    strata: Sequence[str]
     progress: Progress | None
 
 
@@ -92,6 +93,7 @@ def evaluate(
     save_trace: bool = True,
     embedded_fallback: bool = False,
     metrics: Sequence[Metric] = (),
+    strata: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Result | list[Result]:
     """Measure how a Mixture-of-Experts checkpoint routes the domains of a task, and write the result.
@@ -121,6 +123,7 @@ def evaluate(
         save_trace: keep the recorded routes beside the result, so that they can be scored again without the model.
         embedded_fallback: when the hub cannot be reached, use the embedded sample and say so.
         metrics: of your own, see `dbes.Metric`.
+        strata: score strata of tokens too, and test whether they differ: ``entropy``, ``position``, ``token-class``, ``frequency``.
         progress: called as progress(stage, done, total); the stage names what is being done.
 
     Returns:
@@ -139,7 +142,7 @@ def evaluate(
         request = Request.of(
             given, revision=revision, limit=limit, dtype=dtype, device_map=device_map, batch_size=batch_size, seed=seed, engine=engine,
             max_memory=max_memory, permutations=permutations, trust_remote_code=trust_remote_code, embedded_fallback=embedded_fallback,
-            metrics=tuple(metrics),
+            metrics=tuple(metrics), strata=tuple(strata),
         )  # fmt: skip
         results = _of_tasks(
             given, wanted, request, crew, several=several, output_path=Path(output_path), overwrite=overwrite, save_trace=save_trace,
@@ -305,7 +308,8 @@ def _evaluated(job: Job, loaded: LoadedModel, crew: Crew, *, fresh: bool, progre
 def _scored(job: Job, trace: Trace, facts: RecordingFacts) -> Result:
     """Score the trace of a job and write the result; ``result.json`` last."""
     request = job.request
-    scores = score_tables(trace, permutations=request.permutations, seed=request.seed, metrics=request.metrics)
+    asked = {"permutations": request.permutations, "seed": request.seed, "metrics": request.metrics, "strata": request.strata}
+    scores = score_tables(trace, **asked)
     about = {"accelerator": accelerator_here()}
     if tokenizer := trace.provenance.get("tokenizer_sha256"):
         about["tokenizer_sha256"] = str(tokenizer)

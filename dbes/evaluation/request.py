@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dbes.errors import ModelError, SettingError
 from dbes.scoring.own import Metric, checked
+from dbes.scoring.stratified import checked_kinds
 from dbes.shipped import EMBEDDED, located
 from dbes.tasks.task import Document, Task, load_task, read_task, task_facts
 from dbes.text import unknown
@@ -84,6 +85,7 @@ class Request:
     max_memory: int | None = None
     embedded_fallback: bool = False
     metrics: tuple[Metric, ...] = ()
+    strata: tuple[str, ...] = ()
     model: str | None
     tasks: str | None
     revision: str | None
@@ -104,6 +106,7 @@ class Request:
 
     def __post_init__(self) -> None:
         checked(self.metrics)
+        checked_kinds(self.strata)
         if self.dtype is not None and self.dtype not in DTYPES:
             raise SettingError(unknown("dtype", self.dtype, DTYPES))
         if self.engine not in ENGINES:

@@ -52,6 +52,8 @@ def differences(found: Result, request: Request, expected: Expected) -> tuple[li
     then_own, now_own = found.own_metrics, {metric.name: metric.facts for metric in request.metrics}
     if {name: each.identity for name, each in then_own.items()} != {name: each.identity for name, each in now_own.items()}:
         other.append(("metrics of your own", _named(then_own), _named(now_own)))
+    if (then := list(settings.get("strata", ()))) != list(request.strata):
+        other.append(("strata", ", ".join(then) or "none", ", ".join(request.strata) or "none"))
     asked = (request.dtype, request.device_map, expected.accelerator)
     made = (settings.get("dtype"), settings.get("device_map"), environment.get("accelerator"))
     if request.model is None or made != asked:

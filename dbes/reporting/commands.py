@@ -101,4 +101,5 @@ def _evaluate(result: Result) -> list[str]:
 def _asked(result: Result) -> list[str]:
     own = [word for name, each in result.own_metrics.items() for word in ("--metric", each.place or f"FILE.py:{name}")]
     settings = result.settings
+    own += ["--strata", ",".join(settings["strata"])] if settings.get("strata") else []
     return own + [word for name in ("seed", "permutations") if name in settings for word in (f"--{name}", str(settings[name]))]

@@ -25,6 +25,7 @@ from dbes.files import check_writable, write_text
 from dbes.reporting import charts, layer_charts
 from dbes.reporting.commands import command, program
 from dbes.reporting.meaning import meaning_rows, placebo_rows
+from dbes.reporting.strata import StrataRows, strata_rows
 from dbes.reporting.text_view import TextSample, contexts, documents, read_sample, token_text, trajectories
 from dbes.results import PAGE_FILE, CalibratedRecord, Result, load_result
 from dbes.scoring.portions import word_unknown
@@ -130,6 +131,7 @@ def render_page(
         command=command(result, start=start),
         citation=CITATION % version("dbes"),
         has=payload["has"],
+        strata=[*strata_rows(result)],
         metrics=_metrics(result),
         domains=[(named[name], facts) for name, facts in result.task.domains.items()],
     )
@@ -183,10 +185,11 @@ def model_payload(
         "untold": why_not(result) if cannot_tell(result) else "",
         "sample_tokens": sample.tokens if sample is not None else 0,
         "parts": columns(layer_charts.part_rows(result, named), ("domain", "layer", "part", "score", "low", "high")),
+        "strata": {rows.kind: {"title": rows.title, "rows": _stratum_rows(rows)} for rows in strata_rows(result) if rows.scores},
         "specs": _specs(result, order),
     }  # fmt: skip
     payload["has"] = {
-        "heat": payload["heat"] is not None, "tree": bool(tree), "text": bool(text), "moves": moves is not None,
+        "strata": bool(payload["strata"]), "heat": payload["heat"] is not None, "tree": bool(tree), "text": bool(text), "moves": moves is not None,
         "weights": any(document["weights"] for document in text), "more_specialists": len(result.specialists) > SPECIALIST_ROWS
         or result.companions.get("specialists", {}).get("not_listed", 0) > 0,
     }  # fmt: skip
@@ -209,6 +212,15 @@ def _scores(result: Result, named: dict[str, str], *, by_layer: bool) -> list[di
     ]
 
 
+def _stratum_rows(found: StrataRows) -> list[dict[str, Any]]:
+    """Rows of the figure of domains, with strata in their place."""
+    fields = ("score", "score_low", "score_high")
+    return [
+        {"domain": name, "control": None, "label": share(numbers[0])} | dict(zip(fields, map(_short, numbers), strict=True))
+        for name, *numbers in found.scores
+    ]
+
+
 def _specs(result: Result, order: list[str]) -> dict[str, Any]:
     layers, domains = result.model.layers, len(order)
     with charts.unchecked():
@@ -216,6 +228,7 @@ def _specs(result: Result, order: list[str]) -> dict[str, Any]:
             "curve": layer_charts.curve_specs(layers),
             "parts": layer_charts.parts_spec(layers),
             "domain": charts.domain_spec(domains),
+            "strata": charts.domain_spec(max((len(each.strata) for each in result.strata.values()), default=1)),
             "heat": charts.heat_spec(domains),
             "similarity": charts.similarity_spec(domains),
             "dendrogram": charts.dendrogram_spec(order),

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dbes.reporting.commands import program, shell
+from dbes.reporting.strata import strata_rows, strata_tables
 from dbes.results import CalibratedRecord, Result, Specialist
 from dbes.scoring.portions import share_of_position, share_of_word, word_unknown
 from dbes.scoring.resolution import DOUBTFUL, SIGNIFICANCE, cannot_tell, why_not
@@ -67,6 +68,7 @@ def render(result: Result) -> RenderableType:
     parts += [_layer_table(result), _further_table(result)]
     parts += [_own_table(result)] if result.own_metrics else []
     parts.append(_domain_table(result))
+    parts += [part for rows in strata_rows(result) for part in strata_tables(rows)]
     if result.specialists:
         parts.append(_specialist_table(result))
     parts.append(_footnotes(result))

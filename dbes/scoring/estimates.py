@@ -212,7 +212,7 @@ def _ngrams(
 
 
 @dataclass(frozen=True)
-class _Scored:
+class Scored:
     """The score before its correction [rows], the same without each document [documents, rows], and its variance over routers."""
 
     whole: np.ndarray
@@ -220,21 +220,22 @@ class _Scored:
     draw_variance: np.ndarray | float
 
 
-def _scored(found: Measured) -> _Scored:
+def scored(found: Measured) -> Scored:
+    """What the jackknife of the score starts from."""
     if found.chance is not None and found.chance_left_out is not None:
         ratios = metrics.above_chance(found.whole, found.chance), metrics.above_chance(found.left_out, found.chance_left_out)
-        return _Scored(*ratios, 0.0 if found.draw_variance is None else found.draw_variance)
+        return Scored(*ratios, 0.0 if found.draw_variance is None else found.draw_variance)
     if found.reference is None:  # stiffness: its score is the value itself
-        return _Scored(found.whole, found.left_out, 0.0)
+        return Scored(found.whole, found.left_out, 0.0)
     span, zero = found.reference if found.span is None else found.span, 0.0 if found.zero is None else found.zero
     scale = np.where(np.abs(span) > NO_SPAN, span, np.nan)
     variance = 0.0 if found.draw_variance is None else found.draw_variance / scale**2
-    return _Scored((found.whole - zero) / scale, (found.left_out - zero) / scale, variance)
+    return Scored((found.whole - zero) / scale, (found.left_out - zero) / scale, variance)
 
 
 def draw_spread(drawn: Sequence[Measured], document_domain: np.ndarray) -> DrawSpread:
     """How much the scores of a random router vary with the draw of it: of the same metric and layer, in every recorded draw."""
-    each = [_scored(draw) for draw in drawn]
+    each = [scored(draw) for draw in drawn]
     scores = [jackknife(draw.whole, draw.left_out, document_domain).corrected for draw in each]
     one = np.broadcast_to(each[0].draw_variance, scores[0].shape)
     return DrawSpread(draws=len(each), one=one, several=np.var(scores, axis=0, ddof=1) if len(each) > 1 else None)
@@ -251,17 +252,17 @@ def estimate(found: Measured, drawn: Sequence[Measured], document_domain: np.nda
     """
     unknown = np.full(found.value.shape, np.nan)
     value = jackknife(found.whole, found.left_out, document_domain)
-    scored = _scored(found)
-    score = jackknife(scored.whole, scored.left_out, document_domain)
+    own = scored(found)
+    score = jackknife(own.whole, own.left_out, document_domain)
     control_score = excess = reach = unknown
-    excess_left = np.full_like(scored.left_out, np.nan)
+    excess_left = np.full_like(own.left_out, np.nan)
     if drawn:
-        randoms = [_scored(draw) for draw in drawn]
+        randoms = [scored(draw) for draw in drawn]
         whole, left_out = (np.mean([getattr(random, name) for random in randoms], axis=0) for name in ("whole", "left_out"))
         control_score = jackknife(whole, left_out, document_domain).corrected
         # paired: both routers read the same documents
-        paired = jackknife(scored.whole - whole, scored.left_out - left_out, document_domain)
-        excess_left = scored.left_out - left_out + (paired.corrected - (scored.whole - whole))
+        paired = jackknife(own.whole - whole, own.left_out - left_out, document_domain)
+        excess_left = own.left_out - left_out + (paired.corrected - (own.whole - whole))
         excess, reach = paired.corrected, paired.reach
     return Estimate(
         value=found.value,
@@ -271,7 +272,7 @@ def estimate(found: Measured, drawn: Sequence[Measured], document_domain: np.nda
         score=score.corrected, score_low=score.corrected - score.reach, score_high=score.corrected + score.reach,
         corrected=value.corrected, ci_low=value.corrected - value.reach, ci_high=value.corrected + value.reach,
         control=control_score, excess=excess, excess_low=excess - reach, excess_high=excess + reach,
-        replicates=(scored.left_out + (score.corrected - scored.whole))[:, -1].astype(np.float32),
+        replicates=(own.left_out + (score.corrected - own.whole))[:, -1].astype(np.float32),
         excess_replicates=excess_left[:, -1].astype(np.float32),
     )  # fmt: skip
 

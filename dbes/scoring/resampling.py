@@ -214,6 +214,12 @@ class Jackknife:
         """Half the width of the 95 % interval (Student's t); NaN where the error is."""
         return student.ppf((1 + CONFIDENCE) / 2, self.freedom) * self.error
 
+    def two_sided(self, value: np.ndarray | float) -> np.ndarray:
+        """p that the truth of a value with this error is 0; of one without any error 1 where it is 0, else 0."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            p = 2 * student.sf(np.abs(value) / self.error, self.freedom)
+        return np.where(self.error > 0, p, np.where(np.isnan(self.error), np.nan, np.equal(value, 0).astype(float)))
+
 
 def jackknife(value: np.ndarray, left_out: np.ndarray, document_domain: np.ndarray) -> Jackknife:
     r"""The delete-one-document jackknife, stratified by domain.

@@ -35,6 +35,7 @@ from dbes.scoring.published import published_values
 from dbes.scoring.sampling import TokenSample, even_documents, example_tokens
 from dbes.scoring.specialists import SpecialistTable, listed_specialists
 from dbes.scoring.stored import COUNTS
+from dbes.scoring.stratified import checked_kinds, strata_of
 from dbes.scoring.tables import save_scores
 from dbes.scoring.verdict import verdict
 from dbes.text import unknown
@@ -100,6 +101,7 @@ def score(
     seed: int = 0,
     permutations: int = 1000,
     metrics: Sequence[Metric] = (),
+    strata: Sequence[str] = (),
     output_path: str | Path | None = None,
 ) -> Result:
     """Every metric of a trace, published and calibrated, per layer, per domain and for the model; needs no model.
@@ -116,12 +118,13 @@ def score(
         seed: of the permutations, the reference router and the random halves.
         permutations: shuffles of the documents' domain labels that make the chance level.
         metrics: of your own, see `dbes.Metric`.
+        strata: score strata of tokens too, and test whether they differ: ``entropy``, ``position``, ``token-class``, ``frequency``.
         output_path: folder to write result and tables to.
 
     Raises:
         SettingError: there is no such router, phase, match or surrogate; a metric gives no numbers of the right shape; ``match``
             with the generated text alone, which begins where the prompt ends.
-        TraceError: the trace is incomplete, altered or inconsistent, or holds no token of the phase; a router or a match for
+        TraceError: the trace is incomplete, altered or inconsistent, or holds no token of the phase; a router, a match or strata for
             counts, which know no single tokens.
         ResultError: ``output_path`` holds an evaluation with its recorded routes.
         FileError: it cannot be written, or another run is writing there.
@@ -148,7 +151,7 @@ def score(
                 f"{found['documents_cut']:,} of {counted(found['documents'], 'document')} were cut, so that all domains have the same "
                 f"lengths: {found['tokens']:,} of {found['tokens_before']:,} tokens are left",
             )
-        scores = score_tables(routes, permutations=permutations, seed=seed, phase=code, surrogate=surrogate, metrics=metrics)
+        scores = score_tables(routes, permutations=permutations, seed=seed, phase=code, surrogate=surrogate, metrics=metrics, strata=strata)
         result = scores.result
         result = result.model_copy(update={"settings": result.settings | asked, "warnings": (*notes, *result.warnings)})
         scores = replace(scores, result=result)
@@ -190,13 +193,14 @@ def score_tables(
     phase: int | None = None,
     surrogate: str = "token",
     metrics: Sequence[Metric] = (),
+    strata: Sequence[str] = (),
 ) -> Scores:
     """As ``score``, and the expert tables and matrices as arrays.
 
     Args:
         phase: 0 prompt, 1 generated, None all.
     """
-    metrics = checked(metrics)
+    metrics, kinds = checked(metrics), checked_kinds(strata)
     counts = counts_of(trace, phase=phase)
     require_tokens(counts)
     shape = counts.shape
@@ -228,6 +232,7 @@ def score_tables(
         settings={"permutations": permutations, "seed": seed, "phase": PHASES[counts.phase], "control": len(counts.controls)}
         | {"surrogate": surrogate}
         | ({} if counts.by_documents else {"documents": "unknown"})
+        | ({"strata": list(kinds)} if kinds else {})
         | ({} if grouping is None else {"groups": len(grouping.groups.label)}),
         recording=RecordingFacts(documents=sum(facts.documents for facts in task.domains.values()), tokens=int(counts.tokens.sum())),
         warnings=(
@@ -245,6 +250,7 @@ def score_tables(
             for record in calibrated_records(metric, each, beyond and beyond.metrics.get(metric), units.shape)
         ),
         own_metrics={metric.name: metric.facts for metric in metrics},
+        strata=strata_of(trace, kinds, permutations=permutations, seed=seed, phase=phase),
         specialists=tuple(_specialist_records(table, counts, kept)),
         companions=companions(found, sample, units, seed=seed) | covered(beyond, shape),
     )
