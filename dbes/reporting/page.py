@@ -189,7 +189,8 @@ def model_payload(
         "specs": _specs(result, order),
     }  # fmt: skip
     payload["has"] = {
-        "strata": bool(payload["strata"]), "heat": payload["heat"] is not None, "tree": bool(tree), "text": bool(text), "moves": moves is not None,
+        "strata": bool(payload["strata"]),
+        "heat": payload["heat"] is not None, "tree": bool(tree), "text": bool(text), "moves": moves is not None,
         "weights": any(document["weights"] for document in text), "more_specialists": len(result.specialists) > SPECIALIST_ROWS
         or result.companions.get("specialists", {}).get("not_listed", 0) > 0,
     }  # fmt: skip
