@@ -229,11 +229,7 @@ def score_tables(
         model=model_facts(counts),
         task=task,
         environment=environment(counts),
-        settings={"permutations": permutations, "seed": seed, "phase": PHASES[counts.phase], "control": len(counts.controls)}
-        | {"surrogate": surrogate}
-        | ({} if counts.by_documents else {"documents": "unknown"})
-        | ({"strata": list(kinds)} if kinds else {})
-        | ({} if grouping is None else {"groups": len(grouping.groups.label)}),
+        settings={"permutations": permutations, "seed": seed, "surrogate": surrogate} | _settings(counts, kinds, grouping),
         recording=RecordingFacts(documents=sum(facts.documents for facts in task.domains.values()), tokens=int(counts.tokens.sum())),
         warnings=(
             *_model_notes(counts),
@@ -267,6 +263,13 @@ def score_tables(
         replicates=_replicates(found.estimates, metrics, control=counts.control is not None) if counts.by_documents else {},
         left_out=found.left_out,
     )
+
+
+def _settings(counts: Counts, kinds: Sequence[str], grouping: Grouping | None) -> dict[str, object]:
+    found: dict[str, object] = {"phase": PHASES[counts.phase], "control": len(counts.controls)}
+    found |= {} if counts.by_documents else {"documents": "unknown"}
+    found |= {"strata": list(kinds)} if kinds else {}
+    return found | ({} if grouping is None else {"groups": len(grouping.groups.label)})
 
 
 def _replicates(estimates: Mapping[str, Estimate], metrics: Sequence[Metric], *, control: bool) -> dict[str, np.ndarray]:
