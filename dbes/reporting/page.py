@@ -132,6 +132,7 @@ def render_page(
         citation=CITATION % version("dbes"),
         has=payload["has"],
         strata=[*strata_rows(result)],
+        strata_shown=bool(payload["strata"]),
         metrics=_metrics(result),
         domains=[(named[name], facts) for name, facts in result.task.domains.items()],
     )
@@ -189,7 +190,6 @@ def model_payload(
         "specs": _specs(result, order),
     }  # fmt: skip
     payload["has"] = {
-        "strata": bool(payload["strata"]),
         "heat": payload["heat"] is not None, "tree": bool(tree), "text": bool(text), "moves": moves is not None,
         "weights": any(document["weights"] for document in text), "more_specialists": len(result.specialists) > SPECIALIST_ROWS
         or result.companions.get("specialists", {}).get("not_listed", 0) > 0,

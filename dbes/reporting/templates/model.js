@@ -49,8 +49,8 @@ start((data) => {
   onChange("similarity-layer", () => redraw("similarity"));
   if (has.tree) addFigure("dendrogram", () => specs.dendrogram, () => data.dendrogram);
 
-  if (has.strata) {
-    const strata = data.strata;
+  const strata = data.strata;
+  if (Object.keys(strata).length) {
     fill("strata-kind", Object.entries(strata).map(([kind, found]) => [kind, found.title]));
     addFigure("strata", () => specs.strata, () => strata[chosen("strata-kind")].rows, () => Object.entries(strata).flatMap(([kind, found]) => found.rows.map(({ domain, control, label, ...row }) => ({ kind, stratum: domain, ...row }))));
     onChange("strata-kind", () => redraw("strata"));
