@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from dbes.scoring import workers
 from dbes.scoring.counts import Counts
-from dbes.scoring.layers import score_layers
+from dbes.scoring.layers import Design, put_together, score_layer, score_layers
 
 
 @pytest.fixture(params=[1, 2, 5])
@@ -76,3 +77,29 @@ def test_scores_do_not_depend_on_the_number_of_workers(monkeypatch: pytest.Monke
         other = found[1].estimates[metric]
         for name in ("value", "null", "p", "replicates"):
             np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=f"{metric} {name}")
+
+
+def test_what_layers_leave_out_in_turn_is_not_kept_from_one_layer_to_the_next() -> None:
+    """[documents, documents] of every layer would be layers x documents^2 in memory."""
+    random, documents = np.random.default_rng(5), 300
+    hits = random.multinomial(40, random.dirichlet(np.full(8, 0.3), (documents, 8)))
+    domain = np.arange(documents) % 2
+    counts = Counts.from_arrays(hits, domains=["a", "b"], document_domain=domain, top_k=2, tokens=np.full(documents, 40))
+    design = Design.of(counts, permutations=20, seed=0)
+    held, large = [], []
+
+    def layers():
+        for sums in counts.layers():
+            layer = score_layer(sums, (), design)
+            large.append(layer.products.nbytes)
+            yield layer
+            del layer
+            held.append(tracemalloc.get_traced_memory()[0])
+
+    tracemalloc.start()
+    try:
+        put_together(layers(), design.usage, design.left_out, sign_flips=20, seed=0)
+    finally:
+        tracemalloc.stop()
+    assert large == [documents**2 * 8] * 8
+    assert max(np.diff(held[2:])) < large[0] / 2

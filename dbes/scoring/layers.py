@@ -175,7 +175,7 @@ def put_together(layers: Iterable[LayerScores], test: UsageTest, left_out: Routi
         for total, more in zip((sums, *drawn), (layer.measured, *layer.controls), strict=True):
             total |= {metric: total[metric].plus(found) if metric in total else found for metric, found in more.items()}
         products = products + layer.products
-        kept.append(replace(layer, measured={}, controls=(), products=products[:0]))
+        kept.append(replace(layer, measured={}, controls=(), products=np.zeros((0, 0))))
     means, *controls = ({metric: found.over(len(kept)) for metric, found in total.items()} for total in (sums, *drawn))
     columns = [layer.estimates for layer in kept] + [estimates_of(means, controls, document_domain, test.p(products))]
     estimates = {metric: Estimate.side_by_side([column[metric] for column in columns]) for metric in means}
