@@ -68,7 +68,8 @@ def render(result: Result) -> RenderableType:
     parts: list[RenderableType] = [_heading(result), Panel(Text(current_verdict(result)), title="verdict", border_style="bold")]
     tables = (_layer_table(result), _further_table(result), *([_own_table(result)] if result.own_metrics else []), _domain_table(result))
     parts += [_told(table) for table in tables]
-    parts += [part for rows in strata_rows(result) for part in strata_tables(rows)]
+    strata = [part for rows in strata_rows(result) for part in strata_tables(rows)]
+    parts += [_told(part) if isinstance(part, Table) else part for part in strata]
     if result.specialists:
         parts.append(_specialist_table(result))
     parts.append(_footnotes(result))
