@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from dbes.reporting.report import report
     from dbes.results import Result, load_result, load_results
     from dbes.scoring.counts import Counts
+    from dbes.scoring.own import Metric
     from dbes.scoring.score import score
     from dbes.tasks.task import Task, list_tasks, load_task
     from dbes.testbed.report import run_testbed
@@ -77,6 +78,7 @@ _HOMES = {
     "Result": "dbes.results",
     "Trace": "dbes.trace.store",
     "Counts": "dbes.scoring.counts",
+    "Metric": "dbes.scoring.own",
     "Task": "dbes.tasks.task",
     "ExpertPath": "dbes.paths.types",
     "Comparison": "dbes.comparison.compare",
@@ -102,6 +104,7 @@ __all__ = [
     "InterventionError",
     "InterventionSettings",
     "LoadedModel",
+    "Metric",
     "MixError",
     "ModelError",
     "PathError",

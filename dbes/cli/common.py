@@ -36,6 +36,12 @@ def one_of(kind: str, known: Sequence[str], told: str, *names: str) -> Any:
 
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of permutations, reference router and random-router control.")]
 PermutationsOption = Annotated[int, typer.Option(min=0, help="Shuffles of the documents' domain labels that make the chance level.")]
+MetricOption = Annotated[
+    list[str] | None, typer.Option(metavar="FILE.py:NAME", help="A metric of your own, a dbes.Metric in a Python file (may be repeated).")
+]
+StrataOption = Annotated[
+    str, typer.Option(metavar="KIND,...", help="Score strata of tokens, and their differences: entropy, position, token-class, frequency.")
+]
 FormatOption = Annotated[str, one_of("format", ("table", "json"), "table to read, json for a pipe.")]
 RemoteOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")]
 

@@ -12,9 +12,11 @@ import typer
 from dbes.cli.common import (
     FAILED,
     FormatOption,
+    MetricOption,
     PermutationsOption,
     RemoteOption,
     SeedOption,
+    StrataOption,
     names,
     one_of,
     progress_bar,
@@ -67,6 +69,8 @@ def evaluate(
     ablate: Annotated[
         bool, typer.Option("--ablate", help="Mask each domain's specialists, and other cells of the same load: what is lost?")
     ] = False,
+    metric: MetricOption = None,
+    strata: StrataOption = "",
     format: FormatOption = "table",
 ) -> None:
     """Record a model's routing over a task and score it against chance and the ideal router.
@@ -76,6 +80,7 @@ def evaluate(
     from dbes.evaluation.pipeline import evaluate as run
     from dbes.recording.crew import Crew
     from dbes.reporting.report import keep_page
+    from dbes.scoring.own import metric_from
 
     wanted, quiet = names(tasks), not Crew.here().first
     with nullcontext() if quiet else progress_bar() as progress:
@@ -84,7 +89,8 @@ def evaluate(
             batch_size=_batch_size(batch_size), engine=cast("Any", engine), max_memory=max_memory, seed=seed,
             permutations=permutations, trust_remote_code=trust_remote_code,
             overwrite=overwrite, save_trace=save_trace, embedded_fallback=embedded_fallback, loss=loss,
-            accuracy="lm-eval" if lm_eval else accuracy, ablate=ablate, progress=progress,
+            accuracy="lm-eval" if lm_eval else accuracy, ablate=ablate, metrics=[metric_from(each) for each in metric or ()],
+            strata=names(strata), progress=progress,
         )  # fmt: skip
     done = [result for result in found if result.status == "ok"]
     for result in found if not quiet else ():
@@ -113,15 +119,19 @@ def score(
     ] = "token",
     seed: SeedOption = 0,
     permutations: PermutationsOption = 1000,
+    metric: MetricOption = None,
+    strata: StrataOption = "",
     output_path: Annotated[Path | None, typer.Option(help="Folder to write result and tables to.")] = None,
     format: FormatOption = "table",
 ) -> None:
     """Score a recorded trace again; needs no model."""
+    from dbes.scoring.own import metric_from
     from dbes.scoring.score import score as run
 
     result = run(
-        trace, router=router, phase=phase, match=match, surrogate=surrogate, seed=seed, permutations=permutations, output_path=output_path
-    )
+        trace, router=router, phase=phase, match=match, surrogate=surrogate, seed=seed, permutations=permutations,
+        metrics=[metric_from(each) for each in metric or ()], strata=names(strata), output_path=output_path,
+    )  # fmt: skip
     if format == "json":
         say_json(_json([result], several=False))
     else:

@@ -11,16 +11,16 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.stats import t as student
 
 from dbes.comparison.accuracy import Accuracies, read_accuracies
 from dbes.comparison.entries import Apart, LeaderboardEntry, Replicates, read_entries
 from dbes.comparison.excess import all_have_excess, excess_of
+from dbes.comparison.own import of_one_source, shared_metrics
 from dbes.comparison.ranks import Difference, Rank, corrected, ranks_of
 from dbes.comparison.relation import Relation, relations
 from dbes.errors import ResultError, SettingError
@@ -51,7 +51,8 @@ class Comparison:
 
     ``by_excess``: order, ranks and pairs are of the excess over the random router, because every model has one; else of the score.
     ``accuracy_of``: the tasks or the file that accuracies come from, or the results' own; empty without accuracies.
-    ``relations``: of specialization with loss and accuracy, where models have them.
+    ``relations``: of specialization with loss and accuracy, where models have them. ``own``: title of each metric of the user's own that
+    all models have, computed by the same source.
     """
 
     metric: str
@@ -62,6 +63,12 @@ class Comparison:
     by_excess: bool = False
     accuracy_of: str = ""
     relations: tuple[Relation, ...] = ()
+    own: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Every metric that is compared: those of dbes, and those of the user's own."""
+        return (*REPLICATED, *self.own)
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per entry: its name, its ranks, and the model's score by every metric; NaN where it has none."""
@@ -70,7 +77,7 @@ class Comparison:
         rows = []
         for entry in self.entries:
             rank = self.ranks.get(entry.label)
-            scores = {metric: _or(model_score(entry.result, metric), math.nan) for metric in REPLICATED}
+            scores = {metric: _or(model_score(entry.result, metric), math.nan) for metric in self.metrics}
             rows.append({"model": entry.label, "rank": rank and rank.place, "rank_last": rank and rank.last, **scores})
         return pd.DataFrame(rows)
 
@@ -87,7 +94,7 @@ def compare(
 
     Args:
         results: results that were written to a folder, their folders, or folders with results below them.
-        by: metric the models are ranked by.
+        by: metric the models are ranked by; of your own, results by another version or source of it stand apart.
         accuracy: files with the models' accuracies: CSV ``model,accuracy``, or results of lm-eval.
 
     Raises:
@@ -95,12 +102,15 @@ def compare(
         ResultError: no result can be read, or accuracies do not fit the results.
     """
     metric = by
-    if metric not in REPLICATED:
-        raise SettingError(unknown("metric that models are ranked by", metric, REPLICATED))
     known = read_accuracies([accuracy] if isinstance(accuracy, str | Path) else accuracy)
     given = [results] if isinstance(results, str | Path | Result) else results
     entries, apart = read_entries([_place(each) for each in given])
+    known_metrics = dict.fromkeys((*REPLICATED, *(name for entry in entries for name in entry.result.own_metrics)))
+    if metric not in known_metrics:
+        raise SettingError(unknown("metric that models are ranked by", metric, known_metrics))
     entries, others = comparable(entries)
+    entries, unlike = of_one_source(entries, metric)
+    others += unlike
     entries = with_accuracies(labelled(entries), known, elsewhere={each.name for each in (*apart, *others)})
     ranked = [entry for entry in entries if _rankable(entry, metric)]
     by_excess = all_have_excess([entry for entry in entries if not entry.baseline], metric)
@@ -122,6 +132,7 @@ def compare(
         by_excess=by_excess,
         accuracy_of=known.source or (OWN_ACCURACY if any(entry.accuracy is not None for entry in entries) else ""),
         relations=relations(entries, [model_score(entry.result, "specialization") for entry in entries]),
+        own=shared_metrics([entry.result for entry in entries if not entry.baseline]),
     )
 
 
@@ -262,7 +273,7 @@ def model_score(result: Result, metric: str) -> float | None:
     """The model's score, or None where a domain or a layer is missing in it: no mean is taken over a gap."""
     rows = [record for record in result.calibrated if record.metric == metric]
     by_domain = [record for record in rows if record.domain is not None]
-    missing = {record.domain for record in by_domain} != set(result.task.domains) if by_domain else metric != "der"
+    missing = {record.domain for record in by_domain} != set(result.task.domains) if by_domain else result.by_domain(metric)
     if missing or {record.layer for record in rows} != {*result.model.layers, None} or any(math.isnan(record.score) for record in rows):
         return None
     return result.record(metric).score
@@ -298,7 +309,7 @@ def phase_differences(entry: LeaderboardEntry) -> list[PhaseDifference]:
         return []
     prompt, generated = entry.phases["prompt"], entry.phases["generated"]
     found = []
-    for metric in REPLICATED:
+    for metric in (*REPLICATED, *shared_metrics([prompt.result, generated.result])):
         scores = model_score(prompt.result, metric), model_score(generated.result, metric)
         if scores[0] is None or scores[1] is None:
             continue
@@ -309,9 +320,8 @@ def phase_differences(entry: LeaderboardEntry) -> list[PhaseDifference]:
 
 def differences(first: LeaderboardEntry, second: LeaderboardEntry) -> list[Difference]:
     """Paired differences of two models for every metric and layer depth, p-values corrected over all of them (Holm)."""
-    return corrected(
-        [found for metric in REPLICATED for depth in DEPTHS if (found := difference(first, second, metric, *depth)) is not None]
-    )
+    metrics = (*REPLICATED, *shared_metrics([first.result, second.result]))
+    return corrected([found for metric in metrics for depth in DEPTHS if (found := difference(first, second, metric, *depth)) is not None])
 
 
 def difference(
@@ -333,12 +343,7 @@ def difference(
     found = jackknife(np.asarray(value), left_first - left_second, domain)
     drawn = draw_first + draw_second
     error, reach = math.hypot(float(found.error), drawn**0.5), math.hypot(float(found.reach), Z95 * drawn**0.5)
-    if math.isnan(error):
-        p = math.nan
-    elif error > 0:
-        p = float(2 * student.sf(abs(value) / error, found.freedom))
-    else:
-        p = 1.0 if value == 0 else 0.0
+    p = float(replace(found, error=np.asarray(error)).two_sided(value))
     return Difference(
         first=first.label, second=second.label, metric=metric, depth=depth, score_first=score_first, score_second=score_second,
         difference=value, low=value - reach, high=value + reach, p=p, of="excess" if excess else "score",

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Literal, Unpack, overload
 from dbes.errors import DbesError, ModelError, ResultError, SettingError, TraceError, refusal
 from dbes.evaluation.measuring import lacking, measured_beside, require_measurable
 from dbes.evaluation.request import (
-    Benchmark,
     Job,
     Options,
     Progress,
@@ -29,6 +28,7 @@ from dbes.files import discard, locked
 from dbes.measures import Measures
 from dbes.recording.crew import Crew
 from dbes.results import PAGE_FILE, RESULT_FILE, ModelFacts, RecordingFacts, Result, TaskFacts, load_result
+from dbes.scoring.own import Metric
 from dbes.scoring.score import score_tables
 from dbes.scoring.tables import COMPANIONS, save_scores
 from dbes.shipped import EMBEDDED, EMBEDDED_MODEL
@@ -74,6 +74,8 @@ def evaluate(
     loss: bool = False,
     accuracy: bool | Literal["lm-eval"] = False,
     ablate: bool = False,
+    metrics: Sequence[Metric] = (),
+    strata: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Result | list[Result]:
     """Measure how a Mixture-of-Experts checkpoint routes the domains of a task, and write the result.
@@ -105,6 +107,8 @@ def evaluate(
         loss: measure bits per byte of every domain in the same pass.
         accuracy: measure how often the right choice of multiple-choice items is the likeliest; "lm-eval": by the harness.
         ablate: mask every domain's specialists, and other cells of the same load, and measure what is lost, in other texts.
+        metrics: of your own, see `dbes.Metric`.
+        strata: score strata of tokens too, and test whether they differ: ``entropy``, ``position``, ``token-class``, ``frequency``.
         progress: called as progress(stage, done, total); the stage names what is being done.
 
     Returns:
@@ -123,26 +127,28 @@ def evaluate(
         request = Request.of(
             given, revision=revision, limit=limit, dtype=dtype, device_map=device_map, batch_size=batch_size, seed=seed, engine=engine,
             max_memory=max_memory, permutations=permutations, trust_remote_code=trust_remote_code, embedded_fallback=embedded_fallback,
-            loss=loss, accuracy=accuracy, ablate=ablate,
+            loss=loss, accuracy=accuracy, ablate=ablate, metrics=tuple(metrics), strata=tuple(strata),
         )  # fmt: skip
-        benchmarks = [read_benchmark(task, limit=limit, embedded_fallback=embedded_fallback) for task in wanted]
-        if not benchmarks:
-            raise SettingError("tasks: expected at least one")
-        crew.check(request.device_map)
-        subject = subject_of(given, request)
-        job = Job(subject=subject, request=request, benchmark=benchmarks[0], output_path=Path(output_path), save_trace=save_trace)
-        results = _of_tasks(job, wanted, benchmarks, crew, several=several, overwrite=overwrite, progress=progress)
+        results = _of_tasks(
+            given, wanted, request, crew, several=several, output_path=Path(output_path), overwrite=overwrite, save_trace=save_trace,
+            progress=progress,
+        )  # fmt: skip
     return results if several else results[0]
 
 
 def _of_tasks(
-    job: Job, tasks: Sequence[str | Path | Task], benchmarks: Sequence[Benchmark], crew: Crew, *, several: bool, overwrite: bool,
-    progress: Progress | None,
+    given: str | Path | LoadedModel, wanted: Sequence[str | Path | Task], request: Request, crew: Crew, *,
+    output_path: Path, several: bool, overwrite: bool, save_trace: bool, progress: Progress | None,
 ) -> list[Result]:  # fmt: skip
-    """The results of one model, task by task."""
+    benchmarks = [read_benchmark(task, limit=request.limit, embedded_fallback=request.embedded_fallback) for task in wanted]
+    if not benchmarks:
+        raise SettingError("tasks: expected at least one")
+    crew.check(request.device_map)
+    subject = subject_of(given, request)
+    job = Job(subject=subject, request=request, benchmark=benchmarks[0], output_path=output_path, save_trace=save_trace)
     results = []
-    for number, (task, benchmark) in enumerate(zip(tasks, benchmarks, strict=True)):
-        job = replace(job, request=job.request.on(task), benchmark=benchmark)
+    for number, (task, benchmark) in enumerate(zip(wanted, benchmarks, strict=True)):
+        job = replace(job, request=request.on(task), benchmark=benchmark)
         result, job = _of_task(job, crew, number, several=several, overwrite=overwrite, progress=progress)
         results.append(result)
     return results
@@ -296,7 +302,8 @@ def _evaluated(job: Job, loaded: LoadedModel, crew: Crew, *, fresh: bool, progre
 def _scored(job: Job, trace: Trace, facts: RecordingFacts, measures: Measures | None) -> Result:
     """Score the trace of a job and write the result; ``result.json`` last."""
     request = job.request
-    scores = score_tables(trace, permutations=request.permutations, seed=request.seed)
+    asked = {"permutations": request.permutations, "seed": request.seed, "metrics": request.metrics, "strata": request.strata}
+    scores = score_tables(trace, **asked)
     about = {"accelerator": accelerator_here()}
     if tokenizer := trace.provenance.get("tokenizer_sha256"):
         about["tokenizer_sha256"] = str(tokenizer)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from dbes.errors import ModelError, SettingError
 from dbes.evaluation.harness import HARNESS, require_harness
+from dbes.scoring.own import Metric, checked
+from dbes.scoring.stratified import checked_kinds
 from dbes.shipped import EMBEDDED, located
 from dbes.tasks.task import Document, Task, load_task, read_task, task_facts
 from dbes.text import unknown
@@ -60,6 +62,8 @@ class Options(TypedDict, total=False):
     loss: bool
     accuracy: bool | Literal["lm-eval"]
     ablate: bool
+    metrics: Sequence[Metric]
+    strata: Sequence[str]
     progress: Progress | None
 
 
@@ -116,6 +120,8 @@ class Request:
     loss: bool = False
     accuracy: bool | str = False
     ablate: bool = False
+    metrics: tuple[Metric, ...] = ()
+    strata: tuple[str, ...] = ()
     model: str | None
     tasks: str | None
     revision: str | None
@@ -135,6 +141,8 @@ class Request:
         return replace(self, tasks=None if isinstance(task, Task) else str(task))
 
     def __post_init__(self) -> None:
+        checked(self.metrics)
+        checked_kinds(self.strata)
         if self.dtype is not None and self.dtype not in DTYPES:
             raise SettingError(unknown("dtype", self.dtype, DTYPES))
         if self.engine not in ENGINES:
@@ -162,8 +170,8 @@ class Request:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a result keeps under ``settings``; enough to compare it and to write the command that makes it again."""
-        return asdict(self)
+        """What a result keeps under ``settings``; enough, with ``own_metrics``, to compare it and to write the command for it."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "metrics"}
 
 
 def _whole(value: Any) -> bool:

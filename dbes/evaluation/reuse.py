@@ -18,6 +18,7 @@ from dbes.evaluation.measuring import lacking
 from dbes.evaluation.request import Expected, Job, Request
 from dbes.files import discard, locked, remove_abandoned, sha256_of
 from dbes.recording.ledger import UNITS
+from dbes.result_parts import OwnMetric
 from dbes.results import METRICS_VERSION, RESULT_FILE, Result, load_result
 from dbes.scoring.tables import COMPANIONS
 from dbes.trace.store import TRACE_FOLDER, Trace
@@ -49,6 +50,11 @@ def differences(found: Result, request: Request, expected: Expected) -> tuple[li
             unknown.append(name)
         elif settings[name] != getattr(request, name):
             other.append((name, settings[name], getattr(request, name)))
+    then_own, now_own = found.own_metrics, {metric.name: metric.facts for metric in request.metrics}
+    if {name: each.identity for name, each in then_own.items()} != {name: each.identity for name, each in now_own.items()}:
+        other.append(("metrics of your own", _named(then_own), _named(now_own)))
+    if (then := list(settings.get("strata", ()))) != list(request.strata):
+        other.append(("strata", ", ".join(then) or "none", ", ".join(request.strata) or "none"))
     asked = (request.dtype, request.device_map, expected.accelerator)
     made = (settings.get("dtype"), settings.get("device_map"), environment.get("accelerator"))
     if request.model is None or made != asked:
@@ -66,6 +72,10 @@ def differences(found: Result, request: Request, expected: Expected) -> tuple[li
     compare("task version", found.task.version, expected.task.get("version"))
     compare("task fingerprint", found.task.fingerprint, expected.task.get("fingerprint"))
     return other, unknown
+
+
+def _named(own: Mapping[str, OwnMetric]) -> str:
+    return ", ".join(f"{name} (version {each.version}, source {(each.sha256 or 'unknown')[:8]})" for name, each in own.items()) or "none"
 
 
 def _short(value: Any) -> str:

@@ -98,7 +98,7 @@ def render_terminal(found: Agreement) -> RenderableType:
             title = f"By {margin_words(found)} of the first recording, in each layer"
             parts.append(plain_table(title, MARGIN_HEADINGS, _margin_rows(found)))
     if found.scores:
-        parts.append(difference_table(found.scores))
+        parts.append(difference_table(found.scores, {name: title for name, (title, _) in METRICS.items()}))
     parts += [Text(legible(f"Note: {note}", 600), style="dim") for note in found.notes]
     return Group(*parts)
 

@@ -8,7 +8,7 @@ import sys
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dbes.text import HIDDEN, printable
 
@@ -74,7 +74,7 @@ def _score(result: Result) -> list[str]:
     words += ["--router", name.removesuffix(" router")] if name.endswith(" router") else []
     for name, usual in (("phase", "all"), ("match", "none"), ("surrogate", "token")):
         words += [f"--{name}", str(settings[name])] if settings.get(name, usual) != usual else []
-    return words + _numbers(settings)
+    return words + _asked(result)
 
 
 def _evaluate(result: Result) -> list[str]:
@@ -97,8 +97,11 @@ def _evaluate(result: Result) -> list[str]:
     words += [f"--{name}" for name in ("loss", "ablate") if settings.get(name) is True]
     words += {True: ["--accuracy"], "lm-eval": ["--lm-eval"]}.get(settings.get("accuracy", False), [])
     words += ["--embedded-fallback"] if settings.get("embedded_fallback") is True else []
-    return words + _numbers(settings)
+    return words + _asked(result)
 
 
-def _numbers(settings: dict[str, Any]) -> list[str]:
-    return [word for name in ("seed", "permutations") if name in settings for word in (f"--{name}", str(settings[name]))]
+def _asked(result: Result) -> list[str]:
+    own = [word for name, each in result.own_metrics.items() for word in ("--metric", each.place or f"FILE.py:{name}")]
+    settings = result.settings
+    own += ["--strata", ",".join(settings["strata"])] if settings.get("strata") else []
+    return own + [word for name in ("seed", "permutations") if name in settings for word in (f"--{name}", str(settings[name]))]

@@ -54,7 +54,7 @@ def entry_row(entry: LeaderboardEntry, comparison: Comparison) -> dict[str, Any]
         "dtype": None if model.dtype is None else legible(model.dtype, 20),
         "tokens": None if result.recording is None else result.recording.tokens,
     }
-    for metric in REPLICATED:
+    for metric in comparison.metrics:
         score = model_score(result, metric)
         record = None if score is None else result.record(metric)
         row[metric] = score
@@ -117,9 +117,15 @@ def entry_note(entry: LeaderboardEntry, metric: str) -> str | None:
     return "; ".join(notes) or None
 
 
+def titles(comparison: Comparison) -> dict[str, str]:
+    """Title of every metric that is compared."""
+    return {name: METRICS[name][0] if name in METRICS else legible(comparison.own[name], 40) for name in comparison.metrics}
+
+
 def order_words(comparison: Comparison) -> str:
     """What the entries are ordered and ranked by, in words."""
-    metric = METRICS[comparison.metric][0].lower()
+    metric = titles(comparison)[comparison.metric]
+    metric = metric.lower() if comparison.metric in METRICS else metric
     if comparison.by_excess:
         return f"Order and rank by excess over the random router, {metric}"
     return f"Order and rank by score, {metric}, because not every model has a random router whose excess can be tested"
@@ -208,6 +214,7 @@ def as_json(comparison: Comparison, paired: Sequence[Difference] = ()) -> str:
 def as_markdown(comparison: Comparison, paired: Sequence[Difference] = (), *, published: bool = False) -> str:
     """The leaderboard as a Markdown table, with what stands apart below it."""
     lines: list[str] = []
+    named = titles(comparison)
     if published:
         rows = [published_row(entry) for entry in comparison.entries]
         names = list(dict.fromkeys(name for row in rows for name in row))
@@ -224,7 +231,7 @@ def as_markdown(comparison: Comparison, paired: Sequence[Difference] = (), *, pu
             "k",
             "Layers",
             "Tokens",
-            *(METRICS[metric][0] for metric in REPLICATED),
+            *named.values(),
             "Random router",
             "Excess",
             "Word",
@@ -237,7 +244,7 @@ def as_markdown(comparison: Comparison, paired: Sequence[Difference] = (), *, pu
         for entry in comparison.entries:
             row, rank = entry_row(entry, comparison), comparison.ranks.get(entry.label)
             name = row["model"] + (" (baseline)" if entry.baseline else "")
-            scores = [_interval(row[metric], row[f"{metric}_low"], row[f"{metric}_high"]) for metric in REPLICATED]
+            scores = [_interval(row[metric], row[f"{metric}_low"], row[f"{metric}_high"]) for metric in comparison.metrics]
             body.append(["–" if rank is None else str(rank), name, row["experts"], row["k"], row["layers"], row["tokens"], *scores,
                          share(row["random_router"]), excess_cell(row), portion(row["share_of_word"]), share(row["domain_named"]),
                          share(row["utilization"]), *([bits_cell(row["loss"])] if has_loss(comparison) else []),
@@ -248,12 +255,13 @@ def as_markdown(comparison: Comparison, paired: Sequence[Difference] = (), *, pu
         lines += [part for line in relation_lines(comparison) for part in ("", line)]
         if phases := phase_rows(comparison):
             lines += ["", "Prompt and generated text:", ""]
-            body = [[row["model"], METRICS[row["metric"]][0], *(_interval(row[phase], row[f"{phase}_low"], row[f"{phase}_high"])
-                     for phase in ("prompt", "generated")), _change(row)] for row in phases]  # fmt: skip
+            body = [[row["model"], named.get(row["metric"], row["metric"]), *(
+                     _interval(row[phase], row[f"{phase}_low"], row[f"{phase}_high"]) for phase in ("prompt", "generated")
+                     ), _change(row)] for row in phases]  # fmt: skip
             lines += markdown_table(["Model", "Metric", "Prompt", "Generated", "Generated minus prompt"], body)
     if paired:
         lines += ["", f"Paired difference, {markdown_cell(paired[0].first)} minus {markdown_cell(paired[0].second)}:", ""]
-        body = [[METRICS[each.metric][0], each.depth, f"{each.score_first:.4f}", f"{each.score_second:.4f}",
+        body = [[named.get(each.metric, each.metric), each.depth, f"{each.score_first:.4f}", f"{each.score_second:.4f}",
                  _difference(each), p_cell(each.adjusted)] for each in paired]  # fmt: skip
         lines += markdown_table(["Metric", "Depth", "First", "Second", "Difference", "p (Holm)"], body)
     for each in comparison.apart:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -22,6 +22,7 @@ from dbes.reporting.export import (
     phase_rows,
     published_row,
     relation_lines,
+    titles,
 )
 from dbes.reporting.page import columns, render
 from dbes.scoring.score import REPLICATED
@@ -71,7 +72,7 @@ def leaderboard_payload(comparison: Comparison) -> dict[str, Any]:
         "metric": comparison.metric,
         "accuracy": legible(comparison.accuracy_of, 400),
         "loss": has_loss(comparison),
-        "metrics": {metric: charts.METRICS[metric][0] for metric in REPLICATED},
+        "metrics": titles(comparison),
         "depths": [depth for depth, _, _ in DEPTHS],
         "rows": rows,
         "published": [published_row(entry) for entry in entries],
@@ -92,7 +93,7 @@ def leaderboard_payload(comparison: Comparison) -> dict[str, Any]:
                 "p",
             ),
         ),
-        "curves": columns(curve_rows(entries), ("model", "metric", "layer", "depth", *CURVE_FIELDS)),
+        "curves": columns(curve_rows(entries, comparison.metrics), ("model", "metric", "layer", "depth", *CURVE_FIELDS)),
         "pairs": columns(
             [_pair_row(pair) for pair in _all_pairs(entries)],
             ("first", "second", "metric", "depth", "score_first", "score_second", "difference", "low", "high", "p", "adjusted"),
@@ -101,13 +102,13 @@ def leaderboard_payload(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def curve_rows(entries: Sequence[LeaderboardEntry]) -> list[dict[str, Any]]:
+def curve_rows(entries: Sequence[LeaderboardEntry], metrics: Sequence[str] = REPLICATED) -> list[dict[str, Any]]:
     """Score of every model at the relative depth of each layer; models with a gap in a metric are left out of it."""
     rows = []
     for entry in entries:
         depth = dict(zip(entry.result.model.layers, depth_of(len(entry.result.model.layers)).tolist(), strict=True))
         for record in entry.result.calibrated:
-            if record.metric in REPLICATED and record.domain is None and record.layer is not None:
+            if record.metric in metrics and record.domain is None and record.layer is not None:
                 if model_score(entry.result, record.metric) is None:
                     continue
                 about = {"model": legible(entry.label, 80), "metric": record.metric, "layer": record.layer, "depth": depth[record.layer]}
@@ -134,9 +135,9 @@ def render_terminal(comparison: Comparison, paired: Sequence[Difference] = (), *
     tables = [_published_table(comparison)] if published else [_score_table(comparison), _further_table(comparison)]
     parts: list[RenderableType] = [*tables]
     if not published and (phases := phase_rows(comparison)):
-        parts.append(_phase_table(phases))
+        parts.append(_phase_table(phases, titles(comparison)))
     if paired:
-        parts.append(difference_table(paired))
+        parts.append(difference_table(paired, titles(comparison)))
     rule = (
         f"{order_words(comparison)}: 1 + the models that are significantly better (paired jackknife over the common documents, "
         f"{LEVEL:.0%} over all pairs after Holm); in brackets the places that cannot be excluded. Baselines are not ranked."
@@ -175,8 +176,9 @@ def _score_table(comparison: Comparison) -> Table:
 
 
 def _further_table(comparison: Comparison) -> Table:
-    metrics = [metric for metric in REPLICATED if metric != "specialization"]
-    table = _model_table("Further metrics", "Layers x experts, k", *(charts.METRICS[metric][0] for metric in metrics), "Load used")
+    named = titles(comparison)
+    metrics = [metric for metric in named if metric != "specialization"]
+    table = _model_table("Further metrics", "Layers x experts, k", *(named[metric] for metric in metrics), "Load used")
     for entry in comparison.entries:
         row = entry_row(entry, comparison)
         scores = [_score(row[metric], row[f"{metric}_low"], row[f"{metric}_high"]) for metric in metrics]
@@ -209,7 +211,7 @@ def _published_table(comparison: Comparison) -> Table:
     return table
 
 
-def _phase_table(rows: Sequence[dict[str, Any]]) -> Table:
+def _phase_table(rows: Sequence[dict[str, Any]], named: Mapping[str, str]) -> Table:
     table = Table(title="Prompt and generated text", title_justify="left", title_style="italic", header_style="bold")
     table.add_column("Model", overflow="fold")
     table.add_column("Metric")
@@ -218,11 +220,11 @@ def _phase_table(rows: Sequence[dict[str, Any]]) -> Table:
     for row in rows:
         scores = [_score(row[phase], row[f"{phase}_low"], row[f"{phase}_high"]) for phase in ("prompt", "generated")]
         interval = shares(row["low"], row["high"], sign=True)
-        table.add_row(Text(row["model"]), charts.METRICS[row["metric"]][0], *scores, share(row["difference"], sign=True), interval)
+        table.add_row(Text(row["model"]), named.get(row["metric"], row["metric"]), *scores, share(row["difference"], sign=True), interval)
     return table
 
 
-def difference_table(paired: Sequence[Difference]) -> Table:
+def difference_table(paired: Sequence[Difference], named: Mapping[str, str]) -> Table:
     """Paired differences of two models, those that stay below the level after Holm not dimmed."""
     title = Text(f"{legible(paired[0].first, 60)} minus {legible(paired[0].second, 60)}, paired over the common documents")
     table = Table(title=title, title_justify="left", title_style="italic", header_style="bold")
@@ -232,7 +234,7 @@ def difference_table(paired: Sequence[Difference]) -> Table:
         style = "" if each.adjusted <= LEVEL else "dim"
         scores = (share(each.score_first), share(each.score_second), share(each.difference, sign=True))
         interval = shares(each.low, each.high, sign=True)
-        table.add_row(charts.METRICS[each.metric][0], each.depth, *scores, interval, p_cell(each.adjusted), style=style)
+        table.add_row(named.get(each.metric, each.metric), each.depth, *scores, interval, p_cell(each.adjusted), style=style)
     return table
 
 

@@ -25,6 +25,7 @@ from dbes.files import check_writable, write_text
 from dbes.reporting import charts, layer_charts, measures
 from dbes.reporting.commands import command, program
 from dbes.reporting.meaning import meaning_rows, placebo_rows
+from dbes.reporting.strata import StrataRows, strata_rows
 from dbes.reporting.text_view import TextSample, contexts, documents, read_sample, token_text, trajectories
 from dbes.results import PAGE_FILE, CalibratedRecord, Result, load_result
 from dbes.scoring.portions import word_unknown
@@ -139,7 +140,9 @@ def render_page(
         command=command(result, start=start),
         citation=CITATION % version("dbes"),
         has=payload["has"],
-        metrics=charts.METRICS,
+        strata=[*strata_rows(result)],
+        strata_shown=bool(payload["strata"]),
+        metrics=_metrics(result),
         domains=[(named[name], facts) for name, facts in result.task.domains.items()],
     )
 
@@ -164,7 +167,8 @@ def model_payload(
         "top_k": list(result.model.top_k),
         "domains": domains,
         "order": order,
-        "metrics": {name: title for name, (title, _) in charts.METRICS.items()},
+        "metrics": {name: title for name, (title, _) in _metrics(result).items()},
+        "whole": [name for name in _metrics(result) if not result.by_domain(name)],
         "curves": columns(_scores(result, named, by_layer=True), ("metric", "domain", "layer", *charts.CURVE_FIELDS)),
         "curve_domains": columns(_scores(result, named, by_layer=False), ("metric", "domain", *charts.CURVE_FIELDS)),
         "heat": heat_columns(usage, result) if usage is not None else None,
@@ -192,6 +196,7 @@ def model_payload(
         "sample_tokens": sample.tokens if sample is not None else 0,
         "parts": columns(layer_charts.part_rows(result, named), ("domain", "layer", "part", "score", "low", "high")),
         "ablation": measures.ablation_series(result, named),
+        "strata": {rows.kind: {"title": rows.title, "rows": _stratum_rows(rows)} for rows in strata_rows(result) if rows.scores},
         "specs": _specs(result, order),
     }  # fmt: skip
     heat, listed = payload["heat"], result.companions.get("specialists", {})
@@ -204,6 +209,12 @@ def model_payload(
     return payload
 
 
+def _metrics(result: Result) -> dict[str, tuple[str, str]]:
+    """Title and meaning of every metric of a result, those of the user's own last."""
+    own = {name: (legible(each.title, 40), legible(each.meaning, 200)) for name, each in result.own_metrics.items()}
+    return charts.METRICS | own
+
+
 def _scores(result: Result, named: dict[str, str], *, by_layer: bool) -> list[dict[str, Any]]:
     """The calibrated records of every layer and domain (None: all), or of every domain over all layers."""
     return [
@@ -211,6 +222,15 @@ def _scores(result: Result, named: dict[str, str], *, by_layer: bool) -> list[di
         | {name: getattr(record, name) for name in charts.CURVE_FIELDS}
         for record in result.calibrated
         if (record.layer is not None if by_layer else record.layer is None and record.domain is not None)
+    ]
+
+
+def _stratum_rows(found: StrataRows) -> list[dict[str, Any]]:
+    """Rows of the figure of domains, with strata in their place."""
+    fields = ("score", "score_low", "score_high")
+    return [
+        {"domain": name, "control": None, "label": share(numbers[0])} | dict(zip(fields, map(_short, numbers), strict=True))
+        for name, *numbers in found.scores
     ]
 
 
@@ -222,6 +242,7 @@ def _specs(result: Result, order: list[str]) -> dict[str, Any]:
             "curve": layer_charts.curve_specs(layers),
             "parts": layer_charts.parts_spec(layers),
             "domain": charts.domain_spec(domains),
+            "strata": charts.domain_spec(max((len(each.strata) for each in result.strata.values()), default=1)),
             "heat": charts.heat_spec(domains),
             "similarity": charts.similarity_spec(domains),
             "dendrogram": charts.dendrogram_spec(order),

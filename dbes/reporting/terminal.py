@@ -16,6 +16,7 @@ from rich.text import Text
 
 from dbes.reporting import measures
 from dbes.reporting.commands import program, shell
+from dbes.reporting.strata import strata_rows, strata_tables
 from dbes.results import CalibratedRecord, Result, Specialist
 from dbes.scoring.portions import share_of_position, share_of_word, word_unknown
 from dbes.scoring.resolution import DOUBTFUL, SIGNIFICANCE, cannot_tell, why_not
@@ -66,7 +67,10 @@ def render(result: Result) -> RenderableType:
     if result.status == "error":
         return Panel(Text(result.error or "unknown error"), title="evaluation failed", border_style="red")
     parts: list[RenderableType] = [_heading(result), Panel(Text(current_verdict(result)), title="verdict", border_style="bold")]
-    parts += [_told(table) for table in (_layer_table(result), _further_table(result), _domain_table(result))]
+    tables = (_layer_table(result), _further_table(result), *([_own_table(result)] if result.own_metrics else []), _domain_table(result))
+    parts += [_told(table) for table in tables]
+    strata = [part for rows in strata_rows(result) for part in strata_tables(rows)]
+    parts += [_told(part) if isinstance(part, Table) else part for part in strata]
     if result.specialists:
         parts.append(_specialist_table(result))
     parts += _measures(result)
@@ -188,6 +192,21 @@ def _further_table(result: Result) -> Table:
     return table
 
 
+def _own_table(result: Result) -> Table:
+    """Every metric of the user's own: its value and, where it has a bound, its score."""
+    found = {(record.metric, record.layer): record for record in result.calibrated if record.domain is None}
+    parts = {name: ("value",) if own.bound is None else ("value", "score") for name, own in result.own_metrics.items()}
+    headings = [f"{label(own.title, 24)} {part}" for name, own in result.own_metrics.items() for part in parts[name]]
+    table = _table("Layers: metrics of your own", "Layer", *headings)
+    for layer in (*result.model.layers, None):
+        if layer is None:
+            table.add_section()
+        cells = [_value(each) if part == "value" else _score(result, each) for name in parts for each in [found.get((name, layer))]
+                 for part in parts[name]]  # fmt: skip
+        table.add_row("mean" if layer is None else str(layer), *cells)
+    return table
+
+
 def _domain_table(result: Result) -> Table:
     found = {(record.metric, record.domain): record for record in result.calibrated if record.layer is None}
     table = _table(
@@ -303,6 +322,10 @@ def _marks(result: Result) -> str:
     if any(cannot_tell(result, metric, domain) for metric in metrics for domain in (None, *result.task.domains)):
         return f"{above}, ? those of which too few texts can tell nothing (smallest possible p above {SIGNIFICANCE})"
     return above
+
+
+def _value(record: CalibratedRecord | None) -> str:
+    return UNKNOWN if record is None or math.isnan(record.value) else f"{record.value:.4g}"
 
 
 def _score(result: Result, record: CalibratedRecord | None) -> Text:

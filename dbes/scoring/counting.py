@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
@@ -117,6 +117,25 @@ def count_routes(trace: Trace, *, phase: int | None = None, plain: bool = False)
             counting.make_group_rows()
             list(pool.map(counting.count_groups, range(len(trace.shape.layers))))
     return counting.counts()
+
+
+def count_parts(
+    trace: Trace, parts: Callable[[TokenRoutes], Sequence[np.ndarray]], number: int, *, phase: int | None = None
+) -> list[Counts]:
+    """The plain counts of so many parts of the tokens of a trace, from one reading of its shards.
+
+    Args:
+        parts: gives the rows of each part, int [rows], of routes that are whole documents (of the phase).
+        phase, errors: as in ``count_routes``.
+    """
+    passes = [_Pass(trace, phase, plain=True) for _ in range(number)]
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for routes in trace:
+            chosen = routes.take(np.flatnonzero(of_phase(routes, phase)))
+            rows = parts(chosen) if len(chosen) else ()
+            jobs = [(each, piece) for each, part in zip(passes, rows, strict=False) if len(part) for piece in pieces_of(chosen.take(part))]
+            list(pool.map(lambda job: job[0].sum_up(job[1]), jobs))
+    return [each.counts() for each in passes]
 
 
 class _Pass:

@@ -68,7 +68,7 @@ start((data) => {
     return rowsOf(data.pairs, (i) => data.pairs.first[i] === second && data.pairs.second[i] === first).map((row) => ({ ...row, first, second, score_first: row.score_second, score_second: row.score_first, difference: -row.difference, low: -row.high, high: -row.low }));
   };
   const pairTable = sortableTable(document.getElementById("p-table"), [
-    { key: "metric", label: "Metric", show: (row) => data.metrics[row.metric] }, { key: "depth", label: "Depth" }, { key: "score_first", label: "First", number: true, show: (row) => percent(row.score_first, 2) }, { key: "score_second", label: "Second", number: true, show: (row) => percent(row.score_second, 2) },
+    { key: "metric", label: "Metric", show: (row) => data.metrics[row.metric] ?? row.metric }, { key: "depth", label: "Depth" }, { key: "score_first", label: "First", number: true, show: (row) => percent(row.score_first, 2) }, { key: "score_second", label: "Second", number: true, show: (row) => percent(row.score_second, 2) },
     { key: "difference", label: "Difference", number: true, show: (row) => signed(row.difference) }, { key: "low", label: "95 % interval", number: true, show: (row) => (row.low === null ? "–" : `${signed(row.low)} to ${signed(row.high)}`) }, { key: "adjusted", label: "p (Holm)", number: true, show: (row) => small(row.adjusted) },
     { key: "told", label: "Told apart", show: (row) => (row.adjusted !== null && row.adjusted <= 0.05 ? "yes" : "no") },
   ], pairs(), { pager: document.getElementById("p-pager") });

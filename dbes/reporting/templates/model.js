@@ -15,7 +15,7 @@ start((data) => {
   const some = (name) => (rows) => rows.some((row) => told(row[typeof name === "function" ? name() : name]));
   for (const metric of curves) {
     addFigure(`curve-${metric}`, () => specs.curve[scale() + (full() ? "_full" : "")],
-      () => rowsOf(data.curves, (i) => data.curves.metric[i] === metric && data.curves.domain[i] === (metric === "der" ? null : wanted())),
+      () => rowsOf(data.curves, (i) => data.curves.metric[i] === metric && data.curves.domain[i] === (data.whole.includes(metric) ? null : wanted())),
       () => rowsOf(data.curves, (i) => data.curves.metric[i] === metric).map((row) => ({ ...row, domain: row.domain ?? "" })), some(scale));
   }
   if (!data.curves.score.some(told)) document.querySelector("input[name=scale][value=value]").checked = true; // no score without documents
@@ -52,6 +52,13 @@ start((data) => {
   }, () => data.similarity.flatMap((_, index) => similarity(index)), some("similarity"));
   onChange("similarity-layer", () => redraw("similarity"));
   if (has.tree) addFigure("dendrogram", () => specs.dendrogram, () => data.dendrogram);
+
+  const strata = data.strata;
+  if (Object.keys(strata).length) {
+    fill("strata-kind", Object.entries(strata).map(([kind, found]) => [kind, found.title]));
+    addFigure("strata", () => specs.strata, () => strata[chosen("strata-kind")].rows, () => Object.entries(strata).flatMap(([kind, found]) => found.rows.map(({ domain, control, label, ...row }) => ({ kind, stratum: domain, ...row }))));
+    onChange("strata-kind", () => redraw("strata"));
+  }
 
   // Domains x experts
   const heat = data.heat, starts = [];
