@@ -22,7 +22,10 @@ from dbes.recording.batches import Batching
 from dbes.recording.batching import find_batching
 from dbes.recording.crew import Crew
 from dbes.recording.engine import Engine, PassEngine
+from dbes.recording.chat import Template
+from dbes.recording.decode import GenerationEngine, answer, generating
 from dbes.recording.forward import ForwardEngine
+from dbes.recording.generation import Generation
 from dbes.recording.ledger import Ledger, Tally
 from dbes.recording.streaming import streaming
 from dbes.recording.units import SHARD_TOKENS, UNIT_TOKENS, Unit, work_units
@@ -32,6 +35,10 @@ from dbes.trace.types import RoutingShape
 from dbes.trace.vocabulary import TokenText
 
 CONTROL_DRAWS = 3
+
+TRIED = 4
+"""Tokens of an answer by which is found which prompts may share a batch."""
+
 Progress = Callable[[int, int], None]
 
 
@@ -87,6 +94,8 @@ def record_documents(
     provenance: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     crew: Crew | None = None,
+    generation: Generation | None = None,
+    template: Template | None = None,
 ) -> Recording:
     """Routing of every token of the documents, as executed. The same whatever the batch size and the order of documents.
 
@@ -105,6 +114,8 @@ def record_documents(
         provenance: further facts for the trace's manifest (name, version and fingerprint of the task).
         progress: called as progress(tokens done, tokens in all).
         crew: the processes that record into the folder together; the first of them returns the trace, the others one without routes.
+        generation: let the model answer each document, which is cut to a window, and record the answers too.
+        template: the chat template that the documents are given in.
 
     Raises:
         RecordingError: no documents, a text without tokens, an unknown domain; a layer that did not fire; wrong counts; NaN in
@@ -114,7 +125,7 @@ def record_documents(
     """
     sites = find_sites(loaded.model)
     _placed(documents, domains)
-    texts = _token_ids(loaded, documents)
+    texts, marks = _token_ids(loaded, documents, template)
     before, after = special_tokens(loaded.tokenizer, [document.text for document in documents])
     refuse_unknown(np.asarray([*before, *after], int), embedding_rows(loaded.model), loaded.tokenizer, name="special tokens of a text")
     limit, extra = max_positions(loaded.model), len(before) + len(after)
@@ -133,10 +144,17 @@ def record_documents(
         window=window if limit is None else min(window, limit - extra),
         batch_size=None if batch_size == "auto" else batch_size,
     )
-    earlier = _read(loaded)
-    engine = _settled(engine, texts, None if output_path is None else Path(output_path), max_memory)
+    earlier, folder = _read(loaded), None if output_path is None else Path(output_path)
+    running: Engine
+    if generation is None:
+        running = engine = _settled(engine, texts, folder, max_memory)
+    else:
+        given = None if template is None else (template, marks)
+        running, texts = generating(engine, generation, texts, given, names=_names(documents))
+        engine = replace(running.base, batching=_batching_of_answers(running, texts, folder))
+        running = replace(running, base=engine)
     done = record_with(
-        engine,
+        running,
         documents,
         texts,
         domains=domains,
@@ -157,6 +175,14 @@ def _settled(engine: ForwardEngine, texts: Sequence[np.ndarray], folder: Path | 
     if engine.loaded.layerwise is not None:
         return streaming(engine, texts, max_memory=max_memory, folder=folder)
     return replace(engine, batching=find_batching(engine, texts, folder))
+
+
+def _batching_of_answers(engine: GenerationEngine, texts: Sequence[np.ndarray], folder: Path | None) -> Batching:
+    """What prompts may share a batch, found by letting two be answered with TRIED tokens, as plain texts."""
+    short = replace(engine, generation=Generation(TRIED), template=(), end=())
+    return find_batching(
+        engine.base, texts, folder, run=lambda base, windows: answer(replace(short, base=base), windows), answer=TRIED - 1
+    )
 
 
 def _read(loaded: LoadedModel) -> tuple[int, int]:
@@ -196,7 +222,7 @@ def record_with(
     folder = None if output_path is None else Path(output_path)
     ledger = Ledger(folder, shape, facts, draws=contents.control, units=units, first=crew.first)
     crew.tell("recording")
-    earlier, started, total = ledger.tokens, time.perf_counter(), sum(map(len, texts))
+    earlier, started, total = ledger.tokens, time.perf_counter(), sum(lengths)  # answers may be shorter
     told = _Told(earlier, len(contents.layers), total, progress)
     with crew.holding() as locks, Background() as host:
         while True:
@@ -324,17 +350,24 @@ def _sources(documents: Sequence[TextDocument]) -> tuple[str, ...] | None:
     return sources if len(distinct) < len(documents) else None
 
 
-def _token_ids(loaded: LoadedModel, documents: Sequence[TextDocument]) -> list[np.ndarray]:
-    def name(place: int) -> str:
-        return f"document {documents[place].id!r} (domain {documents[place].domain!r})"
+def _names(documents: Sequence[TextDocument]) -> Callable[[int], str]:
+    return lambda place: f"document {documents[place].id!r} (domain {documents[place].domain!r})"
 
-    texts = token_ids(loaded.tokenizer, [document.text for document in documents], names=name)
+
+def _token_ids(
+    loaded: LoadedModel, documents: Sequence[TextDocument], template: Template | None
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Token ids of each document, and which of them are the template's."""
+    names, given = _names(documents), [document.text for document in documents]
+    if template is not None:
+        return template.render(given, names=names)
+    texts = token_ids(loaded.tokenizer, given, names=names)
     rows = embedding_rows(loaded.model)
     for place, ids in enumerate(texts):
         if not len(ids):
-            raise RecordingError(f"{name(place)} has no tokens; give it a text or take it out")
-        refuse_unknown(ids, rows, loaded.tokenizer, name=name(place))
-    return texts
+            raise RecordingError(f"{names(place)} has no tokens; give it a text or take it out")
+        refuse_unknown(ids, rows, loaded.tokenizer, name=names(place))
+    return texts, []
 
 
 def _facts(ledger: Ledger, tally: Tally, engine: Engine) -> dict[str, Any]:
