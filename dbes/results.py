@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
 from dbes.errors import FileError, ResultError
 from dbes.files import write_text
-from dbes.schema import Open, Strict, Whole, read_versioned
+from dbes.result_parts import Companions, Number, Settings
+from dbes.schema import Strict, Whole, read_versioned
 from dbes.text import clipped
 
 if TYPE_CHECKING:
@@ -35,100 +36,8 @@ class NumberKeyed(dict[int, Any]):
         raise KeyError(key)
 
 
-def _nan_when_null(number: Any) -> Any:
-    return math.nan if number is None else number
-
-
-Number = Annotated[float, Field(allow_inf_nan=True, strict=True), BeforeValidator(_nan_when_null)]
-"""A float whose NaN is written as null: strict JSON has no NaN."""
-
-
 class _Strict(Strict):
     model_config = ConfigDict(ser_json_inf_nan="null")
-
-
-class _Settings(Open):
-    permutations: Whole = 0
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] = 0
-    limit: Whole | None = None
-    phase: Literal["all", "prompt", "generated"] = "all"
-    match: Literal["none", "length"] = "none"
-    surrogate: Literal["token", "bigram"] = "token"
-
-
-class _Similarity(Open):
-    domains: tuple[str, ...] = ()
-    mean_over_layers: tuple[tuple[Number, ...], ...] | None = None
-
-
-class _Passed(Open):
-    tests: Whole = 0
-    specialists: Whole = 0
-    not_listed: Whole = 0
-    by_domain: dict[str, Whole] = Field(default_factory=dict)
-    by_lift: dict[str, Whole] = Field(default_factory=dict)
-
-
-class _Decoded(Open):
-    accuracy: Number = math.nan
-    accuracy_low: Number = math.nan
-    accuracy_high: Number = math.nan
-    chance: Number = math.nan
-    bits: Number = math.nan
-    texts: Whole = 0
-    bag_of_words: Number = math.nan
-    bag_of_words_texts: Whole = 0
-
-
-class _Decoding(Open):
-    """How often the domain of an unseen text is named from its routing; empty in results of earlier versions."""
-
-    model: _Decoded = _Decoded()
-    by_layer: dict[int, _Decoded] = Field(default_factory=dict)
-
-
-class _Split(Open):
-    texts: Whole = 0
-    score: Number = math.nan
-    score_low: Number = math.nan
-    score_high: Number = math.nan
-    p: Number = math.nan
-    p_holm: Number = math.nan
-    p_least: Number = math.nan
-
-
-class _Splits(Open):
-    domains: Whole = 0
-    rejected: Whole = 0
-    score: Number = math.nan
-    score_low: Number = math.nan
-    score_high: Number = math.nan
-    p: Number = math.nan
-    p_least: Number = math.nan
-
-
-class _Placebo(Open):
-    """Each domain's texts split in two, at random and by length, and scored as two domains; empty in results of earlier versions."""
-
-    random: dict[str, _Split] = Field(default_factory=dict)
-    length: dict[str, _Split] = Field(default_factory=dict)
-    summary: dict[str, _Splits] = Field(default_factory=dict)
-
-
-class _Covered(Open):
-    all: Number = math.nan
-    by_domain: dict[str, Number] = Field(default_factory=dict)
-
-
-class _Companions(Open):
-    by_layer: dict[str, dict[int, Number]] = Field(default_factory=dict)
-    model: dict[str, Number] = Field(default_factory=dict)
-    similarity: _Similarity = _Similarity()
-    distinct_texts: dict[str, Whole] = Field(default_factory=dict)
-    specialists: _Passed = _Passed()
-    decoding: _Decoding = _Decoding()
-    placebo: _Placebo = _Placebo()
-    surrogate_covered: dict[str, _Covered] = Field(default_factory=dict)
 
 
 class PublishedMetric(_Strict):
@@ -239,14 +148,15 @@ class TaskFacts(_Strict):
 
 
 class RecordingFacts(_Strict):
-    """What was recorded and what it took. Bytes: of the weights, as the streaming engine read them, or left them unread because the
-    last layer ends with its router."""
+    """What was recorded and what it took. Tokens of a chat template are recorded, but not scored. Bytes: of the weights, as the streaming
+    engine read them, or left them unread because the last layer ends with its router."""
 
     documents: Whole
     tokens: Whole
     seconds: Number = math.nan
     tokens_per_second: Number = math.nan
     engine: Literal["memory", "streaming"] | None = None
+    template_tokens: Whole | None = None
     bytes_read: Whole | None = None
     bytes_skipped: Whole | None = None
 
@@ -286,7 +196,7 @@ class Result(_Strict):
     @field_validator("settings", "companions")
     @classmethod
     def _what_is_read_has_its_type(cls, content: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        (_Settings if info.field_name == "settings" else _Companions).model_validate(content)
+        (Settings if info.field_name == "settings" else Companions).model_validate(content)
         return content
 
     @model_validator(mode="after")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict, Unpack, overload
 
 from dbes.errors import DbesError, ModelError, ResultError, SettingError, TraceError, refusal
+from dbes.evaluation.answers import PHASE_FOLDERS, save_answered
 from dbes.evaluation.request import (
     Job,
     Request,
@@ -24,11 +25,12 @@ from dbes.evaluation.reuse import finished_result, missing_files, notes, other_r
 from dbes.files import discard, locked
 from dbes.recording.crew import Crew
 from dbes.results import PAGE_FILE, RESULT_FILE, ModelFacts, RecordingFacts, Result, TaskFacts, load_result
-from dbes.scoring.score import score_tables
+from dbes.scoring.score import Scores, score_tables
 from dbes.scoring.tables import COMPANIONS, save_scores
 from dbes.shipped import EMBEDDED, EMBEDDED_MODEL
 from dbes.tasks.task import Task
 from dbes.trace.store import MANIFEST, TRACE_FOLDER, Trace, read_manifest
+from dbes.trace.types import TEMPLATE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,6 +66,13 @@ class Options(TypedDict, total=False):
     save_trace: bool
     embedded_fallback: bool
     progress: Progress | None
+    generate: int | None
+    temperature: float
+    top_p: float
+    generation_seed: int
+    apply_chat_template: bool
+    system: str | None
+    drop_loops: bool
 
 
 @overload
@@ -90,6 +99,13 @@ def evaluate(
     save_trace: bool = True,
     embedded_fallback: bool = False,
     progress: Progress | None = None,
+    generate: int | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    generation_seed: int = 0,
+    apply_chat_template: bool = False,
+    system: str | None = None,
+    drop_loops: bool = False,
 ) -> Result | list[Result]:
     """Measure how a Mixture-of-Experts checkpoint routes the domains of a task, and write the result.
 
@@ -118,6 +134,12 @@ def evaluate(
         save_trace: keep the recorded routes beside the result, so that they can be scored again without the model.
         embedded_fallback: when the hub cannot be reached, use the embedded sample and say so.
         progress: called as progress(stage, done, total); the stage names what is being done.
+        generate: let the model answer each document with so many tokens at most, and record these too. Prompt and generated text are
+            scored together and apart, in ``prompt/`` and ``generated/`` beside the result.
+        temperature, top_p, generation_seed: how tokens are chosen; temperature 0 takes the most probable one.
+        apply_chat_template: give each document as the user's message of the model's chat template, whose tokens are not scored.
+        system: system message of the template.
+        drop_loops: leave the generated text of answers that repeat themselves out of the scores.
 
     Returns:
         The result, or one for each task of a list.
@@ -135,6 +157,8 @@ def evaluate(
         request = Request.of(
             given, revision=revision, limit=limit, dtype=dtype, device_map=device_map, batch_size=batch_size, seed=seed, engine=engine,
             max_memory=max_memory, permutations=permutations, trust_remote_code=trust_remote_code, embedded_fallback=embedded_fallback,
+            generate=generate, temperature=temperature, top_p=top_p, generation_seed=generation_seed, chat_template=apply_chat_template,
+            system=system, drop_loops=drop_loops,
         )  # fmt: skip
         benchmarks = [read_benchmark(task, limit=limit, embedded_fallback=embedded_fallback) for task in wanted]
         if not benchmarks:
@@ -278,7 +302,7 @@ def _repaired(job: Job) -> Result | None:
 def _evaluated(job: Job, loaded: LoadedModel, crew: Crew, *, fresh: bool, progress: Progress | None) -> Result:
     folder = job.folder
     if fresh or same_result(job) is not None:
-        for name in (RESULT_FILE, PAGE_FILE, *COMPANIONS, TRACE_FOLDER):
+        for name in (RESULT_FILE, PAGE_FILE, *COMPANIONS, TRACE_FOLDER, *PHASE_FOLDERS):
             discard(folder / name)
     trace, facts = _recorded(job, loaded, folder / TRACE_FOLDER, progress=progress, crew=crew)
     if progress is not None:
@@ -289,7 +313,19 @@ def _evaluated(job: Job, loaded: LoadedModel, crew: Crew, *, fresh: bool, progre
 def _scored(job: Job, trace: Trace, facts: RecordingFacts) -> Result:
     """Score the trace of a job and write the result; ``result.json`` last."""
     request = job.request
-    scores = score_tables(trace, permutations=request.permutations, seed=request.seed)
+    if request.generation is not None:
+        result = save_answered(trace, job.folder, facts, drop=request.drop_loops, score=lambda trace, phase: _scores(job, trace, facts, phase))
+    else:
+        scores = _scores(job, trace, facts)
+        result = save_scores(scores, job.folder, scores.result)
+    tidy(job)
+    return result
+
+
+def _scores(job: Job, trace: Trace, facts: RecordingFacts, phase: int | None = None) -> Scores:
+    """The scores of a phase (None: of all text), and in their result what was asked and recorded."""
+    request = job.request
+    scores = score_tables(trace, permutations=request.permutations, seed=request.seed, phase=phase)
     about = {"accelerator": accelerator_here()}
     if tokenizer := trace.provenance.get("tokenizer_sha256"):
         about["tokenizer_sha256"] = str(tokenizer)
@@ -300,14 +336,13 @@ def _scored(job: Job, trace: Trace, facts: RecordingFacts) -> Result:
             "settings": {**scores.result.settings, **request.settings},
         }
     )
-    result = save_scores(scores, job.folder, result)
-    tidy(job)
-    return result
+    return replace(scores, result=result)
 
 
 def _recorded(
     job: Job, loaded: LoadedModel, folder: Path | None, *, progress: Progress | None, crew: Crew | None = None
 ) -> tuple[Trace, RecordingFacts]:
+    from dbes.recording.chat import Template
     from dbes.recording.record import record_documents
 
     benchmark, request = job.benchmark, job.request
@@ -331,6 +366,8 @@ def _recorded(
         provenance={"task": benchmark.facts, "batch_size": request.batch_size},
         progress=None if progress is None else lambda now, total: progress("recording", now, total),
         crew=crew,
+        generation=request.generation,
+        template=Template(loaded.tokenizer, request.system) if request.chat_template else None,
     )
     facts = _facts(job, done.trace)
     took = {name: getattr(done, name) for name in ("seconds", "tokens_per_second", "engine", "bytes_read", "bytes_skipped")}
@@ -338,7 +375,10 @@ def _recorded(
 
 
 def _facts(job: Job, trace: Trace) -> RecordingFacts:
-    return RecordingFacts(documents=len(job.benchmark.documents), tokens=trace.tokens)
+    around = None
+    if job.request.chat_template:
+        around = sum(int((routes.phase == TEMPLATE).sum()) for routes in trace.with_columns("phase") if routes.phase is not None)
+    return RecordingFacts(documents=len(job.benchmark.documents), tokens=trace.tokens, template_tokens=around)
 
 
 def _failed(job: Job, problem: BaseException) -> DbesError:

@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from dbes.errors import DbesError, FileError, ResultError
-from dbes.evaluation.request import Expected, Job, Request
+from dbes.evaluation.request import GENERATION, Expected, Job, Request
 from dbes.files import discard, locked, remove_abandoned, sha256_of
 from dbes.recording.ledger import UNITS
 from dbes.results import METRICS_VERSION, RESULT_FILE, Result, load_result
@@ -48,6 +48,9 @@ def differences(found: Result, request: Request, expected: Expected) -> tuple[li
             unknown.append(name)
         elif settings[name] != getattr(request, name):
             other.append((name, settings[name], getattr(request, name)))
+    for name in GENERATION:
+        if (then := settings.get(name)) != (now := request.settings.get(name)):
+            other.append((name, _short(then), _short(now)))
     asked = (request.dtype, request.device_map, expected.accelerator)
     made = (settings.get("dtype"), settings.get("device_map"), environment.get("accelerator"))
     if request.model is None or made != asked:
@@ -84,6 +87,9 @@ def other_recording(about: Mapping[str, Any], expected: Expected, request: Reque
     }
     # recordings of earlier versions do not say their batch size
     other = [name for name, value in now.items() if about.get(name) != value and not (name == "batch_size" and name not in about)]
+    answers, chat = request.settings.get("generation"), about.get("chat_template") or {}
+    other += ["generation"] * (about.get("generation") != answers)
+    other += ["chat template"] * ((bool(chat), chat.get("system")) != (request.chat_template, request.system))
     recorded = about.get("task") or {}
     return other + ["task"] * any(recorded.get(name) != value for name, value in task.items())
 

@@ -171,7 +171,8 @@ def answer(engine: GenerationEngine, windows: Sequence[Window]) -> list[Block]:
         RecordingError: a layer that did not fire once a forward, or for another number of tokens.
     """
     base, generation = engine.base, engine.generation
-    model, device = base.loaded.model, input_device(base.loaded.model)
+    model: Any = base.loaded.model
+    device = input_device(model)
     padding = padding_id(base.loaded.tokenizer, embedding_rows(model))
     ids, mask = padded([np.asarray([*base.before, *window.token_ids]) for window in windows], padding=padding, left=True)
     watch = _Watch(engine, windows, ids.shape[1])
@@ -192,7 +193,7 @@ def answer(engine: GenerationEngine, windows: Sequence[Window]) -> list[Block]:
 
 
 @contextmanager
-def _own_config(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
+def _own_config(model: Any, config: GenerationConfig) -> Iterator[None]:
     """Inside the block nothing that the checkpoint would like (sampling, penalties) is added to what was asked."""
     before = model.generation_config
     model.generation_config = config
@@ -202,7 +203,7 @@ def _own_config(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
         model.generation_config = before
 
 
-@dataclass(kw_only=False)
+@dataclass
 class _Watch:
     """What the routers decided in the forwards of one batch.
 
@@ -236,9 +237,9 @@ class _Watch:
 
     def before(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """A forward begins."""
-        ids = kwargs.get("input_ids", args[0] if args else None)
+        ids: Tensor = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
         if self.fired is None:
-            if ids is None or ids.shape != (len(self.windows), self.width):
+            if ids.shape != (len(self.windows), self.width):
                 raise RecordingError("the model's generate does not read a prompt in one forward; dbes cannot tell which token is which")
         else:
             self._fired()
@@ -332,7 +333,8 @@ def _joined(decisions: Sequence[Decision]) -> Decision:
         alike = all(part is not None and part.shape[1:] == parts[0].shape[1:] for part in parts)
         return torch.cat(parts) if alike else None
 
-    return Decision(**{part.name: column(part.name) for part in fields(Decision)})
+    whole: dict[str, Any] = {part.name: column(part.name) for part in fields(Decision)}
+    return Decision(**whole)
 
 
 class _Drawn(LogitsProcessor):

@@ -20,10 +20,10 @@ from dbes.models.windows import embedding_rows, refuse_unknown, special_tokens, 
 from dbes.recording.background import Background
 from dbes.recording.batches import Batching
 from dbes.recording.batching import find_batching
-from dbes.recording.crew import Crew
-from dbes.recording.engine import Engine, PassEngine
 from dbes.recording.chat import Template
+from dbes.recording.crew import Crew
 from dbes.recording.decode import GenerationEngine, answer, generating
+from dbes.recording.engine import Engine, PassEngine
 from dbes.recording.forward import ForwardEngine
 from dbes.recording.generation import Generation
 from dbes.recording.ledger import Ledger, Tally

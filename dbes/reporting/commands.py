@@ -74,6 +74,7 @@ def _score(result: Result) -> list[str]:
     words += ["--router", name.removesuffix(" router")] if name.endswith(" router") else []
     for name, usual in (("phase", "all"), ("match", "none"), ("surrogate", "token")):
         words += [f"--{name}", str(settings[name])] if settings.get(name, usual) != usual else []
+    words += ["--drop-loops"] if settings.get("drop_loops") is True else []
     return words + _numbers(settings)
 
 
@@ -93,9 +94,22 @@ def _evaluate(result: Result) -> list[str]:
     words += ["--engine", str(settings["engine"])] if settings.get("engine", "auto") != "auto" else []
     words += ["--max-memory", str(settings["max_memory"])] if settings.get("max_memory") else []
     words += ["--limit", str(settings["limit"])] if settings.get("limit") is not None else []
+    words += _answers(settings)
     words += ["--trust-remote-code"] if settings.get("trust_remote_code") is True else []
     words += ["--embedded-fallback"] if settings.get("embedded_fallback") is True else []
     return words + _numbers(settings)
+
+
+def _answers(settings: dict[str, Any]) -> list[str]:
+    about = settings.get("generation")
+    if not about:
+        return []
+    words = ["--generate", str(about.get("tokens"))]
+    for name, option, usual in (("temperature", "temperature", 0), ("top_p", "top-p", 1), ("seed", "generation-seed", 0)):
+        words += [f"--{option}", str(about[name])] if about.get(name, usual) != usual else []
+    words += ["--apply-chat-template"] if settings.get("chat_template") is True else []
+    words += ["--system", str(settings["system"])] if settings.get("system") is not None else []
+    return words + (["--drop-loops"] if settings.get("drop_loops") is True else [])
 
 
 def _numbers(settings: dict[str, Any]) -> list[str]:
