@@ -64,7 +64,7 @@ def save_answered(
 
 def _notes(trace: Trace, facts: RecordingFacts, generated: bool) -> Iterator[str]:
     if cut := trace.provenance.get("documents_cut"):
-        yield f"{counted(cut, 'document')} of {facts.documents:,} were cut at the end, to the task's window and to leave room for the answer"
+        yield f"{counted(cut, 'document')} of {facts.documents:,} were cut at the end, to the window and to leave room for an answer"
     if not generated:
         yield (
             "no generated token is left to score: the last token of an answer is never fed to the model and has no routing, so answers of "

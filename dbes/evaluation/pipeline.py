@@ -314,7 +314,9 @@ def _scored(job: Job, trace: Trace, facts: RecordingFacts) -> Result:
     """Score the trace of a job and write the result; ``result.json`` last."""
     request = job.request
     if request.generation is not None:
-        result = save_answered(trace, job.folder, facts, drop=request.drop_loops, score=lambda trace, phase: _scores(job, trace, facts, phase))
+        result = save_answered(
+            trace, job.folder, facts, drop=request.drop_loops, score=lambda part, phase: _scores(job, part, facts, phase)
+        )
     else:
         scores = _scores(job, trace, facts)
         result = save_scores(scores, job.folder, scores.result)

@@ -44,7 +44,7 @@ class Template:
         if not getattr(self.tokenizer, "chat_template", None):
             raise RecordingError(f"{kind}: has no chat template; leave --apply-chat-template out, or give a tokenizer that has one")
         if not getattr(self.tokenizer, "is_fast", False):
-            raise RecordingError(f"{kind}: does not tell where in a text its tokens lie (no fast tokenizer); leave --apply-chat-template out")
+            raise RecordingError(f"{kind}: tells not where its tokens lie (no fast tokenizer); leave --apply-chat-template out")
         ids, template = [], []
         for place, text in enumerate(texts):
             found, problem = asked(lambda text=text: self._rendered(text))

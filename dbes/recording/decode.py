@@ -82,7 +82,7 @@ class GenerationEngine:
                     raise
                 if count == 1:
                     raise RecordingError(
-                        f"one text of {len(windows[0])} tokens and its answer do not fit in memory; choose a shorter answer or another dtype"
+                        f"one text of {len(windows[0])} tokens and its answer do not fit in memory; ask for fewer tokens or another dtype"
                     ) from problem
                 budget = reduced = (count if by_count else min(budget, count * (len(windows[0]) + extra))) // 2
                 continue
@@ -333,8 +333,8 @@ def _joined(decisions: Sequence[Decision]) -> Decision:
         alike = all(part is not None and part.shape[1:] == parts[0].shape[1:] for part in parts)
         return torch.cat(parts) if alike else None
 
-    whole: dict[str, Any] = {part.name: column(part.name) for part in fields(Decision)}
-    return Decision(**whole)
+    names: Any = [part.name for part in fields(Decision)]
+    return Decision(*map(column, names))
 
 
 class _Drawn(LogitsProcessor):

@@ -25,6 +25,7 @@ from dbes.files import check_writable, write_text
 from dbes.reporting import charts, layer_charts
 from dbes.reporting.commands import command, program
 from dbes.reporting.meaning import meaning_rows, placebo_rows
+from dbes.reporting.phases import HEADINGS, answer_note, answer_rows
 from dbes.reporting.text_view import TextSample, contexts, documents, read_sample, token_text, trajectories
 from dbes.results import PAGE_FILE, CalibratedRecord, Result, load_result
 from dbes.scoring.portions import word_unknown
@@ -123,6 +124,9 @@ def render_page(
         placebo=[(None if name is None else named[name], cells) for name, *cells in placebo_rows(result)],
         word_known=any(not math.isnan(record.lexical) for record in result.calibrated),
         word_unknown=word_unknown(result),
+        answers=answer_rows(result),
+        answer_headings=HEADINGS,
+        answer_note=answer_note(result),
         headline=[_tile(result, metric) for metric in charts.HEADLINE],
         facts=provenance(result),
         published=published_rows(result),
@@ -287,6 +291,8 @@ def provenance(result: Result) -> list[tuple[str, str]]:
     if recording is not None:
         facts += [("Documents", f"{recording.documents:,}" if result.documents_known else None), ("Tokens", f"{recording.tokens:,}")]
     asked = {name: value for name, value in result.settings.items() if name not in ("model", "tasks", "revision", "dtype")}
+    if isinstance(asked.get("generation"), dict):
+        asked["generation"] = ", ".join(f"{name} {value}" for name, value in asked["generation"].items())
     facts += [(name.replace("_", " ").capitalize(), value) for name, value in asked.items() if value is not None]
     facts += [(name.replace("_", " "), value) for name, value in result.environment.items()]
     return [(label(name), legible(str(value), NAME_WIDTH)) for name, value in facts if value is not None and value != ""]

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dbes.reporting.commands import program, shell
+from dbes.reporting.phases import HEADINGS, TITLE, answer_note, answer_rows
 from dbes.results import CalibratedRecord, Result, Specialist
 from dbes.scoring.portions import share_of_position, share_of_word, word_unknown
 from dbes.scoring.resolution import DOUBTFUL, SIGNIFICANCE, cannot_tell, why_not
@@ -65,6 +66,11 @@ def render(result: Result) -> RenderableType:
         return Panel(Text(result.error or "unknown error"), title="evaluation failed", border_style="red")
     parts: list[RenderableType] = [_heading(result), Panel(Text(current_verdict(result)), title="verdict", border_style="bold")]
     parts += [_layer_table(result), _further_table(result), _domain_table(result)]
+    if rows := answer_rows(result):
+        table = _table(TITLE, *HEADINGS)
+        for row in rows:
+            table.add_row(*row)
+        parts += [table, Text(answer_note(result), style="dim")]
     if result.specialists:
         parts.append(_specialist_table(result))
     parts.append(_footnotes(result))
