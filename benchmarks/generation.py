@@ -11,6 +11,7 @@ import argparse
 import time
 from collections.abc import Callable
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,7 +44,8 @@ def timed(run: Callable[[], object]) -> float:
 
 
 def measure(name: str, loaded: LoadedModel, *, tokens: int, prompts: int, length: int, rounds: int) -> None:
-    random, model = np.random.default_rng(0), loaded.model
+    random = np.random.default_rng(0)
+    model: Any = loaded.model
     rows = model.config.get_text_config().vocab_size
     texts = [random.integers(5, rows, length).astype(np.int32) for _ in range(prompts)]
     windows = [Window(place, str(place), 0, text) for place, text in enumerate(texts)]
@@ -59,13 +61,14 @@ def measure(name: str, loaded: LoadedModel, *, tokens: int, prompts: int, length
             loaded=loaded, sites=find_sites(model), before=(), after=(), seed=0, control=control, stiffness=stiffness, window=length
         )
         engine = GenerationEngine(base=base, generation=Generation(tokens))
-        answer(engine, windows), plain()
+        answer(engine, windows)
+        plain()
         pairs = [(timed(plain), timed(lambda engine=engine: answer(engine, windows))) for _ in range(rounds)]
         ratios = sorted(recorded / alone for alone, recorded in pairs)
         speed = prompts * tokens / median(alone for alone, _ in pairs)
         print(
-            f"{name}: {told}: {100 * (median(ratios) - 1):+.1f} % time (rounds {100 * (ratios[0] - 1):+.1f} to {100 * (ratios[-1] - 1):+.1f} %)"
-            f", generate alone {speed:,.0f} tokens/s"
+            f"{name}: {told}: {100 * (median(ratios) - 1):+.1f} % time (rounds {100 * (ratios[0] - 1):+.1f} to "
+            f"{100 * (ratios[-1] - 1):+.1f} %), generate alone {speed:,.0f} tokens/s"
         )
 
 

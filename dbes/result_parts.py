@@ -99,6 +99,7 @@ class _Covered(Open):
 class _Phase(Open):
     tokens: Whole = 0
     documents: Whole = 0
+    without: tuple[str, ...] = ()
 
 
 class _Phases(Open):

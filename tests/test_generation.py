@@ -71,7 +71,10 @@ def same(one: Trace, two: Trace) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(columns(one).values(), columns(two).values(), strict=True))
 
 
-@pytest.mark.parametrize("family", ["olmoe", "deepseek_v3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("deepseek_v4", "nemotron_h"))])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("deepseek_v4", "nemotron_h")]
+
+
+@pytest.mark.parametrize("family", ["olmoe", "deepseek_v3", *SLOW])
 def test_answers_are_those_of_generate_and_their_routes_those_of_a_forward(family: str) -> None:
     loaded = loaded_in_float64(family)
     trace = recorded(loaded, batch_size=3)
@@ -266,7 +269,7 @@ def test_planted_loops_inflate_ngram_expertise_and_can_be_dropped() -> None:
 
 
 def test_one_evaluation_holds_prompt_and_generated_text_side_by_side(
-    tiny_checkpoint: Path, tiny_task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_checkpoint: Path, tiny_task: Path, tmp_path: Path
 ) -> None:
     from dbes.reporting.page import write_page
     from dbes.reporting.phases import answer_rows

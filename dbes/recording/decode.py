@@ -321,8 +321,9 @@ class _Watch:
 
 
 def _rows_of(decision: Decision, rows: slice) -> Decision:
-    each = {part.name: getattr(decision, part.name) for part in fields(Decision)}
-    return Decision(**{name: None if value is None else value[rows] for name, value in each.items()})
+    each: dict[str, Any] = {part.name: getattr(decision, part.name) for part in fields(Decision)}
+    taken: dict[str, Any] = {name: value if value is None else value[rows] for name, value in each.items()}
+    return Decision(**taken)
 
 
 def _joined(decisions: Sequence[Decision]) -> Decision:
@@ -333,8 +334,8 @@ def _joined(decisions: Sequence[Decision]) -> Decision:
         alike = all(part is not None and part.shape[1:] == parts[0].shape[1:] for part in parts)
         return torch.cat(parts) if alike else None
 
-    names: Any = [part.name for part in fields(Decision)]
-    return Decision(*map(column, names))
+    whole: dict[str, Any] = {part.name: column(part.name) for part in fields(Decision)}
+    return Decision(**whole)
 
 
 class _Drawn(LogitsProcessor):

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from dbes.results import Result
+from dbes.text import label
 from dbes.wording import UNKNOWN, counted, p_cell, plus_minus, share
 
 HEADINGS = ("Metric", "Prompt", "Generated", "Difference", "p")
@@ -13,12 +14,12 @@ TITLE = "Prompt and generated text: scores ± half of the 95 % interval, and the
 
 
 def answer_rows(result: Result) -> list[tuple[str, str, str, str, str]]:
-    """Cells under HEADINGS for every metric that both have; nothing where no answers were scored."""
+    """Cells under HEADINGS for every metric that one of them has; nothing where no answers were scored."""
     from dbes.reporting.charts import METRICS  # here, so that the terminal need not load the charts
 
     rows = []
     for metric, row in result.companions.get("phases", {}).get("metrics", {}).items():
-        if row.get("prompt") is None or row.get("generated") is None:
+        if row.get("prompt") is None and row.get("generated") is None:
             continue
         sides = [_score(row, name, f"{name}_low", f"{name}_high") for name in ("prompt", "generated")]
         change = _score(row, "difference", "low", "high", sign=True)
@@ -36,10 +37,12 @@ def answer_note(result: Result) -> str:
     how = "the most probable token each time" if not temperature else f"temperature {temperature:g}, top-p {about.get('top_p', 1):g}"
     looping = result.companions.get("loops", {})
     loops, answers = (sum(looping.get(name, {}).values()) for name in ("by_domain", "answers"))
+    empty = phases["generated"].get("without") or ()
+    missing = f" No generated text in {', '.join(map(label, empty))}: scores that compare all domains are unknown." if empty else ""
     left = " and were left out" if looping.get("dropped") and loops else ""
     return (
         f"{sizes[0]}; {sizes[1]} (answers of up to {about.get('tokens', 0):,} tokens, {how}); {loops:,} of {counted(answers, 'answer')} "
-        f"repeat themselves{left}."
+        f"repeat themselves{left}.{missing}"
     )
 
 

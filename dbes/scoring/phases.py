@@ -87,8 +87,9 @@ def phase_facts(prompt: Scores, generated: Scores) -> dict[str, Any]:
     merged = any("groups" in scores.result.settings for scores in sides.values())
     found: dict[str, Any] = {}
     for name, scores in sides.items():
-        facts = scores.result.task.domains.values()
-        found[name] = {"tokens": sum(each.tokens for each in facts), "documents": sum(each.documents for each in facts)}
+        domains = scores.result.task.domains
+        sizes = {size: sum(getattr(facts, size) for facts in domains.values()) for size in ("tokens", "documents")}
+        found[name] = {**sizes, "without": [domain for domain, facts in domains.items() if not facts.tokens]}
     metrics: dict[str, dict[str, float | None]] = {}
     for metric in REPLICATED:
         row: dict[str, float | None] = {}
