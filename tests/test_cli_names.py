@@ -51,6 +51,8 @@ NAMES: dict[str, tuple[str, str]] = {
     "paths rule": ("specialisation", "specialization"),
     "paths match": ("target-laod", "target-load"),
     "paths tasks": ("smoek", "smoke"),
+    "paths purpose": ("prunning", "pruning"),
+    "paths allocation": ("layers", "layer"),
     "paths format": ("esff", "esft"),
     "paths average": ("sample", "samples"),
     "finetune data": ("task:lwa", "law"),
@@ -134,6 +136,8 @@ def line(case: str, wrong: str, *, result: Path, model: Path, task: Path, out: P
         more += ["--texts", f"task:{task}"]
     if command == "finetune" and name == "data":
         more += ["--tasks", task]
+    if case == "paths purpose":
+        more = ["--for", wrong]
     if case == "paths match":
         more += ["--rule", "random-load-matched"]
     if case == "paths tasks":

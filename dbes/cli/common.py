@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 FAILED, USAGE = 1, 2
 
 
-def one_of(kind: str, known: Sequence[str], told: str) -> Any:
+def one_of(kind: str, known: Sequence[str], told: str, *names: str) -> Any:
     """An option that takes one of some names.
 
     Args:
-        kind: what a name is of; told: its help.
+        kind: what a name is of; told: its help; names: of the option, where it is not its parameter's.
     """
 
     def check(given: str | None) -> str | None:
@@ -31,7 +31,7 @@ def one_of(kind: str, known: Sequence[str], told: str) -> Any:
             raise SettingError(unknown(kind, given, known))
         return given
 
-    return typer.Option(callback=check, metavar="|".join(known), help=told)
+    return typer.Option(*names, callback=check, metavar="|".join(known), help=told)
 
 
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of permutations, reference router and random-router control.")]

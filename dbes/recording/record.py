@@ -335,11 +335,11 @@ def _shape(contents: Contents, documents: Sequence[TextDocument], domains: Seque
         domains=tuple(domains),
         document_domain=_placed(documents, domains),
         document_ids=tuple(document.id for document in documents),
-        document_source=_sources(documents),
+        document_source=source_texts(documents),
     )
 
 
-def _sources(documents: Sequence[TextDocument]) -> tuple[str, ...] | None:
+def source_texts(documents: Sequence[TextDocument]) -> tuple[str, ...] | None:
     """Source text of each document; one that names none is its own, and repeats of a text are one. None when all are their own."""
     first: dict[str, str] = {}
     sources = tuple(

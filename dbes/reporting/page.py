@@ -43,6 +43,9 @@ DOMAIN_WIDTH = 26
 SPECIALIST_ROWS = 2000
 """Specialists listed on the page at most; the CSV beside the result has all."""
 
+ROUNDING = 1e-12
+"""Smaller numbers are what rounding leaves of 0: an axis would be drawn of them."""
+
 CITATION = """@software{dbes,
   title   = {dbes: expert specialization in Mixture-of-Experts language models},
   version = {%s}
@@ -127,6 +130,7 @@ def render_page(
         answers=answer_rows(result),
         answer_headings=HEADINGS,
         answer_note=answer_note(result),
+        few=charts.FEW_DOMAINS,
         headline=[_tile(result, metric) for metric in charts.HEADLINE],
         facts=provenance(result),
         published=published_rows(result),
@@ -188,10 +192,12 @@ def model_payload(
         "parts": columns(layer_charts.part_rows(result, named), ("domain", "layer", "part", "score", "low", "high")),
         "specs": _specs(result, order),
     }  # fmt: skip
+    heat, listed = payload["heat"], result.companions.get("specialists", {})
     payload["has"] = {
-        "heat": payload["heat"] is not None, "tree": bool(tree), "text": bool(text), "moves": moves is not None,
-        "weights": any(document["weights"] for document in text), "more_specialists": len(result.specialists) > SPECIALIST_ROWS
-        or result.companions.get("specialists", {}).get("not_listed", 0) > 0,
+        "heat": heat is not None, "lift": heat is not None and any(each is not None for each in heat["lift"]),
+        "tests": bool(result.specialists) or listed.get("tests", 0) > 0, "tree": bool(tree), "text": bool(text), "moves": moves is not None,
+        "weights": any(document["weights"] for document in text),
+        "more_specialists": len(result.specialists) > SPECIALIST_ROWS or listed.get("not_listed", 0) > 0,
     }  # fmt: skip
     return payload
 
@@ -258,6 +264,8 @@ def _similarity(result: Result, arrays: dict[str, np.ndarray]) -> np.ndarray:
 def _short(value: Any, digits: int = 5) -> Any:
     if not isinstance(value, float | np.floating):
         return value
+    if abs(value) < ROUNDING:
+        return 0.0
     return None if not math.isfinite(value) else float(f"{value:.{digits}g}")
 
 
@@ -274,7 +282,8 @@ def _tile(result: Result, metric: str) -> dict[str, Any]:
         record = None
     known = record is not None and not math.isnan(record.score)
     untold = why_not(result, metric) if record is not None and not math.isnan(record.p) and cannot_tell(result, metric) else ""
-    return {"title": title, "meaning": meaning, "record": record if known else None, "untold": untold}
+    value = f"{record.value:.4g}" if record is not None and not known and not math.isnan(record.value) else ""
+    return {"title": title, "meaning": meaning, "record": record if known else None, "untold": untold, "value": value}
 
 
 def provenance(result: Result) -> list[tuple[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, Group, RenderableType, RenderHook, RenderResult
@@ -65,7 +66,7 @@ def render(result: Result) -> RenderableType:
     if result.status == "error":
         return Panel(Text(result.error or "unknown error"), title="evaluation failed", border_style="red")
     parts: list[RenderableType] = [_heading(result), Panel(Text(current_verdict(result)), title="verdict", border_style="bold")]
-    parts += [_layer_table(result), _further_table(result), _domain_table(result)]
+    parts += [_told(table) for table in (_layer_table(result), _further_table(result), _domain_table(result))]
     if rows := answer_rows(result):
         table = _table(TITLE, *HEADINGS)
         for row in rows:
@@ -141,11 +142,26 @@ def _table(title: str, first: str, *headings: str) -> Table:
     return table
 
 
+def _told(table: Table) -> Table:
+    """The table without the columns that tell nothing in any row."""
+    first, *others = table.columns
+    told = [column for column in others if any(str(cell) not in (UNKNOWN, "") for cell in column.cells)]
+    table.columns = [replace(column, _index=place) for place, column in enumerate([first, *told])]
+    return table
+
+
+def _score_heading(result: Result) -> str:
+    """Without documents there is no chance level, and so no score."""
+    return "Score" if result.documents_known else "Value (nats)"
+
+
 def _layer_table(result: Result) -> Table:
     found = {(record.metric, record.layer): record for record in result.calibrated if record.domain is None}
     decoding = result.companions.get("decoding", {})
     title = "Layers: specialization ± half of the 95 % interval, in % of the ideal domain router"
-    table = _table(title, "Layer", "Score", "p", "Random router", "Word", "Position", "Domain named")
+    if not result.documents_known:
+        title = "Layers: specialization"
+    table = _table(title, "Layer", _score_heading(result), "p", "Random router", "Word", "Position", "Domain named")
     for layer in (*result.model.layers, None):
         if layer is None:
             table.add_section()
@@ -180,7 +196,7 @@ def _domain_table(result: Result) -> Table:
     found = {(record.metric, record.domain): record for record in result.calibrated if record.layer is None}
     table = _table(
         "Domains: specialization, means over layers",
-        *("Domain", "Sources", "Tokens", "Score", "p", "Random router", "Word", "Specialists"),
+        *("Domain", "Sources", "Tokens", _score_heading(result), "p", "Random router", "Word", "Specialists"),
     )
     counts = result.companions.get("specialists", {}).get("by_domain", {})
     shown = labels(result.task.domains, DOMAIN_WIDTH)
@@ -190,7 +206,7 @@ def _domain_table(result: Result) -> Table:
             f"{facts.sources:,}" if result.documents_known else UNKNOWN,
             f"{facts.tokens:,}",
             *_explained(result, found.get(("specialization", domain))),
-            f"{counts[domain]:,}" if domain in counts else "",
+            f"{counts[domain]:,}" if domain in counts and result.documents_known else "",
         )
     return table
 
@@ -276,7 +292,9 @@ def _marks(result: Result) -> str:
 
 def _score(result: Result, record: CalibratedRecord | None) -> Text:
     if record is None or math.isnan(record.score):
-        return Text(UNKNOWN, style="dim")
+        if record is None or result.documents_known or math.isnan(record.value):
+            return Text(UNKNOWN, style="dim")
+        return Text(f"{record.value:.4f}", style="dim")
     # digits beyond the first decimal say nothing where the score may as well be chance
     score = round(record.score, 3) if record.p > SIGNIFICANCE else record.score
     text = share(score) + plus_minus(record.score_low, record.score_high)

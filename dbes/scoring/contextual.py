@@ -16,6 +16,7 @@ from dbes.scoring.metrics import cosines_of_gram, domain_divergence, effective_r
 from dbes.scoring.resampling import jackknife
 from dbes.scoring.sampling import TokenSample
 from dbes.scoring.surrogates import Surrogate, SurrogateLayer, surrogate_of
+from dbes.scoring.workers import in_order
 from dbes.trace.types import RoutingShape
 
 ROUNDING = 1e-9
@@ -104,8 +105,12 @@ def explained_by(surrogate: Surrogate) -> dict[str, Explained]:
     shape, columns = surrogate.shape, range(len(surrogate.shape.layers))
     cells: dict[str, list[Explained]] = {}
     sums: dict[str, Pair] = {}
-    for column in columns:  # what every group leaves is kept as a sum over layers only
-        for name, pair in _layer_scores(surrogate.layer(column), shape, column).items():
+    _ = surrogate.blocks  # made once, before several layers ask for them at a time
+    scored = in_order(
+        lambda column: _layer_scores(surrogate.layer(column), shape, column), columns, size=len(surrogate.group_domain) * shape.width
+    )
+    for found in scored:  # what every group leaves is kept as a sum over layers only
+        for name, pair in found.items():
             cells.setdefault(name, []).append(_explained(pair, surrogate.group_domain))
             sums[name] = pair if name not in sums else Pair(*(mine + theirs for mine, theirs in zip(sums[name], pair, strict=True)))
     explained = {}

@@ -7,7 +7,6 @@ expert of every token is kept until then.
 
 from __future__ import annotations
 
-import os
 import tempfile
 import weakref
 from collections.abc import Iterator
@@ -28,10 +27,9 @@ from dbes.scoring.sampling import Sampler
 from dbes.scoring.stored import COUNTS, COUNTS_FOLDER, save_counts
 from dbes.scoring.sums import Piece, group_sums, of_phase, sums_of
 from dbes.scoring.texts import TextReader, Texts
+from dbes.scoring.workers import WORKERS
 from dbes.trace.store import Trace
 from dbes.trace.types import GENERATED, PHASES, PROMPT, TokenRoutes, document_starts, pieces_of, storage_dtype
-
-WORKERS = min(os.cpu_count() or 1, 8)
 
 MEMORY_BYTES = 1 << 26
 """Rows of more bytes than this go to a temporary file."""

@@ -1,6 +1,6 @@
 """A trace is scored one layer at a time: the counts of one layer go in, small arrays come out, and these are put together.
 
-Layers know nothing of each other, so that each may be scored in a process of its own.
+Layers know nothing of each other, so that several are scored at a time.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from dbes.scoring.permutation import permuted_labels, permuted_scores
 from dbes.scoring.placebo import Placebo, Placebos
 from dbes.scoring.resampling import sign_flip_p
 from dbes.scoring.specialists import LayerTests, SpecialistTable, SpecialistTest, joined
+from dbes.scoring.workers import in_order
 from dbes.trace.types import RoutingShape
 
 
@@ -79,7 +80,7 @@ def score_layers(counts: Counts, *, permutations: int, seed: int, sign_flips: in
     decoder = Decoder(domain, len(shape.domains), seed=seed)
     placebos = Placebos(counts.tokens, domain, shape.domains, permutations=permutations, seed=seed, grouping=design.grouping)
     each = (placebos.watching(decoder.watching(counts.layers())), *(draw.layers() for draw in counts.controls))
-    layers = (score_layer(sums, drawn, design) for sums, *drawn in zip(*each, strict=False))
+    layers = in_order(lambda sums: score_layer(sums[0], sums[1:], design), zip(*each, strict=False), size=len(domain) * shape.width)
     flips = permutations if sign_flips is None else sign_flips
     found = put_together(layers, design.usage, design.left_out, sign_flips=flips, seed=seed)
     return replace(found, decoder=decoder, placebo=placebos.found())
@@ -159,7 +160,7 @@ def put_together(layers: Iterable[LayerScores], test: UsageTest, left_out: Routi
         for total, more in zip((sums, *drawn), (layer.measured, *layer.controls), strict=True):
             total |= {metric: total[metric].plus(found) if metric in total else found for metric, found in more.items()}
         products = products + layer.products
-        kept.append(replace(layer, measured={}, controls=(), products=products[:0]))
+        kept.append(replace(layer, measured={}, controls=(), products=np.zeros((0, 0))))
     means, *controls = ({metric: found.over(len(kept)) for metric, found in total.items()} for total in (sums, *drawn))
     columns = [layer.estimates for layer in kept] + [estimates_of(means, controls, document_domain, test.p(products))]
     estimates = {metric: Estimate.side_by_side([column[metric] for column in columns]) for metric in means}
