@@ -7,11 +7,12 @@ from contextlib import nullcontext, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, Literal, Unpack, overload
 
 from dbes.errors import DbesError, ModelError, ResultError, SettingError, TraceError, refusal
 from dbes.evaluation.answers import PHASE_FOLDERS, save_answered
 from dbes.evaluation.request import (
+    Answers,
     Job,
     Request,
     Subject,
@@ -47,7 +48,7 @@ RECOVERED = (DbesError, OSError, RuntimeError, MemoryError)
 """What a failed evaluation writes a result about; anything else is a defect."""
 
 
-class Options(TypedDict, total=False):
+class Options(Answers, total=False):
     """Arguments of `evaluate` beside model and tasks."""
 
     tokenizer: PreTrainedTokenizerBase | None
@@ -66,13 +67,6 @@ class Options(TypedDict, total=False):
     save_trace: bool
     embedded_fallback: bool
     progress: Progress | None
-    generate: int | None
-    temperature: float
-    top_p: float
-    generation_seed: int
-    apply_chat_template: bool
-    system: str | None
-    drop_loops: bool
 
 
 @overload
@@ -99,13 +93,7 @@ def evaluate(
     save_trace: bool = True,
     embedded_fallback: bool = False,
     progress: Progress | None = None,
-    generate: int | None = None,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    generation_seed: int = 0,
-    apply_chat_template: bool = False,
-    system: str | None = None,
-    drop_loops: bool = False,
+    **answers: Unpack[Answers],
 ) -> Result | list[Result]:
     """Measure how a Mixture-of-Experts checkpoint routes the domains of a task, and write the result.
 
@@ -119,8 +107,7 @@ def evaluate(
         tasks: name of a task, path of a task YAML, a `Task`, or a list of these. All tasks of a list are read before anything is
             written; of one that fails later, the result in the list has status "error", and the others are run.
         output_path: folder of the results.
-        revision: branch, tag or commit of a model on the hub.
-        limit: read at most this many documents of each domain.
+        revision: branch, tag or commit of a model on the hub. limit: read at most this many documents of each domain.
         dtype: "auto" is float32 on a CPU and the checkpoint's own dtype on an accelerator; or float32, bfloat16, float16, float64.
         device_map: as in transformers, for example "auto" or "cpu".
         batch_size: windows per batch, or "auto".
@@ -133,13 +120,8 @@ def evaluate(
         overwrite: evaluate again although there is a result, or another recording, in the folder.
         save_trace: keep the recorded routes beside the result, so that they can be scored again without the model.
         embedded_fallback: when the hub cannot be reached, use the embedded sample and say so.
-        progress: called as progress(stage, done, total); the stage names what is being done.
-        generate: let the model answer each document with so many tokens at most, and record these too. Prompt and generated text are
-            scored together and apart, in ``prompt/`` and ``generated/`` beside the result.
-        temperature, top_p, generation_seed: how tokens are chosen; temperature 0 takes the most probable one.
-        apply_chat_template: give each document as the user's message of the model's chat template, whose tokens are not scored.
-        system: system message of the template.
-        drop_loops: leave the generated text of answers that repeat themselves out of the scores.
+        progress: called as progress(stage, done, total).
+        answers: ``generate``, ``temperature``, ...: let the model answer each document and record that too, see `Answers`.
 
     Returns:
         The result, or one for each task of a list.
@@ -157,8 +139,7 @@ def evaluate(
         request = Request.of(
             given, revision=revision, limit=limit, dtype=dtype, device_map=device_map, batch_size=batch_size, seed=seed, engine=engine,
             max_memory=max_memory, permutations=permutations, trust_remote_code=trust_remote_code, embedded_fallback=embedded_fallback,
-            generate=generate, temperature=temperature, top_p=top_p, generation_seed=generation_seed, chat_template=apply_chat_template,
-            system=system, drop_loops=drop_loops,
+            **answers,
         )  # fmt: skip
         benchmarks = [read_benchmark(task, limit=limit, embedded_fallback=embedded_fallback) for task in wanted]
         if not benchmarks:

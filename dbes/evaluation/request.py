@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from dbes.errors import ModelError, SettingError
 from dbes.shipped import EMBEDDED, located
@@ -31,6 +31,21 @@ UNRESOLVED = "unresolved"
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 ENGINES = ("auto", "memory", "streaming")
+
+
+class Answers(TypedDict, total=False):
+    """Arguments of `evaluate` for answers: tokens of each at most (None: there are none), how tokens are chosen (temperature 0: the most
+    probable one), whether documents are given in the model's chat template, its system message, and whether answers that repeat
+    themselves are left out of the scores."""
+
+    generate: int | None
+    temperature: float
+    top_p: float
+    generation_seed: int
+    apply_chat_template: bool
+    system: str | None
+    drop_loops: bool
+
 
 ANSWERS: dict[str, Any] = {"generate": None, "temperature": 0.0, "top_p": 1.0, "generation_seed": 0}
 """Arguments of `evaluate` that say how answers are generated, and what they are when none is given."""
@@ -110,6 +125,7 @@ class Request:
                 raise SettingError("engine 'streaming': this model is in memory already; give its folder or hub id")
         if (given := options.get("max_memory")) is not None:
             options["max_memory"] = bytes_of(str(given), option="max_memory")
+        options["chat_template"] = options.pop("apply_chat_template", False)
         options["generation"] = generation_of(**{name: options.pop(name, usual) for name, usual in ANSWERS.items()}, **options)
         return cls(model=str(model) if isinstance(model, str | Path) else None, tasks=None, **options)
 

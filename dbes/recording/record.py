@@ -104,18 +104,14 @@ def record_documents(
 
     Args:
         domains: names of the domains, in the benchmark's order.
-        output_path: folder of the trace. An interrupted recording of the same thing in it resumes from the last whole
-            work unit. None keeps the trace in memory.
-        batch_size: windows per batch; "auto" fills a budget of tokens, halved when memory runs out.
-        seed: of the random-router control and of the noise of the stability measures.
-        control: draws of the random-router control to record in the same pass; their spread tells what another draw would show.
+        output_path: folder of the trace, in which an interrupted recording resumes from its last whole unit; None: in memory.
+        batch_size: windows per batch; "auto" fills a budget of tokens. seed: of the random routers and of the stability measures' noise.
+        control: draws of the random router to record in the same pass.
         stiffness: record margins and flips.
-        max_memory: bytes that this process may use, where the model's layers were left on disk; by default what is free.
-        provenance: further facts for the trace's manifest (name, version and fingerprint of the task).
-        progress: called as progress(tokens done, tokens in all).
+        max_memory: bytes that this process may use, where layers were left on disk.
+        provenance: further facts for the trace's manifest; progress: called as progress(tokens done, tokens in all).
         crew: the processes that record into the folder together; the first of them returns the trace, the others one without routes.
-        generation: let the model answer each document, which is cut to a window, and record the answers too.
-        template: the chat template that the documents are given in.
+        generation, template: let the model answer each document, cut to a window, in a chat template; answers are recorded too.
 
     Raises:
         RecordingError: no documents, a text without tokens, an unknown domain; a layer that did not fire; wrong counts; NaN in
@@ -144,15 +140,10 @@ def record_documents(
         window=window if limit is None else min(window, limit - extra),
         batch_size=None if batch_size == "auto" else batch_size,
     )
-    earlier, folder = _read(loaded), None if output_path is None else Path(output_path)
-    running: Engine
-    if generation is None:
-        running = engine = _settled(engine, texts, folder, max_memory)
-    else:
-        given = None if template is None else (template, marks)
-        running, texts = generating(engine, generation, texts, given, names=_names(documents))
-        engine = replace(running.base, batching=_batching_of_answers(running, texts, folder))
-        running = replace(running, base=engine)
+    earlier, given = _read(loaded), None if template is None else (template, marks)
+    folder, names = None if output_path is None else Path(output_path), _names(documents)
+    running, texts = _running(engine, generation, texts, given, names=names, folder=folder, max_memory=max_memory)
+    engine = running.base if isinstance(running, GenerationEngine) else running
     done = record_with(
         running,
         documents,
@@ -168,6 +159,18 @@ def record_documents(
         return replace(done, batching=engine.batching, engine="memory")
     read, skipped = (now - then for now, then in zip(_read(loaded), earlier, strict=True))
     return replace(done, batching=engine.batching, engine="streaming", bytes_read=read, bytes_skipped=skipped)
+
+
+def _running(
+    engine: ForwardEngine, generation: Generation | None, texts: list[np.ndarray],
+    template: tuple[Template, Sequence[np.ndarray]] | None, *, names: Callable[[int], str], folder: Path | None, max_memory: int | None,
+) -> tuple[ForwardEngine | GenerationEngine, list[np.ndarray]]:  # fmt: skip
+    """The engine that knows what may share a batch, and the texts as it is given them."""
+    if generation is None:
+        return _settled(engine, texts, folder, max_memory), texts
+    answering, prompts = generating(engine, generation, texts, template, names=names)
+    batching = _batching_of_answers(answering, prompts, folder)
+    return replace(answering, base=replace(answering.base, batching=batching)), prompts
 
 
 def _settled(engine: ForwardEngine, texts: Sequence[np.ndarray], folder: Path | None, max_memory: int | None) -> ForwardEngine:
