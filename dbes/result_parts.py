@@ -25,7 +25,12 @@ class Part(Strict):
     model_config = ConfigDict(ser_json_inf_nan="null")
 
 
+class _Generation(Open):
+    tokens: Whole = 0
+
+
 class Settings(Open):
+    generation: _Generation | None = None
     permutations: Whole = 0
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] = 0
     limit: Whole | None = None
@@ -99,6 +104,29 @@ class _Covered(Open):
     by_domain: dict[str, Number] = Field(default_factory=dict)
 
 
+class _Phase(Open):
+    tokens: Whole = 0
+    documents: Whole = 0
+    without: tuple[str, ...] = ()
+
+
+class _Phases(Open):
+    """Prompt and generated text scored apart, and the paired difference of both by metric; only where answers were generated."""
+
+    prompt: _Phase = _Phase()
+    generated: _Phase = _Phase()
+    metrics: dict[str, dict[str, Number]] = Field(default_factory=dict)
+
+
+class _Loops(Open):
+    """Answers that repeat themselves; only where answers were generated."""
+
+    dropped: bool = False
+    answers: dict[str, Whole] = Field(default_factory=dict)
+    by_domain: dict[str, Whole] = Field(default_factory=dict)
+    documents: tuple[str, ...] = ()
+
+
 class Companions(Open):
     by_layer: dict[str, dict[int, Number]] = Field(default_factory=dict)
     model: dict[str, Number] = Field(default_factory=dict)
@@ -108,6 +136,8 @@ class Companions(Open):
     decoding: _Decoding = _Decoding()
     placebo: _Placebo = _Placebo()
     surrogate_covered: dict[str, _Covered] = Field(default_factory=dict)
+    phases: _Phases = _Phases()
+    loops: _Loops = _Loops()
 
 
 class OwnMetric(Part):

@@ -136,14 +136,15 @@ class TaskFacts(Part):
 
 
 class RecordingFacts(Part):
-    """What was recorded and what it took. Bytes: of the weights, as the streaming engine read them, or left them unread because the
-    last layer ends with its router."""
+    """What was recorded and what it took. Tokens of a chat template are recorded, but not scored. Bytes: of the weights, as the streaming
+    engine read them, or left them unread because the last layer ends with its router."""
 
     documents: Whole
     tokens: Whole
     seconds: Number = math.nan
     tokens_per_second: Number = math.nan
     engine: Literal["memory", "streaming"] | None = None
+    template_tokens: Whole | None = None
     bytes_read: Whole | None = None
     bytes_skipped: Whole | None = None
 

@@ -22,6 +22,7 @@ FREE = {
     "evaluate max_memory",
     "finetune lr",
     "intervene budget",
+    "evaluate system",
     "merge base",
     "report dataset",
 }

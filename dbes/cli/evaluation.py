@@ -35,6 +35,10 @@ PHASES = ("all", "prompt", "generated")
 MATCHES = ("none", "length")
 SURROGATES = ("token", "bigram")
 
+DropLoopsOption = Annotated[
+    bool, typer.Option("--drop-loops", help="Leave the generated text of answers that repeat themselves out of the scores.")
+]
+
 
 def evaluate(
     model: Annotated[str, typer.Option(help="Hub id or folder; `embedded` is the small checkpoint that ships with dbes.")] = "embedded",
@@ -51,6 +55,17 @@ def evaluate(
         str, one_of("engine", ENGINES, "memory loads all weights; streaming reads one layer at a time; auto streams what does not fit.")
     ] = "auto",
     max_memory: Annotated[str | None, typer.Option(help="What streaming may use, for example 4GiB; by default what is free.")] = None,
+    generate: Annotated[
+        int | None, typer.Option(help="Let the model answer each document with so many tokens at most, and record these too.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="Of the answers; 0 takes the most probable token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the most probable tokens that together have this probability.")] = 1.0,
+    generation_seed: Annotated[int, typer.Option(help="Of sampling; the same tokens whatever shares a batch.")] = 0,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Give each document as the user's message of the model's chat template.")
+    ] = False,
+    system: Annotated[str | None, typer.Option(help="System message of the chat template.")] = None,
+    drop_loops: DropLoopsOption = False,
     seed: SeedOption = 0,
     permutations: PermutationsOption = 1000,
     trust_remote_code: RemoteOption = False,
@@ -91,6 +106,8 @@ def evaluate(
             overwrite=overwrite, save_trace=save_trace, embedded_fallback=embedded_fallback, loss=loss,
             accuracy="lm-eval" if lm_eval else accuracy, ablate=ablate, metrics=[metric_from(each) for each in metric or ()],
             strata=names(strata), progress=progress,
+            generate=generate, temperature=temperature, top_p=top_p, generation_seed=generation_seed,
+            apply_chat_template=apply_chat_template, system=system, drop_loops=drop_loops,
         )  # fmt: skip
     done = [result for result in found if result.status == "ok"]
     for result in found if not quiet else ():
@@ -117,6 +134,7 @@ def score(
     surrogate: Annotated[
         str, one_of("surrogate", SURROGATES, "What lexical and contextual values tell apart: the token alone, or with the one before it.")
     ] = "token",
+    drop_loops: DropLoopsOption = False,
     seed: SeedOption = 0,
     permutations: PermutationsOption = 1000,
     metric: MetricOption = None,
@@ -129,7 +147,7 @@ def score(
     from dbes.scoring.score import score as run
 
     result = run(
-        trace, router=router, phase=phase, match=match, surrogate=surrogate, seed=seed, permutations=permutations,
+        trace, router=router, phase=phase, match=match, surrogate=surrogate, drop_loops=drop_loops, seed=seed, permutations=permutations,
         metrics=[metric_from(each) for each in metric or ()], strata=names(strata), output_path=output_path,
     )  # fmt: skip
     if format == "json":

@@ -25,8 +25,7 @@ from dbes.comparison.ranks import Difference, Rank, corrected, ranks_of
 from dbes.comparison.relation import Relation, relations
 from dbes.errors import ResultError, SettingError
 from dbes.results import RESULT_FILE, Result
-from dbes.scoring.decoding import Z95
-from dbes.scoring.resampling import jackknife
+from dbes.scoring.phases import model_score, paired
 from dbes.scoring.score import REPLICATED
 from dbes.scoring.texts import DATA
 from dbes.text import labels, unknown
@@ -40,6 +39,8 @@ OWN_ACCURACY = "the multiple-choice items of the task (mean over its domains tha
 
 UNKNOWN_DATA = "unknown:"
 """Beginning of what stands for the fingerprint of a result without one."""
+
+Identity = tuple[str, int | None, str | None, int, str, str, str]
 
 DEPTHS = (("all layers", 0.0, 1.0), ("first third", 0.0, 1 / 3), ("middle third", 1 / 3, 2 / 3), ("last third", 2 / 3, 1.0))
 """Relative depth of the MoE layers, 0 the first and 1 the last: models of different depth are compared by it."""
@@ -226,14 +227,23 @@ def with_accuracies(entries: Sequence[LeaderboardEntry], known: Accuracies, *, e
     return made
 
 
-def _identity(result: Result) -> tuple[str, int | None, str | None, int, str, str]:
+def _identity(result: Result) -> Identity:
     """What results of one table have in common; a result without a fingerprint has nothing in common with another."""
     own = result.task.fingerprint or f"{UNKNOWN_DATA}{result.model.name}{id(result)}"
     match, phase = str(result.settings.get("match", "none")), str(result.settings.get("phase", "all"))
-    return result.task.name, result.task.version, own, result.metrics_version, match, phase
+    return result.task.name, result.task.version, own, result.metrics_version, match, _answers(result), phase
 
 
-def _why_apart(found: tuple[str, int | None, str | None, int, str, str], chosen: tuple[str, int | None, str | None, int, str, str]) -> str:
+def _answers(result: Result) -> str:
+    """How the model's answers were made, and which of them were scored."""
+    about = result.settings.get("generation")
+    if not about:
+        return "none"
+    more = [f"{name} {found!r}" for name in ("chat_template", "system", "drop_loops") if (found := result.settings.get(name))]
+    return ", ".join([f"{about.get('tokens')} tokens", *(f"{name} {about[name]}" for name in sorted(about) if name != "tokens"), *more])
+
+
+def _why_apart(found: Identity, chosen: Identity) -> str:
     """Why a result of one identity is not in the table of another."""
     data = str(found[2]), str(chosen[2])
     if any(each.startswith(UNKNOWN_DATA) for each in data):
@@ -242,7 +252,7 @@ def _why_apart(found: tuple[str, int | None, str | None, int, str, str], chosen:
             f"{which} no fingerprint of its data, so that nothing shows that both read the same texts; score the trace again with "
             "document ids or token ids, or name the data in provenance['task']['fingerprint']"
         )
-    names = ("task", "task version", "task fingerprint", "metrics version", "match", "phase")
+    names = ("task", "task version", "task fingerprint", "metrics version", "match", "generation", "phase")
     words = [f"{name} {str(a)[:12]} instead of {str(b)[:12]}" for name, a, b in zip(names, found, chosen, strict=True) if a != b]
     made = all(each.startswith(DATA) for each in data) and data[0] != data[1]
     hint = " (made from document ids, domains and token ids; where both read the same texts give both the fingerprint of the task)"
@@ -267,16 +277,6 @@ def labelled(entries: list[LeaderboardEntry]) -> list[LeaderboardEntry]:
         names = [f"{name} @{fact}" if len(alike[name]) > 1 and fact else name for name, fact in zip(names, more, strict=True)]
     shown = labels(names, NAME_WIDTH)
     return [replace(entry, label=shown[name]) for entry, name in zip(entries, names, strict=True)]
-
-
-def model_score(result: Result, metric: str) -> float | None:
-    """The model's score, or None where a domain or a layer is missing in it: no mean is taken over a gap."""
-    rows = [record for record in result.calibrated if record.metric == metric]
-    by_domain = [record for record in rows if record.domain is not None]
-    missing = {record.domain for record in by_domain} != set(result.task.domains) if by_domain else result.by_domain(metric)
-    if missing or {record.layer for record in rows} != {*result.model.layers, None} or any(math.isnan(record.score) for record in rows):
-        return None
-    return result.record(metric).score
 
 
 def _rankable(entry: LeaderboardEntry, metric: str) -> bool:
@@ -340,13 +340,10 @@ def difference(
     (score_first, left_first, draw_first), (score_second, left_second, draw_second) = sides[0], sides[1]
     domain = first.replicates.document_domain
     value = score_first - score_second
-    found = jackknife(np.asarray(value), left_first - left_second, domain)
-    drawn = draw_first + draw_second
-    error, reach = math.hypot(float(found.error), drawn**0.5), math.hypot(float(found.reach), Z95 * drawn**0.5)
-    p = float(replace(found, error=np.asarray(error)).two_sided(value))
+    test = paired(value, left_first - left_second, domain, drawn=draw_first + draw_second)
     return Difference(
         first=first.label, second=second.label, metric=metric, depth=depth, score_first=score_first, score_second=score_second,
-        difference=value, low=value - reach, high=value + reach, p=p, of="excess" if excess else "score",
+        difference=value, low=test.low, high=test.high, p=test.p, of="excess" if excess else "score",
     )  # fmt: skip
 
 

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Unpack, overload
 
 from dbes.errors import DbesError, ModelError, ResultError, SettingError, TraceError, refusal
+from dbes.evaluation.answers import PHASE_FOLDERS, save_answered
 from dbes.evaluation.measuring import lacking, measured_beside, require_measurable
 from dbes.evaluation.request import (
+    Answers,
     Job,
     Options,
     Progress,
@@ -29,12 +31,13 @@ from dbes.measures import Measures
 from dbes.recording.crew import Crew
 from dbes.results import PAGE_FILE, RESULT_FILE, ModelFacts, RecordingFacts, Result, TaskFacts, load_result
 from dbes.scoring.own import Metric
-from dbes.scoring.score import score_tables
+from dbes.scoring.score import Scores, score_tables
 from dbes.scoring.tables import COMPANIONS, save_scores
 from dbes.shipped import EMBEDDED, EMBEDDED_MODEL
 from dbes.tasks.task import Task, is_group, tasks_of
 from dbes.trace.loss import DocumentLoss, read_loss
 from dbes.trace.store import MANIFEST, TRACE_FOLDER, Trace, read_manifest
+from dbes.trace.types import TEMPLATE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,6 +80,7 @@ def evaluate(
     metrics: Sequence[Metric] = (),
     strata: Sequence[str] = (),
     progress: Progress | None = None,
+    **answers: Unpack[Answers],
 ) -> Result | list[Result]:
     """Measure how a Mixture-of-Experts checkpoint routes the domains of a task, and write the result.
 
@@ -91,8 +95,7 @@ def evaluate(
             of a list are read before anything is written; of one that fails later, the result in the list has status
             "error", and the others are run.
         output_path: folder of the results.
-        revision: branch, tag or commit of a model on the hub.
-        limit: read at most this many documents of each domain.
+        revision: branch, tag or commit of a model on the hub. limit: read at most this many documents of each domain.
         dtype: "auto" is float32 on a CPU and the checkpoint's own dtype on an accelerator; or float32, bfloat16, float16, float64.
         device_map: as in transformers, for example "auto" or "cpu".
         batch_size: windows per batch, or "auto".
@@ -109,7 +112,8 @@ def evaluate(
         ablate: mask every domain's specialists, and other cells of the same load, and measure what is lost, in other texts.
         metrics: of your own, see `dbes.Metric`.
         strata: score strata of tokens too, and test whether they differ: ``entropy``, ``position``, ``token-class``, ``frequency``.
-        progress: called as progress(stage, done, total); the stage names what is being done.
+        progress: called as progress(stage, done, total).
+        answers: ``generate``, ``temperature``, ...: let the model answer each document and record that too, see `Answers`.
 
     Returns:
         The result, or one for each task of a list or a group.
@@ -127,7 +131,7 @@ def evaluate(
         request = Request.of(
             given, revision=revision, limit=limit, dtype=dtype, device_map=device_map, batch_size=batch_size, seed=seed, engine=engine,
             max_memory=max_memory, permutations=permutations, trust_remote_code=trust_remote_code, embedded_fallback=embedded_fallback,
-            loss=loss, accuracy=accuracy, ablate=ablate, metrics=tuple(metrics), strata=tuple(strata),
+            loss=loss, accuracy=accuracy, ablate=ablate, metrics=tuple(metrics), strata=tuple(strata), **answers,
         )  # fmt: skip
         results = _of_tasks(
             given, wanted, request, crew, several=several, output_path=Path(output_path), overwrite=overwrite, save_trace=save_trace,
@@ -288,7 +292,7 @@ def _evaluated(job: Job, loaded: LoadedModel, crew: Crew, *, fresh: bool, progre
     if earlier is not None and not only_lacking(job, earlier):
         fresh, earlier = True, None
     if fresh:
-        for name in (RESULT_FILE, PAGE_FILE, *COMPANIONS, TRACE_FOLDER):
+        for name in (RESULT_FILE, PAGE_FILE, *COMPANIONS, TRACE_FOLDER, *PHASE_FOLDERS):
             discard(folder / name)
     trace, facts, loss = _recorded(job, loaded, folder / TRACE_FOLDER, progress=progress, crew=crew)
     if earlier is not None:
@@ -302,8 +306,22 @@ def _evaluated(job: Job, loaded: LoadedModel, crew: Crew, *, fresh: bool, progre
 def _scored(job: Job, trace: Trace, facts: RecordingFacts, measures: Measures | None) -> Result:
     """Score the trace of a job and write the result; ``result.json`` last."""
     request = job.request
+    if request.generation is not None:
+        result = save_answered(
+            trace, job.folder, facts, drop=request.drop_loops, score=lambda part, phase: _scores(job, part, facts, phase)
+        )
+    else:
+        scores = _scores(job, trace, facts, measures=measures)
+        result = save_scores(scores, job.folder, scores.result)
+    tidy(job)
+    return result
+
+
+def _scores(job: Job, trace: Trace, facts: RecordingFacts, phase: int | None = None, *, measures: Measures | None = None) -> Scores:
+    """The scores of a phase (None: of all text), and in their result what was asked and recorded."""
+    request = job.request
     asked = {"permutations": request.permutations, "seed": request.seed, "metrics": request.metrics, "strata": request.strata}
-    scores = score_tables(trace, **asked)
+    scores = score_tables(trace, phase=phase, **asked)
     about = {"accelerator": accelerator_here()}
     if tokenizer := trace.provenance.get("tokenizer_sha256"):
         about["tokenizer_sha256"] = str(tokenizer)
@@ -315,14 +333,13 @@ def _scored(job: Job, trace: Trace, facts: RecordingFacts, measures: Measures | 
             "settings": {**scores.result.settings, **request.settings},
         }
     )
-    result = save_scores(scores, job.folder, result)
-    tidy(job)
-    return result
+    return replace(scores, result=result)
 
 
 def _recorded(
     job: Job, loaded: LoadedModel, folder: Path | None, *, progress: Progress | None, crew: Crew | None = None
 ) -> tuple[Trace, RecordingFacts, DocumentLoss | None]:
+    from dbes.recording.chat import Template
     from dbes.recording.record import record_documents
 
     benchmark, request = job.benchmark, job.request
@@ -347,6 +364,8 @@ def _recorded(
         provenance={"task": benchmark.facts, "batch_size": request.batch_size},
         progress=None if progress is None else lambda now, total: progress("recording", now, total),
         crew=crew,
+        generation=request.generation,
+        template=Template(loaded.tokenizer, request.system) if request.chat_template else None,
     )
     facts = _facts(job, done.trace)
     took = {name: getattr(done, name) for name in ("seconds", "tokens_per_second", "engine", "bytes_read", "bytes_skipped")}
@@ -354,7 +373,10 @@ def _recorded(
 
 
 def _facts(job: Job, trace: Trace) -> RecordingFacts:
-    return RecordingFacts(documents=len(job.benchmark.documents), tokens=trace.tokens)
+    around = None
+    if job.request.chat_template:
+        around = sum(int((routes.phase == TEMPLATE).sum()) for routes in trace.with_columns("phase") if routes.phase is not None)
+    return RecordingFacts(documents=len(job.benchmark.documents), tokens=trace.tokens, template_tokens=around)
 
 
 def _failed(job: Job, problem: BaseException) -> DbesError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from dbes.models import LoadedModel
+    from dbes.recording.generation import Generation
 
     Model = str | Path | LoadedModel | PreTrainedModel
     """What can be evaluated: folder, hub id or ``embedded``, or a model in memory."""
@@ -41,7 +42,21 @@ Progress = Callable[[str, int, int], None]
 """Called as progress(stage, done, total); the stage names what is being done."""
 
 
-class Options(TypedDict, total=False):
+class Answers(TypedDict, total=False):
+    """Arguments of `evaluate` for answers: tokens of each at most (None: there are none), how tokens are chosen (temperature 0: the most
+    probable one), whether documents are given in the model's chat template, its system message, and whether answers that repeat
+    themselves are left out of the scores."""
+
+    generate: int | None
+    temperature: float
+    top_p: float
+    generation_seed: int
+    apply_chat_template: bool
+    system: str | None
+    drop_loops: bool
+
+
+class Options(Answers, total=False):
     """Arguments of `evaluate` beside model and tasks."""
 
     tokenizer: PreTrainedTokenizerBase | None
@@ -65,6 +80,13 @@ class Options(TypedDict, total=False):
     metrics: Sequence[Metric]
     strata: Sequence[str]
     progress: Progress | None
+
+
+ANSWERS: dict[str, Any] = {"generate": None, "temperature": 0.0, "top_p": 1.0, "generation_seed": 0}
+"""Arguments of `evaluate` that say how answers are generated, and what they are when none is given."""
+
+GENERATION = ("generation", "chat_template", "system", "drop_loops")
+"""Settings that a result has where answers were generated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,11 +113,15 @@ def read_benchmark(tasks: str | Path | Task, *, limit: int | None = None, embedd
     return Benchmark(task=task, documents=reading.documents, facts=task_facts(task, reading))
 
 
-def result_folder(output_path: str | Path, name: str, revision: str, task: str, *, limit: int | None = None) -> Path:
-    """``<output_path>/<model name>/<revision>/<task>``; a limited task stands apart from the whole one."""
+def result_folder(
+    output_path: str | Path, name: str, revision: str, task: str, *, limit: int | None = None, generate: int | None = None
+) -> Path:
+    """``<output_path>/<model name>/<revision>/<task>``; a limited task, and one that is answered, stand apart from the whole one."""
     parts = [re.sub(r"[^\w.=-]+", "__", part).strip(".") or "_" for part in (name, revision.removeprefix("sha256:")[:12], task)]
     if limit is not None:
         parts[2] += f"-limit{limit}"
+    if generate is not None:
+        parts[2] += f"-generate{generate}"
     return Path(output_path).joinpath(*parts)
 
 
@@ -122,6 +148,10 @@ class Request:
     ablate: bool = False
     metrics: tuple[Metric, ...] = ()
     strata: tuple[str, ...] = ()
+    generation: Generation | None = None
+    chat_template: bool = False
+    system: str | None = None
+    drop_loops: bool = False
     model: str | None
     tasks: str | None
     revision: str | None
@@ -135,6 +165,8 @@ class Request:
                 raise SettingError("engine 'streaming': this model is in memory already; give its folder or hub id")
         if (given := options.get("max_memory")) is not None:
             options["max_memory"] = bytes_of(str(given), option="max_memory")
+        options["chat_template"] = options.pop("apply_chat_template", False)
+        options["generation"] = generation_of(**{name: options.pop(name, usual) for name, usual in ANSWERS.items()}, **options)
         return cls(model=str(model) if isinstance(model, str | Path) else None, tasks=None, **options)
 
     def on(self, task: str | Path | Task) -> Request:
@@ -153,6 +185,8 @@ class Request:
             require_harness()
         if self.engine == "streaming" and (asked := self.beside):
             raise SettingError(f"{asked}: {NEEDS_MEMORY}")
+        if self.generation is not None and (asked := self.beside):
+            raise SettingError(f"{asked}: measured on the given texts; evaluate once with it, and once with generate")
         if self.batch_size != "auto" and not (_whole(self.batch_size) and self.batch_size >= 1):
             raise SettingError(f"batch_size {self.batch_size!r}: expected 'auto' or a whole number of at least 1")
         for name, value, least in (("seed", self.seed, 0), ("permutations", self.permutations, 0), ("limit", self.limit, 1)):
@@ -171,7 +205,41 @@ class Request:
     @property
     def settings(self) -> dict[str, Any]:
         """What a result keeps under ``settings``; enough, with ``own_metrics``, to compare it and to write the command for it."""
-        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "metrics"}
+        about: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "metrics"}
+        if self.generation is None:
+            for name in GENERATION:
+                del about[name]
+        else:
+            about["generation"] = asdict(self.generation)
+        return about
+
+
+def generation_of(
+    *, generate: int | None, temperature: float, top_p: float, generation_seed: int, chat_template: bool = False,
+    system: str | None = None, drop_loops: bool = False, engine: str = "auto", **_: Any,
+) -> Generation | None:  # fmt: skip
+    """How answers are generated, if any are.
+
+    Raises:
+        SettingError: a value that nothing can be generated with, or one that says nothing without another.
+    """
+    from dbes.recording.generation import Generation
+
+    if generate is None:
+        asked = {
+            "temperature": temperature != 0, "top_p": top_p != 1, "generation_seed": generation_seed != 0, "system": system is not None,
+            "apply_chat_template": chat_template, "drop_loops": drop_loops,
+        }  # fmt: skip
+        if given := [name for name, there in asked.items() if there]:
+            raise SettingError(f"{given[0]}: says how answers are generated or scored; give generate, the number of their tokens, too")
+        return None
+    if system is not None and not chat_template:
+        raise SettingError("system: a system message has its place in a chat template; give apply_chat_template too")
+    if engine == "streaming":
+        raise SettingError(
+            "generate: with engine 'streaming' every token of an answer would read all weights from disk anew; use engine 'memory'"
+        )
+    return Generation(tokens=generate, temperature=temperature, top_p=top_p, seed=generation_seed)
 
 
 def _whole(value: Any) -> bool:
@@ -299,7 +367,8 @@ class Job:
     @property
     def folder(self) -> Path:
         name, commit = self.subject.name, self.subject.commit or UNRESOLVED
-        return result_folder(self.output_path, name, commit, self.benchmark.task.name, limit=self.request.limit)
+        tokens = None if self.request.generation is None else self.request.generation.tokens
+        return result_folder(self.output_path, name, commit, self.benchmark.task.name, limit=self.request.limit, generate=tokens)
 
     @cached_property
     def expected(self) -> Expected:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from dbes.errors import DbesError, FileError, ResultError
 from dbes.evaluation.measuring import lacking
-from dbes.evaluation.request import Expected, Job, Request
+from dbes.evaluation.request import GENERATION, Expected, Job, Request
 from dbes.files import discard, locked, remove_abandoned, sha256_of
 from dbes.recording.ledger import UNITS
 from dbes.result_parts import OwnMetric
@@ -55,6 +55,9 @@ def differences(found: Result, request: Request, expected: Expected) -> tuple[li
         other.append(("metrics of your own", _named(then_own), _named(now_own)))
     if (then := list(settings.get("strata", ()))) != list(request.strata):
         other.append(("strata", ", ".join(then) or "none", ", ".join(request.strata) or "none"))
+    for name in GENERATION:
+        if (then := settings.get(name)) != (now := request.settings.get(name)):
+            other.append((name, _short(then), _short(now)))
     asked = (request.dtype, request.device_map, expected.accelerator)
     made = (settings.get("dtype"), settings.get("device_map"), environment.get("accelerator"))
     if request.model is None or made != asked:
@@ -96,6 +99,9 @@ def other_recording(about: Mapping[str, Any], expected: Expected, request: Reque
     # recordings of earlier versions do not say their batch size
     other = [name for name, value in now.items() if about.get(name) != value and not (name == "batch_size" and name not in about)]
     other += ["loss"] if request.loss and not about.get("loss") else []
+    answers, chat = request.settings.get("generation"), about.get("chat_template") or {}
+    other += ["generation"] * (about.get("generation") != answers)
+    other += ["chat template"] * ((bool(chat), chat.get("system")) != (request.chat_template, request.system))
     recorded = about.get("task") or {}
     return other + ["task"] * any(recorded.get(name) != value for name, value in task.items())
 

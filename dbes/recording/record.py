@@ -20,9 +20,12 @@ from dbes.models.windows import embedding_rows, refuse_unknown, special_tokens, 
 from dbes.recording.background import Background
 from dbes.recording.batches import Batching
 from dbes.recording.batching import find_batching
+from dbes.recording.chat import Template
 from dbes.recording.crew import Crew
+from dbes.recording.decode import GenerationEngine, answer, generating
 from dbes.recording.engine import Engine, PassEngine
 from dbes.recording.forward import ForwardEngine
+from dbes.recording.generation import Generation
 from dbes.recording.ledger import Ledger, Tally
 from dbes.recording.streaming import streaming
 from dbes.recording.units import SHARD_TOKENS, UNIT_TOKENS, Unit, work_units
@@ -33,6 +36,10 @@ from dbes.trace.types import RoutingShape
 from dbes.trace.vocabulary import TokenText
 
 CONTROL_DRAWS = 3
+
+TRIED = 4
+"""Tokens of an answer by which is found which prompts may share a batch."""
+
 Progress = Callable[[int, int], None]
 
 
@@ -91,6 +98,8 @@ def record_documents(
     provenance: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     crew: Crew | None = None,
+    generation: Generation | None = None,
+    template: Template | None = None,
 ) -> Recording:
     """Routing of every token of the documents, as executed. The same whatever the batch size and the order of documents.
 
@@ -99,17 +108,15 @@ def record_documents(
 
     Args:
         domains: names of the domains, in the benchmark's order.
-        output_path: folder of the trace. An interrupted recording of the same thing in it resumes from the last whole
-            work unit. None keeps the trace in memory.
-        batch_size: windows per batch; "auto" fills a budget of tokens, halved when memory runs out.
-        seed: of the random-router control and of the noise of the stability measures.
-        control: draws of the random-router control to record in the same pass; their spread tells what another draw would show.
+        output_path: folder of the trace, in which an interrupted recording resumes from its last whole unit; None: in memory.
+        batch_size: windows per batch; "auto" fills a budget of tokens. seed: of the random routers and of the stability measures' noise.
+        control: draws of the random router to record in the same pass.
         stiffness: record margins and flips.
         loss: record how well the model predicts the texts; the head runs too then.
-        max_memory: bytes that this process may use, where the model's layers were left on disk; by default what is free.
-        provenance: further facts for the trace's manifest (name, version and fingerprint of the task).
-        progress: called as progress(tokens done, tokens in all).
+        max_memory: bytes that this process may use, where layers were left on disk.
+        provenance: further facts for the trace's manifest; progress: called as progress(tokens done, tokens in all).
         crew: the processes that record into the folder together; the first of them returns the trace, the others one without routes.
+        generation, template: let the model answer each document, cut to a window, in a chat template; answers are recorded too.
 
     Raises:
         RecordingError: no documents, a text without tokens, an unknown domain; a layer that did not fire; wrong counts; NaN in
@@ -118,14 +125,17 @@ def record_documents(
         TraceError: the folder holds another recording.
     """
     _placed(documents, domains)
-    engine, texts = prepared(loaded, documents, window=window, batch_size=batch_size, seed=seed)
+    texts, marks = _token_ids(loaded, documents, template)
+    engine = _plain(loaded, documents, window=window, batch_size=batch_size, seed=seed)
     engine = replace(engine, control=int(control), stiffness=stiffness, loss=loss)
     if loss and loaded.layerwise is not None:
         raise RecordingError("loss: streaming ends the last layer with its router, so no token is predicted; use --engine memory")
-    earlier = _read(loaded)
-    engine = _settled(engine, texts, None if output_path is None else Path(output_path), max_memory)
+    earlier, given = _read(loaded), None if template is None else (template, marks)
+    folder, names = None if output_path is None else Path(output_path), _names(documents)
+    running, texts = _running(engine, generation, texts, given, names=names, folder=folder, max_memory=max_memory)
+    engine = running.base if isinstance(running, GenerationEngine) else running
     done = record_with(
-        engine,
+        running,
         documents,
         texts,
         domains=domains,
@@ -146,8 +156,15 @@ def prepared(
     loaded: LoadedModel, documents: Sequence[TextDocument], *, window: int, batch_size: int | Literal["auto"] = "auto", seed: int = 0
 ) -> tuple[ForwardEngine, list[np.ndarray]]:
     """An engine that routes only, and the documents' token ids, int32 [tokens] each; raises as `record_documents`."""
+    texts, _ = _token_ids(loaded, documents, None)
+    return _plain(loaded, documents, window=window, batch_size=batch_size, seed=seed), texts
+
+
+def _plain(
+    loaded: LoadedModel, documents: Sequence[TextDocument], *, window: int, batch_size: int | Literal["auto"], seed: int
+) -> ForwardEngine:
+    """An engine that routes only."""
     sites = find_sites(loaded.model)
-    texts = _token_ids(loaded, documents)
     before, after = special_tokens(loaded.tokenizer, [document.text for document in documents])
     refuse_unknown(np.asarray([*before, *after], int), embedding_rows(loaded.model), loaded.tokenizer, name="special tokens of a text")
     limit, extra = max_positions(loaded.model), len(before) + len(after)
@@ -155,7 +172,7 @@ def prepared(
         raise RecordingError(f"window: expected at least one token, got {window} (the model has {limit} positions)")
     if batch_size != "auto" and batch_size < 1:
         raise RecordingError(f"batch_size: expected at least 1, or 'auto', got {batch_size}")
-    engine = ForwardEngine(
+    return ForwardEngine(
         loaded=loaded,
         sites=sites,
         before=before,
@@ -166,7 +183,6 @@ def prepared(
         window=window if limit is None else min(window, limit - extra),
         batch_size=None if batch_size == "auto" else batch_size,
     )
-    return engine, texts
 
 
 def predicted_bytes(engine: ForwardEngine, documents: Sequence[TextDocument], texts: Sequence[np.ndarray]) -> np.ndarray:
@@ -178,11 +194,31 @@ def predicted_bytes(engine: ForwardEngine, documents: Sequence[TextDocument], te
     return found
 
 
+def _running(
+    engine: ForwardEngine, generation: Generation | None, texts: list[np.ndarray],
+    template: tuple[Template, Sequence[np.ndarray]] | None, *, names: Callable[[int], str], folder: Path | None, max_memory: int | None,
+) -> tuple[ForwardEngine | GenerationEngine, list[np.ndarray]]:  # fmt: skip
+    """The engine that knows what may share a batch, and the texts as it is given them."""
+    if generation is None:
+        return _settled(engine, texts, folder, max_memory), texts
+    answering, prompts = generating(engine, generation, texts, template, names=names)
+    batching = _batching_of_answers(answering, prompts, folder)
+    return replace(answering, base=replace(answering.base, batching=batching)), prompts
+
+
 def _settled(engine: ForwardEngine, texts: Sequence[np.ndarray], folder: Path | None, max_memory: int | None) -> ForwardEngine:
     """The engine that knows what may share a batch, and reads layer by layer where they were left on disk."""
     if engine.loaded.layerwise is not None:
         return streaming(engine, texts, max_memory=max_memory, folder=folder)
     return replace(engine, batching=find_batching(engine, texts, folder))
+
+
+def _batching_of_answers(engine: GenerationEngine, texts: Sequence[np.ndarray], folder: Path | None) -> Batching:
+    """What prompts may share a batch, found by letting two be answered with TRIED tokens, as plain texts."""
+    short = replace(engine, generation=Generation(TRIED), template=(), end=())
+    return find_batching(
+        engine.base, texts, folder, run=lambda base, windows: answer(replace(short, base=base), windows), answer=TRIED - 1
+    )
 
 
 def _read(loaded: LoadedModel) -> tuple[int, int]:
@@ -224,7 +260,7 @@ def record_with(
     folder = None if output_path is None else Path(output_path)
     ledger = Ledger(folder, shape, facts, draws=contents.control, units=units, first=crew.first)
     crew.tell("recording")
-    earlier, started, total = ledger.tokens, time.perf_counter(), sum(map(len, texts))
+    earlier, started, total = ledger.tokens, time.perf_counter(), sum(lengths)  # answers may be shorter
     told = _Told(earlier, len(contents.layers), total, progress)
     with crew.holding() as locks, Background() as host:
         while True:
@@ -356,17 +392,24 @@ def source_texts(documents: Sequence[TextDocument]) -> tuple[str, ...] | None:
     return sources if len(distinct) < len(documents) else None
 
 
-def _token_ids(loaded: LoadedModel, documents: Sequence[TextDocument]) -> list[np.ndarray]:
-    def name(place: int) -> str:
-        return f"document {documents[place].id!r} (domain {documents[place].domain!r})"
+def _names(documents: Sequence[TextDocument]) -> Callable[[int], str]:
+    return lambda place: f"document {documents[place].id!r} (domain {documents[place].domain!r})"
 
-    texts = token_ids(loaded.tokenizer, [document.text for document in documents], names=name)
+
+def _token_ids(
+    loaded: LoadedModel, documents: Sequence[TextDocument], template: Template | None
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Token ids of each document, and which of them are the template's."""
+    names, given = _names(documents), [document.text for document in documents]
+    if template is not None:
+        return template.render(given, names=names)
+    texts = token_ids(loaded.tokenizer, given, names=names)
     rows = embedding_rows(loaded.model)
     for place, ids in enumerate(texts):
         if not len(ids):
-            raise RecordingError(f"{name(place)} has no tokens; give it a text or take it out")
-        refuse_unknown(ids, rows, loaded.tokenizer, name=name(place))
-    return texts
+            raise RecordingError(f"{names(place)} has no tokens; give it a text or take it out")
+        refuse_unknown(ids, rows, loaded.tokenizer, name=names(place))
+    return texts, []
 
 
 def _facts(ledger: Ledger, tally: Tally, engine: Engine) -> dict[str, Any]:

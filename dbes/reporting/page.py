@@ -25,6 +25,7 @@ from dbes.files import check_writable, write_text
 from dbes.reporting import charts, layer_charts, measures
 from dbes.reporting.commands import command, program
 from dbes.reporting.meaning import meaning_rows, placebo_rows
+from dbes.reporting.phases import HEADINGS, answer_note, answer_rows
 from dbes.reporting.strata import StrataRows, strata_rows
 from dbes.reporting.text_view import TextSample, contexts, documents, read_sample, token_text, trajectories
 from dbes.results import PAGE_FILE, CalibratedRecord, Result, load_result
@@ -132,6 +133,9 @@ def render_page(
         verdicts=measures.ablation_verdicts(result, named),
         measured=measures,
         notes=measures.measure_notes(result),
+        answers=answer_rows(result),
+        answer_headings=HEADINGS,
+        answer_note=answer_note(result),
         few=charts.FEW_DOMAINS,
         headline=[_tile(result, metric) for metric in charts.HEADLINE],
         facts=provenance(result),
@@ -324,6 +328,8 @@ def provenance(result: Result) -> list[tuple[str, str]]:
     if recording is not None:
         facts += [("Documents", f"{recording.documents:,}" if result.documents_known else None), ("Tokens", f"{recording.tokens:,}")]
     asked = {name: value for name, value in result.settings.items() if name not in ("model", "tasks", "revision", "dtype")}
+    if isinstance(asked.get("generation"), dict):
+        asked["generation"] = ", ".join(f"{name} {value}" for name, value in asked["generation"].items())
     facts += [(name.replace("_", " ").capitalize(), value) for name, value in asked.items() if value is not None]
     facts += [(name.replace("_", " "), value) for name, value in result.environment.items()]
     return [(label(name), legible(str(value), NAME_WIDTH)) for name, value in facts if value is not None and value != ""]

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from dbes.reporting import measures
 from dbes.reporting.commands import program, shell
+from dbes.reporting.phases import HEADINGS, TITLE, answer_note, answer_rows
 from dbes.reporting.strata import strata_rows, strata_tables
 from dbes.results import CalibratedRecord, Result, Specialist
 from dbes.scoring.portions import share_of_position, share_of_word, word_unknown
@@ -71,6 +72,11 @@ def render(result: Result) -> RenderableType:
     parts += [_told(table) for table in tables]
     strata = [part for rows in strata_rows(result) for part in strata_tables(rows)]
     parts += [_told(part) if isinstance(part, Table) else part for part in strata]
+    if rows := answer_rows(result):
+        table = _table(TITLE, *HEADINGS)
+        for row in rows:
+            table.add_row(*row)
+        parts += [table, Text(answer_note(result), style="dim")]
     if result.specialists:
         parts.append(_specialist_table(result))
     parts += _measures(result)

@@ -165,7 +165,8 @@ class _Pass:
                 self.phase_tokens[code] += int(of_phase(routes, code).sum())
             if self.texts is not None:
                 self.texts.add(routes)
-            chosen = routes if self.phase is None else routes.take(np.flatnonzero(of_phase(routes, self.phase)))
+            wanted = of_phase(routes, self.phase)
+            chosen = routes if wanted.all() else routes.take(np.flatnonzero(wanted))
             if len(chosen):
                 yield from pieces_of(chosen)
 

@@ -29,6 +29,7 @@ from dbes.scoring.given import NO_TOKENS
 from dbes.scoring.grouping import Grouping
 from dbes.scoring.layer_counts import LayerCounts
 from dbes.scoring.layers import score_layers
+from dbes.scoring.loops import find_loops, without_loops
 from dbes.scoring.own import Metric, checked, own_warnings
 from dbes.scoring.placebo import placebo_warnings
 from dbes.scoring.published import published_values
@@ -98,6 +99,7 @@ def score(
     phase: str = PHASES[None],
     match: str = UNMATCHED,
     surrogate: str = "token",
+    drop_loops: bool = False,
     seed: int = 0,
     permutations: int = 1000,
     metrics: Sequence[Metric] = (),
@@ -115,6 +117,7 @@ def score(
             position: a check of what these do to the score. Result and page are of the cut texts, and not compared with others.
         surrogate: what ``lexical`` and ``contextual`` are beside: a router that looks at the ``token`` alone, or at the ``bigram`` of the
             token and the one before it.
+        drop_loops: leave the generated text of answers that repeat themselves out.
         seed: of the permutations, the reference router and the random halves.
         permutations: shuffles of the documents' domain labels that make the chance level.
         metrics: of your own, see `dbes.Metric`.
@@ -141,13 +144,19 @@ def score(
             routes = imitate(routes, cast(Router, router), seed=seed)
         asked: dict[str, object] = {"trace": str(trace)} if isinstance(trace, str | Path) else {}
         notes: tuple[str, ...] = ()
+        if drop_loops:
+            if isinstance(routes, Counts):
+                raise TraceError("these are counts; drop_loops needs the trace, whose answers it reads")
+            loops = find_loops(routes)
+            asked, routes = asked | {"drop_loops": True}, without_loops(routes, loops)
+            notes += (f"{counted(int(loops.looping.sum()), 'answer')} that repeat themselves were left out",)
         if match != UNMATCHED:
             if isinstance(routes, Counts):
                 raise TraceError(f"these are counts; match {match} needs the trace, whose texts it cuts")
             routes = match_lengths(routes, phase=code)
             found = routes.provenance[MATCHED]
             asked |= {"match": match, MATCHED: found}
-            notes = (
+            notes += (
                 f"{found['documents_cut']:,} of {counted(found['documents'], 'document')} were cut, so that all domains have the same "
                 f"lengths: {found['tokens']:,} of {found['tokens_before']:,} tokens are left",
             )
