@@ -25,11 +25,12 @@ from dbes.models import LoadedModel, load_model
 from dbes.models.execution import base_of
 from dbes.models.hooks import watching
 from dbes.models.sites import find_sites
+from dbes.models.windows import special_tokens
 from dbes.recording import batching, forward, ledger
 from dbes.recording import record as recording
 from dbes.recording.batches import Window
 from dbes.recording.forward import Coming, ForwardEngine, record_batch
-from dbes.recording.record import record_documents, special_tokens
+from dbes.recording.record import record_documents
 from dbes.trace.store import Trace
 from dbes.trace.types import TokenRoutes
 

@@ -18,8 +18,9 @@ from safetensors.numpy import load_file
 
 from dbes.errors import ResultError
 from dbes.reporting import charts, layer_charts
+from dbes.reporting.html import packed, unpacked
 from dbes.reporting.meaning import meaning_rows, placebo_rows
-from dbes.reporting.page import columns, command, packed, read_usage, render_page, slug, unpacked, write_page
+from dbes.reporting.page import columns, command, read_usage, render_page, slug, write_page
 from dbes.reporting.terminal import render
 from dbes.reporting.text_view import contexts, documents, legible, read_sample, token_text, trajectories
 from dbes.results import Result, load_result

@@ -21,7 +21,7 @@ from dbes.paths.coverage import deal_folds
 from dbes.paths.evidence import Evidence, given_evidence
 from dbes.paths.model_evidence import check_model, cut_windows, recorded_benchmark
 from dbes.paths.placement import Budget, Estimate, Placement, chosen_experts, place
-from dbes.recording.record import source_texts
+from dbes.recording.documents import source_texts
 from dbes.results import Result
 from dbes.scoring.metrics import usage_of
 from dbes.scoring.resampling import CONFIDENCE

@@ -13,7 +13,8 @@ from scipy.stats import binomtest
 
 from dbes.errors import SettingError
 from dbes.evaluation.harness import HARNESS, harness_accuracy
-from dbes.evaluation.request import NEEDS_MEMORY, Job, Progress
+from dbes.evaluation.options import Progress
+from dbes.evaluation.request import NEEDS_MEMORY, Job
 from dbes.measures import DomainAblation, DomainAccuracy, Measured, Measures
 from dbes.results import RecordingFacts
 from dbes.scoring.counting import counts_of
@@ -124,8 +125,8 @@ def _wilson(share: float, items: int) -> Measured:
 def ablated(job: Job, loaded: LoadedModel, trace: Trace, facts: RecordingFacts, *, progress: Progress | None) -> dict[str, DomainAblation]:
     """Bits per byte with each domain's specialists masked, and with as many cells of the same load."""
     from dbes.models.masking import masked
+    from dbes.recording.documents import predicted_bytes, prepared
     from dbes.recording.losses import document_nats
-    from dbes.recording.record import predicted_bytes, prepared
     from dbes.trace.blocks import Work
 
     counts, documents, request = counts_of(trace), job.benchmark.documents, job.request

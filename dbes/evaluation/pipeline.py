@@ -10,29 +10,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Unpack, overload
 
 from dbes.errors import DbesError, ModelError, ResultError, SettingError, TraceError, refusal
-from dbes.evaluation.answers import PHASE_FOLDERS, save_answered
+from dbes.evaluation.answers import PHASE_FOLDERS
 from dbes.evaluation.measuring import lacking, measured_beside, require_measurable
+from dbes.evaluation.options import Answers, Options, Progress
 from dbes.evaluation.request import (
-    Answers,
     Job,
-    Options,
-    Progress,
     Request,
     Subject,
-    accelerator_here,
     expected_of,
     given_model,
     read_benchmark,
     subject_of,
 )
-from dbes.evaluation.reuse import finished_result, missing_files, notes, only_lacking, other_recording, same_result, tidy, whole_trace
+from dbes.evaluation.reuse import finished_result, missing_files, notes, only_lacking, other_recording, same_result, whole_trace
+from dbes.evaluation.scored import scored
 from dbes.files import discard, locked
-from dbes.measures import Measures
 from dbes.recording.crew import Crew
 from dbes.results import PAGE_FILE, RESULT_FILE, ModelFacts, RecordingFacts, Result, TaskFacts, load_result
 from dbes.scoring.own import Metric
-from dbes.scoring.score import Scores, score_tables
-from dbes.scoring.tables import COMPANIONS, save_scores
+from dbes.scoring.tables import COMPANIONS
 from dbes.shipped import EMBEDDED, EMBEDDED_MODEL
 from dbes.tasks.task import Task, is_group, tasks_of
 from dbes.trace.loss import DocumentLoss, read_loss
@@ -282,7 +278,7 @@ def _repaired(job: Job) -> Result | None:
         notes.warning(f"{folder}: {lost} missing or altered; recorded again")
         return None
     notes.warning(f"{folder}: {lost} missing or altered; made again from the recorded routes")
-    return _scored(job, trace, found.recording or _facts(job, trace), found.measures)
+    return scored(job, trace, found.recording or _facts(job, trace), found.measures)
 
 
 def _evaluated(job: Job, loaded: LoadedModel, crew: Crew, *, fresh: bool, progress: Progress | None) -> Result:
@@ -300,40 +296,7 @@ def _evaluated(job: Job, loaded: LoadedModel, crew: Crew, *, fresh: bool, progre
     if progress is not None:
         progress("scoring", 0, 0)
     before = None if earlier is None else earlier.measures
-    return _scored(job, trace, facts, measured_beside(job, loaded, trace, loss, facts, earlier=before, progress=progress))
-
-
-def _scored(job: Job, trace: Trace, facts: RecordingFacts, measures: Measures | None) -> Result:
-    """Score the trace of a job and write the result; ``result.json`` last."""
-    request = job.request
-    if request.generation is not None:
-        result = save_answered(
-            trace, job.folder, facts, drop=request.drop_loops, score=lambda part, phase: _scores(job, part, facts, phase)
-        )
-    else:
-        scores = _scores(job, trace, facts, measures=measures)
-        result = save_scores(scores, job.folder, scores.result)
-    tidy(job)
-    return result
-
-
-def _scores(job: Job, trace: Trace, facts: RecordingFacts, phase: int | None = None, *, measures: Measures | None = None) -> Scores:
-    """The scores of a phase (None: of all text), and in their result what was asked and recorded."""
-    request = job.request
-    asked = {"permutations": request.permutations, "seed": request.seed, "metrics": request.metrics, "strata": request.strata}
-    scores = score_tables(trace, phase=phase, **asked)
-    about = {"accelerator": accelerator_here()}
-    if tokenizer := trace.provenance.get("tokenizer_sha256"):
-        about["tokenizer_sha256"] = str(tokenizer)
-    result = scores.result.model_copy(
-        update={
-            "recording": facts,
-            "measures": measures,
-            "environment": {**scores.result.environment, **about},
-            "settings": {**scores.result.settings, **request.settings},
-        }
-    )
-    return replace(scores, result=result)
+    return scored(job, trace, facts, measured_beside(job, loaded, trace, loss, facts, earlier=before, progress=progress))
 
 
 def _recorded(

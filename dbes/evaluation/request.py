@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal
 
 from dbes.errors import ModelError, SettingError
 from dbes.evaluation.harness import HARNESS, require_harness
+from dbes.evaluation.options import ANSWERS, GENERATION, generation_of
 from dbes.scoring.own import Metric, checked
 from dbes.scoring.stratified import checked_kinds
 from dbes.shipped import EMBEDDED, located
@@ -36,57 +37,6 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 ENGINES = ("auto", "memory", "streaming")
 
 NEEDS_MEMORY = "needs the model whole in memory, and streaming ends the last layer with its router; use --engine memory"
-
-
-Progress = Callable[[str, int, int], None]
-"""Called as progress(stage, done, total); the stage names what is being done."""
-
-
-class Answers(TypedDict, total=False):
-    """Arguments of `evaluate` for answers: tokens of each at most (None: there are none), how tokens are chosen (temperature 0: the most
-    probable one), whether documents are given in the model's chat template, its system message, and whether answers that repeat
-    themselves are left out of the scores."""
-
-    generate: int | None
-    temperature: float
-    top_p: float
-    generation_seed: int
-    apply_chat_template: bool
-    system: str | None
-    drop_loops: bool
-
-
-class Options(Answers, total=False):
-    """Arguments of `evaluate` beside model and tasks."""
-
-    tokenizer: PreTrainedTokenizerBase | None
-    output_path: str | Path
-    revision: str | None
-    limit: int | None
-    dtype: str
-    device_map: str | None
-    batch_size: int | Literal["auto"]
-    seed: int
-    permutations: int
-    trust_remote_code: bool
-    engine: Literal["auto", "memory", "streaming"]
-    max_memory: int | str | None
-    overwrite: bool
-    save_trace: bool
-    embedded_fallback: bool
-    loss: bool
-    accuracy: bool | Literal["lm-eval"]
-    ablate: bool
-    metrics: Sequence[Metric]
-    strata: Sequence[str]
-    progress: Progress | None
-
-
-ANSWERS: dict[str, Any] = {"generate": None, "temperature": 0.0, "top_p": 1.0, "generation_seed": 0}
-"""Arguments of `evaluate` that say how answers are generated, and what they are when none is given."""
-
-GENERATION = ("generation", "chat_template", "system", "drop_loops")
-"""Settings that a result has where answers were generated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,34 +162,6 @@ class Request:
         else:
             about["generation"] = asdict(self.generation)
         return about
-
-
-def generation_of(
-    *, generate: int | None, temperature: float, top_p: float, generation_seed: int, chat_template: bool = False,
-    system: str | None = None, drop_loops: bool = False, engine: str = "auto", **_: Any,
-) -> Generation | None:  # fmt: skip
-    """How answers are generated, if any are.
-
-    Raises:
-        SettingError: a value that nothing can be generated with, or one that says nothing without another.
-    """
-    from dbes.recording.generation import Generation
-
-    if generate is None:
-        asked = {
-            "temperature": temperature != 0, "top_p": top_p != 1, "generation_seed": generation_seed != 0, "system": system is not None,
-            "apply_chat_template": chat_template, "drop_loops": drop_loops,
-        }  # fmt: skip
-        if given := [name for name, there in asked.items() if there]:
-            raise SettingError(f"{given[0]}: says how answers are generated or scored; give generate, the number of their tokens, too")
-        return None
-    if system is not None and not chat_template:
-        raise SettingError("system: a system message has its place in a chat template; give apply_chat_template too")
-    if engine == "streaming":
-        raise SettingError(
-            "generate: with engine 'streaming' every token of an answer would read all weights from disk anew; use engine 'memory'"
-        )
-    return Generation(tokens=generate, temperature=temperature, top_p=top_p, seed=generation_seed)
 
 
 def _whole(value: Any) -> bool:

@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 
 from dbes.errors import DbesError, FileError, ResultError
 from dbes.evaluation.measuring import lacking
-from dbes.evaluation.request import GENERATION, Expected, Job, Request
+from dbes.evaluation.options import GENERATION
+from dbes.evaluation.request import Expected, Job, Request
 from dbes.files import discard, locked, remove_abandoned, sha256_of
 from dbes.recording.ledger import UNITS
 from dbes.result_parts import OwnMetric

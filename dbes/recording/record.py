@@ -7,22 +7,21 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
 from dbes.errors import RecordingError
 from dbes.locks import Held
 from dbes.models import LoadedModel
-from dbes.models.sites import find_sites, max_positions
-from dbes.models.token_text import token_bytes, token_texts
-from dbes.models.windows import embedding_rows, refuse_unknown, special_tokens, token_ids
+from dbes.models.token_text import token_texts
 from dbes.recording.background import Background
 from dbes.recording.batches import Batching
 from dbes.recording.batching import find_batching
 from dbes.recording.chat import Template
 from dbes.recording.crew import Crew
 from dbes.recording.decode import GenerationEngine, answer, generating
+from dbes.recording.documents import TextDocument, names_of, placed, plain_engine, predicted_bytes, source_texts, token_ids_of
 from dbes.recording.engine import Engine, PassEngine
 from dbes.recording.forward import ForwardEngine
 from dbes.recording.generation import Generation
@@ -41,17 +40,6 @@ TRIED = 4
 """Tokens of an answer by which is found which prompts may share a batch."""
 
 Progress = Callable[[int, int], None]
-
-
-class TextDocument(Protocol):
-    """What is recorded: a text with its id and the name of its domain."""
-
-    @property
-    def id(self) -> str: ...
-    @property
-    def domain(self) -> str: ...
-    @property
-    def text(self) -> str: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,14 +112,14 @@ def record_documents(
         ModelError: not a Mixture-of-Experts model, or one whose routing cannot be read.
         TraceError: the folder holds another recording.
     """
-    _placed(documents, domains)
-    texts, marks = _token_ids(loaded, documents, template)
-    engine = _plain(loaded, documents, window=window, batch_size=batch_size, seed=seed)
+    placed(documents, domains)
+    texts, marks = token_ids_of(loaded, documents, template)
+    engine = plain_engine(loaded, documents, window=window, batch_size=batch_size, seed=seed)
     engine = replace(engine, control=int(control), stiffness=stiffness, loss=loss)
     if loss and loaded.layerwise is not None:
         raise RecordingError("loss: streaming ends the last layer with its router, so no token is predicted; use --engine memory")
     earlier, given = _read(loaded), None if template is None else (template, marks)
-    folder, names = None if output_path is None else Path(output_path), _names(documents)
+    folder, names = None if output_path is None else Path(output_path), names_of(documents)
     running, texts = _running(engine, generation, texts, given, names=names, folder=folder, max_memory=max_memory)
     engine = running.base if isinstance(running, GenerationEngine) else running
     done = record_with(
@@ -150,48 +138,6 @@ def record_documents(
         return replace(done, batching=engine.batching, engine="memory")
     read, skipped = (now - then for now, then in zip(_read(loaded), earlier, strict=True))
     return replace(done, batching=engine.batching, engine="streaming", bytes_read=read, bytes_skipped=skipped)
-
-
-def prepared(
-    loaded: LoadedModel, documents: Sequence[TextDocument], *, window: int, batch_size: int | Literal["auto"] = "auto", seed: int = 0
-) -> tuple[ForwardEngine, list[np.ndarray]]:
-    """An engine that routes only, and the documents' token ids, int32 [tokens] each; raises as `record_documents`."""
-    texts, _ = _token_ids(loaded, documents, None)
-    return _plain(loaded, documents, window=window, batch_size=batch_size, seed=seed), texts
-
-
-def _plain(
-    loaded: LoadedModel, documents: Sequence[TextDocument], *, window: int, batch_size: int | Literal["auto"], seed: int
-) -> ForwardEngine:
-    """An engine that routes only."""
-    sites = find_sites(loaded.model)
-    before, after = special_tokens(loaded.tokenizer, [document.text for document in documents])
-    refuse_unknown(np.asarray([*before, *after], int), embedding_rows(loaded.model), loaded.tokenizer, name="special tokens of a text")
-    limit, extra = max_positions(loaded.model), len(before) + len(after)
-    if window < 1 or (limit is not None and limit <= extra):
-        raise RecordingError(f"window: expected at least one token, got {window} (the model has {limit} positions)")
-    if batch_size != "auto" and batch_size < 1:
-        raise RecordingError(f"batch_size: expected at least 1, or 'auto', got {batch_size}")
-    return ForwardEngine(
-        loaded=loaded,
-        sites=sites,
-        before=before,
-        after=after,
-        seed=seed,
-        control=0,
-        stiffness=False,
-        window=window if limit is None else min(window, limit - extra),
-        batch_size=None if batch_size == "auto" else batch_size,
-    )
-
-
-def predicted_bytes(engine: ForwardEngine, documents: Sequence[TextDocument], texts: Sequence[np.ndarray]) -> np.ndarray:
-    """UTF-8 bytes of each document but of tokens that nothing stands before, int64 [documents]."""
-    found = np.asarray([len(document.text.encode()) for document in documents], np.int64)
-    if not engine.before:
-        firsts = [[token_bytes(engine.loaded.tokenizer, int(token)) for token in ids[:: engine.window]] for ids in texts]
-        found = np.maximum(found - [sum(each) for each in firsts], 0)
-    return found
 
 
 def _running(
@@ -358,58 +304,16 @@ class _Told:
             self._progress(self._done, self._total)
 
 
-def _placed(documents: Sequence[TextDocument], domains: Sequence[str]) -> np.ndarray:
-    """Index of each document's domain."""
-    if not documents:
-        raise RecordingError("no documents to record")
-    places = {name: place for place, name in enumerate(domains)}
-    for document in documents:
-        if document.domain not in places:
-            raise RecordingError(f"document {document.id!r} has the domain {document.domain!r}, expected one of {list(domains)}")
-    return np.asarray([places[document.domain] for document in documents], np.int32)
-
-
 def _shape(contents: Contents, documents: Sequence[TextDocument], domains: Sequence[str]) -> RoutingShape:
     return RoutingShape(
         layers=contents.layers,
         experts=contents.experts,
         top_k=contents.top_k,
         domains=tuple(domains),
-        document_domain=_placed(documents, domains),
+        document_domain=placed(documents, domains),
         document_ids=tuple(document.id for document in documents),
         document_source=source_texts(documents),
     )
-
-
-def source_texts(documents: Sequence[TextDocument]) -> tuple[str, ...] | None:
-    """Source text of each document; one that names none is its own, and repeats of a text are one. None when all are their own."""
-    first: dict[str, str] = {}
-    sources = tuple(
-        getattr(document, "source_document", None) or first.setdefault(" ".join(document.text.split()), document.id)
-        for document in documents
-    )
-    distinct = {(source, document.domain) for source, document in zip(sources, documents, strict=True)}
-    return sources if len(distinct) < len(documents) else None
-
-
-def _names(documents: Sequence[TextDocument]) -> Callable[[int], str]:
-    return lambda place: f"document {documents[place].id!r} (domain {documents[place].domain!r})"
-
-
-def _token_ids(
-    loaded: LoadedModel, documents: Sequence[TextDocument], template: Template | None
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Token ids of each document, and which of them are the template's."""
-    names, given = _names(documents), [document.text for document in documents]
-    if template is not None:
-        return template.render(given, names=names)
-    texts = token_ids(loaded.tokenizer, given, names=names)
-    rows = embedding_rows(loaded.model)
-    for place, ids in enumerate(texts):
-        if not len(ids):
-            raise RecordingError(f"{names(place)} has no tokens; give it a text or take it out")
-        refuse_unknown(ids, rows, loaded.tokenizer, name=names(place))
-    return texts, []
 
 
 def _facts(ledger: Ledger, tally: Tally, engine: Engine) -> dict[str, Any]:

@@ -24,7 +24,8 @@ from dbes.reporting.export import (
     relation_lines,
     titles,
 )
-from dbes.reporting.page import columns, render
+from dbes.reporting.html import render
+from dbes.reporting.page import columns
 from dbes.scoring.score import REPLICATED
 from dbes.text import legible
 from dbes.wording import p_cell, plus_minus, portion, share, shares, task_words

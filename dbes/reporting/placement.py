@@ -13,7 +13,7 @@ from rich.text import Text
 
 from dbes.paths.placement import DomainPlacement, Estimate, Placement
 from dbes.reporting.agreement import plain_table, without_nan
-from dbes.reporting.page import render
+from dbes.reporting.html import render
 from dbes.text import json_text, legible
 from dbes.wording import UNKNOWN, counted, share, shares
 

@@ -22,10 +22,11 @@ from report_results import HOSTILE, counted_domains, simulated_trace, write_resu
 from test_report_intervention import made, made_with_items
 
 from dbes.comparison.compare import compare
+from dbes.reporting.html import unpacked
 from dbes.reporting.leaderboard import render_leaderboard
 from dbes.reporting.outcome import Outcome
 from dbes.reporting.outcome_page import render_outcome
-from dbes.reporting.page import unpacked, write_page
+from dbes.reporting.page import write_page
 from dbes.testbed import report as testbed_report
 from dbes.testbed.experiments import Findings, Verdict
 
