@@ -423,9 +423,9 @@ def test_what_may_share_a_batch_is_found_out_once(tmp_path: Path, monkeypatch: p
     tried: list[str] = []
     real = batching._tried
 
-    def counted(engine: ForwardEngine, texts: Sequence[np.ndarray]) -> Any:
+    def counted(engine: ForwardEngine, *others: Any) -> Any:
         tried.append(engine.loaded.name)
-        return real(engine, texts)
+        return real(engine, *others)
 
     monkeypatch.setattr(batching, "_tried", counted)
     monkeypatch.setattr(batching, "_known", {})

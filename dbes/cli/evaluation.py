@@ -40,30 +40,46 @@ DropLoopsOption = Annotated[
 ]
 
 
+DtypeOption = Annotated[
+    str, typer.Option(help="auto (float32 on a CPU, the checkpoint's own on an accelerator), float32, bfloat16, float16, float64.")
+]
+EngineOption = Annotated[
+    str, one_of("engine", ENGINES, "memory loads all weights; streaming reads one layer at a time; auto streams what does not fit.")
+]
+GenerateOption = Annotated[
+    int | None, typer.Option(help="Let the model answer each document with so many tokens at most, and record these too.")
+]
+ApplyChatTemplateOption = Annotated[
+    bool, typer.Option("--apply-chat-template", help="Give each document as the user's message of the model's chat template.")
+]
+EmbeddedFallbackOption = Annotated[
+    bool, typer.Option("--embedded-fallback", help="When the hub cannot be reached, use the embedded sample and say so.")
+]
+AccuracyOption = Annotated[
+    bool, typer.Option("--accuracy", help="How often the right choice of the task's multiple-choice items is the likeliest.")
+]
+LmEvalOption = Annotated[bool, typer.Option("--lm-eval", help="The same accuracy, by lm-evaluation-harness; needs dbes[lm-eval].")]
+AblateOption = Annotated[
+    bool, typer.Option("--ablate", help="Mask each domain's specialists, and other cells of the same load: what is lost?")
+]
+
+
 def evaluate(
     model: Annotated[str, typer.Option(help="Hub id or folder; `embedded` is the small checkpoint that ships with dbes.")] = "embedded",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
     tasks: Annotated[str, typer.Option(help="Task name, YAML file (or a group's), prepared folder; several with commas.")] = "embedded",
     limit: Annotated[int | None, typer.Option(min=1, help="Documents per domain at most.")] = None,
     output_path: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("results"),
-    dtype: Annotated[
-        str, typer.Option(help="auto (float32 on a CPU, the checkpoint's own on an accelerator), float32, bfloat16, float16, float64.")
-    ] = "auto",
+    dtype: DtypeOption = "auto",
     device_map: Annotated[str | None, typer.Option(help="As in transformers, for example auto or cpu.")] = None,
     batch_size: Annotated[str, typer.Option(help="Windows per batch, or auto.")] = "auto",
-    engine: Annotated[
-        str, one_of("engine", ENGINES, "memory loads all weights; streaming reads one layer at a time; auto streams what does not fit.")
-    ] = "auto",
+    engine: EngineOption = "auto",
     max_memory: Annotated[str | None, typer.Option(help="What streaming may use, for example 4GiB; by default what is free.")] = None,
-    generate: Annotated[
-        int | None, typer.Option(help="Let the model answer each document with so many tokens at most, and record these too.")
-    ] = None,
+    generate: GenerateOption = None,
     temperature: Annotated[float, typer.Option(help="Of the answers; 0 takes the most probable token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the most probable tokens that together have this probability.")] = 1.0,
     generation_seed: Annotated[int, typer.Option(help="Of sampling; the same tokens whatever shares a batch.")] = 0,
-    apply_chat_template: Annotated[
-        bool, typer.Option("--apply-chat-template", help="Give each document as the user's message of the model's chat template.")
-    ] = False,
+    apply_chat_template: ApplyChatTemplateOption = False,
     system: Annotated[str | None, typer.Option(help="System message of the chat template.")] = None,
     drop_loops: DropLoopsOption = False,
     seed: SeedOption = 0,
@@ -71,19 +87,11 @@ def evaluate(
     trust_remote_code: RemoteOption = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Evaluate again although there is a result.")] = False,
     save_trace: Annotated[bool, typer.Option(help="Keep the recorded routes beside the result.")] = True,
-    embedded_fallback: Annotated[
-        bool, typer.Option("--embedded-fallback", help="When the hub cannot be reached, use the embedded sample and say so.")
-    ] = False,
+    embedded_fallback: EmbeddedFallbackOption = False,
     loss: Annotated[bool, typer.Option("--loss", help="Bits per byte of every domain too, in the same pass.")] = False,
-    accuracy: Annotated[
-        bool, typer.Option("--accuracy", help="How often the right choice of the task's multiple-choice items is the likeliest.")
-    ] = False,
-    lm_eval: Annotated[
-        bool, typer.Option("--lm-eval", help="The same accuracy, by lm-evaluation-harness; needs dbes[lm-eval].")
-    ] = False,
-    ablate: Annotated[
-        bool, typer.Option("--ablate", help="Mask each domain's specialists, and other cells of the same load: what is lost?")
-    ] = False,
+    accuracy: AccuracyOption = False,
+    lm_eval: LmEvalOption = False,
+    ablate: AblateOption = False,
     metric: MetricOption = None,
     strata: StrataOption = "",
     format: FormatOption = "table",

@@ -32,7 +32,25 @@ class Answers(TypedDict, total=False):
     drop_loops: bool
 
 
-class Options(Answers, total=False):
+class Further(Answers, total=False):
+    """Arguments of `evaluate` for what stands beside the scores.
+
+    Attributes:
+        loss: measure bits per byte of every domain in the same pass.
+        accuracy: measure how often the right choice of multiple-choice items is the likeliest; "lm-eval": by the harness.
+        ablate: mask every domain's specialists, and other cells of the same load, and measure what is lost, in other texts.
+        metrics: of your own, see `dbes.Metric`.
+        strata: score strata of tokens too, and test whether they differ: ``entropy``, ``position``, ``token-class``, ``frequency``.
+    """
+
+    loss: bool
+    accuracy: bool | Literal["lm-eval"]
+    ablate: bool
+    metrics: Sequence[Metric]
+    strata: Sequence[str]
+
+
+class Options(Further, total=False):
     """Arguments of `evaluate` beside model and tasks."""
 
     tokenizer: PreTrainedTokenizerBase | None
@@ -50,11 +68,6 @@ class Options(Answers, total=False):
     overwrite: bool
     save_trace: bool
     embedded_fallback: bool
-    loss: bool
-    accuracy: bool | Literal["lm-eval"]
-    ablate: bool
-    metrics: Sequence[Metric]
-    strata: Sequence[str]
     progress: Progress | None
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, Unpack, overload
 from dbes.errors import DbesError, ModelError, ResultError, SettingError, TraceError, refusal
 from dbes.evaluation.answers import PHASE_FOLDERS
 from dbes.evaluation.measuring import lacking, measured_beside, require_measurable
-from dbes.evaluation.options import Answers, Options, Progress
+from dbes.evaluation.options import Further, Options, Progress
 from dbes.evaluation.request import (
     Job,
     Request,
@@ -27,7 +27,6 @@ from dbes.evaluation.scored import scored
 from dbes.files import discard, locked
 from dbes.recording.crew import Crew
 from dbes.results import PAGE_FILE, RESULT_FILE, ModelFacts, RecordingFacts, Result, TaskFacts, load_result
-from dbes.scoring.own import Metric
 from dbes.scoring.tables import COMPANIONS
 from dbes.shipped import EMBEDDED, EMBEDDED_MODEL
 from dbes.tasks.task import Task, is_group, tasks_of
@@ -70,13 +69,8 @@ def evaluate(
     overwrite: bool = False,
     save_trace: bool = True,
     embedded_fallback: bool = False,
-    loss: bool = False,
-    accuracy: bool | Literal["lm-eval"] = False,
-    ablate: bool = False,
-    metrics: Sequence[Metric] = (),
-    strata: Sequence[str] = (),
     progress: Progress | None = None,
-    **answers: Unpack[Answers],
+    **further: Unpack[Further],
 ) -> Result | list[Result]:
     """Measure how a Mixture-of-Experts checkpoint routes the domains of a task, and write the result.
 
@@ -103,13 +97,8 @@ def evaluate(
         overwrite: evaluate again although there is a result, or another recording, in the folder.
         save_trace: keep the recorded routes beside the result, so that they can be scored again without the model.
         embedded_fallback: when the hub cannot be reached, use the embedded sample and say so.
-        loss: measure bits per byte of every domain in the same pass.
-        accuracy: measure how often the right choice of multiple-choice items is the likeliest; "lm-eval": by the harness.
-        ablate: mask every domain's specialists, and other cells of the same load, and measure what is lost, in other texts.
-        metrics: of your own, see `dbes.Metric`.
-        strata: score strata of tokens too, and test whether they differ: ``entropy``, ``position``, ``token-class``, ``frequency``.
         progress: called as progress(stage, done, total).
-        answers: ``generate``, ``temperature``, ...: let the model answer each document and record that too, see `Answers`.
+        further: what is measured beside, and answers: ``loss``, ``ablate``, ``strata``, ``generate``, ..., see `Further`.
 
     Returns:
         The result, or one for each task of a list or a group.
@@ -127,7 +116,7 @@ def evaluate(
         request = Request.of(
             given, revision=revision, limit=limit, dtype=dtype, device_map=device_map, batch_size=batch_size, seed=seed, engine=engine,
             max_memory=max_memory, permutations=permutations, trust_remote_code=trust_remote_code, embedded_fallback=embedded_fallback,
-            loss=loss, accuracy=accuracy, ablate=ablate, metrics=tuple(metrics), strata=tuple(strata), **answers,
+            **further,
         )  # fmt: skip
         results = _of_tasks(
             given, wanted, request, crew, several=several, output_path=Path(output_path), overwrite=overwrite, save_trace=save_trace,

@@ -115,6 +115,7 @@ class Request:
                 raise SettingError("engine 'streaming': this model is in memory already; give its folder or hub id")
         if (given := options.get("max_memory")) is not None:
             options["max_memory"] = bytes_of(str(given), option="max_memory")
+        options |= {name: tuple(options.get(name, ())) for name in ("metrics", "strata")}
         options["chat_template"] = options.pop("apply_chat_template", False)
         options["generation"] = generation_of(**{name: options.pop(name, usual) for name, usual in ANSWERS.items()}, **options)
         return cls(model=str(model) if isinstance(model, str | Path) else None, tasks=None, **options)
