@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from dbes.results import Result
 
 
-ENGINES = ("auto", "memory", "streaming")
+ENGINES = ("auto", "memory", "streaming", "vllm", "openai")
 ROUTERS = ("recorded", "reference", "uniform", "collapsed", "hash")
 PHASES = ("all", "prompt", "generated")
 MATCHES = ("none", "length")
@@ -44,7 +44,7 @@ DtypeOption = Annotated[
     str, typer.Option(help="auto (float32 on a CPU, the checkpoint's own on an accelerator), float32, bfloat16, float16, float64.")
 ]
 EngineOption = Annotated[
-    str, one_of("engine", ENGINES, "memory loads all weights; streaming reads one layer at a time; auto streams what does not fit.")
+    str, one_of("engine", ENGINES, "memory loads all weights; streaming reads layer by layer; auto: what fits; vllm, openai: served.")
 ]
 GenerateOption = Annotated[
     int | None, typer.Option(help="Let the model answer each document with so many tokens at most, and record these too.")
@@ -75,6 +75,9 @@ def evaluate(
     batch_size: Annotated[str, typer.Option(help="Windows per batch, or auto.")] = "auto",
     engine: EngineOption = "auto",
     max_memory: Annotated[str | None, typer.Option(help="What streaming may use, for example 4GiB; by default what is free.")] = None,
+    base_url: Annotated[str | None, typer.Option(help="Of the server, with --engine openai.")] = None,
+    api_key_env: Annotated[str | None, typer.Option(help="Variable of the environment that holds the server's key.")] = None,
+    engine_args: Annotated[str | None, typer.Option(help="Of vLLM: name=value,name=value.")] = None,
     generate: GenerateOption = None,
     temperature: Annotated[float, typer.Option(help="Of the answers; 0 takes the most probable token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the most probable tokens that together have this probability.")] = 1.0,
@@ -113,7 +116,7 @@ def evaluate(
             permutations=permutations, trust_remote_code=trust_remote_code,
             overwrite=overwrite, save_trace=save_trace, embedded_fallback=embedded_fallback, loss=loss,
             accuracy="lm-eval" if lm_eval else accuracy, ablate=ablate, metrics=[metric_from(each) for each in metric or ()],
-            strata=names(strata), progress=progress,
+            strata=names(strata), progress=progress, base_url=base_url, api_key_env=api_key_env, engine_args=engine_args,
             generate=generate, temperature=temperature, top_p=top_p, generation_seed=generation_seed,
             apply_chat_template=apply_chat_template, system=system, drop_loops=drop_loops,
         )  # fmt: skip

@@ -40,6 +40,8 @@ class Further(Answers, total=False):
         accuracy: measure how often the right choice of multiple-choice items is the likeliest; "lm-eval": by the harness.
         ablate: mask every domain's specialists, and other cells of the same load, and measure what is lost, in other texts.
         metrics: of your own, see `dbes.Metric`.
+        base_url: of the server, with engine "openai"; api_key_env: variable of the environment that holds its key.
+        engine_args: with engine "vllm", ``name=value`` pairs separated by commas, such as ``tensor_parallel_size=8``.
         strata: score strata of tokens too, and test whether they differ: ``entropy``, ``position``, ``token-class``, ``frequency``.
     """
 
@@ -48,6 +50,9 @@ class Further(Answers, total=False):
     ablate: bool
     metrics: Sequence[Metric]
     strata: Sequence[str]
+    base_url: str | None
+    api_key_env: str | None
+    engine_args: str | None
 
 
 class Options(Further, total=False):
@@ -63,7 +68,7 @@ class Options(Further, total=False):
     seed: int
     permutations: int
     trust_remote_code: bool
-    engine: Literal["auto", "memory", "streaming"]
+    engine: Literal["auto", "memory", "streaming", "vllm", "openai"]
     max_memory: int | str | None
     overwrite: bool
     save_trace: bool
@@ -99,6 +104,8 @@ def generation_of(
         return None
     if system is not None and not chat_template:
         raise SettingError("system: a system message has its place in a chat template; give apply_chat_template too")
+    if engine in ("vllm", "openai"):
+        raise SettingError(f"generate: with engine {engine!r} given text is recorded only; let the server answer, and import its responses")
     if engine == "streaming":
         raise SettingError(
             "generate: with engine 'streaming' every token of an answer would read all weights from disk anew; use engine 'memory'"

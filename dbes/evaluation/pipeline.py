@@ -64,7 +64,7 @@ def evaluate(
     seed: int = 0,
     permutations: int = 1000,
     trust_remote_code: bool = False,
-    engine: Literal["auto", "memory", "streaming"] = "auto",
+    engine: Literal["auto", "memory", "streaming", "vllm", "openai"] = "auto",
     max_memory: int | str | None = None,
     overwrite: bool = False,
     save_trace: bool = True,
@@ -92,7 +92,8 @@ def evaluate(
         seed: of the random-router control, the permutations and the reference router.
         permutations: shuffles of the documents' domain labels that make the chance level.
         trust_remote_code: run model code that comes with the checkpoint.
-        engine: "memory" loads all weights, "streaming" one decoder layer at a time; "auto" is "memory" where the model fits.
+        engine: "memory" loads all weights, "streaming" one decoder layer at a time; "auto" is "memory" where the model fits;
+            "vllm" and "openai" (a server): weights are not loaded here.
         max_memory: what the process may use with "streaming", in bytes or as "4GiB"; by default what the machine has free.
         overwrite: evaluate again although there is a result, or another recording, in the folder.
         save_trace: keep the recorded routes beside the result, so that they can be scored again without the model.
@@ -236,9 +237,13 @@ def record(
 
 
 def _loaded(subject: Subject, request: Request, *, device: str | None = None) -> LoadedModel:
-    from dbes.models import load_model
+    from dbes.models.load import load_description, load_model
 
     assert request.model is not None
+    if request.served:
+        return load_description(
+            subject.where or request.model, name=subject.name, revision=request.revision, trust_remote_code=request.trust_remote_code
+        )
     if request.model == EMBEDDED and not EMBEDDED_MODEL.is_dir():
         raise ModelError(f"{EMBEDDED_MODEL}: no embedded checkpoint; install dbes again, or give --model a folder")
     return load_model(
@@ -291,6 +296,7 @@ def _evaluated(job: Job, loaded: LoadedModel, crew: Crew, *, fresh: bool, progre
 def _recorded(
     job: Job, loaded: LoadedModel, folder: Path | None, *, progress: Progress | None, crew: Crew | None = None
 ) -> tuple[Trace, RecordingFacts, DocumentLoss | None]:
+    from dbes.evaluation.servers import connect
     from dbes.recording.chat import Template
     from dbes.recording.record import record_documents
 
@@ -317,6 +323,7 @@ def _recorded(
         progress=None if progress is None else lambda now, total: progress("recording", now, total),
         crew=crew,
         generation=request.generation,
+        server=connect(request, loaded) if request.served else None,
         template=Template(loaded.tokenizer, request.system) if request.chat_template else None,
     )
     facts = _facts(job, done.trace)

@@ -34,7 +34,8 @@ UNRESOLVED = "unresolved"
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
-ENGINES = ("auto", "memory", "streaming")
+ENGINES = ("auto", "memory", "streaming", "vllm", "openai")
+SERVED = ENGINES[3:]
 
 NEEDS_MEMORY = "needs the model whole in memory, and streaming ends the last layer with its router; use --engine memory"
 
@@ -98,6 +99,9 @@ class Request:
     ablate: bool = False
     metrics: tuple[Metric, ...] = ()
     strata: tuple[str, ...] = ()
+    base_url: str | None = None
+    api_key_env: str | None = None
+    engine_args: str | None = None
     generation: Generation | None = None
     chat_template: bool = False
     system: str | None = None
@@ -111,6 +115,8 @@ class Request:
         """What is asked of a model, before any task is named; how a model in memory computes was settled elsewhere."""
         if not isinstance(model, str | Path):
             options |= {"dtype": None, "device_map": None}
+            if options.get("engine") in SERVED:
+                raise SettingError(f"engine {options['engine']!r}: give the folder or hub id of the model that the server runs")
             if options.get("engine") == "streaming" and model.layerwise is None:
                 raise SettingError("engine 'streaming': this model is in memory already; give its folder or hub id")
         if (given := options.get("max_memory")) is not None:
@@ -134,6 +140,7 @@ class Request:
             raise SettingError(f"accuracy {self.accuracy!r}: expected True, False or {HARNESS!r}")
         if self.accuracy == HARNESS:
             require_harness()
+        self._check_server()
         if self.engine == "streaming" and (asked := self.beside):
             raise SettingError(f"{asked}: {NEEDS_MEMORY}")
         if self.generation is not None and (asked := self.beside):
@@ -147,6 +154,20 @@ class Request:
                 raise SettingError(f"{name} {value!r}: expected a whole number of at least {least}")
         if self.revision is not None and self.model is not None and (self.model == EMBEDDED or Path(self.model).is_dir()):
             raise SettingError(f"revision {self.revision!r}: {self.model} is a folder; only models of the hub have revisions")
+
+    @property
+    def served(self) -> bool:
+        """Whether a server runs the model."""
+        return self.engine in SERVED
+
+    def _check_server(self) -> None:
+        for name, engine in (("base_url", "openai"), ("api_key_env", "openai"), ("engine_args", "vllm")):
+            if getattr(self, name) is not None and self.engine != engine:
+                raise SettingError(f"{name}: means something with engine {engine!r} only")
+        if self.engine == "openai" and self.base_url is None:
+            raise SettingError("engine 'openai': give base_url, such as http://127.0.0.1:8000")
+        if self.served and (asked := self.beside):
+            raise SettingError(f"{asked}: a server returns no logits, and its experts cannot be masked; use engine 'memory'")
 
     @property
     def beside(self) -> str:
@@ -208,6 +229,9 @@ def expected_before_loading(model: str, *, where: Path | None, commit: str | Non
 
     accelerator = accelerator_here()
     place = str(where or model)
+    if request.served:
+        known = None if where is None else tokenizer_fingerprint(load_tokenizer(place, trust_remote_code=request.trust_remote_code))
+        return Expected(task=task, revision=commit, accelerator=accelerator, dtype=None, device=None, tokenizer_sha256=known)
     dtype = request.dtype
     if dtype == "auto":
         dtype = "float32"

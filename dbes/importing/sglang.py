@@ -7,6 +7,7 @@ say layers and k. Ids are logical. With n > 1 only the first choice has them. Re
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,13 @@ def read(sources: Sequence[Source], sizes: ModelSizes, notes: Notes) -> Iterator
                 notes.add("{n} responses without routed_experts were left out")
         if not found:
             raise SourceError(f"{source}: holds no routed_experts; SGLang returns them for requests with return_routed_experts")
+
+
+def of_response(record: Mapping[str, Any], where: str, sizes: ModelSizes, notes: Notes) -> Document | None:
+    """One response; None where it has no routing."""
+    if sizes.hidden_layers is None or sizes.top_k is None:
+        raise SourceError(f"{where}: SGLang sends routing without its shape, and {sizes.where} does not say it")
+    return _document(Source(Path(where), where), where, record, sizes, notes)
 
 
 def _document(source: Source, where: str, record: Mapping[str, Any], sizes: ModelSizes, notes: Notes) -> Document | None:

@@ -8,6 +8,7 @@ experts, or all decoder layers with zeros at dense ones. Ids are logical.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,14 @@ def read(sources: Sequence[Source], sizes: ModelSizes, notes: Notes) -> Iterator
             yield _document(source, request, sizes, notes)
         if not found:
             raise SourceError(f"{source}: {NONE_RETURNED}")
+
+
+def of_response(record: Mapping[str, Any], where: str, sizes: ModelSizes, notes: Notes) -> Document | None:
+    """The first answer of one response, or of a RequestOutput as a mapping; None where it has no routing."""
+    request = next(iter(_of_record(record, where)), {})
+    if request.get(ROUTED) is None and request.get(SPLIT) is None:
+        return None
+    return _document(Source(Path(where), where), request, sizes, notes)
 
 
 def _requests(source: Source, notes: Notes) -> Iterator[dict[str, Any]]:
@@ -96,6 +105,7 @@ def _document(source: Source, request: dict[str, Any], sizes: ModelSizes, notes:
     where = request["where"]
     routed, given = _rows(request.get(ROUTED), f"{where}, {ROUTED}"), _rows(request.get(SPLIT), f"{where}, {SPLIT}")
     parts = [part for part in (given, routed) if part is not None]
+    parts = [part for part in parts if len(part)] or parts[:1]  # one generated token has no row
     if len({part.shape[1:] for part in parts}) > 1:
         raise SourceError(f"{where}: {SPLIT} {parts[0].shape} and {ROUTED} {parts[1].shape} are of other layers or slots")
     ids = parts[0] if len(parts) == 1 else np.concatenate(parts)

@@ -142,6 +142,26 @@ def load_tokenizer(where: str, *, revision: str | None = None, trust_remote_code
     return tokenizer
 
 
+def load_description(
+    model: str | Path, *, name: str | None = None, revision: str | None = None, trust_remote_code: bool = False
+) -> LoadedModel:
+    """The model of a folder or hub id without its weights, with its tokenizer: what is to be known of one that a server runs.
+
+    Raises:
+        ModelError: config or tokenizer cannot be read; it is not a Mixture-of-Experts model, or cannot be built without weights.
+    """
+    where, called = located(model)
+    folder = find_folder(model if called is None else where)
+    config = load_config(where, revision=revision, trust_remote_code=trust_remote_code)
+    skeleton = skeleton_of(where, config, trust_remote_code=trust_remote_code)
+    if skeleton is None:
+        raise ModelError(f"{where}: its own code cannot build it without weights, so its routers are not known")
+    commit = folder_fingerprint(folder) if folder is not None else find_commit(where, revision=revision)
+    tokenizer = load_tokenizer(where, revision=revision, trust_remote_code=trust_remote_code)
+    named = name or called or (folder.resolve().name if folder is not None else where)
+    return _described(_Checkpoint(skeleton, commit), tokenizer, name=named)
+
+
 def load_weights(
     where: str,
     *,

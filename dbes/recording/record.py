@@ -26,6 +26,7 @@ from dbes.recording.engine import Engine, PassEngine
 from dbes.recording.forward import ForwardEngine
 from dbes.recording.generation import Generation
 from dbes.recording.ledger import Ledger, Tally
+from dbes.recording.served import ServedEngine, Server
 from dbes.recording.streaming import streaming
 from dbes.recording.units import SHARD_TOKENS, UNIT_TOKENS, Unit, work_units
 from dbes.trace.blocks import Assembly, Block, Contents, Work
@@ -88,6 +89,7 @@ def record_documents(
     crew: Crew | None = None,
     generation: Generation | None = None,
     template: Template | None = None,
+    server: Server | None = None,
 ) -> Recording:
     """Routing of every token of the documents, as executed. The same whatever the batch size and the order of documents.
 
@@ -104,6 +106,7 @@ def record_documents(
         max_memory: bytes that this process may use, where layers were left on disk.
         provenance: further facts for the trace's manifest; progress: called as progress(tokens done, tokens in all).
         crew: the processes that record into the folder together; the first of them returns the trace, the others one without routes.
+        server: runs the windows instead of the model, which may have no weights then; ids only.
         generation, template: let the model answer each document, cut to a window, in a chat template; answers are recorded too.
 
     Raises:
@@ -118,6 +121,11 @@ def record_documents(
     engine = replace(engine, control=int(control), stiffness=stiffness, loss=loss)
     if loss and loaded.layerwise is not None:
         raise RecordingError("loss: streaming ends the last layer with its router, so no token is predicted; use --engine memory")
+    if server is not None:
+        return record_with(
+            ServedEngine(engine, server), documents, texts, domains=domains, spelled=lambda ids: token_texts(loaded.tokenizer, ids),
+            output_path=output_path, provenance=provenance, progress=progress, crew=crew,
+        )  # fmt: skip
     earlier, given = _read(loaded), None if template is None else (template, marks)
     folder, names = None if output_path is None else Path(output_path), names_of(documents)
     running, texts = _running(engine, generation, texts, given, names=names, folder=folder, max_memory=max_memory)
