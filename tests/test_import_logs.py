@@ -148,7 +148,8 @@ def test_texts_as_one_string_say_nothing_of_tokens(tmp_path):
 def test_statistics_among_the_documents_are_left_out(tmp_path):
     """As published: a folder of a category holds sums beside the documents, and there is a table of contents."""
     log(tmp_path / "data" / "mmlu" / "law" / "True_False_examples.json", 1)
-    foreign.write_json(tmp_path / "data" / "mmlu" / "law" / "True_False.json", {"sample_count": 14, "think_expert_analytics": {"layer_0": {}}})
+    sums = {"sample_count": 14, "think_expert_analytics": {"layer_0": {}}}
+    foreign.write_json(tmp_path / "data" / "mmlu" / "law" / "True_False.json", sums)
     foreign.write_json(tmp_path / "data" / "map.json", {"mmlu": {"law": {"True_False": {"sample_count": 14}}}})
     found = imported(tmp_path, tmp_path / "data")
     assert len(found.routes.shape.document_ids) == 1 and any("2 records without router_data were left out" in note for note in found.told)
