@@ -41,14 +41,16 @@ imports: $(READY)  ## The import graph as a table.
 layout: $(READY)  ## The list of modules in CONTRIBUTING.md.
 	$(BIN)/python benchmarks/layout.py
 
-docs: $(READY)  ## The page of the API, from signatures and docstrings, and the page of what well-known checkpoints take.
+docs: $(READY)  ## The pages that scripts write: the API, the commands, what well-known checkpoints take.
 	$(BIN)/python docs/api.py
 	$(BIN)/python docs/plan.py
+	$(BIN)/python docs/commands.py
 
 benchmarks: $(READY)  ## Speed and memory, as ratios within one run.
 	$(OFFLINE) $(BIN)/python benchmarks/recording.py build/recording.json
 	$(OFFLINE) $(BIN)/python benchmarks/scoring.py build/scoring.json
 	$(OFFLINE) $(BIN)/python benchmarks/importing.py build/importing.json
+	$(OFFLINE) $(BIN)/python benchmarks/exporting.py build/exporting.json
 
 leaderboard: $(READY)  ## Check the shipped results and rebuild reports/leaderboard.html from them.
 	$(OFFLINE) $(BIN)/dbes compare reports/entries --check

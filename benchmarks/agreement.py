@@ -27,7 +27,7 @@ SHARD_TOKENS = 1 << 16
 CHANGED = 0.1
 
 CHILD = """
-import json, resource, sys, time
+import json, sys, time
 import dbes
 dbes.agreement
 start, cpu = time.perf_counter(), time.process_time()
@@ -35,7 +35,7 @@ found = dbes.agreement(sys.argv[1], sys.argv[2], scores=sys.argv[3] == "scores")
 print(json.dumps({
     "seconds": round(time.perf_counter() - start, 2),
     "cpu_seconds": round(time.process_time() - cpu, 2),
-    "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
+    "peak_gib": round(int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 2**20, 3),
     "tokens": found.tokens,
     "differing": found.differing.value,
     "scores": len(found.scores),

@@ -23,9 +23,9 @@ import torch
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from dbes.finetuning.cells import TrainableCells
-from dbes.finetuning.encoding import Sample, collate
 from dbes.finetuning.settings import FinetuneSettings
 from dbes.finetuning.training import make_optimizer
+from dbes.models.encoding import Sample, collate
 from dbes.models.losses import token_nats
 
 ARMS: dict[str, dict[str, Any]] = {

@@ -53,7 +53,7 @@ usage = resource.getrusage(resource.RUSAGE_SELF)
 print(json.dumps({
     "seconds": round(end - imported, 2),
     "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2),
-    "peak_gib": round(usage.ru_maxrss / 2**20, 3),
+    "peak_gib": round(int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 2**20, 3),
     **about,
 }))
 """

@@ -30,6 +30,7 @@ from dbes.errors import (
 if TYPE_CHECKING:
     from dbes.comparison.agreement import Agreement, agreement
     from dbes.comparison.compare import Comparison, compare
+    from dbes.comparison.pruning import Pruning, prune
     from dbes.evaluation.pipeline import evaluate, record
     from dbes.exporting.export import export
     from dbes.finetuning.output import merge
@@ -40,11 +41,13 @@ if TYPE_CHECKING:
     from dbes.intervention.settings import InterventionSettings
     from dbes.models.doctor import Diagnosis, examine
     from dbes.models.load import LoadedModel, load_model
+    from dbes.paths.placement import Placement, place
     from dbes.paths.search import find_path
     from dbes.paths.types import ExpertPath
     from dbes.reporting.report import report
     from dbes.results import Result, load_result, load_results
     from dbes.scoring.counts import Counts
+    from dbes.scoring.own import Metric
     from dbes.scoring.score import score
     from dbes.tasks.task import Task, list_tasks, load_task
     from dbes.testbed.report import run_testbed
@@ -62,6 +65,8 @@ _HOMES = {
     "report": "dbes.reporting.report",
     "export": "dbes.exporting.export",
     "find_path": "dbes.paths.search",
+    "place": "dbes.paths.placement",
+    "prune": "dbes.comparison.pruning",
     "finetune": "dbes.finetuning.run",
     "merge": "dbes.finetuning.output",
     "intervene": "dbes.intervention.grid",
@@ -73,10 +78,13 @@ _HOMES = {
     "Result": "dbes.results",
     "Trace": "dbes.trace.store",
     "Counts": "dbes.scoring.counts",
+    "Metric": "dbes.scoring.own",
     "Task": "dbes.tasks.task",
     "ExpertPath": "dbes.paths.types",
     "Comparison": "dbes.comparison.compare",
     "Agreement": "dbes.comparison.agreement",
+    "Placement": "dbes.paths.placement",
+    "Pruning": "dbes.comparison.pruning",
     "Diagnosis": "dbes.models.doctor",
     "FinetuneSettings": "dbes.finetuning.settings",
     "InterventionSettings": "dbes.intervention.settings",
@@ -96,9 +104,12 @@ __all__ = [
     "InterventionError",
     "InterventionSettings",
     "LoadedModel",
+    "Metric",
     "MixError",
     "ModelError",
     "PathError",
+    "Placement",
+    "Pruning",
     "RecordingError",
     "Result",
     "ResultError",
@@ -123,6 +134,8 @@ __all__ = [
     "load_results",
     "load_task",
     "merge",
+    "place",
+    "prune",
     "record",
     "report",
     "run_testbed",

@@ -7,11 +7,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
 from dbes.errors import FileError, ResultError
 from dbes.files import write_text
-from dbes.schema import Open, Strict, Whole, read_versioned
+from dbes.measures import Measures
+from dbes.result_parts import Companions, NumberKeyed, OwnMetric, Part, Settings, Strata
+from dbes.schema import Number, Whole, read_versioned
 from dbes.text import clipped
 
 if TYPE_CHECKING:
@@ -26,112 +28,7 @@ PAGE_FILE = "report.html"
 """Written from a result, beside it."""
 
 
-class NumberKeyed(dict[int, Any]):
-    """A mapping by whole number that also answers to the number written as text, as JSON has it."""
-
-    def __missing__(self, key: object) -> Any:
-        if isinstance(key, str) and key.lstrip("-").isdigit():
-            return self[int(key)]
-        raise KeyError(key)
-
-
-def _nan_when_null(number: Any) -> Any:
-    return math.nan if number is None else number
-
-
-Number = Annotated[float, Field(allow_inf_nan=True, strict=True), BeforeValidator(_nan_when_null)]
-"""A float whose NaN is written as null: strict JSON has no NaN."""
-
-
-class _Strict(Strict):
-    model_config = ConfigDict(ser_json_inf_nan="null")
-
-
-class _Settings(Open):
-    permutations: Whole = 0
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] = 0
-    limit: Whole | None = None
-    phase: Literal["all", "prompt", "generated"] = "all"
-    match: Literal["none", "length"] = "none"
-    surrogate: Literal["token", "bigram"] = "token"
-
-
-class _Similarity(Open):
-    domains: tuple[str, ...] = ()
-    mean_over_layers: tuple[tuple[Number, ...], ...] | None = None
-
-
-class _Passed(Open):
-    tests: Whole = 0
-    specialists: Whole = 0
-    not_listed: Whole = 0
-    by_domain: dict[str, Whole] = Field(default_factory=dict)
-    by_lift: dict[str, Whole] = Field(default_factory=dict)
-
-
-class _Decoded(Open):
-    accuracy: Number = math.nan
-    accuracy_low: Number = math.nan
-    accuracy_high: Number = math.nan
-    chance: Number = math.nan
-    bits: Number = math.nan
-    texts: Whole = 0
-    bag_of_words: Number = math.nan
-    bag_of_words_texts: Whole = 0
-
-
-class _Decoding(Open):
-    """How often the domain of an unseen text is named from its routing; empty in results of earlier versions."""
-
-    model: _Decoded = _Decoded()
-    by_layer: dict[int, _Decoded] = Field(default_factory=dict)
-
-
-class _Split(Open):
-    texts: Whole = 0
-    score: Number = math.nan
-    score_low: Number = math.nan
-    score_high: Number = math.nan
-    p: Number = math.nan
-    p_holm: Number = math.nan
-    p_least: Number = math.nan
-
-
-class _Splits(Open):
-    domains: Whole = 0
-    rejected: Whole = 0
-    score: Number = math.nan
-    score_low: Number = math.nan
-    score_high: Number = math.nan
-    p: Number = math.nan
-    p_least: Number = math.nan
-
-
-class _Placebo(Open):
-    """Each domain's texts split in two, at random and by length, and scored as two domains; empty in results of earlier versions."""
-
-    random: dict[str, _Split] = Field(default_factory=dict)
-    length: dict[str, _Split] = Field(default_factory=dict)
-    summary: dict[str, _Splits] = Field(default_factory=dict)
-
-
-class _Covered(Open):
-    all: Number = math.nan
-    by_domain: dict[str, Number] = Field(default_factory=dict)
-
-
-class _Companions(Open):
-    by_layer: dict[str, dict[int, Number]] = Field(default_factory=dict)
-    model: dict[str, Number] = Field(default_factory=dict)
-    similarity: _Similarity = _Similarity()
-    distinct_texts: dict[str, Whole] = Field(default_factory=dict)
-    specialists: _Passed = _Passed()
-    decoding: _Decoding = _Decoding()
-    placebo: _Placebo = _Placebo()
-    surrogate_covered: dict[str, _Covered] = Field(default_factory=dict)
-
-
-class PublishedMetric(_Strict):
+class PublishedMetric(Part):
     """One published metric. ``by_layer`` is empty where the metric is defined over all layers together (NER)."""
 
     model: Number
@@ -142,7 +39,7 @@ class PublishedMetric(_Strict):
 BySize = Annotated[dict[int, PublishedMetric], AfterValidator(NumberKeyed)]
 
 
-class CalibratedRecord(_Strict):
+class CalibratedRecord(Part):
     """One calibrated value. ``layer`` None: mean over layers; ``domain`` None: all domains.
 
     Attributes:
@@ -182,7 +79,7 @@ class CalibratedRecord(_Strict):
     position: Number = math.nan
 
 
-class Specialist(_Strict):
+class Specialist(Part):
     """An expert that serves a domain at least 1.5 times as much as the mixture, by a document-level test under FDR control, in both halves.
 
     Attributes:
@@ -206,7 +103,7 @@ class Specialist(_Strict):
     tokens: tuple[str, ...] = ()
 
 
-class ModelFacts(_Strict):
+class ModelFacts(Part):
     name: str
     revision: str | None = None
     family: str | None = None
@@ -217,7 +114,7 @@ class ModelFacts(_Strict):
     dtype: str | None = None
 
 
-class DomainFacts(_Strict):
+class DomainFacts(Part):
     """Size of a domain; ``sources``: source texts its documents were cut from, the units of all statistics.
 
     ``cautions``: what of its texts can pass for a difference between domains, or for evidence; see ``dbes tasks validate``.
@@ -229,7 +126,7 @@ class DomainFacts(_Strict):
     cautions: tuple[str, ...] = ()
 
 
-class TaskFacts(_Strict):
+class TaskFacts(Part):
     name: str
     version: Whole | None = None
     fingerprint: str | None = None
@@ -238,20 +135,21 @@ class TaskFacts(_Strict):
     note: str | None = None
 
 
-class RecordingFacts(_Strict):
-    """What was recorded and what it took. Bytes: of the weights, as the streaming engine read them, or left them unread because the
-    last layer ends with its router."""
+class RecordingFacts(Part):
+    """What was recorded and what it took. Tokens of a chat template are recorded, but not scored. Bytes: of the weights, as the streaming
+    engine read them, or left them unread because the last layer ends with its router."""
 
     documents: Whole
     tokens: Whole
     seconds: Number = math.nan
     tokens_per_second: Number = math.nan
     engine: Literal["memory", "streaming"] | None = None
+    template_tokens: Whole | None = None
     bytes_read: Whole | None = None
     bytes_skipped: Whole | None = None
 
 
-class Result(_Strict):
+class Result(Part):
     """Everything one evaluation found, with what is needed to repeat it."""
 
     schema_version: Literal[1] = RESULT_SCHEMA
@@ -269,8 +167,13 @@ class Result(_Strict):
     warnings: tuple[str, ...] = ()
     published: dict[str, PublishedMetric | BySize] = Field(default_factory=dict)
     calibrated: tuple[CalibratedRecord, ...] = ()
+    own_metrics: dict[str, OwnMetric] = Field(default_factory=dict)
+    """By name, the metrics of the user's own among the calibrated; empty in results of earlier versions."""
+    strata: dict[str, Strata] = Field(default_factory=dict)
+    """By kind, where strata were asked for."""
     specialists: tuple[Specialist, ...] = ()
     companions: dict[str, Any] = Field(default_factory=dict)
+    measures: Measures | None = None
     files: dict[str, str] = Field(default_factory=dict)
     """Name and sha256 of the tables and matrices that were written beside it; empty in results of earlier versions."""
     _folder: Path | None = PrivateAttr(default=None)
@@ -286,7 +189,7 @@ class Result(_Strict):
     @field_validator("settings", "companions")
     @classmethod
     def _what_is_read_has_its_type(cls, content: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        (_Settings if info.field_name == "settings" else _Companions).model_validate(content)
+        (Settings if info.field_name == "settings" else Companions).model_validate(content)
         return content
 
     @model_validator(mode="after")
@@ -314,6 +217,8 @@ class Result(_Strict):
                 yield f"specialists.{number}: layer {each.layer}, domain {clipped(each.domain)}: the result has no such layer or domain"
         if unknown := {*self.companions.get("specialists", {}).get("by_domain", {})} - {*domains}:
             yield f"companions.specialists.by_domain: {clipped(min(unknown))} is not one of the task's domains"
+        if self.measures is not None and (unknown := self.measures.domains - {*domains}):
+            yield f"measures: {clipped(min(unknown))} is not one of the task's domains"
         similarity = self.companions.get("similarity", {}).get("mean_over_layers")
         if similarity is not None and [len(row) for row in similarity] != [len(domains)] * len(domains):
             yield f"companions.similarity.mean_over_layers: expected {len(domains)} x {len(domains)} numbers, one for each pair of domains"
@@ -322,6 +227,10 @@ class Result(_Strict):
     def documents_known(self) -> bool:
         """False where only counts of whole domains were scored: numbers of documents and source texts are 0 then, and mean nothing."""
         return self.settings.get("documents") != "unknown"
+
+    def by_domain(self, metric: str) -> bool:
+        """Whether a metric has a value for each domain, or for all of them together only."""
+        return self.own_metrics[metric].per_domain if metric in self.own_metrics else metric != "der"
 
     def record(self, metric: str, *, layer: int | None = None, domain: str | None = None) -> CalibratedRecord:
         """The calibrated record of a metric; the model's by default.

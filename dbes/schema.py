@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from dbes.errors import DbesError
 from dbes.files import read_bytes
@@ -47,6 +47,14 @@ class Open(BaseModel):
 
 
 Whole = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
+
+
+def _nan_when_null(number: Any) -> Any:
+    return math.nan if number is None else number
+
+
+Number = Annotated[float, Field(allow_inf_nan=True, strict=True), BeforeValidator(_nan_when_null)]
+"""A float whose NaN is written as null: strict JSON has no NaN."""
 """A count that an array can hold."""
 
 Real = Annotated[float, Field(gt=-(2**62), lt=2**62, strict=True)]
@@ -215,6 +223,30 @@ def read_yaml(path: Path, *, error: type[DbesError], missing: str | None = None)
     if _deeper(value, DEPTH):
         raise error(f"{path}: nested more than {DEPTH} deep")
     return value
+
+
+def line_of(path: Path, steps: Sequence[str]) -> int | None:
+    """The line of a YAML file, from 1, on which a value stands: of the last of the keys (and places in lists) that is there.
+
+    Args:
+        path: of a file that `read_yaml` has read.
+    """
+    try:
+        node = yaml.compose(path.read_text("utf-8-sig"), Loader=_Loader)
+    except (OSError, ValueError, yaml.YAMLError):  # gone or altered since
+        return None
+    line = None
+    for step in steps:
+        if isinstance(node, yaml.MappingNode):
+            key, value = next(((key, value) for key, value in node.value if key.value == step), (None, None))
+        elif isinstance(node, yaml.SequenceNode) and step.isdigit() and int(step) < len(node.value):
+            key = value = node.value[int(step)]
+        else:
+            break
+        if key is None:
+            break
+        node, line = value, key.start_mark.line + 1
+    return line
 
 
 def read_named(path: Path, *, error: type[DbesError], missing: str | None = None) -> dict[str, Any]:

@@ -22,13 +22,13 @@ from testbed_mix import tiny_mix
 
 from dbes.finetuning.cells import TrainableCells
 from dbes.finetuning.checks import check_reach
-from dbes.finetuning.encoding import Sample, collate
 from dbes.finetuning.evaluation import measure as bits_per_byte
 from dbes.intervention.data import ExperimentData, Part
 from dbes.intervention.runs import document_nats, execute
 from dbes.intervention.settings import ArmRun, InterventionSettings
 from dbes.models import load_model
 from dbes.models.doctor import examine
+from dbes.models.encoding import Sample, collate
 from dbes.models.losses import next_token_loss, token_nats
 from dbes.paths.gradients import gradient_norms, masking_effects
 from dbes.paths.types import Cell

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dbes.scoring.score import score_tables
+from dbes.scoring.counts import Counts
+from dbes.scoring.score import score, score_tables
 from dbes.scoring.tables import write_tables
 from dbes.trace.baselines import baseline_trace
 from dbes.trace.store import Trace
@@ -76,4 +77,12 @@ def write_result(folder: Path, trace: Trace, *, keep_trace: bool = True, permuta
     scores.result.save(folder)
     if keep_trace:
         trace.save(folder / "trace")
+    return folder
+
+
+def counted_domains(folder: Path, domains: int = 3) -> Path:
+    """A result of counts of whole domains: no document, interval or test."""
+    hits = np.random.default_rng(3).integers(1, 300, (domains, 2, 8))
+    counts = Counts.from_domains(hits, domains=[f"domain {place}" for place in range(domains)], top_k=2)
+    score(counts, output_path=folder)
     return folder

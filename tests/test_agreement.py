@@ -20,7 +20,7 @@ from dbes.comparison.agreement import Agreement, agreement
 from dbes.comparison.disagreement import BANDS
 from dbes.errors import ResultError, TraceError
 from dbes.reporting.agreement import as_text, words
-from dbes.reporting.page import unpacked
+from dbes.reporting.html import unpacked
 from dbes.scoring.resampling import jackknife
 from dbes.trace.store import Trace
 from dbes.trace.types import TokenRoutes

@@ -16,8 +16,8 @@ from dbes.errors import TaskError
 from dbes.files import sha256_of
 from dbes.tasks import hub as hub_tasks
 from dbes.tasks import local
-from dbes.tasks.documents import template_fields
 from dbes.tasks.separability import fold_of, word_counts, word_separability
+from dbes.tasks.sources import template_fields
 from dbes.tasks.task import (
     Document,
     list_tasks,
@@ -337,73 +337,6 @@ def test_bad_task_files(tmp_path):
 # ---------------------------------------------------------------- hub data sets, on local files with the true column names
 
 
-HUB = {
-    "math": {"problem_idx": 1, "problem": "Find x.", "answer": 70, "problem_type": ["Algebra"]},
-    "science": {"question": "What?", "distractor3": "c", "distractor1": "a", "distractor2": "b", "correct_answer": "d", "support": ""},
-    "medicine": {
-        "id": "test-00000",
-        "sent1": "A patient.",
-        "sent2": "",
-        "ending0": "p",
-        "ending1": "q",
-        "ending2": "r",
-        "ending3": "s",
-        "label": 2,
-    },
-    "law": {"answer": "Yes", "index": "0", "text": "On the issue of"},
-    "finance": {
-        "question_id": "v-1",
-        "question": "How much?",
-        "tables": ["| a | b |", "| 1 | 2 |"],
-        "python_solution": "",
-        "ground_truth": 3.5,
-        "topic": "t",
-    },
-    "code": {
-        "question_title": "t",
-        "question_content": "Write a program.",
-        "platform": "p",
-        "question_id": "1_A",
-        "starter_code": "",
-        "difficulty": "easy",
-    },
-    "software_engineering": {"repo": "a/b", "instance_id": "a__b-1", "patch": "diff", "problem_statement": "It fails.", "hints_text": ""},
-    "general": {"id": "h1", "question": "Who?", "image": "", "answer": "I", "category": "Humanities"},
-}
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    text = (load_task("full").path).read_text("utf-8")
-    for domain, row in HUB.items():
-        (tmp_path / domain).mkdir()
-        second = {**row, "image": "data:image/png"} if domain == "general" else row
-        extra = [second] if domain in ("general", "science") else []
-        pd.DataFrame([row, *extra]).to_parquet(tmp_path / domain / "data.parquet")
-    import re
-
-    for domain in HUB:
-        text = re.sub(rf"(\n  {domain}:[^\n]*\n    dataset: )\S+", rf"\g<1>./{domain}", text)
-    text = re.sub(r"\n    (data_files|config): [^\n]*", "", text)
-    return written(tmp_path, re.sub(r"split: \w+", "split: train", text))
-
-
-def test_full_task_reads_the_true_columns(hub):
-    documents = {d.id: d for d in read_documents(load_task(hub))}
-    by_name = {d.domain: d for d in documents.values()}
-    assert len(documents) == 9
-    assert by_name["math"] == Document("1", "math", "Find x.", "Find x.", "70")
-    assert by_name["science"].text == "What?"
-    assert by_name["science"].choices == ("d", "a", "b", "c")
-    assert by_name["science"].id == "science/1"
-    assert by_name["medicine"] == Document("test-00000", "medicine", "A patient.\np\nq\nr\ns", "A patient.", "2", ("p", "q", "r", "s"))
-    assert by_name["law"] == Document("law/0", "law", "On the issue of", None, "Yes")
-    assert by_name["finance"].text == "How much?\n| a | b |\n| 1 | 2 |"
-    assert by_name["software_engineering"].answer == "diff"
-    assert by_name["general"].id == "h1"
-
-
 def test_hub_rows_without_text_are_left_out_and_counted(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     for name, texts in (("a", ["one", None, "", "two"]), ("b", ["three", "four", "five"])):
@@ -425,19 +358,6 @@ def test_hub_rows_without_text_are_left_out_and_counted(tmp_path, monkeypatch):
     changed = text.replace("id_field: number}", "template: '{q} {c}'}", 1)
     with pytest.raises(TaskError, match=r"data set './a' row 1: field 'c' is null"):
         read_documents(load_task(written(tmp_path, changed)))
-
-
-def test_hub_errors(hub):
-    good = hub.read_text()
-    hub.write_text(good.replace('"{problem}"', '"{title}"'))
-    with pytest.raises(TaskError, match="row 0: no field 'title'"):
-        read_documents(load_task(hub))
-    hub.write_text(good.replace("skip_where: image", "skip_where: picture"))
-    with pytest.raises(TaskError, match="no field 'picture'"):
-        read_documents(load_task(hub))
-    hub.write_text(good.replace("split: train", "split: nosuch", 1))
-    with pytest.raises(TaskError, match="nosuch"):
-        read_documents(load_task(hub))
 
 
 def test_unreachable_hub_is_an_error_or_the_embedded_sample(monkeypatch):

@@ -22,6 +22,7 @@ FREE = {
     "evaluate max_memory",
     "finetune lr",
     "intervene budget",
+    "evaluate system",
     "merge base",
     "report dataset",
 }
@@ -31,11 +32,13 @@ NAMES: dict[str, tuple[str, str]] = {
     "evaluate tasks": ("embeded", "embedded"),
     "evaluate dtype": ("bfloat", "bfloat16"),
     "evaluate engine": ("stream", "streaming"),
+    "evaluate strata": ("entropi", "entropy"),
     "evaluate format": ("jsn", "json"),
     "score router": ("referenc", "reference"),
     "score phase": ("promt", "prompt"),
     "score match": ("lenght", "length"),
     "score surrogate": ("bigrams", "bigram"),
+    "score strata": ("positon", "position"),
     "score format": ("tabel", "table"),
     "report format": ("htm", "html"),
     "compare by": ("specialisation", "specialization"),
@@ -51,6 +54,8 @@ NAMES: dict[str, tuple[str, str]] = {
     "paths rule": ("specialisation", "specialization"),
     "paths match": ("target-laod", "target-load"),
     "paths tasks": ("smoek", "smoke"),
+    "paths purpose": ("prunning", "pruning"),
+    "paths allocation": ("layers", "layer"),
     "paths format": ("esff", "esft"),
     "paths average": ("sample", "samples"),
     "finetune data": ("task:lwa", "law"),
@@ -64,6 +69,7 @@ NAMES: dict[str, tuple[str, str]] = {
     "intervene ideas": ("per-layr", "per-layer"),
     "intervene protected": ("lfit", "lift"),
     "intervene routing": ("plane", "plain"),
+    "tasks prepare task": ("embeded", "embedded"),
     "testbed run preset": ("smoek", "smoke"),
     "testbed run mix": ("embeded", "embedded"),
     "testbed run only": ("scop", "scope"),
@@ -125,6 +131,7 @@ def line(case: str, wrong: str, *, result: Path, model: Path, task: Path, out: P
         "paths": [result, *([] if name == "domain" else ["--domain", "law"]), "--out", out],
         "finetune": ["--model", model, "--paths", out, *([] if name == "data" else ["--data", "task:law"]), "--out", out],
         "intervene": ["--model", model, *([] if name == "domain" else ["--domain", "law"]), "--out", out],
+        "tasks prepare": ["--out", out],
         "testbed run": ["--out", out, "--cache", out],
         "testbed train": ["--out", out, "--config", out.parent / "train.yaml", "--cache", out],
         "testbed mix": ["--cache", out],
@@ -134,11 +141,13 @@ def line(case: str, wrong: str, *, result: Path, model: Path, task: Path, out: P
         more += ["--texts", f"task:{task}"]
     if command == "finetune" and name == "data":
         more += ["--tasks", task]
+    if case == "paths purpose":
+        more = ["--for", wrong]
     if case == "paths match":
         more += ["--rule", "random-load-matched"]
     if case == "paths tasks":
         more += ["--rule", "gradient", "--model", model]
-    if case == "testbed mix mix":
+    if case in ("testbed mix mix", "tasks prepare task"):
         more = [wrong]
     return [*command.split(), *usual[command], *more]
 

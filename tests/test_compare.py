@@ -43,8 +43,8 @@ from dbes.comparison.ranks import corrected as holm
 from dbes.errors import ResultError, SettingError
 from dbes.reporting import export
 from dbes.reporting.card import card_section
+from dbes.reporting.html import unpacked
 from dbes.reporting.leaderboard import curve_rows, render_leaderboard, render_terminal
-from dbes.reporting.page import unpacked
 from dbes.results import CalibratedRecord, Result, load_result
 from dbes.scoring.resampling import jackknife
 from dbes.trace.types import PHASES

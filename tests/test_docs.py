@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
 
 import dbes
+from dbes.testbed.settings import TrainSettings
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
@@ -46,3 +49,24 @@ def test_the_page_of_well_known_checkpoints_is_that_of_the_code(plan: ModuleType
         assert f"| {row} |" in page
     assert "| DeepSeek-V3 | 671.0 B |" in page and "| gpt-oss-120b | 116.8 B |" in page
     assert "| Qwen3-235B-A22B | 34.1 B |" in page
+
+
+def test_the_page_of_commands_is_that_of_the_code() -> None:
+    commands = script("commands")
+    page = commands.page()
+    assert commands.PAGE.read_text("utf-8") == page, "run make docs"
+    for name in ("evaluate", "score", "compare", "paths", "tasks init", "testbed train"):
+        assert f"## dbes {name}\n" in page
+
+
+def test_links_of_the_pages_lead_somewhere() -> None:
+    root = DOCS.parent
+    pages = [root / "README.md", root / "CONTRIBUTING.md", *DOCS.glob("*.md"), *(root / "reports").glob("*.md")]
+    for page in pages:
+        for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text("utf-8")):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_example_of_a_checkpoint_can_be_trained() -> None:
+    settings = TrainSettings.model_validate(yaml.safe_load((DOCS.parent / "examples" / "checkpoint.yaml").read_text("utf-8")))
+    assert settings.model.experts == 32

@@ -275,7 +275,7 @@ LIES = {
     "kept above top-k": (routes(kept=9), "kept above 3"),
     "other counts": (rows(slice(None), positions=lambda at: at + 3), r"document 'text-0', token \d, has another token id than before"),
     "another document": (rows(slice(None), document=lambda at: at + 1), r"document 'text-1'"),
-    "another phase": (rows(slice(None), phase=lambda phase: phase + np.uint8(2)), "phase 2, expected"),
+    "another phase": (rows(slice(None), phase=lambda phase: phase + np.uint8(3)), "phase 3, expected"),
     "positions below 0": (rows(slice(None), positions=lambda at: at - 1), r"document 'text-0': a token at -1, expected"),
     "an answer that is too long": (rows([0], positions=lambda at: at + 40), "a token at 40, expected no more than 10 tokens"),
     "a gap in the answer": (

@@ -27,8 +27,9 @@ from dbes.intervention.settings import read_configuration
 from dbes.paths.esft import read_esft
 from dbes.paths.types import ExpertPath
 from dbes.reporting.export import markdown_cell
+from dbes.reporting.html import unpacked
 from dbes.reporting.leaderboard import render_terminal
-from dbes.reporting.page import unpacked, write_page
+from dbes.reporting.page import write_page
 from dbes.reporting.terminal import DOMAIN_WIDTH, harmless
 from dbes.testbed.mixes import read_prepared
 from dbes.testbed.prescribed import read_prescription

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from dbes.errors import PathError
 from dbes.evaluation.pipeline import record
 from dbes.models import load_model
+from dbes.models.masking import masked
 from dbes.paths.evidence import gather
-from dbes.paths.gradients import expert_parameters, gradient_norms, masked, masking_effects, mean_loss
+from dbes.paths.gradients import expert_parameters, gradient_norms, masking_effects, mean_loss
 from dbes.paths.model_evidence import with_model
 from dbes.paths.search import find_path
 

@@ -25,11 +25,12 @@ from dbes.models import LoadedModel, load_model
 from dbes.models.execution import base_of
 from dbes.models.hooks import watching
 from dbes.models.sites import find_sites
+from dbes.models.windows import special_tokens
 from dbes.recording import batching, forward, ledger
 from dbes.recording import record as recording
 from dbes.recording.batches import Window
 from dbes.recording.forward import Coming, ForwardEngine, record_batch
-from dbes.recording.record import record_documents, special_tokens
+from dbes.recording.record import record_documents
 from dbes.trace.store import Trace
 from dbes.trace.types import TokenRoutes
 
@@ -422,9 +423,9 @@ def test_what_may_share_a_batch_is_found_out_once(tmp_path: Path, monkeypatch: p
     tried: list[str] = []
     real = batching._tried
 
-    def counted(engine: ForwardEngine, texts: Sequence[np.ndarray]) -> Any:
+    def counted(engine: ForwardEngine, *others: Any) -> Any:
         tried.append(engine.loaded.name)
-        return real(engine, texts)
+        return real(engine, *others)
 
     monkeypatch.setattr(batching, "_tried", counted)
     monkeypatch.setattr(batching, "_known", {})

@@ -16,8 +16,8 @@ from dbes.comparison.accuracy import read_accuracies
 from dbes.comparison.compare import compare
 from dbes.errors import ResultError
 from dbes.reporting import export
+from dbes.reporting.html import unpacked
 from dbes.reporting.leaderboard import render_leaderboard
-from dbes.reporting.page import unpacked
 
 HARNESS = {
     "results": {

@@ -19,10 +19,10 @@ from dbes.errors import ResultError
 from dbes.intervention import analysis
 from dbes.intervention.verdicts import overall_verdict, target_verdict
 from dbes.reporting import arms, charts
+from dbes.reporting.html import unpacked
 from dbes.reporting.outcome import Outcome, is_outcome, load_outcome
 from dbes.reporting.outcome_card import outcome_card
 from dbes.reporting.outcome_page import MASK_SERIES, outcome_payload, render_outcome
-from dbes.reporting.page import unpacked
 
 TRUTH = {
     "specialization": (0.20, 0.010), "target-load": (0.15, 0.012), "random-load-matched": (0.12, 0.02),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import io
 import json
 import math
 from dataclasses import replace
@@ -11,13 +12,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from report_results import HOSTILE, simulated_trace, write_result
+from report_results import HOSTILE, counted_domains, simulated_trace, write_result
+from rich.console import Console
 from safetensors.numpy import load_file
 
 from dbes.errors import ResultError
 from dbes.reporting import charts, layer_charts
+from dbes.reporting.html import packed, unpacked
 from dbes.reporting.meaning import meaning_rows, placebo_rows
-from dbes.reporting.page import command, packed, read_usage, render_page, slug, unpacked, write_page
+from dbes.reporting.page import columns, command, read_usage, render_page, slug, write_page
+from dbes.reporting.terminal import render
 from dbes.reporting.text_view import contexts, documents, legible, read_sample, token_text, trajectories
 from dbes.results import Result, load_result
 from dbes.scoring.score import score
@@ -135,7 +139,33 @@ def test_without_weights_no_primary_is_claimed(tmp_path: Path) -> None:
 def test_page_without_trace_and_tables_says_less(tmp_path: Path, result: Result) -> None:
     result.save(tmp_path)
     shown = unpacked(write_page(tmp_path).read_text("utf-8"))
-    assert shown["has"] == {"heat": False, "tree": True, "text": False, "moves": False, "weights": False, "more_specialists": False}
+    assert shown["has"] == {
+        "heat": False, "lift": False, "tests": True, "tree": True, "text": False, "moves": False, "weights": False,
+        "more_specialists": False,
+    }  # fmt: skip
+
+
+def test_counts_of_whole_domains_show_their_values_and_claim_nothing_more(tmp_path: Path) -> None:
+    page = write_page(counted_domains(tmp_path)).read_text("utf-8")
+    value = load_result(tmp_path).record("specialization").value
+    assert f'<div class="number">{value:.4g}</div>' in page
+    assert "None can be told" in page and 'id="s-table"' not in page and 'data-figure="heat"' not in page
+    assert '<th scope="col" class="n">Documents</th>' not in page
+    text = io.StringIO()
+    Console(file=text, width=80).print(render(load_result(tmp_path)))
+    assert f"{value:.4f}" in text.getvalue() and "Value" in text.getvalue()
+    assert not any(word in text.getvalue() for word in ("Specialists", "Sources", "Stiffness┃"))
+
+
+@pytest.mark.parametrize("domains", [12, 13])
+def test_only_a_table_of_few_domains_has_numbers_in_its_cells(domains: int) -> None:
+    spec = json.dumps(charts.similarity_spec(domains))
+    assert ('"label"' in spec) == (domains <= 12)
+
+
+def test_what_rounding_leaves_of_nothing_is_nothing() -> None:
+    rows = [{"a": 3e-17, "b": -2e-16}, {"a": 2e-9, "b": math.nan}]
+    assert columns(rows, ("a", "b")) == {"a": [0.0, 2e-9], "b": [0.0, None]}
 
 
 def test_halves_of_a_domain_and_what_its_texts_are_stand_beside_it(tmp_path: Path, result: Result) -> None:
@@ -265,7 +295,8 @@ def test_specs_are_valid_and_name_their_data() -> None:
 
     specs = [*layer_charts.curve_specs((1, 2)).values(), layer_charts.parts_spec((1, 2)), charts.domain_spec(3),
              charts.heat_spec(3), charts.similarity_spec(3),
-             charts.load_spec(), charts.utilization_spec((1,)), charts.trajectory_spec((1, 2)), charts.scatter_spec(),
+             charts.load_spec(), charts.utilization_spec((1,)), charts.trajectory_spec((1, 2)),
+            charts.scatter_spec("accuracy", "accuracy", "%"), charts.scatter_spec("loss", "bits per byte", ".2f"),
              charts.overlay_spec(),
              charts.parallel_spec(), charts.dendrogram_spec(["a", "b"]),
              *(charts.named_interval_spec(zero=zero) for zero in (True, False))]  # fmt: skip

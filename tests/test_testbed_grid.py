@@ -12,7 +12,7 @@ from scipy import stats
 from testbed_mix import tiny_mix
 
 from dbes.errors import MixError, SettingError
-from dbes.reporting.page import unpacked
+from dbes.reporting.html import unpacked
 from dbes.scoring.score import score
 from dbes.testbed import grid as grid_module
 from dbes.testbed import runs as runs_module

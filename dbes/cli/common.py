@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 FAILED, USAGE = 1, 2
 
 
-def one_of(kind: str, known: Sequence[str], told: str) -> Any:
+def one_of(kind: str, known: Sequence[str], told: str, *names: str) -> Any:
     """An option that takes one of some names.
 
     Args:
-        kind: what a name is of; told: its help.
+        kind: what a name is of; told: its help; names: of the option, where it is not its parameter's.
     """
 
     def check(given: str | None) -> str | None:
@@ -31,11 +31,17 @@ def one_of(kind: str, known: Sequence[str], told: str) -> Any:
             raise SettingError(unknown(kind, given, known))
         return given
 
-    return typer.Option(callback=check, metavar="|".join(known), help=told)
+    return typer.Option(*names, callback=check, metavar="|".join(known), help=told)
 
 
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of permutations, reference router and random-router control.")]
 PermutationsOption = Annotated[int, typer.Option(min=0, help="Shuffles of the documents' domain labels that make the chance level.")]
+MetricOption = Annotated[
+    list[str] | None, typer.Option(metavar="FILE.py:NAME", help="A metric of your own, a dbes.Metric in a Python file (may be repeated).")
+]
+StrataOption = Annotated[
+    str, typer.Option(metavar="KIND,...", help="Score strata of tokens, and their differences: entropy, position, token-class, frequency.")
+]
 FormatOption = Annotated[str, one_of("format", ("table", "json"), "table to read, json for a pipe.")]
 RemoteOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")]
 
@@ -120,11 +126,13 @@ def progress_bar() -> Iterator[Progress]:
         seen: set[str] = set()
 
         def report(stage: str, done: int, total: int) -> None:
+            unit = "half passes" if stage == "masking" else "tokens"
             if stage not in seen:
                 seen.add(stage)
                 if not console.is_terminal:
-                    say(f"{stage} {total:,} tokens" if total else stage, err=True)
+                    say(f"{stage} {total:,} {unit}" if total else stage, err=True)
             speed = bars.tasks[0].speed
-            bars.update(bar, description=stage, completed=done, total=total or None, rate=f"{speed:,.0f} tokens/s" if speed else "")
+            rate = f"{speed:,.0f} tokens/s" if speed and unit == "tokens" else ""
+            bars.update(bar, description=stage, completed=done, total=total or None, rate=rate)
 
         yield report

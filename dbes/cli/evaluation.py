@@ -12,9 +12,11 @@ import typer
 from dbes.cli.common import (
     FAILED,
     FormatOption,
+    MetricOption,
     PermutationsOption,
     RemoteOption,
     SeedOption,
+    StrataOption,
     names,
     one_of,
     progress_bar,
@@ -33,30 +35,65 @@ PHASES = ("all", "prompt", "generated")
 MATCHES = ("none", "length")
 SURROGATES = ("token", "bigram")
 
+DropLoopsOption = Annotated[
+    bool, typer.Option("--drop-loops", help="Leave the generated text of answers that repeat themselves out of the scores.")
+]
+
+
+DtypeOption = Annotated[
+    str, typer.Option(help="auto (float32 on a CPU, the checkpoint's own on an accelerator), float32, bfloat16, float16, float64.")
+]
+EngineOption = Annotated[
+    str, one_of("engine", ENGINES, "memory loads all weights; streaming reads one layer at a time; auto streams what does not fit.")
+]
+GenerateOption = Annotated[
+    int | None, typer.Option(help="Let the model answer each document with so many tokens at most, and record these too.")
+]
+ApplyChatTemplateOption = Annotated[
+    bool, typer.Option("--apply-chat-template", help="Give each document as the user's message of the model's chat template.")
+]
+EmbeddedFallbackOption = Annotated[
+    bool, typer.Option("--embedded-fallback", help="When the hub cannot be reached, use the embedded sample and say so.")
+]
+AccuracyOption = Annotated[
+    bool, typer.Option("--accuracy", help="How often the right choice of the task's multiple-choice items is the likeliest.")
+]
+LmEvalOption = Annotated[bool, typer.Option("--lm-eval", help="The same accuracy, by lm-evaluation-harness; needs dbes[lm-eval].")]
+AblateOption = Annotated[
+    bool, typer.Option("--ablate", help="Mask each domain's specialists, and other cells of the same load: what is lost?")
+]
+
 
 def evaluate(
     model: Annotated[str, typer.Option(help="Hub id or folder; `embedded` is the small checkpoint that ships with dbes.")] = "embedded",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
-    tasks: Annotated[str, typer.Option(help="Task name or YAML file; several separated by commas.")] = "embedded",
+    tasks: Annotated[str, typer.Option(help="Task name, YAML file (or a group's), prepared folder; several with commas.")] = "embedded",
     limit: Annotated[int | None, typer.Option(min=1, help="Documents per domain at most.")] = None,
     output_path: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("results"),
-    dtype: Annotated[
-        str, typer.Option(help="auto (float32 on a CPU, the checkpoint's own on an accelerator), float32, bfloat16, float16, float64.")
-    ] = "auto",
+    dtype: DtypeOption = "auto",
     device_map: Annotated[str | None, typer.Option(help="As in transformers, for example auto or cpu.")] = None,
     batch_size: Annotated[str, typer.Option(help="Windows per batch, or auto.")] = "auto",
-    engine: Annotated[
-        str, one_of("engine", ENGINES, "memory loads all weights; streaming reads one layer at a time; auto streams what does not fit.")
-    ] = "auto",
+    engine: EngineOption = "auto",
     max_memory: Annotated[str | None, typer.Option(help="What streaming may use, for example 4GiB; by default what is free.")] = None,
+    generate: GenerateOption = None,
+    temperature: Annotated[float, typer.Option(help="Of the answers; 0 takes the most probable token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the most probable tokens that together have this probability.")] = 1.0,
+    generation_seed: Annotated[int, typer.Option(help="Of sampling; the same tokens whatever shares a batch.")] = 0,
+    apply_chat_template: ApplyChatTemplateOption = False,
+    system: Annotated[str | None, typer.Option(help="System message of the chat template.")] = None,
+    drop_loops: DropLoopsOption = False,
     seed: SeedOption = 0,
     permutations: PermutationsOption = 1000,
     trust_remote_code: RemoteOption = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Evaluate again although there is a result.")] = False,
     save_trace: Annotated[bool, typer.Option(help="Keep the recorded routes beside the result.")] = True,
-    embedded_fallback: Annotated[
-        bool, typer.Option("--embedded-fallback", help="When the hub cannot be reached, use the embedded sample and say so.")
-    ] = False,
+    embedded_fallback: EmbeddedFallbackOption = False,
+    loss: Annotated[bool, typer.Option("--loss", help="Bits per byte of every domain too, in the same pass.")] = False,
+    accuracy: AccuracyOption = False,
+    lm_eval: LmEvalOption = False,
+    ablate: AblateOption = False,
+    metric: MetricOption = None,
+    strata: StrataOption = "",
     format: FormatOption = "table",
 ) -> None:
     """Record a model's routing over a task and score it against chance and the ideal router.
@@ -66,6 +103,7 @@ def evaluate(
     from dbes.evaluation.pipeline import evaluate as run
     from dbes.recording.crew import Crew
     from dbes.reporting.report import keep_page
+    from dbes.scoring.own import metric_from
 
     wanted, quiet = names(tasks), not Crew.here().first
     with nullcontext() if quiet else progress_bar() as progress:
@@ -73,7 +111,11 @@ def evaluate(
             model, tasks=wanted, output_path=output_path, revision=revision, limit=limit, dtype=dtype, device_map=device_map,
             batch_size=_batch_size(batch_size), engine=cast("Any", engine), max_memory=max_memory, seed=seed,
             permutations=permutations, trust_remote_code=trust_remote_code,
-            overwrite=overwrite, save_trace=save_trace, embedded_fallback=embedded_fallback, progress=progress,
+            overwrite=overwrite, save_trace=save_trace, embedded_fallback=embedded_fallback, loss=loss,
+            accuracy="lm-eval" if lm_eval else accuracy, ablate=ablate, metrics=[metric_from(each) for each in metric or ()],
+            strata=names(strata), progress=progress,
+            generate=generate, temperature=temperature, top_p=top_p, generation_seed=generation_seed,
+            apply_chat_template=apply_chat_template, system=system, drop_loops=drop_loops,
         )  # fmt: skip
     done = [result for result in found if result.status == "ok"]
     for result in found if not quiet else ():
@@ -85,7 +127,7 @@ def evaluate(
         if format == "table":
             _show(result)
     if format == "json" and done and not quiet:
-        say_json(_json(done, several=len(wanted) > 1))
+        say_json(_json(done, several=len(found) > 1))
     if len(done) < len(found):
         raise typer.Exit(FAILED)
 
@@ -100,17 +142,22 @@ def score(
     surrogate: Annotated[
         str, one_of("surrogate", SURROGATES, "What lexical and contextual values tell apart: the token alone, or with the one before it.")
     ] = "token",
+    drop_loops: DropLoopsOption = False,
     seed: SeedOption = 0,
     permutations: PermutationsOption = 1000,
+    metric: MetricOption = None,
+    strata: StrataOption = "",
     output_path: Annotated[Path | None, typer.Option(help="Folder to write result and tables to.")] = None,
     format: FormatOption = "table",
 ) -> None:
     """Score a recorded trace again; needs no model."""
+    from dbes.scoring.own import metric_from
     from dbes.scoring.score import score as run
 
     result = run(
-        trace, router=router, phase=phase, match=match, surrogate=surrogate, seed=seed, permutations=permutations, output_path=output_path
-    )
+        trace, router=router, phase=phase, match=match, surrogate=surrogate, drop_loops=drop_loops, seed=seed, permutations=permutations,
+        metrics=[metric_from(each) for each in metric or ()], strata=names(strata), output_path=output_path,
+    )  # fmt: skip
     if format == "json":
         say_json(_json([result], several=False))
     else:

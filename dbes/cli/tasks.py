@@ -10,12 +10,15 @@ import typer
 
 from dbes.cli.common import say, stdout
 
-app = typer.Typer(help="List the tasks; `dbes tasks init FOLDER` begins one of your own, `validate` checks it.", rich_markup_mode=None)
+app = typer.Typer(
+    help="List the tasks; `dbes tasks init FOLDER` begins one of your own, `validate` checks it, `prepare` makes it work offline.",
+    rich_markup_mode=None,
+)
 
 
 @app.callback(invoke_without_command=True)
 def tasks(context: typer.Context) -> None:
-    """List the tasks that ship with dbes."""
+    """List the tasks that ship with dbes, and the data sets of the hub they read, with licence and gate."""
     if context.invoked_subcommand is not None:
         return
     from dbes.reporting.tasks import render
@@ -49,3 +52,23 @@ def validate(file: Annotated[Path, typer.Argument(help="Task YAML.")]) -> None:
     stdout().print(render_documents(benchmark))
     for line in caution_lines(cautions(benchmark.documents)):
         say(f"Caution: {line}")
+
+
+@app.command()
+def prepare(
+    task: Annotated[str, typer.Argument(help="Name of a task, or task YAML.")],
+    out: Annotated[Path, typer.Option(help="Folder to write: texts with their sha256, task file and card.")],
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="Go on without sources that cannot be had, and name them.")
+    ] = False,
+) -> None:
+    """Copy a task with all its texts into a folder that needs no network; a call that was killed or failed is gone on with."""
+    from dbes.tasks.prepare import prepare as run
+    from dbes.tasks.task import load_task
+
+    where, found = run(load_task(task), out, allow_missing=allow_missing, said=lambda line: say(line, err=True))
+    for each in found:
+        if each.kept is None:
+            say(f"Without {each.domain}/{each.name}, so scores are not those of the whole task: {each.cause}", err=True)
+    say(f"Written: {where}")
+    say(f"Next: dbes evaluate --tasks {shlex.quote(str(where.parent))}")

@@ -12,6 +12,7 @@ import numpy as np
 from dbes.comparison.entries import read_replicates
 from dbes.errors import DbesError
 from dbes.results import CalibratedRecord, Result, load_result, result_files
+from dbes.scoring.estimates import CALIBRATED
 from dbes.scoring.score import EXCESS, REPLICATED
 from dbes.scoring.tables import read_arrays, read_usage
 
@@ -44,7 +45,7 @@ def check_folder(folder: str | Path) -> list[str]:
         problems.append("no replicates.safetensors: the result cannot be ranked; write it again with this dbes")
     elif len(replicates.documents) != result.settings.get("groups", sum(facts.sources for facts in result.task.domains.values())):
         problems.append("replicates: their documents are not those of the result")
-    elif missing := set(REPLICATED) - set(replicates.by_metric):
+    elif missing := {*REPLICATED, *result.own_metrics} - set(replicates.by_metric):
         problems.append(f"replicates: {', '.join(sorted(missing))} missing")
     else:
         problems += _replicates(result, replicates.by_metric)
@@ -121,7 +122,8 @@ def _counts(result: Result) -> Iterator[str]:
     if recording is None:
         yield "recording: missing"
         return
-    if result.settings.get("phase", "all") == "all" and sum(facts.tokens for facts in task.domains.values()) != recording.tokens:
+    scored, whole = sum(facts.tokens for facts in task.domains.values()), not result.settings.get("drop_loops")
+    if whole and result.settings.get("phase", "all") == "all" and scored != recording.tokens - (recording.template_tokens or 0):
         yield "tokens of the domains do not add up to the tokens recorded"
     if any(not 0 < facts.sources <= facts.documents <= facts.tokens for facts in task.domains.values()):
         yield "a domain has no documents, more sources than documents, or fewer tokens than documents"
@@ -132,11 +134,11 @@ def _records(result: Result) -> Iterator[str]:
     seen: dict[str, list[CalibratedRecord]] = {}
     for record in result.calibrated:
         seen.setdefault(record.metric, []).append(record)
-    for metric in REPLICATED:
+    for metric in (*REPLICATED, *result.own_metrics):
         if metric not in seen:
             yield f"{metric}: missing"
     for metric, records in seen.items():
-        rows = {None, *result.task.domains} if metric != "der" else {None}
+        rows = {None, *result.task.domains} if result.by_domain(metric) else {None}
         cells = {(record.layer, record.domain) for record in records}
         if len(cells) != len(records) or cells != {(layer, row) for layer in (*result.model.layers, None) for row in rows}:
             yield f"{metric}: expected {expected} x {len(rows)} records, one for each layer and domain"
@@ -155,7 +157,7 @@ def _impossible(record: CalibratedRecord, domains: int) -> str | None:
     where = f"layer {record.layer}, domain {record.domain}"
     if not math.isnan(record.p) and not 0 < record.p <= 1:
         return f"p = {record.p} ({where})"
-    if (record.score > 1.05 and not record.score_low <= 1.0) or record.score < -5:
+    if record.metric in CALIBRATED and ((record.score > 1.05 and not record.score_low <= 1.0) or record.score < -5):
         return f"score {record.score} ({where})"
     if record.metric == "specialization" and not -CLOSE <= (0.0 if math.isnan(record.value) else record.value) <= math.log(domains) + CLOSE:
         return f"value {record.value} outside 0..ln {domains} ({where})"

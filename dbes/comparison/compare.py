@@ -11,21 +11,21 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.stats import t as student
 
 from dbes.comparison.accuracy import Accuracies, read_accuracies
 from dbes.comparison.entries import Apart, LeaderboardEntry, Replicates, read_entries
 from dbes.comparison.excess import all_have_excess, excess_of
+from dbes.comparison.own import of_one_source, shared_metrics
 from dbes.comparison.ranks import Difference, Rank, corrected, ranks_of
+from dbes.comparison.relation import Relation, relations
 from dbes.errors import ResultError, SettingError
 from dbes.results import RESULT_FILE, Result
-from dbes.scoring.decoding import Z95
-from dbes.scoring.resampling import jackknife
+from dbes.scoring.phases import model_score, paired
 from dbes.scoring.score import REPLICATED
 from dbes.scoring.texts import DATA
 from dbes.text import labels, unknown
@@ -35,8 +35,12 @@ if TYPE_CHECKING:
 
 NAME_WIDTH = 64
 
+OWN_ACCURACY = "the multiple-choice items of the task (mean over its domains that have some)"
+
 UNKNOWN_DATA = "unknown:"
 """Beginning of what stands for the fingerprint of a result without one."""
+
+Identity = tuple[str, int | None, str | None, int, str, str, str]
 
 DEPTHS = (("all layers", 0.0, 1.0), ("first third", 0.0, 1 / 3), ("middle third", 1 / 3, 2 / 3), ("last third", 2 / 3, 1.0))
 """Relative depth of the MoE layers, 0 the first and 1 the last: models of different depth are compared by it."""
@@ -47,7 +51,9 @@ class Comparison:
     """Results that may stand side by side, their ranks and pairwise differences by one metric, and what stands apart.
 
     ``by_excess``: order, ranks and pairs are of the excess over the random router, because every model has one; else of the score.
-    ``accuracy_of``: the tasks or the file that accuracies come from; empty without accuracies.
+    ``accuracy_of``: the tasks or the file that accuracies come from, or the results' own; empty without accuracies.
+    ``relations``: of specialization with loss and accuracy, where models have them. ``own``: title of each metric of the user's own that
+    all models have, computed by the same source.
     """
 
     metric: str
@@ -57,6 +63,13 @@ class Comparison:
     apart: tuple[Apart, ...]
     by_excess: bool = False
     accuracy_of: str = ""
+    relations: tuple[Relation, ...] = ()
+    own: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Every metric that is compared: those of dbes, and those of the user's own."""
+        return (*REPLICATED, *self.own)
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per entry: its name, its ranks, and the model's score by every metric; NaN where it has none."""
@@ -65,7 +78,7 @@ class Comparison:
         rows = []
         for entry in self.entries:
             rank = self.ranks.get(entry.label)
-            scores = {metric: _or(model_score(entry.result, metric), math.nan) for metric in REPLICATED}
+            scores = {metric: _or(model_score(entry.result, metric), math.nan) for metric in self.metrics}
             rows.append({"model": entry.label, "rank": rank and rank.place, "rank_last": rank and rank.last, **scores})
         return pd.DataFrame(rows)
 
@@ -82,7 +95,7 @@ def compare(
 
     Args:
         results: results that were written to a folder, their folders, or folders with results below them.
-        by: metric the models are ranked by.
+        by: metric the models are ranked by; of your own, results by another version or source of it stand apart.
         accuracy: files with the models' accuracies: CSV ``model,accuracy``, or results of lm-eval.
 
     Raises:
@@ -90,12 +103,15 @@ def compare(
         ResultError: no result can be read, or accuracies do not fit the results.
     """
     metric = by
-    if metric not in REPLICATED:
-        raise SettingError(unknown("metric that models are ranked by", metric, REPLICATED))
     known = read_accuracies([accuracy] if isinstance(accuracy, str | Path) else accuracy)
     given = [results] if isinstance(results, str | Path | Result) else results
     entries, apart = read_entries([_place(each) for each in given])
+    known_metrics = dict.fromkeys((*REPLICATED, *(name for entry in entries for name in entry.result.own_metrics)))
+    if metric not in known_metrics:
+        raise SettingError(unknown("metric that models are ranked by", metric, known_metrics))
     entries, others = comparable(entries)
+    entries, unlike = of_one_source(entries, metric)
+    others += unlike
     entries = with_accuracies(labelled(entries), known, elsewhere={each.name for each in (*apart, *others)})
     ranked = [entry for entry in entries if _rankable(entry, metric)]
     by_excess = all_have_excess([entry for entry in entries if not entry.baseline], metric)
@@ -115,7 +131,9 @@ def compare(
         pairs=tuple(pairs),
         apart=(*apart, *others),
         by_excess=by_excess,
-        accuracy_of=known.source,
+        accuracy_of=known.source or (OWN_ACCURACY if any(entry.accuracy is not None for entry in entries) else ""),
+        relations=relations(entries, [model_score(entry.result, "specialization") for entry in entries]),
+        own=shared_metrics([entry.result for entry in entries if not entry.baseline]),
     )
 
 
@@ -185,7 +203,7 @@ def _model_of(result: Result) -> tuple[str | None, ...]:
 
 
 def with_accuracies(entries: Sequence[LeaderboardEntry], known: Accuracies, *, elsewhere: set[str]) -> list[LeaderboardEntry]:
-    """The entries with their accuracy, found by label or by name.
+    """The entries with their accuracy, found by label or by name; without any given, that which the results hold.
 
     Args:
         elsewhere: names of results that stand apart: their accuracies are left out.
@@ -201,21 +219,31 @@ def with_accuracies(entries: Sequence[LeaderboardEntry], known: Accuracies, *, e
             raise ResultError(f"accuracy of {name!r}: several results have that name; use one of {', '.join(alike)}")
         key = entry.label if entry.label in known.by_model else name
         used.add(key)
-        made.append(replace(entry, accuracy=known.by_model.get(key)))
+        own = None if known.source or entry.result.measures is None else entry.result.measures.mean_accuracy
+        made.append(replace(entry, accuracy=known.by_model.get(key, own)))
     if missing := sorted(known.by_model.keys() - used - elsewhere):
         there = ", ".join(entry.label for entry in entries)
         raise ResultError(f"accuracy of {', '.join(map(repr, missing))}: no such model among the results; there are {there}")
     return made
 
 
-def _identity(result: Result) -> tuple[str, int | None, str | None, int, str, str]:
+def _identity(result: Result) -> Identity:
     """What results of one table have in common; a result without a fingerprint has nothing in common with another."""
     own = result.task.fingerprint or f"{UNKNOWN_DATA}{result.model.name}{id(result)}"
     match, phase = str(result.settings.get("match", "none")), str(result.settings.get("phase", "all"))
-    return result.task.name, result.task.version, own, result.metrics_version, match, phase
+    return result.task.name, result.task.version, own, result.metrics_version, match, _answers(result), phase
 
 
-def _why_apart(found: tuple[str, int | None, str | None, int, str, str], chosen: tuple[str, int | None, str | None, int, str, str]) -> str:
+def _answers(result: Result) -> str:
+    """How the model's answers were made, and which of them were scored."""
+    about = result.settings.get("generation")
+    if not about:
+        return "none"
+    more = [f"{name} {found!r}" for name in ("chat_template", "system", "drop_loops") if (found := result.settings.get(name))]
+    return ", ".join([f"{about.get('tokens')} tokens", *(f"{name} {about[name]}" for name in sorted(about) if name != "tokens"), *more])
+
+
+def _why_apart(found: Identity, chosen: Identity) -> str:
     """Why a result of one identity is not in the table of another."""
     data = str(found[2]), str(chosen[2])
     if any(each.startswith(UNKNOWN_DATA) for each in data):
@@ -224,7 +252,7 @@ def _why_apart(found: tuple[str, int | None, str | None, int, str, str], chosen:
             f"{which} no fingerprint of its data, so that nothing shows that both read the same texts; score the trace again with "
             "document ids or token ids, or name the data in provenance['task']['fingerprint']"
         )
-    names = ("task", "task version", "task fingerprint", "metrics version", "match", "phase")
+    names = ("task", "task version", "task fingerprint", "metrics version", "match", "generation", "phase")
     words = [f"{name} {str(a)[:12]} instead of {str(b)[:12]}" for name, a, b in zip(names, found, chosen, strict=True) if a != b]
     made = all(each.startswith(DATA) for each in data) and data[0] != data[1]
     hint = " (made from document ids, domains and token ids; where both read the same texts give both the fingerprint of the task)"
@@ -249,16 +277,6 @@ def labelled(entries: list[LeaderboardEntry]) -> list[LeaderboardEntry]:
         names = [f"{name} @{fact}" if len(alike[name]) > 1 and fact else name for name, fact in zip(names, more, strict=True)]
     shown = labels(names, NAME_WIDTH)
     return [replace(entry, label=shown[name]) for entry, name in zip(entries, names, strict=True)]
-
-
-def model_score(result: Result, metric: str) -> float | None:
-    """The model's score, or None where a domain or a layer is missing in it: no mean is taken over a gap."""
-    rows = [record for record in result.calibrated if record.metric == metric]
-    by_domain = [record for record in rows if record.domain is not None]
-    missing = {record.domain for record in by_domain} != set(result.task.domains) if by_domain else metric != "der"
-    if missing or {record.layer for record in rows} != {*result.model.layers, None} or any(math.isnan(record.score) for record in rows):
-        return None
-    return result.record(metric).score
 
 
 def _rankable(entry: LeaderboardEntry, metric: str) -> bool:
@@ -291,7 +309,7 @@ def phase_differences(entry: LeaderboardEntry) -> list[PhaseDifference]:
         return []
     prompt, generated = entry.phases["prompt"], entry.phases["generated"]
     found = []
-    for metric in REPLICATED:
+    for metric in (*REPLICATED, *shared_metrics([prompt.result, generated.result])):
         scores = model_score(prompt.result, metric), model_score(generated.result, metric)
         if scores[0] is None or scores[1] is None:
             continue
@@ -302,9 +320,8 @@ def phase_differences(entry: LeaderboardEntry) -> list[PhaseDifference]:
 
 def differences(first: LeaderboardEntry, second: LeaderboardEntry) -> list[Difference]:
     """Paired differences of two models for every metric and layer depth, p-values corrected over all of them (Holm)."""
-    return corrected(
-        [found for metric in REPLICATED for depth in DEPTHS if (found := difference(first, second, metric, *depth)) is not None]
-    )
+    metrics = (*REPLICATED, *shared_metrics([first.result, second.result]))
+    return corrected([found for metric in metrics for depth in DEPTHS if (found := difference(first, second, metric, *depth)) is not None])
 
 
 def difference(
@@ -323,18 +340,10 @@ def difference(
     (score_first, left_first, draw_first), (score_second, left_second, draw_second) = sides[0], sides[1]
     domain = first.replicates.document_domain
     value = score_first - score_second
-    found = jackknife(np.asarray(value), left_first - left_second, domain)
-    drawn = draw_first + draw_second
-    error, reach = math.hypot(float(found.error), drawn**0.5), math.hypot(float(found.reach), Z95 * drawn**0.5)
-    if math.isnan(error):
-        p = math.nan
-    elif error > 0:
-        p = float(2 * student.sf(abs(value) / error, found.freedom))
-    else:
-        p = 1.0 if value == 0 else 0.0
+    test = paired(value, left_first - left_second, domain, drawn=draw_first + draw_second)
     return Difference(
         first=first.label, second=second.label, metric=metric, depth=depth, score_first=score_first, score_second=score_second,
-        difference=value, low=value - reach, high=value + reach, p=p, of="excess" if excess else "score",
+        difference=value, low=test.low, high=test.high, p=test.p, of="excess" if excess else "score",
     )  # fmt: skip
 
 

@@ -42,6 +42,11 @@ class LeaderboardEntry:
     accuracy: float | None = None
 
     @property
+    def loss(self) -> float | None:
+        """Mean of its domains' bits per byte; None where it was not measured."""
+        return None if self.result.measures is None else self.result.measures.mean_loss
+
+    @property
     def baseline(self) -> bool:
         """A router without a model (reference, uniform, collapsed, hash)."""
         return self.result.model.name.endswith(" router")

@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, Literal, Unpack, overload
 
 from dbes.errors import DbesError, ModelError, ResultError, SettingError, TraceError, refusal
+from dbes.evaluation.answers import PHASE_FOLDERS
+from dbes.evaluation.measuring import lacking, measured_beside, require_measurable
+from dbes.evaluation.options import Further, Options, Progress
 from dbes.evaluation.request import (
     Job,
     Request,
     Subject,
-    accelerator_here,
     expected_of,
     given_model,
     read_benchmark,
     subject_of,
 )
-from dbes.evaluation.reuse import finished_result, missing_files, notes, other_recording, same_result, tidy, whole_trace
+from dbes.evaluation.reuse import finished_result, missing_files, notes, only_lacking, other_recording, same_result, whole_trace
+from dbes.evaluation.scored import scored
 from dbes.files import discard, locked
 from dbes.recording.crew import Crew
 from dbes.results import PAGE_FILE, RESULT_FILE, ModelFacts, RecordingFacts, Result, TaskFacts, load_result
-from dbes.scoring.score import score_tables
-from dbes.scoring.tables import COMPANIONS, save_scores
+from dbes.scoring.tables import COMPANIONS
 from dbes.shipped import EMBEDDED, EMBEDDED_MODEL
-from dbes.tasks.task import Task
+from dbes.tasks.task import Task, is_group, tasks_of
+from dbes.trace.loss import DocumentLoss, read_loss
 from dbes.trace.store import MANIFEST, TRACE_FOLDER, Trace, read_manifest
+from dbes.trace.types import TEMPLATE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,34 +40,10 @@ if TYPE_CHECKING:
     from dbes.evaluation.request import Model
     from dbes.models import LoadedModel
 
-Progress = Callable[[str, int, int], None]
-"""Called as progress(stage, done, total); the stage names what is being done."""
-
 Several = Sequence[str] | Sequence[Path] | Sequence[Task] | Sequence[str | Path | Task]
 
 RECOVERED = (DbesError, OSError, RuntimeError, MemoryError)
 """What a failed evaluation writes a result about; anything else is a defect."""
-
-
-class Options(TypedDict, total=False):
-    """Arguments of `evaluate` beside model and tasks."""
-
-    tokenizer: PreTrainedTokenizerBase | None
-    output_path: str | Path
-    revision: str | None
-    limit: int | None
-    dtype: str
-    device_map: str | None
-    batch_size: int | Literal["auto"]
-    seed: int
-    permutations: int
-    trust_remote_code: bool
-    engine: Literal["auto", "memory", "streaming"]
-    max_memory: int | str | None
-    overwrite: bool
-    save_trace: bool
-    embedded_fallback: bool
-    progress: Progress | None
 
 
 @overload
@@ -90,6 +70,7 @@ def evaluate(
     save_trace: bool = True,
     embedded_fallback: bool = False,
     progress: Progress | None = None,
+    **further: Unpack[Further],
 ) -> Result | list[Result]:
     """Measure how a Mixture-of-Experts checkpoint routes the domains of a task, and write the result.
 
@@ -100,27 +81,27 @@ def evaluate(
     Args:
         model: hub id, folder, ``"embedded"`` for the checkpoint that ships with dbes, a `LoadedModel`, or a model of transformers or
             peft in memory (with its ``tokenizer``), which is left as it was.
-        tasks: name of a task, path of a task YAML, a `Task`, or a list of these. All tasks of a list are read before anything is
-            written; of one that fails later, the result in the list has status "error", and the others are run.
+        tasks: name of a task, path of a task YAML or a prepared folder, a `Task`, a group of tasks, or a list of these. All tasks
+            of a list are read before anything is written; of one that fails later, the result in the list has status
+            "error", and the others are run.
         output_path: folder of the results.
-        revision: branch, tag or commit of a model on the hub.
-        limit: read at most this many documents of each domain.
+        revision: branch, tag or commit of a model on the hub. limit: read at most this many documents of each domain.
         dtype: "auto" is float32 on a CPU and the checkpoint's own dtype on an accelerator; or float32, bfloat16, float16, float64.
         device_map: as in transformers, for example "auto" or "cpu".
         batch_size: windows per batch, or "auto".
         seed: of the random-router control, the permutations and the reference router.
         permutations: shuffles of the documents' domain labels that make the chance level.
         trust_remote_code: run model code that comes with the checkpoint.
-        engine: "memory" loads all weights, "streaming" one decoder layer at a time; the routes are the same. "auto" is "memory"
-            where the model fits.
+        engine: "memory" loads all weights, "streaming" one decoder layer at a time; "auto" is "memory" where the model fits.
         max_memory: what the process may use with "streaming", in bytes or as "4GiB"; by default what the machine has free.
         overwrite: evaluate again although there is a result, or another recording, in the folder.
         save_trace: keep the recorded routes beside the result, so that they can be scored again without the model.
         embedded_fallback: when the hub cannot be reached, use the embedded sample and say so.
-        progress: called as progress(stage, done, total); the stage names what is being done.
+        progress: called as progress(stage, done, total).
+        further: what is measured beside, and answers: ``loss``, ``ablate``, ``strata``, ``generate``, ..., see `Further`.
 
     Returns:
-        The result, or one for each task of a list.
+        The result, or one for each task of a list or a group.
 
     Raises:
         TaskError, SettingError: a task or an argument cannot be used (nothing is written).
@@ -128,26 +109,38 @@ def evaluate(
         ResultError: the folder holds a finished result of something else, which is left alone.
         DbesError: the evaluation failed; a result with status "error" has been written.
     """
-    several = not isinstance(tasks, str | Path | Task)
-    wanted = list(tasks) if several else [tasks]
+    several = not isinstance(tasks, str | Path | Task) or is_group(tasks)
+    wanted = [each for task in ([tasks] if isinstance(tasks, str | Path | Task) else tasks) for each in tasks_of(task)]
     crew = Crew.here()
     with given_model(model, tokenizer) as given, crew.meeting(Path(output_path)):
         request = Request.of(
             given, revision=revision, limit=limit, dtype=dtype, device_map=device_map, batch_size=batch_size, seed=seed, engine=engine,
             max_memory=max_memory, permutations=permutations, trust_remote_code=trust_remote_code, embedded_fallback=embedded_fallback,
+            **further,
         )  # fmt: skip
-        benchmarks = [read_benchmark(task, limit=limit, embedded_fallback=embedded_fallback) for task in wanted]
-        if not benchmarks:
-            raise SettingError("tasks: expected at least one")
-        crew.check(request.device_map)
-        subject = subject_of(given, request)
-        job = Job(subject=subject, request=request, benchmark=benchmarks[0], output_path=Path(output_path), save_trace=save_trace)
-        results = []
-        for number, (task, benchmark) in enumerate(zip(wanted, benchmarks, strict=True)):
-            job = replace(job, request=request.on(task), benchmark=benchmark)
-            result, job = _of_task(job, crew, number, several=several, overwrite=overwrite, progress=progress)
-            results.append(result)
+        results = _of_tasks(
+            given, wanted, request, crew, several=several, output_path=Path(output_path), overwrite=overwrite, save_trace=save_trace,
+            progress=progress,
+        )  # fmt: skip
     return results if several else results[0]
+
+
+def _of_tasks(
+    given: str | Path | LoadedModel, wanted: Sequence[str | Path | Task], request: Request, crew: Crew, *,
+    output_path: Path, several: bool, overwrite: bool, save_trace: bool, progress: Progress | None,
+) -> list[Result]:  # fmt: skip
+    benchmarks = [read_benchmark(task, limit=request.limit, embedded_fallback=request.embedded_fallback) for task in wanted]
+    if not benchmarks:
+        raise SettingError("tasks: expected at least one")
+    crew.check(request.device_map)
+    subject = subject_of(given, request)
+    job = Job(subject=subject, request=request, benchmark=benchmarks[0], output_path=output_path, save_trace=save_trace)
+    results = []
+    for number, (task, benchmark) in enumerate(zip(wanted, benchmarks, strict=True)):
+        job = replace(job, request=request.on(task), benchmark=benchmark)
+        result, job = _of_task(job, crew, number, several=several, overwrite=overwrite, progress=progress)
+        results.append(result)
+    return results
 
 
 def _of_task(job: Job, crew: Crew, number: int, *, several: bool, overwrite: bool, progress: Progress | None) -> tuple[Result, Job]:
@@ -265,6 +258,8 @@ def _repaired(job: Job) -> Result | None:
         return None
     found, folder = same[0], job.folder
     missing, trace = missing_files(folder, found), whole_trace(folder / TRACE_FOLDER)
+    if lacking(job, found.measures):
+        return None
     if not missing and (trace is not None or not job.save_trace or not (folder / TRACE_FOLDER).is_dir()):
         return finished_result(job)  # another run has finished it meanwhile
     lost = ", ".join(missing) or "part of the recorded routes"
@@ -272,42 +267,31 @@ def _repaired(job: Job) -> Result | None:
         notes.warning(f"{folder}: {lost} missing or altered; recorded again")
         return None
     notes.warning(f"{folder}: {lost} missing or altered; made again from the recorded routes")
-    return _scored(job, trace, found.recording or _facts(job, trace))
+    return scored(job, trace, found.recording or _facts(job, trace), found.measures)
 
 
 def _evaluated(job: Job, loaded: LoadedModel, crew: Crew, *, fresh: bool, progress: Progress | None) -> Result:
     folder = job.folder
-    if fresh or same_result(job) is not None:
-        for name in (RESULT_FILE, PAGE_FILE, *COMPANIONS, TRACE_FOLDER):
+    require_measurable(job, loaded)
+    earlier = None if fresh or (same := same_result(job)) is None else same[0]
+    if earlier is not None and not only_lacking(job, earlier):
+        fresh, earlier = True, None
+    if fresh:
+        for name in (RESULT_FILE, PAGE_FILE, *COMPANIONS, TRACE_FOLDER, *PHASE_FOLDERS):
             discard(folder / name)
-    trace, facts = _recorded(job, loaded, folder / TRACE_FOLDER, progress=progress, crew=crew)
+    trace, facts, loss = _recorded(job, loaded, folder / TRACE_FOLDER, progress=progress, crew=crew)
+    if earlier is not None:
+        facts = earlier.recording or facts
     if progress is not None:
         progress("scoring", 0, 0)
-    return _scored(job, trace, facts)
-
-
-def _scored(job: Job, trace: Trace, facts: RecordingFacts) -> Result:
-    """Score the trace of a job and write the result; ``result.json`` last."""
-    request = job.request
-    scores = score_tables(trace, permutations=request.permutations, seed=request.seed)
-    about = {"accelerator": accelerator_here()}
-    if tokenizer := trace.provenance.get("tokenizer_sha256"):
-        about["tokenizer_sha256"] = str(tokenizer)
-    result = scores.result.model_copy(
-        update={
-            "recording": facts,
-            "environment": {**scores.result.environment, **about},
-            "settings": {**scores.result.settings, **request.settings},
-        }
-    )
-    result = save_scores(scores, job.folder, result)
-    tidy(job)
-    return result
+    before = None if earlier is None else earlier.measures
+    return scored(job, trace, facts, measured_beside(job, loaded, trace, loss, facts, earlier=before, progress=progress))
 
 
 def _recorded(
     job: Job, loaded: LoadedModel, folder: Path | None, *, progress: Progress | None, crew: Crew | None = None
-) -> tuple[Trace, RecordingFacts]:
+) -> tuple[Trace, RecordingFacts, DocumentLoss | None]:
+    from dbes.recording.chat import Template
     from dbes.recording.record import record_documents
 
     benchmark, request = job.benchmark, job.request
@@ -317,7 +301,7 @@ def _recorded(
         other = other_recording(trace.provenance, expected_of(loaded, task=benchmark.facts), request)
         if other:
             raise TraceError(f"{folder}: holds another recording (another {' and '.join(other)}); use --overwrite or another --output-path")
-        return trace, _facts(job, trace)
+        return trace, _facts(job, trace), read_loss(folder, trace.provenance, documents=len(trace.shape.document_ids))
     done = record_documents(
         loaded,
         benchmark.documents,
@@ -326,19 +310,25 @@ def _recorded(
         output_path=folder,
         batch_size=request.batch_size,
         seed=request.seed,
+        loss=request.loss,
         max_memory=request.max_memory,
         # how windows share a batch can change close choices, so it is part of what a recording is
         provenance={"task": benchmark.facts, "batch_size": request.batch_size},
         progress=None if progress is None else lambda now, total: progress("recording", now, total),
         crew=crew,
+        generation=request.generation,
+        template=Template(loaded.tokenizer, request.system) if request.chat_template else None,
     )
     facts = _facts(job, done.trace)
     took = {name: getattr(done, name) for name in ("seconds", "tokens_per_second", "engine", "bytes_read", "bytes_skipped")}
-    return done.trace, facts.model_copy(update=took)
+    return done.trace, facts.model_copy(update=took), done.loss
 
 
 def _facts(job: Job, trace: Trace) -> RecordingFacts:
-    return RecordingFacts(documents=len(job.benchmark.documents), tokens=trace.tokens)
+    around = None
+    if job.request.chat_template:
+        around = sum(int((routes.phase == TEMPLATE).sum()) for routes in trace.with_columns("phase") if routes.phase is not None)
+    return RecordingFacts(documents=len(job.benchmark.documents), tokens=trace.tokens, template_tokens=around)
 
 
 def _failed(job: Job, problem: BaseException) -> DbesError:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dbes.errors import ModelError, SettingError
+from dbes.evaluation.harness import HARNESS, require_harness
+from dbes.evaluation.options import ANSWERS, GENERATION, generation_of
+from dbes.scoring.own import Metric, checked
+from dbes.scoring.stratified import checked_kinds
 from dbes.shipped import EMBEDDED, located
 from dbes.tasks.task import Document, Task, load_task, read_task, task_facts
 from dbes.text import unknown
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from dbes.models import LoadedModel
+    from dbes.recording.generation import Generation
 
     Model = str | Path | LoadedModel | PreTrainedModel
     """What can be evaluated: folder, hub id or ``embedded``, or a model in memory."""
@@ -30,6 +35,8 @@ UNRESOLVED = "unresolved"
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 ENGINES = ("auto", "memory", "streaming")
+
+NEEDS_MEMORY = "needs the model whole in memory, and streaming ends the last layer with its router; use --engine memory"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +63,15 @@ def read_benchmark(tasks: str | Path | Task, *, limit: int | None = None, embedd
     return Benchmark(task=task, documents=reading.documents, facts=task_facts(task, reading))
 
 
-def result_folder(output_path: str | Path, name: str, revision: str, task: str, *, limit: int | None = None) -> Path:
-    """``<output_path>/<model name>/<revision>/<task>``; a limited task stands apart from the whole one."""
+def result_folder(
+    output_path: str | Path, name: str, revision: str, task: str, *, limit: int | None = None, generate: int | None = None
+) -> Path:
+    """``<output_path>/<model name>/<revision>/<task>``; a limited task, and one that is answered, stand apart from the whole one."""
     parts = [re.sub(r"[^\w.=-]+", "__", part).strip(".") or "_" for part in (name, revision.removeprefix("sha256:")[:12], task)]
     if limit is not None:
         parts[2] += f"-limit{limit}"
+    if generate is not None:
+        parts[2] += f"-generate{generate}"
     return Path(output_path).joinpath(*parts)
 
 
@@ -82,6 +93,15 @@ class Request:
     engine: str = "auto"
     max_memory: int | None = None
     embedded_fallback: bool = False
+    loss: bool = False
+    accuracy: bool | str = False
+    ablate: bool = False
+    metrics: tuple[Metric, ...] = ()
+    strata: tuple[str, ...] = ()
+    generation: Generation | None = None
+    chat_template: bool = False
+    system: str | None = None
+    drop_loops: bool = False
     model: str | None
     tasks: str | None
     revision: str | None
@@ -95,16 +115,29 @@ class Request:
                 raise SettingError("engine 'streaming': this model is in memory already; give its folder or hub id")
         if (given := options.get("max_memory")) is not None:
             options["max_memory"] = bytes_of(str(given), option="max_memory")
+        options |= {name: tuple(options.get(name, ())) for name in ("metrics", "strata")}
+        options["chat_template"] = options.pop("apply_chat_template", False)
+        options["generation"] = generation_of(**{name: options.pop(name, usual) for name, usual in ANSWERS.items()}, **options)
         return cls(model=str(model) if isinstance(model, str | Path) else None, tasks=None, **options)
 
     def on(self, task: str | Path | Task) -> Request:
         return replace(self, tasks=None if isinstance(task, Task) else str(task))
 
     def __post_init__(self) -> None:
+        checked(self.metrics)
+        checked_kinds(self.strata)
         if self.dtype is not None and self.dtype not in DTYPES:
             raise SettingError(unknown("dtype", self.dtype, DTYPES))
         if self.engine not in ENGINES:
             raise SettingError(unknown("engine", self.engine, ENGINES))
+        if self.accuracy not in (False, True, HARNESS):
+            raise SettingError(f"accuracy {self.accuracy!r}: expected True, False or {HARNESS!r}")
+        if self.accuracy == HARNESS:
+            require_harness()
+        if self.engine == "streaming" and (asked := self.beside):
+            raise SettingError(f"{asked}: {NEEDS_MEMORY}")
+        if self.generation is not None and (asked := self.beside):
+            raise SettingError(f"{asked}: measured on the given texts; evaluate once with it, and once with generate")
         if self.batch_size != "auto" and not (_whole(self.batch_size) and self.batch_size >= 1):
             raise SettingError(f"batch_size {self.batch_size!r}: expected 'auto' or a whole number of at least 1")
         for name, value, least in (("seed", self.seed, 0), ("permutations", self.permutations, 0), ("limit", self.limit, 1)):
@@ -116,9 +149,20 @@ class Request:
             raise SettingError(f"revision {self.revision!r}: {self.model} is a folder; only models of the hub have revisions")
 
     @property
+    def beside(self) -> str:
+        """What is to be measured beside specialization, in words; empty for nothing."""
+        return " and ".join(name for name in ("loss", "accuracy", "ablate") if getattr(self, name))
+
+    @property
     def settings(self) -> dict[str, Any]:
-        """What a result keeps under ``settings``; enough to compare it and to write the command that makes it again."""
-        return asdict(self)
+        """What a result keeps under ``settings``; enough, with ``own_metrics``, to compare it and to write the command for it."""
+        about: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "metrics"}
+        if self.generation is None:
+            for name in GENERATION:
+                del about[name]
+        else:
+            about["generation"] = asdict(self.generation)
+        return about
 
 
 def _whole(value: Any) -> bool:
@@ -246,7 +290,8 @@ class Job:
     @property
     def folder(self) -> Path:
         name, commit = self.subject.name, self.subject.commit or UNRESOLVED
-        return result_folder(self.output_path, name, commit, self.benchmark.task.name, limit=self.request.limit)
+        tokens = None if self.request.generation is None else self.request.generation.tokens
+        return result_folder(self.output_path, name, commit, self.benchmark.task.name, limit=self.request.limit, generate=tokens)
 
     @cached_property
     def expected(self) -> Expected:

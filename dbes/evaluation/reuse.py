@@ -14,9 +14,12 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from dbes.errors import DbesError, FileError, ResultError
+from dbes.evaluation.measuring import lacking
+from dbes.evaluation.options import GENERATION
 from dbes.evaluation.request import Expected, Job, Request
 from dbes.files import discard, locked, remove_abandoned, sha256_of
 from dbes.recording.ledger import UNITS
+from dbes.result_parts import OwnMetric
 from dbes.results import METRICS_VERSION, RESULT_FILE, Result, load_result
 from dbes.scoring.tables import COMPANIONS
 from dbes.trace.store import TRACE_FOLDER, Trace
@@ -48,6 +51,14 @@ def differences(found: Result, request: Request, expected: Expected) -> tuple[li
             unknown.append(name)
         elif settings[name] != getattr(request, name):
             other.append((name, settings[name], getattr(request, name)))
+    then_own, now_own = found.own_metrics, {metric.name: metric.facts for metric in request.metrics}
+    if {name: each.identity for name, each in then_own.items()} != {name: each.identity for name, each in now_own.items()}:
+        other.append(("metrics of your own", _named(then_own), _named(now_own)))
+    if (then := list(settings.get("strata", ()))) != list(request.strata):
+        other.append(("strata", ", ".join(then) or "none", ", ".join(request.strata) or "none"))
+    for name in GENERATION:
+        if (then := settings.get(name)) != (now := request.settings.get(name)):
+            other.append((name, _short(then), _short(now)))
     asked = (request.dtype, request.device_map, expected.accelerator)
     made = (settings.get("dtype"), settings.get("device_map"), environment.get("accelerator"))
     if request.model is None or made != asked:
@@ -67,6 +78,10 @@ def differences(found: Result, request: Request, expected: Expected) -> tuple[li
     return other, unknown
 
 
+def _named(own: Mapping[str, OwnMetric]) -> str:
+    return ", ".join(f"{name} (version {each.version}, source {(each.sha256 or 'unknown')[:8]})" for name, each in own.items()) or "none"
+
+
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 40 else f"{text[:12]}..."
@@ -84,6 +99,10 @@ def other_recording(about: Mapping[str, Any], expected: Expected, request: Reque
     }
     # recordings of earlier versions do not say their batch size
     other = [name for name, value in now.items() if about.get(name) != value and not (name == "batch_size" and name not in about)]
+    other += ["loss"] if request.loss and not about.get("loss") else []
+    answers, chat = request.settings.get("generation"), about.get("chat_template") or {}
+    other += ["generation"] * (about.get("generation") != answers)
+    other += ["chat template"] * ((bool(chat), chat.get("system")) != (request.chat_template, request.system))
     recorded = about.get("task") or {}
     return other + ["task"] * any(recorded.get(name) != value for name, value in task.items())
 
@@ -151,7 +170,8 @@ def finished_result(job: Job) -> Result | None:
     found, unknown = same
     folder = job.folder
     kept = (folder / TRACE_FOLDER).is_dir()
-    if missing_files(folder, found) or (kept and job.save_trace and whole_trace(folder / TRACE_FOLDER) is None):
+    whole = not (kept and job.save_trace) or whole_trace(folder / TRACE_FOLDER) is not None
+    if lacking(job, found.measures) or missing_files(folder, found) or not whole:
         return None
     told = [f"{folder}: reused, recorded at {found.created}"]
     if unknown:
@@ -167,6 +187,14 @@ def finished_result(job: Job) -> Result | None:
             told.append(f"its routes are still there: {problem}")
     notes.warning("; ".join(told))
     return found
+
+
+def only_lacking(job: Job, found: Result) -> bool:
+    """Whether a finished result and its routes are whole, so that only what it lacks is to be measured."""
+    trace = whole_trace(job.folder / TRACE_FOLDER)
+    if not lacking(job, found.measures) or trace is None:
+        return False
+    return not missing_files(job.folder, found) and not other_recording(trace.provenance, job.expected, job.request)
 
 
 def tidy(job: Job) -> None:

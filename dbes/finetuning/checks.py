@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 from dbes.errors import FinetuneError
 from dbes.finetuning.cells import TrainableCells
 from dbes.finetuning.choice import Choice, Found, Rise
-from dbes.finetuning.encoding import Sample, collate
 from dbes.finetuning.guard import Guard
 from dbes.finetuning.settings import FinetuneSettings
 from dbes.finetuning.validation import best_step, bytes_per_token, check_every, stalled, validation_loss
+from dbes.models.encoding import Sample, collate
 from dbes.models.execution import forward
 from dbes.models.hooks import Decision, watching
 from dbes.models.sites import find_sites

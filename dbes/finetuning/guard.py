@@ -22,10 +22,10 @@ import numpy as np
 from torch import nn
 
 from dbes.finetuning.choice import Rise
-from dbes.finetuning.encoding import Sample, encode, windows
 from dbes.finetuning.evaluation import ratio_of_sums
 from dbes.finetuning.settings import FinetuneSettings
 from dbes.finetuning.validation import eval_nats
+from dbes.models.encoding import Sample, encode, windows
 from dbes.tasks.entries import Entry, by_hash
 
 KEPT = 0.1

@@ -19,7 +19,6 @@ from dbes.errors import DbesError, FinetuneError, PathError, SettingError
 from dbes.evaluation.plan import read_needs
 from dbes.finetuning.cells import TrainableCells
 from dbes.finetuning.checkpoint import Checkpoint, refuse_full_disk
-from dbes.finetuning.encoding import full_rows
 from dbes.finetuning.evaluation import Measured, measure_texts, scores, tracked_scores
 from dbes.finetuning.guard import Guard, split_protected
 from dbes.finetuning.machine import memory_explained, refuse_sharding
@@ -32,6 +31,7 @@ from dbes.finetuning.training import Trained, train
 from dbes.finetuning.validation import Split, split_validation
 from dbes.models import LoadedModel, load_model
 from dbes.models.adapters import is_installed
+from dbes.models.encoding import full_rows
 from dbes.models.sites import find_sites
 from dbes.models.windows import embedding_rows, padding_id
 from dbes.paths.esft import read_esft

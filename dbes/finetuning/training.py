@@ -21,12 +21,12 @@ from dbes.files import keep_log_before
 from dbes.finetuning.cells import TrainableCells
 from dbes.finetuning.checks import Checks, check_reach
 from dbes.finetuning.choice import ENOUGH, FALLBACK, Choice, Rise, Trial, find_rate, read_found, risen, trial_steps
-from dbes.finetuning.encoding import Sample, collate
 from dbes.finetuning.evaluation import DomainScore, tracked_scores
 from dbes.finetuning.guard import Guard
 from dbes.finetuning.machine import memory_explained
 from dbes.finetuning.settings import FinetuneSettings
 from dbes.finetuning.state import LOG, STATE, load_state, state_tensors
+from dbes.models.encoding import Sample, collate
 from dbes.models.execution import mode
 from dbes.models.losses import token_nats
 from dbes.models.training import append_log, learning_rate, save_state

@@ -13,9 +13,9 @@ from typing import Any, Literal
 import numpy as np
 from torch import nn
 
-from dbes.finetuning.encoding import Sample, training_samples
-from dbes.finetuning.evaluation import sample_nats
 from dbes.finetuning.settings import FinetuneSettings
+from dbes.models.choices import sample_nats
+from dbes.models.encoding import Sample, training_samples
 from dbes.models.execution import mode
 from dbes.tasks.entries import Entry, by_hash
 

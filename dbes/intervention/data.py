@@ -20,9 +20,9 @@ from torch import Tensor
 from dbes.errors import FinetuneError, InterventionError, MixError, SettingError
 from dbes.evaluation.request import read_benchmark
 from dbes.files import write_bytes
-from dbes.finetuning.encoding import Sample, cut_rows
-from dbes.finetuning.evaluation import encode_choices
 from dbes.intervention.settings import InterventionSettings
+from dbes.models.choices import encode_choices
+from dbes.models.encoding import Sample, cut_rows
 from dbes.models.token_text import text_bytes
 from dbes.models.windows import refuse_unknown, token_ids
 from dbes.scoring.tables import read_safetensors

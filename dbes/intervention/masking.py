@@ -11,8 +11,8 @@ from dbes.intervention.arms import Plan
 from dbes.intervention.data import ExperimentData
 from dbes.intervention.runs import RUN_SCHEMA, measure
 from dbes.intervention.settings import InterventionSettings
+from dbes.models.masking import masked
 from dbes.paths.evidence import Evidence
-from dbes.paths.gradients import masked
 from dbes.paths.selection import cells_of, mask_of, random_load_matched
 from dbes.paths.types import Cell
 from dbes.schema import Finite

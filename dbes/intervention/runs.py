@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from dbes.finetuning.evaluation import choice_likelihoods, right_choices
 from dbes.finetuning.machine import status_bytes
 from dbes.intervention.data import ExperimentData, Items, Part, training_batches
 from dbes.intervention.routing import under
 from dbes.intervention.settings import ArmRun, InterventionSettings
 from dbes.intervention.trainables import protected_texts, trainable, with_replay
+from dbes.models.choices import choice_likelihoods, right_choices
 from dbes.models.losses import in_batches, padded_nats, token_nats
 from dbes.testbed.prescribed import Prescribed
 

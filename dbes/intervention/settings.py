@@ -37,8 +37,8 @@ class InterventionSettings(Finite):
         budgets: shares of the routed-expert parameters.
         rules: of the expert paths.
         extras: arms that are no expert path: ``full``, ``full-slow`` and ``full-slower`` (a quarter and a sixteenth of full's
-            learning rate, so that full finetuning's trajectory is also known where it forgets little; ``full-slowest``: a 64th),
-            ``all`` (experts),
+            learning rate, so that full finetuning's trajectory is also known where it forgets little; ``full-slowest``: a 64th;
+            ``full-8th``, ``full-32nd``, ``full-256th`` for a finer grid), ``all`` (experts),
             ``lora`` (low-rank updates of all experts, with as many trainable parameters as the budget), ``router``;
             ``all-protected`` and ``full-protected`` (every expert's updates shaped; in the latter all else is trained as in ``full``);
             ``full-replay``, ``-slow``, ``-slower``, ``-slowest`` (full finetuning in which ``replay`` of every batch is text of the

@@ -133,13 +133,16 @@ class Layerwise:
             reader.shutdown(wait=True, cancel_futures=True)
 
     def _read(self, names: Sequence[str]) -> dict[str, Tensor]:
-        tensors = {}
+        """The tensors, in one piece of memory: it goes back to the system as a whole, which many small pieces do not."""
+        tensors, place = {}, 0
+        room = torch.empty(sum(self.tensors[name].room for name in names) + ALIGNMENT, dtype=torch.uint8)
         for name in names:
             stored = self.tensors[name]
             if _facts(stored.path) != self._facts[stored.path]:
                 raise ModelError(f"{stored.path}: changed since the checkpoint was opened; start again once it is as it should be")
             with refused_by_system(stored.path, doing="read", error=ModelError):
-                tensors[name] = stored.read()
+                tensors[name] = stored.read(room[place : place + stored.room + ALIGNMENT])
+            place += stored.room
             self.bytes_read += stored.empty.nbytes
         return tensors
 
@@ -204,16 +207,19 @@ class _Stored:
     start: int
     empty: Tensor
 
-    def read(self) -> Tensor:
-        """The tensor, in memory that is its own and is aligned as in a memory-mapped file.
+    @property
+    def room(self) -> int:
+        """Bytes of memory that it takes, a multiple of ALIGNMENT, wherever in a vector it begins."""
+        return -(-self.empty.nbytes // ALIGNMENT) * ALIGNMENT + ALIGNMENT
+
+    def read(self, room: Tensor) -> Tensor:
+        """The tensor, somewhere in these bytes (``room`` of them and ALIGNMENT), aligned as in a memory-mapped file.
 
         Kernels take other ways where vectors are aligned otherwise, and round otherwise: thus they give what they give for a model that
         transformers has mapped into memory.
         """
-        size, shift = self.empty.nbytes, self.start % ALIGNMENT
-        room = torch.empty(size + 2 * ALIGNMENT, dtype=torch.uint8)
-        shift += -room.data_ptr() % ALIGNMENT
-        held = room[shift : shift + size]
+        shift = self.start % ALIGNMENT + -room.data_ptr() % ALIGNMENT
+        held = room[shift : shift + self.empty.nbytes]
         content = memoryview(cast(Any, held.numpy()))
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.start)

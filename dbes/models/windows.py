@@ -170,10 +170,12 @@ def refuse_unknown(ids: np.ndarray, rows: int, tokenizer: Any, *, name: str, err
         )
 
 
-def padded(rows: Sequence[np.ndarray], *, padding: int) -> tuple[np.ndarray, np.ndarray]:
-    """Runs of tokens side by side, padded on the right: ids int64 [runs, tokens], and mask int64, 1 where there is a token."""
+def padded(rows: Sequence[np.ndarray], *, padding: int, left: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Runs of tokens side by side, padded on the right or on the left: ids int64 [runs, tokens], and mask int64, 1 where there is a
+    token."""
     width = max(map(len, rows))
     ids, mask = np.full((len(rows), width), padding, np.int64), np.zeros((len(rows), width), np.int64)
     for place, row in enumerate(rows):
-        ids[place, : len(row)], mask[place, : len(row)] = row, 1
+        at = slice(width - len(row), width) if left else slice(len(row))
+        ids[place, at], mask[place, at] = row, 1
     return ids, mask

@@ -215,3 +215,10 @@ def read_evidence(result: Result | str | Path) -> Evidence:
         seed=int(found.settings.get("seed", 0)),
         phase=phases.get(str(found.settings.get("phase", "all"))),
     )
+
+
+def given_evidence(given: Result | Trace | Counts | Evidence | str | Path) -> Evidence:
+    """The evidence of whatever was recorded; errors as of ``gather`` and ``read_evidence``."""
+    if isinstance(given, Evidence):
+        return given
+    return gather(given) if isinstance(given, Trace | Counts) else read_evidence(given)

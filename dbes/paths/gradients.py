@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from torch import Tensor
 from dbes.errors import PathError
 from dbes.models.execution import frozen
 from dbes.models.losses import in_batches, padded_nats
+from dbes.models.masking import masked
 from dbes.models.sites import expert_slices, expert_weights, find_sites
 
 Windows = Sequence[np.ndarray]
@@ -81,30 +81,6 @@ def mean_loss(model: Any, windows: Windows, *, batch_tokens: int = 8192) -> floa
     predicted = sum(max(len(window) - 1, 0) for window in windows)
     total = sum(map(float, _summed_nats(model, windows, batch_tokens)))
     return total / predicted if predicted else float("nan")
-
-
-@contextmanager
-def masked(model: Any, cells: Iterable[tuple[int, int]]) -> Iterator[None]:
-    """Inside the block these cells (layer, expert) add nothing to the residual stream; routing itself is not changed.
-
-    Their weights and biases are zero inside the block and put back, bit for bit, at its end.
-
-    Raises:
-        PathError: a layer that is no MoE layer, or an expert that it does not have.
-    """
-    sites = {site.layer: site for site in find_sites(model)}
-    kept: list[tuple[Tensor, Tensor]] = []
-    try:
-        for layer, expert in cells:
-            if layer not in sites or not 0 <= expert < sites[layer].num_experts:
-                raise PathError(f"cell (layer {layer}, expert {expert}) does not exist: the model's MoE layers are {sorted(sites)}")
-            for view in expert_weights(sites[layer], expert):
-                kept.append((view, view.clone()))
-                view.zero_()
-        yield
-    finally:
-        for view, before in kept:
-            view.copy_(before)
 
 
 def expert_parameters(model: Any) -> np.ndarray:

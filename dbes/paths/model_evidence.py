@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dbes.errors import PathError
-from dbes.evaluation.request import read_benchmark
+from dbes.evaluation.request import Benchmark, read_benchmark
 from dbes.models import LoadedModel, load_model
 from dbes.models.sites import find_sites, max_positions
 from dbes.models.windows import embedding_rows, refuse_unknown, special_tokens, token_ids
@@ -36,10 +36,7 @@ def with_model(
     """
     loaded = model if isinstance(model, LoadedModel) else load_model(model)
     check_model(evidence, loaded)
-    benchmark = read_benchmark(tasks)
-    if benchmark.domains != evidence.shape.domains:
-        domains, recorded = list(benchmark.domains), list(evidence.shape.domains)
-        raise PathError(f"task {benchmark.task.name} has domains {domains}, the result {recorded}; give its own task")
+    benchmark = recorded_benchmark(evidence, tasks)
     texts: list[list[str]] = [[] for _ in benchmark.domains]
     for document in benchmark.documents:
         texts[benchmark.domains.index(document.domain)].append(document.text)
@@ -51,6 +48,20 @@ def with_model(
         windows = [cut_windows(loaded, own, window=benchmark.task.window, tokens=MASKING_TOKENS) for own in texts]
         found = replace(found, effects=masking_effects(loaded.model, windows))
     return found
+
+
+def recorded_benchmark(evidence: Evidence, tasks: str | Path | Task) -> Benchmark:
+    """The texts of the task whose routing was recorded.
+
+    Raises:
+        PathError: the task has other domains than the recording.
+        TaskError: it cannot be used.
+    """
+    benchmark = read_benchmark(tasks)
+    if benchmark.domains != evidence.shape.domains:
+        domains, recorded = list(benchmark.domains), list(evidence.shape.domains)
+        raise PathError(f"task {benchmark.task.name} has domains {domains}, the result {recorded}; give its own task")
+    return benchmark
 
 
 def check_model(evidence: Evidence, loaded: LoadedModel) -> None:

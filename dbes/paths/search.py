@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 
 from dbes.errors import PathError, SettingError
-from dbes.paths.evidence import Evidence, gather, read_evidence
+from dbes.paths.evidence import Evidence, given_evidence
 from dbes.paths.rules import ESFT_SHARES, NEED_MODEL, RULES, WITHOUT_TEXTS, Rule, score_cells
 from dbes.paths.selection import cells_of, check_budget, choose, jaccard, random_load_matched
 from dbes.paths.trajectories import strongest
@@ -86,7 +86,7 @@ def find_path(
         check_budget(budget)
     if average not in AVERAGES:
         raise SettingError(unknown("average", average, AVERAGES))
-    evidence = replace(_evidence(result), average=average)
+    evidence = replace(given_evidence(result), average=average)
     index = evidence.domain(domain)
     if model is not None:
         from dbes.evaluation.request import given_model
@@ -112,11 +112,12 @@ def find_path(
         overlap=_overlap(evidence, index, chosen, rule, budget=budget),
         stability=_stability(evidence, index, chosen, rule, budget=budget, seed=seed, resamples=resamples),
         trajectories=strongest(evidence, index, limit=trajectories, seed=seed) if trajectories else (),
-        provenance=_provenance(evidence, seed=seed),
+        provenance=provenance_of(evidence, seed=seed),
     )
 
 
-def _provenance(evidence: Evidence, *, seed: int) -> Provenance:
+def provenance_of(evidence: Evidence, *, seed: int) -> Provenance:
+    """What a path says it was found on."""
     about = evidence.provenance
     task = about.get("task") or {}
     return Provenance(
@@ -135,12 +136,6 @@ def known_rule(name: str) -> Rule:
     if name not in RULES:
         raise SettingError(unknown("rule", name, RULES))
     return name
-
-
-def _evidence(given: Result | Trace | Counts | Evidence | str | Path) -> Evidence:
-    if isinstance(given, Evidence):
-        return given
-    return gather(given) if isinstance(given, Trace | Counts) else read_evidence(given)
 
 
 def chosen_cells(

@@ -15,6 +15,7 @@ from torch import Tensor
 from dbes.errors import RecordingError, out_of_memory
 from dbes.models import LoadedModel
 from dbes.models.execution import forward, input_device, is_offloaded
+from dbes.models.head import next_token_nats
 from dbes.models.hooks import Decision, watching
 from dbes.models.sites import RoutingSite, router_std, score_reason
 from dbes.models.windows import embedding_rows, padded, padding_id
@@ -37,6 +38,7 @@ class ForwardEngine:
         stiffness: record margins and flips too.
         window: tokens of a document that the model sees at once.
         batch_size: windows per batch; None fills a budget of tokens.
+        loss: run the head too, and tell the loss of every token.
     """
 
     loaded: LoadedModel
@@ -49,6 +51,7 @@ class ForwardEngine:
     window: int
     batch_size: int | None = None
     batching: Batching = "padded"
+    loss: bool = False
 
     @property
     def contents(self) -> Contents:
@@ -77,7 +80,8 @@ class ForwardEngine:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"window": self.window, "seed": self.seed, "control": self.control, "stiffness": self.stiffness, "batching": self.batching}
+        told = {"window": self.window, "seed": self.seed, "control": self.control, "stiffness": self.stiffness, "batching": self.batching}
+        return told | ({"loss": True} if self.loss else {})
 
     def blocks(self, work: Work) -> Iterator[Block]:
         yield from _recorded(self, self.windows(work))
@@ -228,8 +232,9 @@ class Coming:
             token_ids=np.concatenate([window.token_ids for window in self.windows]),
             phase=np.full(sum(lengths), PROMPT, np.uint8),
             layers=self.layers,
-            routes={name: array for name, array in arrays.items() if not name.startswith("control_")},
+            routes={name: array for name, array in arrays.items() if name != "nats" and not name.startswith("control_")},
             control={name.removeprefix("control_"): array for name, array in arrays.items() if name.startswith("control_")},
+            nats=arrays.get("nats"),
             reduced=self.reduced,
         )
 
@@ -268,9 +273,13 @@ def begin_batch(engine: ForwardEngine, windows: Sequence[Window]) -> Coming:
 
     model = engine.loaded.model
     scores = engine.stiffness or any(site.adapter == "embedding" for site in engine.sites)
-    stop = not is_offloaded(model)
+    whole = not is_offloaded(model)
+    stop, nats = whole and not engine.loss, None
     with torch.inference_mode(), watching(engine.sites, observe, scores=scores, stop=stop, proven=engine.proven):
-        forward(model, whole=stop, **inputs)
+        if engine.loss:
+            nats = next_token_nats(model, inputs, torch.from_numpy(rows))
+        else:
+            forward(model, whole=whole, **inputs)
 
     for site, count in zip(engine.sites, fired, strict=True):
         if count != 1:
@@ -278,7 +287,8 @@ def begin_batch(engine: ForwardEngine, windows: Sequence[Window]) -> Coming:
                 f"layer {site.layer} ({site.name}) routed {count} times in one forward, expected once; was the model compiled "
                 "(torch.compile) or wrapped before recording? Give the plain model"
             )
-    copies, arrived = fetched({name: stacked(by_site, len(layers)) for name, by_site in columns.items()})
+    told = {} if nats is None else {"nats": nats}
+    copies, arrived = fetched({name: stacked(by_site, len(layers)) for name, by_site in columns.items()} | told)
     return Coming(windows, layers, copies, arrived)
 
 

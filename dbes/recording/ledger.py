@@ -24,6 +24,8 @@ from dbes.trace.types import UNKNOWN, RoutingShape, TokenRoutes
 from dbes.trace.vocabulary import TokenText
 from dbes.trace.writer import TraceWriter, write_shard
 
+Parts = tuple[TokenRoutes, tuple[TokenRoutes, ...]]
+
 UNITS = "units"
 """Folder inside that of a trace while it is recorded."""
 
@@ -79,6 +81,7 @@ class UnitRecord(Strict):
         recording: sha256 of what is recorded, of which the unit is a part.
         shards: those of the trace, then those of each draw of the random router.
         reduced: what a batch could hold since memory ran out, see `dbes.trace.blocks.Block`.
+        nats: of each of its documents, where the loss is recorded too.
     """
 
     schema_version: int = 1
@@ -87,6 +90,7 @@ class UnitRecord(Strict):
     shards: tuple[tuple[ShardEntry, ...], ...]
     tally: Tally
     reduced: int | None = None
+    nats: tuple[float, ...] | None = None
 
     @model_validator(mode="wrap")
     @classmethod
@@ -170,7 +174,7 @@ class Ledger:
                     return folder / entry.name
         return None
 
-    def keep(self, unit: Unit, parts: Iterator[tuple[TokenRoutes, tuple[TokenRoutes, ...]]], *, reduced: int | None) -> None:
+    def keep(self, unit: Unit, parts: Iterator[Parts], *, reduced: int | None, nats: tuple[float, ...] | None) -> None:
         """Write the shards of a unit, each with those of its controls, and then that the unit is done."""
         tallies: list[Tally] = []
         written: list[list[ShardEntry]] = []
@@ -187,6 +191,7 @@ class Ledger:
             shards=tuple(zip(*written, strict=True)),
             tally=Tally.together(tallies),
             reduced=reduced,
+            nats=nats,
         )
         if self.folder is not None:
             content = record.model_dump(mode="json")
@@ -205,6 +210,11 @@ class Ledger:
     def reduced(self) -> dict[str, int]:
         """Of units where memory ran out: what a batch could hold, by the first document."""
         return {str(unit.documents[0]): found for unit in self.units if (found := self.done[unit.number].reduced) is not None}
+
+    def nats(self) -> np.ndarray | None:
+        """Of every document, float64 [documents], all units being done; None where the loss was not recorded."""
+        found = [self.done[unit.number].nats for unit in self.units]
+        return None if None in found else np.asarray([nats for each in found for nats in each or ()])
 
     def _control_facts(self, draw: int) -> dict[str, Any]:
         return {**self._facts, "router": "random", "draw": draw}

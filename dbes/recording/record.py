@@ -7,43 +7,39 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
 from dbes.errors import RecordingError
 from dbes.locks import Held
 from dbes.models import LoadedModel
-from dbes.models.sites import find_sites, max_positions
 from dbes.models.token_text import token_texts
-from dbes.models.windows import embedding_rows, refuse_unknown, special_tokens, token_ids
 from dbes.recording.background import Background
 from dbes.recording.batches import Batching
 from dbes.recording.batching import find_batching
+from dbes.recording.chat import Template
 from dbes.recording.crew import Crew
+from dbes.recording.decode import GenerationEngine, answer, generating
+from dbes.recording.documents import TextDocument, names_of, placed, plain_engine, predicted_bytes, source_texts, token_ids_of
 from dbes.recording.engine import Engine, PassEngine
 from dbes.recording.forward import ForwardEngine
+from dbes.recording.generation import Generation
 from dbes.recording.ledger import Ledger, Tally
 from dbes.recording.streaming import streaming
 from dbes.recording.units import SHARD_TOKENS, UNIT_TOKENS, Unit, work_units
 from dbes.trace.blocks import Assembly, Block, Contents, Work
+from dbes.trace.loss import DIGEST, DocumentLoss, save_loss
 from dbes.trace.store import Trace
 from dbes.trace.types import RoutingShape
 from dbes.trace.vocabulary import TokenText
 
 CONTROL_DRAWS = 3
+
+TRIED = 4
+"""Tokens of an answer by which is found which prompts may share a batch."""
+
 Progress = Callable[[int, int], None]
-
-
-class TextDocument(Protocol):
-    """What is recorded: a text with its id and the name of its domain."""
-
-    @property
-    def id(self) -> str: ...
-    @property
-    def domain(self) -> str: ...
-    @property
-    def text(self) -> str: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +52,7 @@ class Recording:
         engine: whether the weights were in memory, or read layer by layer; None for other engines.
         bytes_read, bytes_skipped: of the weights, by the streaming engine: read, and not read because the last layer ends
             with its router.
+        loss: of every document, where it was asked for.
     """
 
     trace: Trace
@@ -66,6 +63,7 @@ class Recording:
     engine: Literal["memory", "streaming"] | None = None
     bytes_read: int | None = None
     bytes_skipped: int | None = None
+    loss: DocumentLoss | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -83,10 +81,13 @@ def record_documents(
     seed: int = 0,
     control: int = CONTROL_DRAWS,
     stiffness: bool = True,
+    loss: bool = False,
     max_memory: int | None = None,
     provenance: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     crew: Crew | None = None,
+    generation: Generation | None = None,
+    template: Template | None = None,
 ) -> Recording:
     """Routing of every token of the documents, as executed. The same whatever the batch size and the order of documents.
 
@@ -95,16 +96,15 @@ def record_documents(
 
     Args:
         domains: names of the domains, in the benchmark's order.
-        output_path: folder of the trace. An interrupted recording of the same thing in it resumes from the last whole
-            work unit. None keeps the trace in memory.
-        batch_size: windows per batch; "auto" fills a budget of tokens, halved when memory runs out.
-        seed: of the random-router control and of the noise of the stability measures.
-        control: draws of the random-router control to record in the same pass; their spread tells what another draw would show.
+        output_path: folder of the trace, in which an interrupted recording resumes from its last whole unit; None: in memory.
+        batch_size: windows per batch; "auto" fills a budget of tokens. seed: of the random routers and of the stability measures' noise.
+        control: draws of the random router to record in the same pass.
         stiffness: record margins and flips.
-        max_memory: bytes that this process may use, where the model's layers were left on disk; by default what is free.
-        provenance: further facts for the trace's manifest (name, version and fingerprint of the task).
-        progress: called as progress(tokens done, tokens in all).
+        loss: record how well the model predicts the texts; the head runs too then.
+        max_memory: bytes that this process may use, where layers were left on disk.
+        provenance: further facts for the trace's manifest; progress: called as progress(tokens done, tokens in all).
         crew: the processes that record into the folder together; the first of them returns the trace, the others one without routes.
+        generation, template: let the model answer each document, cut to a window, in a chat template; answers are recorded too.
 
     Raises:
         RecordingError: no documents, a text without tokens, an unknown domain; a layer that did not fire; wrong counts; NaN in
@@ -112,35 +112,23 @@ def record_documents(
         ModelError: not a Mixture-of-Experts model, or one whose routing cannot be read.
         TraceError: the folder holds another recording.
     """
-    sites = find_sites(loaded.model)
-    _placed(documents, domains)
-    texts = _token_ids(loaded, documents)
-    before, after = special_tokens(loaded.tokenizer, [document.text for document in documents])
-    refuse_unknown(np.asarray([*before, *after], int), embedding_rows(loaded.model), loaded.tokenizer, name="special tokens of a text")
-    limit, extra = max_positions(loaded.model), len(before) + len(after)
-    if window < 1 or (limit is not None and limit <= extra):
-        raise RecordingError(f"window: expected at least one token, got {window} (the model has {limit} positions)")
-    if batch_size != "auto" and batch_size < 1:
-        raise RecordingError(f"batch_size: expected at least 1, or 'auto', got {batch_size}")
-    engine = ForwardEngine(
-        loaded=loaded,
-        sites=sites,
-        before=before,
-        after=after,
-        seed=seed,
-        control=int(control),
-        stiffness=stiffness,
-        window=window if limit is None else min(window, limit - extra),
-        batch_size=None if batch_size == "auto" else batch_size,
-    )
-    earlier = _read(loaded)
-    engine = _settled(engine, texts, None if output_path is None else Path(output_path), max_memory)
+    placed(documents, domains)
+    texts, marks = token_ids_of(loaded, documents, template)
+    engine = plain_engine(loaded, documents, window=window, batch_size=batch_size, seed=seed)
+    engine = replace(engine, control=int(control), stiffness=stiffness, loss=loss)
+    if loss and loaded.layerwise is not None:
+        raise RecordingError("loss: streaming ends the last layer with its router, so no token is predicted; use --engine memory")
+    earlier, given = _read(loaded), None if template is None else (template, marks)
+    folder, names = None if output_path is None else Path(output_path), names_of(documents)
+    running, texts = _running(engine, generation, texts, given, names=names, folder=folder, max_memory=max_memory)
+    engine = running.base if isinstance(running, GenerationEngine) else running
     done = record_with(
-        engine,
+        running,
         documents,
         texts,
         domains=domains,
         spelled=lambda ids: token_texts(loaded.tokenizer, ids),
+        text_bytes=predicted_bytes(engine, documents, texts) if loss else None,
         output_path=output_path,
         provenance=provenance,
         progress=progress,
@@ -152,11 +140,31 @@ def record_documents(
     return replace(done, batching=engine.batching, engine="streaming", bytes_read=read, bytes_skipped=skipped)
 
 
+def _running(
+    engine: ForwardEngine, generation: Generation | None, texts: list[np.ndarray],
+    template: tuple[Template, Sequence[np.ndarray]] | None, *, names: Callable[[int], str], folder: Path | None, max_memory: int | None,
+) -> tuple[ForwardEngine | GenerationEngine, list[np.ndarray]]:  # fmt: skip
+    """The engine that knows what may share a batch, and the texts as it is given them."""
+    if generation is None:
+        return _settled(engine, texts, folder, max_memory), texts
+    answering, prompts = generating(engine, generation, texts, template, names=names)
+    batching = _batching_of_answers(answering, prompts, folder)
+    return replace(answering, base=replace(answering.base, batching=batching)), prompts
+
+
 def _settled(engine: ForwardEngine, texts: Sequence[np.ndarray], folder: Path | None, max_memory: int | None) -> ForwardEngine:
     """The engine that knows what may share a batch, and reads layer by layer where they were left on disk."""
     if engine.loaded.layerwise is not None:
         return streaming(engine, texts, max_memory=max_memory, folder=folder)
     return replace(engine, batching=find_batching(engine, texts, folder))
+
+
+def _batching_of_answers(engine: GenerationEngine, texts: Sequence[np.ndarray], folder: Path | None) -> Batching:
+    """What prompts may share a batch, found by letting two be answered with TRIED tokens, as plain texts."""
+    short = replace(engine, generation=Generation(TRIED), template=(), end=())
+    return find_batching(
+        engine.base, texts, folder, run=lambda base, windows: answer(replace(short, base=base), windows), answer=TRIED - 1
+    )
 
 
 def _read(loaded: LoadedModel) -> tuple[int, int]:
@@ -171,6 +179,7 @@ def record_with(
     *,
     domains: Sequence[str],
     spelled: Callable[[Sequence[int]], Mapping[int, TokenText]] = lambda _: {},
+    text_bytes: np.ndarray | None = None,
     output_path: str | Path | None = None,
     provenance: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
@@ -181,6 +190,7 @@ def record_with(
     Args:
         texts: int32 [tokens] of each document, without special tokens.
         spelled: texts of token ids, for the trace's vocabulary.
+        text_bytes: int64 [documents], of what is predicted, where the engine tells of the loss.
         domains, output_path, provenance, progress, crew: see `record_documents`.
 
     Raises:
@@ -196,7 +206,7 @@ def record_with(
     folder = None if output_path is None else Path(output_path)
     ledger = Ledger(folder, shape, facts, draws=contents.control, units=units, first=crew.first)
     crew.tell("recording")
-    earlier, started, total = ledger.tokens, time.perf_counter(), sum(map(len, texts))
+    earlier, started, total = ledger.tokens, time.perf_counter(), sum(lengths)  # answers may be shorter
     told = _Told(earlier, len(contents.layers), total, progress)
     with crew.holding() as locks, Background() as host:
         while True:
@@ -213,8 +223,12 @@ def record_with(
     if not crew.first:
         return Recording(trace=Trace(shape=shape, provenance=facts), documents=0, tokens=0, seconds=seconds)
     tally = ledger.tally()
-    trace = ledger.finish(vocabulary=spelled(tally.seen), provenance=_facts(ledger, tally, engine))
-    return Recording(trace=trace, documents=len(documents), tokens=tally.tokens - earlier, seconds=seconds)
+    provenance, nats, loss = _facts(ledger, tally, engine), ledger.nats(), None
+    if nats is not None and text_bytes is not None:
+        loss = DocumentLoss(nats / np.log(2), text_bytes)
+        provenance |= {} if folder is None else {DIGEST: save_loss(loss, folder)}
+    trace = ledger.finish(vocabulary=spelled(tally.seen), provenance=provenance)
+    return Recording(trace=trace, documents=len(documents), tokens=tally.tokens - earlier, seconds=seconds, loss=loss)
 
 
 @dataclass(frozen=True)
@@ -264,7 +278,7 @@ def _record_units(
 
     def store(place: int) -> None:
         unit, held = claims[place].unit, claims[place].held
-        ledger.keep(unit, assemblies[place].parts(unit.shards), reduced=reduced.get(place))
+        ledger.keep(unit, assemblies[place].parts(unit.shards), reduced=reduced.get(place), nats=assemblies[place].nats())
         if held is not None:
             held.release()
 
@@ -290,51 +304,16 @@ class _Told:
             self._progress(self._done, self._total)
 
 
-def _placed(documents: Sequence[TextDocument], domains: Sequence[str]) -> np.ndarray:
-    """Index of each document's domain."""
-    if not documents:
-        raise RecordingError("no documents to record")
-    places = {name: place for place, name in enumerate(domains)}
-    for document in documents:
-        if document.domain not in places:
-            raise RecordingError(f"document {document.id!r} has the domain {document.domain!r}, expected one of {list(domains)}")
-    return np.asarray([places[document.domain] for document in documents], np.int32)
-
-
 def _shape(contents: Contents, documents: Sequence[TextDocument], domains: Sequence[str]) -> RoutingShape:
     return RoutingShape(
         layers=contents.layers,
         experts=contents.experts,
         top_k=contents.top_k,
         domains=tuple(domains),
-        document_domain=_placed(documents, domains),
+        document_domain=placed(documents, domains),
         document_ids=tuple(document.id for document in documents),
-        document_source=_sources(documents),
+        document_source=source_texts(documents),
     )
-
-
-def _sources(documents: Sequence[TextDocument]) -> tuple[str, ...] | None:
-    """Source text of each document; one that names none is its own, and repeats of a text are one. None when all are their own."""
-    first: dict[str, str] = {}
-    sources = tuple(
-        getattr(document, "source_document", None) or first.setdefault(" ".join(document.text.split()), document.id)
-        for document in documents
-    )
-    distinct = {(source, document.domain) for source, document in zip(sources, documents, strict=True)}
-    return sources if len(distinct) < len(documents) else None
-
-
-def _token_ids(loaded: LoadedModel, documents: Sequence[TextDocument]) -> list[np.ndarray]:
-    def name(place: int) -> str:
-        return f"document {documents[place].id!r} (domain {documents[place].domain!r})"
-
-    texts = token_ids(loaded.tokenizer, [document.text for document in documents], names=name)
-    rows = embedding_rows(loaded.model)
-    for place, ids in enumerate(texts):
-        if not len(ids):
-            raise RecordingError(f"{name(place)} has no tokens; give it a text or take it out")
-        refuse_unknown(ids, rows, loaded.tokenizer, name=name(place))
-    return texts
 
 
 def _facts(ledger: Ledger, tally: Tally, engine: Engine) -> dict[str, Any]:

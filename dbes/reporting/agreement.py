@@ -92,12 +92,13 @@ def render_terminal(found: Agreement) -> RenderableType:
     parts: list[RenderableType] = [Text(f"{found.first} and {found.second}", style="bold")]
     parts += [Text(line) for line in words(found)]
     if not found.identical:
-        parts.append(_table("By layer", LAYER_HEADINGS, _layer_rows(found)))
-        parts.append(_table("By domain", DOMAIN_HEADINGS, _domain_rows(found)))
+        parts.append(plain_table("By layer", LAYER_HEADINGS, _layer_rows(found)))
+        parts.append(plain_table("By domain", DOMAIN_HEADINGS, _domain_rows(found)))
         if found.by_margin:
-            parts.append(_table(f"By {margin_words(found)} of the first recording, in each layer", MARGIN_HEADINGS, _margin_rows(found)))
+            title = f"By {margin_words(found)} of the first recording, in each layer"
+            parts.append(plain_table(title, MARGIN_HEADINGS, _margin_rows(found)))
     if found.scores:
-        parts.append(difference_table(found.scores))
+        parts.append(difference_table(found.scores, {name: title for name, (title, _) in METRICS.items()}))
     parts += [Text(legible(f"Note: {note}", 600), style="dim") for note in found.notes]
     return Group(*parts)
 
@@ -107,7 +108,8 @@ def margin_words(found: Agreement) -> str:
     return str(found.margin).replace("_", " ").removesuffix("s")
 
 
-def _table(title: str, headings: tuple[str, ...], rows: list[list[str]]) -> Table:
+def plain_table(title: str, headings: tuple[str, ...], rows: list[list[str]]) -> Table:
+    """A table for the terminal: the first column is text, the others numbers."""
     table = Table(title=title, title_justify="left", title_style="italic", header_style="bold", padding=(0, 0, 0, 1))
     for place, heading in enumerate(headings):
         table.add_column(heading, justify="right" if place else "left", overflow="fold")
@@ -151,16 +153,16 @@ def as_text(found: Agreement, format: str) -> str:
     if format == "csv":
         return spreadsheet_safe(found.to_dataframe()).to_csv(index=False, lineterminator="\n")
     if format == "json":
-        return json_text(json.dumps(_known(asdict(found)), indent=1, ensure_ascii=False, allow_nan=False)) + "\n"
+        return json_text(json.dumps(without_nan(asdict(found)), indent=1, ensure_ascii=False, allow_nan=False)) + "\n"
     return render_agreement(found, words(found)) if format == "html" else _markdown(found)
 
 
-def _known(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """JSON values, with null for NaN."""
     if isinstance(value, dict):
-        return {name: _known(each) for name, each in value.items()}
+        return {name: without_nan(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_known(each) for each in value]
+        return [without_nan(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

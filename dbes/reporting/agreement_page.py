@@ -10,7 +10,8 @@ import altair as alt
 
 from dbes.comparison.agreement import Agreement, spread
 from dbes.reporting import charts
-from dbes.reporting.page import render, slug
+from dbes.reporting.html import render
+from dbes.reporting.page import slug
 from dbes.text import labels, legible
 
 SHARES = {

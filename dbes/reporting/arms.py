@@ -4,7 +4,8 @@ from __future__ import annotations
 
 CONTROL, LOAD = "random-load-matched", "target-load"
 FULL, ALL, LORA, ROUTER = "full", "all", "lora", "router"
-SLOWER = {"full-slow": 1 / 4, "full-slower": 1 / 16, "full-slowest": 1 / 64}
+USUAL_SLOWER = {"full-slow": 1 / 4, "full-slower": 1 / 16, "full-slowest": 1 / 64}
+SLOWER = USUAL_SLOWER | {"full-8th": 1 / 8, "full-32nd": 1 / 32, "full-256th": 1 / 256}
 """Full finetuning at a share of its learning rate: what early stopping is compared with must also be known where little is forgotten."""
 
 PROTECTED = "-protected"
@@ -15,8 +16,8 @@ FULL_REPLAY = "full-replay"
 REPLAY = {FULL_REPLAY: 1.0, "full-replay-slow": 1 / 4, "full-replay-slower": 1 / 16, "full-replay-slowest": 1 / 64}
 """Full finetuning on batches of which a part is text of other domains, at shares of its learning rate: the other use of such texts."""
 
-DEFAULT_EXTRAS = (FULL, *SLOWER, ALL, LORA, ROUTER)
-EXTRA_ARMS = (*DEFAULT_EXTRAS, ALL_PROTECTED, FULL_PROTECTED, *REPLAY)
+DEFAULT_EXTRAS = (FULL, *USUAL_SLOWER, ALL, LORA, ROUTER)
+EXTRA_ARMS = (*DEFAULT_EXTRAS, *sorted({*SLOWER} - {*USUAL_SLOWER}), ALL_PROTECTED, FULL_PROTECTED, *REPLAY)
 """Arms that are no expert path."""
 
 EVERY_PARAMETER = (FULL, *SLOWER, FULL_PROTECTED, *REPLAY)

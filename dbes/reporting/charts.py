@@ -42,6 +42,9 @@ CURVE_FIELDS = (
 
 ROWS = alt.NamedData("rows")
 
+FEW_DOMAINS = 12
+"""Of more domains a table of their similarity has no room for numbers: hover tells them, and the CSV."""
+
 MODELS = alt.Legend(orient="bottom", columns=2, title=None, labelLimit=420, symbolOpacity=1)
 
 TIMES = alt.Legend(orient="top", gradientLength=160, labelExpr="format(pow(2, datum.value), '.2~f') + 'x'")
@@ -101,10 +104,9 @@ def heat_spec(domains: int) -> Spec:
 
 
 def similarity_spec(domains: int) -> Spec:
-    """Cosine similarity of the domains' routing, with the number in every cell."""
-    base = alt.Chart(ROWS).encode(
-        x=alt.X("second:N", title=None, sort=None, axis=alt.Axis(labelAngle=-40)), y=alt.Y("first:N", title=None, sort=None)
-    )
+    """Cosine similarity of the domains' routing, with the number in every cell where there is room for it."""
+    axis = alt.Axis(labelAngle=-40 if domains <= FEW_DOMAINS else -90)
+    base = alt.Chart(ROWS).encode(x=alt.X("second:N", title=None, sort=None, axis=axis), y=alt.Y("first:N", title=None, sort=None))
     cells = base.mark_rect().encode(
         color=alt.Color(
             "similarity:Q",
@@ -114,6 +116,8 @@ def similarity_spec(domains: int) -> Spec:
         ),
         tooltip=["first:N", "second:N", alt.Tooltip("similarity:Q", format=".4f")],
     )
+    if domains > FEW_DOMAINS:
+        return finished(cells, 22 * domains)
     numbers = base.mark_text(fontSize=alt.ExprRef(f"width < {24 * domains} ? 9 : 11")).encode(
         text="label:N",
         color=alt.condition("datum.strong", alt.value("#ffffff"), alt.value("#10151c")),
@@ -205,16 +209,16 @@ def trajectory_spec(layers: Sequence[int]) -> Spec:
     return finished(chart, 360)
 
 
-def scatter_spec() -> Spec:
-    """Specialization against accuracy, one point per model with its interval."""
-    base = alt.Chart(ROWS).encode(y=alt.Y("accuracy:Q", title="accuracy", axis=alt.Axis(format="%"), scale=alt.Scale(zero=False)))
-    tooltip = ["model:N", *numbers("score", "accuracy", digits=3)]
+def scatter_spec(field: str, title: str, form: str) -> Spec:
+    """Specialization against accuracy or loss, one point per model with its interval."""
+    base = alt.Chart(ROWS).encode(y=alt.Y(f"{field}:Q", title=title, axis=alt.Axis(format=form), scale=alt.Scale(zero=False)))
+    tooltip = ["model:N", *numbers("score", field, digits=3)]
     layers = [
         base.mark_rule(style="interval").encode(
             x=alt.X("score_low:Q", title="specialization (score)", axis=alt.Axis(format="%", tickCount=8)), x2="score_high:Q"
         ),
         base.mark_point(size=90, filled=True, opacity=1).encode(x="score:Q", tooltip=tooltip),
-        base.mark_text(dy=-12, fontSize=11).encode(x="score:Q", y=alt.Y("label_at:Q", title="accuracy"), text="model:N"),
+        base.mark_text(dy=-12, fontSize=11).encode(x="score:Q", y=alt.Y("label_at:Q", title=title), text="model:N"),
     ]
     return finished(alt.layer(*layers), 280)
 

@@ -74,7 +74,8 @@ def _score(result: Result) -> list[str]:
     words += ["--router", name.removesuffix(" router")] if name.endswith(" router") else []
     for name, usual in (("phase", "all"), ("match", "none"), ("surrogate", "token")):
         words += [f"--{name}", str(settings[name])] if settings.get(name, usual) != usual else []
-    return words + _numbers(settings)
+    words += ["--drop-loops"] if settings.get("drop_loops") is True else []
+    return words + _asked(result)
 
 
 def _evaluate(result: Result) -> list[str]:
@@ -93,10 +94,28 @@ def _evaluate(result: Result) -> list[str]:
     words += ["--engine", str(settings["engine"])] if settings.get("engine", "auto") != "auto" else []
     words += ["--max-memory", str(settings["max_memory"])] if settings.get("max_memory") else []
     words += ["--limit", str(settings["limit"])] if settings.get("limit") is not None else []
+    words += _answers(settings)
     words += ["--trust-remote-code"] if settings.get("trust_remote_code") is True else []
+    words += [f"--{name}" for name in ("loss", "ablate") if settings.get(name) is True]
+    words += {True: ["--accuracy"], "lm-eval": ["--lm-eval"]}.get(settings.get("accuracy", False), [])
     words += ["--embedded-fallback"] if settings.get("embedded_fallback") is True else []
-    return words + _numbers(settings)
+    return words + _asked(result)
 
 
-def _numbers(settings: dict[str, Any]) -> list[str]:
-    return [word for name in ("seed", "permutations") if name in settings for word in (f"--{name}", str(settings[name]))]
+def _asked(result: Result) -> list[str]:
+    own = [word for name, each in result.own_metrics.items() for word in ("--metric", each.place or f"FILE.py:{name}")]
+    settings = result.settings
+    own += ["--strata", ",".join(settings["strata"])] if settings.get("strata") else []
+    return own + [word for name in ("seed", "permutations") if name in settings for word in (f"--{name}", str(settings[name]))]
+
+
+def _answers(settings: dict[str, Any]) -> list[str]:
+    about = settings.get("generation")
+    if not about:
+        return []
+    words = ["--generate", str(about.get("tokens"))]
+    for name, option, usual in (("temperature", "temperature", 0), ("top_p", "top-p", 1), ("seed", "generation-seed", 0)):
+        words += [f"--{option}", str(about[name])] if about.get(name, usual) != usual else []
+    words += ["--apply-chat-template"] if settings.get("chat_template") is True else []
+    words += ["--system", str(settings["system"])] if settings.get("system") is not None else []
+    return words + (["--drop-loops"] if settings.get("drop_loops") is True else [])

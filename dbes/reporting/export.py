@@ -16,6 +16,7 @@ import yaml
 from dbes.comparison.compare import Comparison, PhaseDifference, model_score, phase_differences
 from dbes.comparison.entries import LeaderboardEntry
 from dbes.comparison.ranks import Difference
+from dbes.comparison.relation import LEAST
 from dbes.errors import ResultError
 from dbes.files import write_text
 from dbes.reporting.charts import METRICS
@@ -26,7 +27,7 @@ from dbes.scoring.resolution import cannot_tell, why_not
 from dbes.scoring.score import REPLICATED
 from dbes.scoring.tables import spreadsheet_safe
 from dbes.text import legible
-from dbes.wording import p_cell, portion, share, shares, task_words
+from dbes.wording import UNKNOWN, counted, p_cell, portion, share, shares, task_words
 
 NAME_WIDTH = 80
 
@@ -53,7 +54,7 @@ def entry_row(entry: LeaderboardEntry, comparison: Comparison) -> dict[str, Any]
         "dtype": None if model.dtype is None else legible(model.dtype, 20),
         "tokens": None if result.recording is None else result.recording.tokens,
     }
-    for metric in REPLICATED:
+    for metric in comparison.metrics:
         score = model_score(result, metric)
         record = None if score is None else result.record(metric)
         row[metric] = score
@@ -77,13 +78,35 @@ def entry_row(entry: LeaderboardEntry, comparison: Comparison) -> dict[str, Any]
         row[phase] = score
         row[f"{phase}_low"] = None if record is None else _known(record.score_low)
         row[f"{phase}_high"] = None if record is None else _known(record.score_high)
+    row |= {"loss": entry.loss} if has_loss(comparison) else {}
+    row |= {"accuracy": entry.accuracy} if comparison.accuracy_of else {}
     row |= {
-        "accuracy": entry.accuracy,
         "date": result.created[:10],
         "versions": legible(_versions(result), 120),
         "note": entry_note(entry, comparison.metric),
     }
     return row
+
+
+def has_loss(comparison: Comparison) -> bool:
+    """Whether a model of the comparison has its loss measured."""
+    return any(entry.loss is not None for entry in comparison.entries)
+
+
+def relation_lines(comparison: Comparison) -> list[str]:
+    """Whether more specialized models have a lower loss or a higher accuracy, a line each."""
+    lines = []
+    for each in comparison.relations:
+        name = {"loss": "bits per byte (mean over domains; lower is better)", "accuracy": "accuracy"}[each.of]
+        if each.models < LEAST:
+            lines.append(f"Specialization and {name}: {counted(each.models, 'model')}, of which nothing can be said; {LEAST} are needed.")
+            continue
+        told = "constant" if math.isnan(each.rho) else f"{each.rho:+.2f} (95 %: {each.low:+.2f} to {each.high:+.2f})"
+        line = f"Specialization and {name}: Spearman {told} over {counted(each.models, 'model')}"
+        if not math.isnan(each.within):
+            line += f"; over the domains of a model, mean {each.within:+.2f} ({each.within_low:+.2f} to {each.within_high:+.2f})"
+        lines.append(f"{line}. A correlation is no cause: models differ in much else.")
+    return lines
 
 
 def entry_note(entry: LeaderboardEntry, metric: str) -> str | None:
@@ -94,12 +117,23 @@ def entry_note(entry: LeaderboardEntry, metric: str) -> str | None:
     return "; ".join(notes) or None
 
 
+def titles(comparison: Comparison) -> dict[str, str]:
+    """Title of every metric that is compared."""
+    return {name: METRICS[name][0] if name in METRICS else legible(comparison.own[name], 40) for name in comparison.metrics}
+
+
 def order_words(comparison: Comparison) -> str:
     """What the entries are ordered and ranked by, in words."""
-    metric = METRICS[comparison.metric][0].lower()
+    metric = titles(comparison)[comparison.metric]
+    metric = metric.lower() if comparison.metric in METRICS else metric
     if comparison.by_excess:
         return f"Order and rank by excess over the random router, {metric}"
     return f"Order and rank by score, {metric}, because not every model has a random router whose excess can be tested"
+
+
+def bits_cell(bits: float | None) -> str:
+    """Bits per byte."""
+    return UNKNOWN if bits is None else f"{bits:.3f}"
 
 
 def excess_cell(row: dict[str, Any]) -> str:
@@ -171,6 +205,7 @@ def as_json(comparison: Comparison, paired: Sequence[Difference] = ()) -> str:
         "paired_differences": [_plain(asdict(pair)) for pair in paired],
         "prompt_and_generated": phase_rows(comparison),
         "accuracy_of": comparison.accuracy_of or None,
+        "relations": [_plain(asdict(each)) for each in comparison.relations],
         "apart": [asdict(each) for each in comparison.apart],
     }
     return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
@@ -179,6 +214,7 @@ def as_json(comparison: Comparison, paired: Sequence[Difference] = ()) -> str:
 def as_markdown(comparison: Comparison, paired: Sequence[Difference] = (), *, published: bool = False) -> str:
     """The leaderboard as a Markdown table, with what stands apart below it."""
     lines: list[str] = []
+    named = titles(comparison)
     if published:
         rows = [published_row(entry) for entry in comparison.entries]
         names = list(dict.fromkeys(name for row in rows for name in row))
@@ -195,34 +231,37 @@ def as_markdown(comparison: Comparison, paired: Sequence[Difference] = (), *, pu
             "k",
             "Layers",
             "Tokens",
-            *(METRICS[metric][0] for metric in REPLICATED),
+            *named.values(),
             "Random router",
             "Excess",
             "Word",
             "Domain named",
             "Load used",
+            *(["Bits per byte"] if has_loss(comparison) else []),
             *(["Accuracy"] if comparison.accuracy_of else []),
         ]
         body = []
         for entry in comparison.entries:
             row, rank = entry_row(entry, comparison), comparison.ranks.get(entry.label)
             name = row["model"] + (" (baseline)" if entry.baseline else "")
-            scores = [_interval(row[metric], row[f"{metric}_low"], row[f"{metric}_high"]) for metric in REPLICATED]
+            scores = [_interval(row[metric], row[f"{metric}_low"], row[f"{metric}_high"]) for metric in comparison.metrics]
             body.append(["–" if rank is None else str(rank), name, row["experts"], row["k"], row["layers"], row["tokens"], *scores,
                          share(row["random_router"]), excess_cell(row), portion(row["share_of_word"]), share(row["domain_named"]),
-                         share(row["utilization"]),
+                         share(row["utilization"]), *([bits_cell(row["loss"])] if has_loss(comparison) else []),
                          *([share(row["accuracy"])] if comparison.accuracy_of else [])])  # fmt: skip
         lines += [*markdown_table(names, body), "", f"{order_words(comparison)}."]
         if comparison.accuracy_of:
             lines += ["", f"Accuracy: {markdown_cell(comparison.accuracy_of)}"]
+        lines += [part for line in relation_lines(comparison) for part in ("", line)]
         if phases := phase_rows(comparison):
             lines += ["", "Prompt and generated text:", ""]
-            body = [[row["model"], METRICS[row["metric"]][0], *(_interval(row[phase], row[f"{phase}_low"], row[f"{phase}_high"])
-                     for phase in ("prompt", "generated")), _change(row)] for row in phases]  # fmt: skip
+            body = [[row["model"], named.get(row["metric"], row["metric"]), *(
+                     _interval(row[phase], row[f"{phase}_low"], row[f"{phase}_high"]) for phase in ("prompt", "generated")
+                     ), _change(row)] for row in phases]  # fmt: skip
             lines += markdown_table(["Model", "Metric", "Prompt", "Generated", "Generated minus prompt"], body)
     if paired:
         lines += ["", f"Paired difference, {markdown_cell(paired[0].first)} minus {markdown_cell(paired[0].second)}:", ""]
-        body = [[METRICS[each.metric][0], each.depth, f"{each.score_first:.4f}", f"{each.score_second:.4f}",
+        body = [[named.get(each.metric, each.metric), each.depth, f"{each.score_first:.4f}", f"{each.score_second:.4f}",
                  _difference(each), p_cell(each.adjusted)] for each in paired]  # fmt: skip
         lines += markdown_table(["Metric", "Depth", "First", "Second", "Difference", "p (Holm)"], body)
     for each in comparison.apart:

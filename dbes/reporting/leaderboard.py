@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -13,8 +13,19 @@ from dbes.comparison.compare import DEPTHS, Comparison, depth_of, differences, m
 from dbes.comparison.entries import LeaderboardEntry
 from dbes.comparison.ranks import LEVEL, Difference
 from dbes.reporting import charts
-from dbes.reporting.export import entry_note, entry_row, order_words, phase_rows, published_row
-from dbes.reporting.page import columns, render
+from dbes.reporting.export import (
+    bits_cell,
+    entry_note,
+    entry_row,
+    has_loss,
+    order_words,
+    phase_rows,
+    published_row,
+    relation_lines,
+    titles,
+)
+from dbes.reporting.html import render
+from dbes.reporting.page import columns
 from dbes.scoring.score import REPLICATED
 from dbes.text import legible
 from dbes.wording import p_cell, plus_minus, portion, share, shares, task_words
@@ -41,6 +52,8 @@ def render_leaderboard(comparison: Comparison) -> str:
         apart=[(legible(each.name, 80), legible(each.reason, 400)) for each in comparison.apart],
         level=LEVEL,
         accuracy=legible(comparison.accuracy_of, 400),
+        loss=has_loss(comparison),
+        relations=relation_lines(comparison),
         phases=bool(payload["phases"]["model"]),
     )
 
@@ -52,12 +65,15 @@ def leaderboard_payload(comparison: Comparison) -> dict[str, Any]:
     for row, entry in zip(rows, entries, strict=True):
         row["rank_text"] = str(comparison.ranks[entry.label]) if entry.label in comparison.ranks else ""
     with charts.unchecked():
-        specs = {"overlay": charts.overlay_spec(), "parallel": charts.parallel_spec(), "scatter": charts.scatter_spec()}
+        specs = {"overlay": charts.overlay_spec(), "parallel": charts.parallel_spec()}
+        specs["scatter"] = charts.scatter_spec("accuracy", "accuracy", "%")
+        specs["scatter-loss"] = charts.scatter_spec("loss", "bits per byte", ".2f")
     return {
         "name": "leaderboard",
         "metric": comparison.metric,
         "accuracy": legible(comparison.accuracy_of, 400),
-        "metrics": {metric: charts.METRICS[metric][0] for metric in REPLICATED},
+        "loss": has_loss(comparison),
+        "metrics": titles(comparison),
         "depths": [depth for depth, _, _ in DEPTHS],
         "rows": rows,
         "published": [published_row(entry) for entry in entries],
@@ -78,7 +94,7 @@ def leaderboard_payload(comparison: Comparison) -> dict[str, Any]:
                 "p",
             ),
         ),
-        "curves": columns(curve_rows(entries), ("model", "metric", "layer", "depth", *CURVE_FIELDS)),
+        "curves": columns(curve_rows(entries, comparison.metrics), ("model", "metric", "layer", "depth", *CURVE_FIELDS)),
         "pairs": columns(
             [_pair_row(pair) for pair in _all_pairs(entries)],
             ("first", "second", "metric", "depth", "score_first", "score_second", "difference", "low", "high", "p", "adjusted"),
@@ -87,13 +103,13 @@ def leaderboard_payload(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def curve_rows(entries: Sequence[LeaderboardEntry]) -> list[dict[str, Any]]:
+def curve_rows(entries: Sequence[LeaderboardEntry], metrics: Sequence[str] = REPLICATED) -> list[dict[str, Any]]:
     """Score of every model at the relative depth of each layer; models with a gap in a metric are left out of it."""
     rows = []
     for entry in entries:
         depth = dict(zip(entry.result.model.layers, depth_of(len(entry.result.model.layers)).tolist(), strict=True))
         for record in entry.result.calibrated:
-            if record.metric in REPLICATED and record.domain is None and record.layer is not None:
+            if record.metric in metrics and record.domain is None and record.layer is not None:
                 if model_score(entry.result, record.metric) is None:
                     continue
                 about = {"model": legible(entry.label, 80), "metric": record.metric, "layer": record.layer, "depth": depth[record.layer]}
@@ -120,9 +136,9 @@ def render_terminal(comparison: Comparison, paired: Sequence[Difference] = (), *
     tables = [_published_table(comparison)] if published else [_score_table(comparison), _further_table(comparison)]
     parts: list[RenderableType] = [*tables]
     if not published and (phases := phase_rows(comparison)):
-        parts.append(_phase_table(phases))
+        parts.append(_phase_table(phases, titles(comparison)))
     if paired:
-        parts.append(difference_table(paired))
+        parts.append(difference_table(paired, titles(comparison)))
     rule = (
         f"{order_words(comparison)}: 1 + the models that are significantly better (paired jackknife over the common documents, "
         f"{LEVEL:.0%} over all pairs after Holm); in brackets the places that cannot be excluded. Baselines are not ranked."
@@ -133,6 +149,7 @@ def render_terminal(comparison: Comparison, paired: Sequence[Difference] = (), *
     )
     notes = [] if published else [rule, meaning]
     notes += [f"Accuracy: {comparison.accuracy_of}"] if comparison.accuracy_of and not published else []
+    notes += relation_lines(comparison) if not published else []
     notes += [f"{entry.label}: {note}" for entry in comparison.entries if (note := entry_note(entry, comparison.metric))]
     notes += [f"Not in the table: {each.name}: {each.reason}" for each in comparison.apart]
     parts += [Text(legible(note, 600), style="dim") for note in notes]
@@ -145,21 +162,24 @@ def _score_table(comparison: Comparison) -> Table:
     title = ""
     if task is not None:
         title = f"Task {task_words(legible(task.name, 60), task.version, None if task.fingerprint is None else task.fingerprint[:12])}"
-    headings = ("Score", "Excess", "Random router", "Word", "Domain named", *(["Accuracy"] if comparison.accuracy_of else []))
+    headings = ("Score", "Excess", "Random router", "Word", "Domain named", *(["Bits per byte"] if has_loss(comparison) else []))
+    headings += ("Accuracy",) if comparison.accuracy_of else ()
     table = _model_table(f"{title}: specialization" if title else "", "Rank", *headings)
     for entry in comparison.entries:
         row, rank = entry_row(entry, comparison), comparison.ranks.get(entry.label)
         excess = share(row["excess"], sign=True) + plus_minus(row["excess_low"], row["excess_high"])
         cells = [_score(*(row[f"specialization{end}"] for end in ("", "_low", "_high"))), excess, share(row["random_router"])]
         cells += [portion(row["share_of_word"]), share(row["domain_named"])]
+        cells += [bits_cell(row["loss"])] if has_loss(comparison) else []
         cells += [share(row["accuracy"])] if comparison.accuracy_of else []
         table.add_row(_model_name(entry, row), "–" if rank is None else str(rank), *cells)
     return table
 
 
 def _further_table(comparison: Comparison) -> Table:
-    metrics = [metric for metric in REPLICATED if metric != "specialization"]
-    table = _model_table("Further metrics", "Layers x experts, k", *(charts.METRICS[metric][0] for metric in metrics), "Load used")
+    named = titles(comparison)
+    metrics = [metric for metric in named if metric != "specialization"]
+    table = _model_table("Further metrics", "Layers x experts, k", *(named[metric] for metric in metrics), "Load used")
     for entry in comparison.entries:
         row = entry_row(entry, comparison)
         scores = [_score(row[metric], row[f"{metric}_low"], row[f"{metric}_high"]) for metric in metrics]
@@ -192,7 +212,7 @@ def _published_table(comparison: Comparison) -> Table:
     return table
 
 
-def _phase_table(rows: Sequence[dict[str, Any]]) -> Table:
+def _phase_table(rows: Sequence[dict[str, Any]], named: Mapping[str, str]) -> Table:
     table = Table(title="Prompt and generated text", title_justify="left", title_style="italic", header_style="bold")
     table.add_column("Model", overflow="fold")
     table.add_column("Metric")
@@ -201,11 +221,11 @@ def _phase_table(rows: Sequence[dict[str, Any]]) -> Table:
     for row in rows:
         scores = [_score(row[phase], row[f"{phase}_low"], row[f"{phase}_high"]) for phase in ("prompt", "generated")]
         interval = shares(row["low"], row["high"], sign=True)
-        table.add_row(Text(row["model"]), charts.METRICS[row["metric"]][0], *scores, share(row["difference"], sign=True), interval)
+        table.add_row(Text(row["model"]), named.get(row["metric"], row["metric"]), *scores, share(row["difference"], sign=True), interval)
     return table
 
 
-def difference_table(paired: Sequence[Difference]) -> Table:
+def difference_table(paired: Sequence[Difference], named: Mapping[str, str]) -> Table:
     """Paired differences of two models, those that stay below the level after Holm not dimmed."""
     title = Text(f"{legible(paired[0].first, 60)} minus {legible(paired[0].second, 60)}, paired over the common documents")
     table = Table(title=title, title_justify="left", title_style="italic", header_style="bold")
@@ -215,7 +235,7 @@ def difference_table(paired: Sequence[Difference]) -> Table:
         style = "" if each.adjusted <= LEVEL else "dim"
         scores = (share(each.score_first), share(each.score_second), share(each.difference, sign=True))
         interval = shares(each.low, each.high, sign=True)
-        table.add_row(charts.METRICS[each.metric][0], each.depth, *scores, interval, p_cell(each.adjusted), style=style)
+        table.add_row(named.get(each.metric, each.metric), each.depth, *scores, interval, p_cell(each.adjusted), style=style)
     return table
 
 

@@ -9,6 +9,7 @@ from dbes.files import check_writable, write_text
 from dbes.reporting import charts
 from dbes.reporting.arms import CONTROL, EVERY_PARAMETER, FULL_REPLAY, GROUPS, LOAD, PROTECTED, named, rule_of
 from dbes.reporting.commands import program
+from dbes.reporting.html import render
 from dbes.reporting.outcome import (
     SAME_CELLS,
     TEXT_WIDTH,
@@ -27,7 +28,7 @@ from dbes.reporting.outcome import (
     limits,
     load_outcome,
 )
-from dbes.reporting.page import render, slug
+from dbes.reporting.page import slug
 from dbes.results import PAGE_FILE
 from dbes.text import labels, legible
 

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import base64
-import gzip
-import hashlib
-import json
 import math
 import os
 import re
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
-from dbes.compressed import gunzip
-from dbes.errors import FileError, ResultError
 from dbes.files import check_writable, write_text
-from dbes.reporting import charts, layer_charts
+from dbes.reporting import charts, layer_charts, measures
 from dbes.reporting.commands import command, program
+from dbes.reporting.html import render
 from dbes.reporting.meaning import meaning_rows, placebo_rows
+from dbes.reporting.phases import HEADINGS, answer_note, answer_rows
+from dbes.reporting.strata import StrataRows, strata_rows
 from dbes.reporting.text_view import TextSample, contexts, documents, read_sample, token_text, trajectories
 from dbes.results import PAGE_FILE, CalibratedRecord, Result, load_result
 from dbes.scoring.portions import word_unknown
@@ -33,7 +27,7 @@ from dbes.scoring.tables import read_arrays, read_usage
 from dbes.scoring.verdict import current_verdict
 from dbes.text import label, labels, legible
 from dbes.trace.store import MANIFEST, Trace
-from dbes.wording import counted, p_words, share, shares
+from dbes.wording import share
 
 NAME_WIDTH = 120
 DOMAIN_WIDTH = 26
@@ -41,6 +35,9 @@ DOMAIN_WIDTH = 26
 
 SPECIALIST_ROWS = 2000
 """Specialists listed on the page at most; the CSV beside the result has all."""
+
+ROUNDING = 1e-12
+"""Smaller numbers are what rounding leaves of 0: an axis would be drawn of them."""
 
 CITATION = """@software{dbes,
   title   = {dbes: expert specialization in Mixture-of-Experts language models},
@@ -123,6 +120,15 @@ def render_page(
         placebo=[(None if name is None else named[name], cells) for name, *cells in placebo_rows(result)],
         word_known=any(not math.isnan(record.lexical) for record in result.calibrated),
         word_unknown=word_unknown(result),
+        beside=measures.beside_table(result, named),
+        ablation=measures.ablation_rows(result, named),
+        verdicts=measures.ablation_verdicts(result, named),
+        measured=measures,
+        notes=measures.measure_notes(result),
+        answers=answer_rows(result),
+        answer_headings=HEADINGS,
+        answer_note=answer_note(result),
+        few=charts.FEW_DOMAINS,
         headline=[_tile(result, metric) for metric in charts.HEADLINE],
         facts=provenance(result),
         published=published_rows(result),
@@ -130,7 +136,9 @@ def render_page(
         command=command(result, start=start),
         citation=CITATION % version("dbes"),
         has=payload["has"],
-        metrics=charts.METRICS,
+        strata=[*strata_rows(result)],
+        strata_shown=bool(payload["strata"]),
+        metrics=_metrics(result),
         domains=[(named[name], facts) for name, facts in result.task.domains.items()],
     )
 
@@ -155,7 +163,8 @@ def model_payload(
         "top_k": list(result.model.top_k),
         "domains": domains,
         "order": order,
-        "metrics": {name: title for name, (title, _) in charts.METRICS.items()},
+        "metrics": {name: title for name, (title, _) in _metrics(result).items()},
+        "whole": [name for name in _metrics(result) if not result.by_domain(name)],
         "curves": columns(_scores(result, named, by_layer=True), ("metric", "domain", "layer", *charts.CURVE_FIELDS)),
         "curve_domains": columns(_scores(result, named, by_layer=False), ("metric", "domain", *charts.CURVE_FIELDS)),
         "heat": heat_columns(usage, result) if usage is not None else None,
@@ -182,14 +191,24 @@ def model_payload(
         "untold": why_not(result) if cannot_tell(result) else "",
         "sample_tokens": sample.tokens if sample is not None else 0,
         "parts": columns(layer_charts.part_rows(result, named), ("domain", "layer", "part", "score", "low", "high")),
+        "ablation": measures.ablation_series(result, named),
+        "strata": {rows.kind: {"title": rows.title, "rows": _stratum_rows(rows)} for rows in strata_rows(result) if rows.scores},
         "specs": _specs(result, order),
     }  # fmt: skip
+    heat, listed = payload["heat"], result.companions.get("specialists", {})
     payload["has"] = {
-        "heat": payload["heat"] is not None, "tree": bool(tree), "text": bool(text), "moves": moves is not None,
-        "weights": any(document["weights"] for document in text), "more_specialists": len(result.specialists) > SPECIALIST_ROWS
-        or result.companions.get("specialists", {}).get("not_listed", 0) > 0,
+        "heat": heat is not None, "lift": heat is not None and any(each is not None for each in heat["lift"]),
+        "tests": bool(result.specialists) or listed.get("tests", 0) > 0, "tree": bool(tree), "text": bool(text), "moves": moves is not None,
+        "weights": any(document["weights"] for document in text),
+        "more_specialists": len(result.specialists) > SPECIALIST_ROWS or listed.get("not_listed", 0) > 0,
     }  # fmt: skip
     return payload
+
+
+def _metrics(result: Result) -> dict[str, tuple[str, str]]:
+    """Title and meaning of every metric of a result, those of the user's own last."""
+    own = {name: (legible(each.title, 40), legible(each.meaning, 200)) for name, each in result.own_metrics.items()}
+    return charts.METRICS | own
 
 
 def _scores(result: Result, named: dict[str, str], *, by_layer: bool) -> list[dict[str, Any]]:
@@ -202,13 +221,24 @@ def _scores(result: Result, named: dict[str, str], *, by_layer: bool) -> list[di
     ]
 
 
+def _stratum_rows(found: StrataRows) -> list[dict[str, Any]]:
+    """Rows of the figure of domains, with strata in their place."""
+    fields = ("score", "score_low", "score_high")
+    return [
+        {"domain": name, "control": None, "label": share(numbers[0])} | dict(zip(fields, map(_short, numbers), strict=True))
+        for name, *numbers in found.scores
+    ]
+
+
 def _specs(result: Result, order: list[str]) -> dict[str, Any]:
     layers, domains = result.model.layers, len(order)
     with charts.unchecked():
         return {
+            "ablation": charts.interval_spec("bits per byte added by masking", measures.SERIES),
             "curve": layer_charts.curve_specs(layers),
             "parts": layer_charts.parts_spec(layers),
             "domain": charts.domain_spec(domains),
+            "strata": charts.domain_spec(max((len(each.strata) for each in result.strata.values()), default=1)),
             "heat": charts.heat_spec(domains),
             "similarity": charts.similarity_spec(domains),
             "dendrogram": charts.dendrogram_spec(order),
@@ -254,6 +284,8 @@ def _similarity(result: Result, arrays: dict[str, np.ndarray]) -> np.ndarray:
 def _short(value: Any, digits: int = 5) -> Any:
     if not isinstance(value, float | np.floating):
         return value
+    if abs(value) < ROUNDING:
+        return 0.0
     return None if not math.isfinite(value) else float(f"{value:.{digits}g}")
 
 
@@ -270,7 +302,8 @@ def _tile(result: Result, metric: str) -> dict[str, Any]:
         record = None
     known = record is not None and not math.isnan(record.score)
     untold = why_not(result, metric) if record is not None and not math.isnan(record.p) and cannot_tell(result, metric) else ""
-    return {"title": title, "meaning": meaning, "record": record if known else None, "untold": untold}
+    value = f"{record.value:.4g}" if record is not None and not known and not math.isnan(record.value) else ""
+    return {"title": title, "meaning": meaning, "record": record if known else None, "untold": untold, "value": value}
 
 
 def provenance(result: Result) -> list[tuple[str, str]]:
@@ -287,6 +320,8 @@ def provenance(result: Result) -> list[tuple[str, str]]:
     if recording is not None:
         facts += [("Documents", f"{recording.documents:,}" if result.documents_known else None), ("Tokens", f"{recording.tokens:,}")]
     asked = {name: value for name, value in result.settings.items() if name not in ("model", "tasks", "revision", "dtype")}
+    if isinstance(asked.get("generation"), dict):
+        asked["generation"] = ", ".join(f"{name} {value}" for name, value in asked["generation"].items())
     facts += [(name.replace("_", " ").capitalize(), value) for name, value in asked.items() if value is not None]
     facts += [(name.replace("_", " "), value) for name, value in result.environment.items()]
     return [(label(name), legible(str(value), NAME_WIDTH)) for name, value in facts if value is not None and value != ""]
@@ -299,61 +334,3 @@ def published_rows(result: Result) -> list[tuple[str, str, str]]:
         sizes = found.items() if isinstance(found, dict) else [("", found)]
         rows += [(label(key), str(size), "–" if math.isnan(each.model) else f"{each.model:.4f}") for size, each in sizes]
     return rows
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# HTML
-
-
-def render(template: str, *, scripts: tuple[str, ...] = (), payload: dict[str, Any] | None = None, **values: Any) -> str:
-    """A page whose only scripts are ours, by hash: the page's policy forbids any other script and every request."""
-    environment = Environment(
-        loader=PackageLoader("dbes.reporting"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["legible"] = legible
-    assert environment.loader is not None
-    sources = [vega_bundle(), *(environment.loader.get_source(environment, name)[0] for name in scripts)] if scripts else []
-    inlined = [source.replace("</script", "<\\/script").replace("<!--", "<\\!--") for source in sources]
-    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(each.encode()).digest()).decode()}'" for each in inlined)
-    return environment.get_template(template).render(
-        style=Markup(environment.loader.get_source(environment, "page.css")[0]),
-        policy=f"default-src 'none'; style-src 'unsafe-inline'; img-src data: blob:; script-src {hashes or chr(39) + 'none' + chr(39)}",
-        scripts=[Markup(each) for each in inlined],
-        data="" if payload is None else packed(payload),
-        dbes_version=version("dbes"),
-        isnan=math.isnan,
-        share=share,
-        shares=shares,
-        p_words=p_words,
-        counted=counted,
-        **values,
-    )
-
-
-def packed(payload: dict[str, Any]) -> str:
-    """JSON, gzipped, in base64: no character of it can end a script element, and the same payload gives the same bytes."""
-    text = json.dumps(payload, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return base64.b64encode(gzip.compress(text.encode("utf-8", "replace"), compresslevel=9, mtime=0)).decode("ascii")
-
-
-def unpacked(page: str) -> dict[str, Any]:
-    """The payload of a page."""
-    found = re.search(r'<script type="text/plain" id="data">([^<]*)</script>', page)
-    if found is None:
-        raise ResultError("this page holds no data")
-    return json.loads(gunzip(base64.b64decode(found.group(1)), where="page", error=ResultError))
-
-
-def vega_bundle() -> str:
-    """Vega, Vega-Lite and Vega-Embed as one script; bundled once for each version and kept in the user's cache."""
-    import vl_convert
-
-    name = f"vega-bundle-{version('vl-convert-python')}.js"
-    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dbes" / name
-    with suppress(OSError, UnicodeDecodeError):
-        if path.is_file():
-            return path.read_text("utf-8")
-    bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
-    with suppress(FileError):  # a home that cannot be written to costs ten seconds each time, nothing else
-        write_text(path, bundle)
-    return bundle

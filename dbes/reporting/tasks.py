@@ -9,16 +9,29 @@ from rich.table import Table
 from rich.text import Text
 
 from dbes.evaluation.request import Benchmark
+from dbes.tasks.prepare import NOT_SAID, origin
+from dbes.tasks.sources import DatasetSource
 from dbes.tasks.task import Task
 
 
 def render(tasks: Sequence[Task]) -> RenderableType:
-    """A row per task."""
-    table = Table(header_style="bold")
-    for heading in ("Task", "Version", "Domains", "Description"):
-        table.add_column(heading, overflow="fold")
+    """A row per task, and one per data set of the hub that any of them reads, with what its licence and the hub ask."""
+    table = _table("Task", "Version", "Domains", "Description")
+    sources = _table("Task", "Domain", "Source", "Data set", "Licence", "Gate")
     for task in tasks:
         table.add_row(Text(task.name), str(task.version), Text(", ".join(task.domains)), Text(task.description or ""))
+        for domain, part in task.parts():
+            if isinstance(part, DatasetSource):
+                gate = "log in" if part.gated else "open"
+                cells = (task.name, domain, part.source or "", origin(part), part.licence or NOT_SAID)
+                sources.add_row(*map(Text, cells), gate + (", do not pass on" if part.local_only else ""))
+    return Group(table, sources) if sources.rows else table
+
+
+def _table(*headings: str) -> Table:
+    table = Table(header_style="bold")
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
     return table
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, Group, RenderableType, RenderHook, RenderResult
@@ -13,7 +14,10 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from dbes.reporting import measures
 from dbes.reporting.commands import program, shell
+from dbes.reporting.phases import HEADINGS, TITLE, answer_note, answer_rows
+from dbes.reporting.strata import strata_rows, strata_tables
 from dbes.results import CalibratedRecord, Result, Specialist
 from dbes.scoring.portions import share_of_position, share_of_word, word_unknown
 from dbes.scoring.resolution import DOUBTFUL, SIGNIFICANCE, cannot_tell, why_not
@@ -64,9 +68,18 @@ def render(result: Result) -> RenderableType:
     if result.status == "error":
         return Panel(Text(result.error or "unknown error"), title="evaluation failed", border_style="red")
     parts: list[RenderableType] = [_heading(result), Panel(Text(current_verdict(result)), title="verdict", border_style="bold")]
-    parts += [_layer_table(result), _further_table(result), _domain_table(result)]
+    tables = (_layer_table(result), _further_table(result), *([_own_table(result)] if result.own_metrics else []), _domain_table(result))
+    parts += [_told(table) for table in tables]
+    strata = [part for rows in strata_rows(result) for part in strata_tables(rows)]
+    parts += [_told(part) if isinstance(part, Table) else part for part in strata]
+    if rows := answer_rows(result):
+        table = _table(TITLE, *HEADINGS)
+        for row in rows:
+            table.add_row(*row)
+        parts += [table, Text(answer_note(result), style="dim")]
     if result.specialists:
         parts.append(_specialist_table(result))
+    parts += _measures(result)
     parts.append(_footnotes(result))
     return Group(*parts)
 
@@ -135,11 +148,26 @@ def _table(title: str, first: str, *headings: str) -> Table:
     return table
 
 
+def _told(table: Table) -> Table:
+    """The table without the columns that tell nothing in any row."""
+    first, *others = table.columns
+    told = [column for column in others if any(str(cell) not in (UNKNOWN, "") for cell in column.cells)]
+    table.columns = [replace(column, _index=place) for place, column in enumerate([first, *told])]
+    return table
+
+
+def _score_heading(result: Result) -> str:
+    """Without documents there is no chance level, and so no score."""
+    return "Score" if result.documents_known else "Value (nats)"
+
+
 def _layer_table(result: Result) -> Table:
     found = {(record.metric, record.layer): record for record in result.calibrated if record.domain is None}
     decoding = result.companions.get("decoding", {})
     title = "Layers: specialization ± half of the 95 % interval, in % of the ideal domain router"
-    table = _table(title, "Layer", "Score", "p", "Random router", "Word", "Position", "Domain named")
+    if not result.documents_known:
+        title = "Layers: specialization"
+    table = _table(title, "Layer", _score_heading(result), "p", "Random router", "Word", "Position", "Domain named")
     for layer in (*result.model.layers, None):
         if layer is None:
             table.add_section()
@@ -170,11 +198,26 @@ def _further_table(result: Result) -> Table:
     return table
 
 
+def _own_table(result: Result) -> Table:
+    """Every metric of the user's own: its value and, where it has a bound, its score."""
+    found = {(record.metric, record.layer): record for record in result.calibrated if record.domain is None}
+    parts = {name: ("value",) if own.bound is None else ("value", "score") for name, own in result.own_metrics.items()}
+    headings = [f"{label(own.title, 24)} {part}" for name, own in result.own_metrics.items() for part in parts[name]]
+    table = _table("Layers: metrics of your own", "Layer", *headings)
+    for layer in (*result.model.layers, None):
+        if layer is None:
+            table.add_section()
+        cells = [_value(each) if part == "value" else _score(result, each) for name in parts for each in [found.get((name, layer))]
+                 for part in parts[name]]  # fmt: skip
+        table.add_row("mean" if layer is None else str(layer), *cells)
+    return table
+
+
 def _domain_table(result: Result) -> Table:
     found = {(record.metric, record.domain): record for record in result.calibrated if record.layer is None}
     table = _table(
         "Domains: specialization, means over layers",
-        *("Domain", "Sources", "Tokens", "Score", "p", "Random router", "Word", "Specialists"),
+        *("Domain", "Sources", "Tokens", _score_heading(result), "p", "Random router", "Word", "Specialists"),
     )
     counts = result.companions.get("specialists", {}).get("by_domain", {})
     shown = labels(result.task.domains, DOMAIN_WIDTH)
@@ -184,7 +227,7 @@ def _domain_table(result: Result) -> Table:
             f"{facts.sources:,}" if result.documents_known else UNKNOWN,
             f"{facts.tokens:,}",
             *_explained(result, found.get(("specialization", domain))),
-            f"{counts[domain]:,}" if domain in counts else "",
+            f"{counts[domain]:,}" if domain in counts and result.documents_known else "",
         )
     return table
 
@@ -217,6 +260,25 @@ def _specialist_table(result: Result) -> Table:
 def _strongest(specialists: Iterable[Specialist], domains: Iterable[str]) -> list[Specialist]:
     ranked = list(specialists)
     return [each for domain in domains for each in [one for one in ranked if one.domain == domain][:SPECIALISTS_PER_DOMAIN]]
+
+
+def _measures(result: Result) -> list[RenderableType]:
+    """Loss and accuracy by domain, and what masking the specialists did."""
+    shown, parts = labels(result.task.domains, DOMAIN_WIDTH), list[RenderableType]()
+    tables = (
+        ("Loss and accuracy", *measures.beside_table(result, shown)),
+        ("Bits per byte added by masking a domain's specialists", measures.ABLATION, measures.ablation_rows(result, shown)),
+    )
+    for title, headings, rows in tables:
+        if rows:
+            table = _table(title, *headings)
+            for name, *cells in rows:
+                table.add_row(Text(name), *cells)
+            parts.append(table)
+    verdicts = measures.ablation_verdicts(result, shown)
+    told = [*measures.measure_notes(result), *([measures.METHOD] if len(verdicts) > 1 else [])]
+    parts += [Text("\n".join(verdicts))] if verdicts else []
+    return [*parts, Text("\n".join(told), style="dim")] if told else parts
 
 
 def _footnotes(result: Result) -> Text:
@@ -268,9 +330,15 @@ def _marks(result: Result) -> str:
     return above
 
 
+def _value(record: CalibratedRecord | None) -> str:
+    return UNKNOWN if record is None or math.isnan(record.value) else f"{record.value:.4g}"
+
+
 def _score(result: Result, record: CalibratedRecord | None) -> Text:
     if record is None or math.isnan(record.score):
-        return Text(UNKNOWN, style="dim")
+        if record is None or result.documents_known or math.isnan(record.value):
+            return Text(UNKNOWN, style="dim")
+        return Text(f"{record.value:.4f}", style="dim")
     # digits beyond the first decimal say nothing where the score may as well be chance
     score = round(record.score, 3) if record.p > SIGNIFICANCE else record.score
     text = share(score) + plus_minus(record.score_low, record.score_high)

@@ -13,9 +13,10 @@ from typing import NamedTuple
 import numpy as np
 
 from dbes.scoring.metrics import cosines_of_gram, domain_divergence, effective_rank, grams, information_bound, isolation_of, usage_of
-from dbes.scoring.resampling import jackknife
+from dbes.scoring.resampling import jackknife, with_mean
 from dbes.scoring.sampling import TokenSample
 from dbes.scoring.surrogates import Surrogate, SurrogateLayer, surrogate_of
+from dbes.scoring.workers import in_order
 from dbes.trace.types import RoutingShape
 
 ROUNDING = 1e-9
@@ -104,8 +105,12 @@ def explained_by(surrogate: Surrogate) -> dict[str, Explained]:
     shape, columns = surrogate.shape, range(len(surrogate.shape.layers))
     cells: dict[str, list[Explained]] = {}
     sums: dict[str, Pair] = {}
-    for column in columns:  # what every group leaves is kept as a sum over layers only
-        for name, pair in _layer_scores(surrogate.layer(column), shape, column).items():
+    _ = surrogate.blocks  # made once, before several layers ask for them at a time
+    scored = in_order(
+        lambda column: _layer_scores(surrogate.layer(column), shape, column), columns, size=len(surrogate.group_domain) * shape.width
+    )
+    for found in scored:  # what every group leaves is kept as a sum over layers only
+        for name, pair in found.items():
             cells.setdefault(name, []).append(_explained(pair, surrogate.group_domain))
             sums[name] = pair if name not in sums else Pair(*(mine + theirs for mine, theirs in zip(sums[name], pair, strict=True)))
     explained = {}
@@ -150,17 +155,13 @@ def _metrics_of(shape: RoutingShape, column: int) -> Callable[[np.ndarray], dict
         divergence = domain_divergence(usage)[..., 0] * choice
         gram = grams(usage)
         return {
-            "specialization": _with_mean(divergence),
-            "specialization_normalized": _with_mean(divergence / bound),
+            "specialization": with_mean(divergence),
+            "specialization_normalized": with_mean(divergence / bound),
             "der": effective_rank(gram, np.array([experts])) * choice,
-            "domain_isolation": _with_mean(isolation_of(cosines_of_gram(gram))[..., 0] * choice),
+            "domain_isolation": with_mean(isolation_of(cosines_of_gram(gram))[..., 0] * choice),
         }
 
     return metrics
-
-
-def _with_mean(cells: np.ndarray) -> np.ndarray:
-    return np.concatenate([cells, cells.mean(axis=-1, keepdims=True)], axis=-1)
 
 
 def _equal(routed: np.ndarray, surrogate: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

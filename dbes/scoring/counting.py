@@ -7,10 +7,9 @@ expert of every token is kept until then.
 
 from __future__ import annotations
 
-import os
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
@@ -28,10 +27,9 @@ from dbes.scoring.sampling import Sampler
 from dbes.scoring.stored import COUNTS, COUNTS_FOLDER, save_counts
 from dbes.scoring.sums import Piece, group_sums, of_phase, sums_of
 from dbes.scoring.texts import TextReader, Texts
+from dbes.scoring.workers import WORKERS
 from dbes.trace.store import Trace
 from dbes.trace.types import GENERATED, PHASES, PROMPT, TokenRoutes, document_starts, pieces_of, storage_dtype
-
-WORKERS = min(os.cpu_count() or 1, 8)
 
 MEMORY_BYTES = 1 << 26
 """Rows of more bytes than this go to a temporary file."""
@@ -121,6 +119,25 @@ def count_routes(trace: Trace, *, phase: int | None = None, plain: bool = False)
     return counting.counts()
 
 
+def count_parts(
+    trace: Trace, parts: Callable[[TokenRoutes], Sequence[np.ndarray]], number: int, *, phase: int | None = None
+) -> list[Counts]:
+    """The plain counts of so many parts of the tokens of a trace, from one reading of its shards.
+
+    Args:
+        parts: gives the rows of each part, int [rows], of routes that are whole documents (of the phase).
+        phase, errors: as in ``count_routes``.
+    """
+    passes = [_Pass(trace, phase, plain=True) for _ in range(number)]
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for routes in trace:
+            chosen = routes.take(np.flatnonzero(of_phase(routes, phase)))
+            rows = parts(chosen) if len(chosen) else ()
+            jobs = [(each, piece) for each, part in zip(passes, rows, strict=False) if len(part) for piece in pieces_of(chosen.take(part))]
+            list(pool.map(lambda job: job[0].sum_up(job[1]), jobs))
+    return [each.counts() for each in passes]
+
+
 class _Pass:
     """What a trace has told so far."""
 
@@ -148,7 +165,8 @@ class _Pass:
                 self.phase_tokens[code] += int(of_phase(routes, code).sum())
             if self.texts is not None:
                 self.texts.add(routes)
-            chosen = routes if self.phase is None else routes.take(np.flatnonzero(of_phase(routes, self.phase)))
+            wanted = of_phase(routes, self.phase)
+            chosen = routes if wanted.all() else routes.take(np.flatnonzero(wanted))
             if len(chosen):
                 yield from pieces_of(chosen)
 

@@ -32,6 +32,7 @@ from dbes.scoring.resampling import (
     domain_scores,
     jackknife,
     left_out_ratios,
+    with_mean,
 )
 from dbes.trace.types import NOISE_SCALES, RoutingShape
 
@@ -39,6 +40,9 @@ STABILITY_SCALE = NOISE_SCALES.index(1e-2)
 """Index of the noise level whose set stability is the stiffness score."""
 
 NGRAMS = tuple(f"ngram_expertise_{size}" for size in metrics.NGRAM_SIZES)
+
+CALIBRATED = ("specialization", "specialization_normalized", "der", "domain_isolation", "stiffness", *NGRAMS)
+"""Every calibrated metric of the package."""
 
 NO_SPAN = 1e-9
 """An ideal router this close to 0 differs from it by rounding only: a score relative to it would be noise over noise."""
@@ -55,6 +59,7 @@ class Measured:
         reference: [rows], of the ideal router, see ``ideal_values``.
         chance, chance_left_out: [rows], [documents, rows], where chance is exact (n-grams).
         draw_variance: [rows], variance over draws of a random router: of the value, or of the score where chance is exact.
+        zero, span: [rows], of a metric whose score is (value - zero) / span, see ``own.Metric``.
     """
 
     value: np.ndarray
@@ -65,6 +70,8 @@ class Measured:
     chance: np.ndarray | None = None
     chance_left_out: np.ndarray | None = None
     draw_variance: np.ndarray | None = None
+    zero: np.ndarray | None = None
+    span: np.ndarray | None = None
 
     def plus(self, other: Self) -> Self:
         """The sum of both; draws of the router are independent, so their variances add up."""
@@ -138,7 +145,7 @@ def measure_layer(
 
     def of_domains(metric: str, cells: Callable[[DomainScores], np.ndarray], last: slice = slice(None)) -> Measured:
         def rows(scores: DomainScores) -> np.ndarray:
-            return _rows((cells(scores) * choice)[..., 0])[..., last]
+            return with_mean((cells(scores) * choice)[..., 0])[..., last]
 
         drawn = None if null is None else rows(null)
         return Measured(
@@ -161,17 +168,12 @@ def measure_layer(
     }, share
 
 
-def _rows(cells: np.ndarray) -> np.ndarray:
-    """[..., domains] with their mean as a last row."""
-    return np.concatenate([cells, cells.mean(axis=-1, keepdims=True)], axis=-1)
-
-
 def _stiffness(sums: LayerCounts) -> Measured:
     """Set stability at noise 1e-2."""
     shape, stiffness = sums.shape, sums.stiffness
     ratio = stiffness.unchanged[:, 0, STABILITY_SCALE], stiffness.kept_count[:, 0], shape.document_domain, len(shape.domains)
-    value = _rows(domain_ratio(*ratio))
-    return Measured(value=value, whole=value, left_out=_rows(left_out_ratios(*ratio)))
+    value = with_mean(domain_ratio(*ratio))
+    return Measured(value=value, whole=value, left_out=with_mean(left_out_ratios(*ratio)))
 
 
 def _ngrams(
@@ -199,8 +201,8 @@ def _ngrams(
         if control:
             parts = (sums.by_domain(part) for part in (alike, by_expert, windows, ngrams.primaries[:, 0]))
             variance = ngram_draw_variance(*parts, size=size)
-        value, chance = (_rows(domain_ratio(part, windows, shape.document_domain, domains)) for part in (alike, expected))
-        without, chance_without = (_rows(left_out_ratios(part, windows, shape.document_domain, domains)) for part in (alike, expected))
+        value, chance = (with_mean(domain_ratio(part, windows, shape.document_domain, domains)) for part in (alike, expected))
+        without, chance_without = (with_mean(left_out_ratios(part, windows, shape.document_domain, domains)) for part in (alike, expected))
         found[metric] = Measured(
             value=value, whole=value, left_out=without, chance=chance, chance_left_out=chance_without, draw_variance=variance
         )
@@ -210,7 +212,7 @@ def _ngrams(
 
 
 @dataclass(frozen=True)
-class _Scored:
+class Scored:
     """The score before its correction [rows], the same without each document [documents, rows], and its variance over routers."""
 
     whole: np.ndarray
@@ -218,20 +220,22 @@ class _Scored:
     draw_variance: np.ndarray | float
 
 
-def _scored(found: Measured) -> _Scored:
+def scored(found: Measured) -> Scored:
+    """What the jackknife of the score starts from."""
     if found.chance is not None and found.chance_left_out is not None:
         ratios = metrics.above_chance(found.whole, found.chance), metrics.above_chance(found.left_out, found.chance_left_out)
-        return _Scored(*ratios, 0.0 if found.draw_variance is None else found.draw_variance)
+        return Scored(*ratios, 0.0 if found.draw_variance is None else found.draw_variance)
     if found.reference is None:  # stiffness: its score is the value itself
-        return _Scored(found.whole, found.left_out, 0.0)
-    scale = np.where(np.abs(found.reference) > NO_SPAN, found.reference, np.nan)
+        return Scored(found.whole, found.left_out, 0.0)
+    span, zero = found.reference if found.span is None else found.span, 0.0 if found.zero is None else found.zero
+    scale = np.where(np.abs(span) > NO_SPAN, span, np.nan)
     variance = 0.0 if found.draw_variance is None else found.draw_variance / scale**2
-    return _Scored(found.whole / scale, found.left_out / scale, variance)
+    return Scored((found.whole - zero) / scale, (found.left_out - zero) / scale, variance)
 
 
 def draw_spread(drawn: Sequence[Measured], document_domain: np.ndarray) -> DrawSpread:
     """How much the scores of a random router vary with the draw of it: of the same metric and layer, in every recorded draw."""
-    each = [_scored(draw) for draw in drawn]
+    each = [scored(draw) for draw in drawn]
     scores = [jackknife(draw.whole, draw.left_out, document_domain).corrected for draw in each]
     one = np.broadcast_to(each[0].draw_variance, scores[0].shape)
     return DrawSpread(draws=len(each), one=one, several=np.var(scores, axis=0, ddof=1) if len(each) > 1 else None)
@@ -248,17 +252,17 @@ def estimate(found: Measured, drawn: Sequence[Measured], document_domain: np.nda
     """
     unknown = np.full(found.value.shape, np.nan)
     value = jackknife(found.whole, found.left_out, document_domain)
-    scored = _scored(found)
-    score = jackknife(scored.whole, scored.left_out, document_domain)
+    own = scored(found)
+    score = jackknife(own.whole, own.left_out, document_domain)
     control_score = excess = reach = unknown
-    excess_left = np.full_like(scored.left_out, np.nan)
+    excess_left = np.full_like(own.left_out, np.nan)
     if drawn:
-        randoms = [_scored(draw) for draw in drawn]
+        randoms = [scored(draw) for draw in drawn]
         whole, left_out = (np.mean([getattr(random, name) for random in randoms], axis=0) for name in ("whole", "left_out"))
         control_score = jackknife(whole, left_out, document_domain).corrected
         # paired: both routers read the same documents
-        paired = jackknife(scored.whole - whole, scored.left_out - left_out, document_domain)
-        excess_left = scored.left_out - left_out + (paired.corrected - (scored.whole - whole))
+        paired = jackknife(own.whole - whole, own.left_out - left_out, document_domain)
+        excess_left = own.left_out - left_out + (paired.corrected - (own.whole - whole))
         excess, reach = paired.corrected, paired.reach
     return Estimate(
         value=found.value,
@@ -268,7 +272,7 @@ def estimate(found: Measured, drawn: Sequence[Measured], document_domain: np.nda
         score=score.corrected, score_low=score.corrected - score.reach, score_high=score.corrected + score.reach,
         corrected=value.corrected, ci_low=value.corrected - value.reach, ci_high=value.corrected + value.reach,
         control=control_score, excess=excess, excess_low=excess - reach, excess_high=excess + reach,
-        replicates=(scored.left_out + (score.corrected - scored.whole))[:, -1].astype(np.float32),
+        replicates=(own.left_out + (score.corrected - own.whole))[:, -1].astype(np.float32),
         excess_replicates=excess_left[:, -1].astype(np.float32),
     )  # fmt: skip
 

@@ -1,6 +1,6 @@
 """A trace is scored one layer at a time: the counts of one layer go in, small arrays come out, and these are put together.
 
-Layers know nothing of each other, so that each may be scored in a process of its own.
+Layers know nothing of each other, so that several are scored at a time.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from dbes.scoring.equal_usage import UsageTest
 from dbes.scoring.estimates import NGRAMS, Estimate, Measured, draw_spread, estimate, measure_layer
 from dbes.scoring.grouping import CHANCE_DRAWS, Grouping
 from dbes.scoring.layer_counts import LayerCounts, joined_layers
+from dbes.scoring.own import Metric, Problems, own_measured
 from dbes.scoring.permutation import permuted_labels, permuted_scores
 from dbes.scoring.placebo import Placebo, Placebos
 from dbes.scoring.resampling import sign_flip_p
 from dbes.scoring.specialists import LayerTests, SpecialistTable, SpecialistTest, joined
+from dbes.scoring.workers import in_order
 from dbes.trace.types import RoutingShape
 
 
@@ -38,6 +40,7 @@ class LayerScores:
         spread: how much the random router's scores vary with the draw of it.
         products: [blocks, blocks], what the test of equal usage needs of the layer, to be summed too.
         share: [documents, sizes], what each document (or group of them) adds to the n-grams above chance.
+        problems: what is unknown of the user's own metrics.
     """
 
     totals: LayerCounts
@@ -49,13 +52,15 @@ class LayerScores:
     spread: dict[str, DrawSpread]
     products: np.ndarray
     share: np.ndarray
+    problems: dict[str, Problems]
 
 
 @dataclass(frozen=True, kw_only=True)
 class AllLayers:
     """What is kept of all layers: ``totals`` of each domain, ``halves`` [domains, layers], and what their names say.
 
-    ``left_out``: the shape of what was left out in turn, documents or groups of them.
+    ``left_out``: the shape of what was left out in turn, documents or groups of them. ``problems``: of each layer, what is unknown of
+    the user's own metrics.
     """
 
     totals: LayerCounts
@@ -63,23 +68,27 @@ class AllLayers:
     halves: np.ndarray
     estimates: dict[str, Estimate]
     left_out: RoutingShape
+    problems: tuple[dict[str, Problems], ...]
     decoder: Decoder | None = None
     placebo: dict[str, Placebo] | None = None
 
 
-def score_layers(counts: Counts, *, permutations: int, seed: int, sign_flips: int | None = None) -> AllLayers:
+def score_layers(
+    counts: Counts, *, permutations: int, seed: int, sign_flips: int | None = None, metrics: Sequence[Metric] = ()
+) -> AllLayers:
     """The estimates and specialists of all layers.
 
     Args:
         counts: with those of the draws of the control, of the same documents, if there are any.
         sign_flips: draws of the n-gram test; by default as many as permutations.
+        metrics: of the user's own.
     """
     shape, domain = counts.shape, counts.shape.document_domain
-    design = Design.of(counts, permutations=permutations, seed=seed)
+    design = replace(Design.of(counts, permutations=permutations, seed=seed), metrics=tuple(metrics))
     decoder = Decoder(domain, len(shape.domains), seed=seed)
     placebos = Placebos(counts.tokens, domain, shape.domains, permutations=permutations, seed=seed, grouping=design.grouping)
     each = (placebos.watching(decoder.watching(counts.layers())), *(draw.layers() for draw in counts.controls))
-    layers = (score_layer(sums, drawn, design) for sums, *drawn in zip(*each, strict=False))
+    layers = in_order(lambda sums: score_layer(sums[0], sums[1:], design), zip(*each, strict=False), size=len(domain) * shape.width)
     flips = permutations if sign_flips is None else sign_flips
     found = put_together(layers, design.usage, design.left_out, sign_flips=flips, seed=seed)
     return replace(found, decoder=decoder, placebo=placebos.found())
@@ -95,6 +104,7 @@ class Design:
         labels: [permutations, documents], of the chance level, see ``permuted_labels``.
         half: 0 or 1 for each document, see ``random_halves``.
         usage, specialists: the tests.
+        metrics: of the user's own.
     """
 
     grouping: Grouping | None
@@ -103,6 +113,7 @@ class Design:
     half: np.ndarray
     usage: UsageTest
     specialists: SpecialistTest
+    metrics: tuple[Metric, ...] = ()
 
     @classmethod
     def of(cls, counts: Counts, *, permutations: int, seed: int) -> Design:
@@ -127,6 +138,10 @@ def score_layer(sums: LayerCounts, drawn: Sequence[LayerCounts], design: Design)
     grouping, domain = design.grouping, design.left_out.document_domain
     measured, share = measure_layer(sums, permuted_scores(sums, design.labels), grouping=grouping)
     controls = tuple(measure_layer(draw, None, control=number == 0, grouping=grouping)[0] for number, draw in enumerate(drawn))
+    own, problems = own_measured(design.metrics, sums, design.labels, grouping=grouping)
+    measured |= own
+    for number, (found, draw) in enumerate(zip(controls, drawn, strict=True)):
+        found |= own_measured(design.metrics, draw, None, grouping=grouping, control=number == 0)[0]
     products = design.usage.products(sums.hits[:, 0])
     return LayerScores(
         totals=sums.totals(),
@@ -138,6 +153,7 @@ def score_layer(sums: LayerCounts, drawn: Sequence[LayerCounts], design: Design)
         spread={metric: draw_spread([draw[metric] for draw in controls], domain) for metric in measured if controls},
         products=products,
         share=share,
+        problems=problems,
     )
 
 
@@ -159,7 +175,7 @@ def put_together(layers: Iterable[LayerScores], test: UsageTest, left_out: Routi
         for total, more in zip((sums, *drawn), (layer.measured, *layer.controls), strict=True):
             total |= {metric: total[metric].plus(found) if metric in total else found for metric, found in more.items()}
         products = products + layer.products
-        kept.append(replace(layer, measured={}, controls=(), products=products[:0]))
+        kept.append(replace(layer, measured={}, controls=(), products=np.zeros((0, 0))))
     means, *controls = ({metric: found.over(len(kept)) for metric, found in total.items()} for total in (sums, *drawn))
     columns = [layer.estimates for layer in kept] + [estimates_of(means, controls, document_domain, test.p(products))]
     estimates = {metric: Estimate.side_by_side([column[metric] for column in columns]) for metric in means}
@@ -177,4 +193,5 @@ def put_together(layers: Iterable[LayerScores], test: UsageTest, left_out: Routi
         halves=np.concatenate([layer.halves for layer in kept], axis=1),
         estimates=estimates,
         left_out=left_out,
+        problems=tuple(layer.problems for layer in kept),
     )

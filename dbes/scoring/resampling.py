@@ -85,6 +85,11 @@ def domain_scores(counts: np.ndarray, tokens: np.ndarray, *, experts: np.ndarray
     return DomainScores.of(usage, unbiased_grams(usage, tokens, counts.sum(axis=-1, dtype=np.float64)), experts)
 
 
+def with_mean(cells: np.ndarray) -> np.ndarray:
+    """[..., domains] with their mean as a last row."""
+    return np.concatenate([cells, cells.mean(axis=-1, keepdims=True)], axis=-1)
+
+
 def batches(labels: np.ndarray, elements_each: int) -> Iterator[np.ndarray]:
     """The labels [permutations, documents], as many at a time as ``PERMUTATION_CELLS`` allows."""
     size = max(1, PERMUTATION_CELLS // max(elements_each, 1))
@@ -208,6 +213,12 @@ class Jackknife:
     def reach(self) -> np.ndarray:
         """Half the width of the 95 % interval (Student's t); NaN where the error is."""
         return student.ppf((1 + CONFIDENCE) / 2, self.freedom) * self.error
+
+    def two_sided(self, value: np.ndarray | float) -> np.ndarray:
+        """p that the truth of a value with this error is 0; of one without any error 1 where it is 0, else 0."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            p = 2 * student.sf(np.abs(value) / self.error, self.freedom)
+        return np.where(self.error > 0, p, np.where(np.isnan(self.error), np.nan, np.equal(value, 0).astype(float)))
 
 
 def jackknife(value: np.ndarray, left_out: np.ndarray, document_domain: np.ndarray) -> Jackknife:

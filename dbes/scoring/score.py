@@ -5,7 +5,7 @@ Nothing here needs a model, so the same code scores recordings of dbes, traces f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -29,11 +29,14 @@ from dbes.scoring.given import NO_TOKENS
 from dbes.scoring.grouping import Grouping
 from dbes.scoring.layer_counts import LayerCounts
 from dbes.scoring.layers import score_layers
+from dbes.scoring.loops import find_loops, without_loops
+from dbes.scoring.own import Metric, checked, own_warnings
 from dbes.scoring.placebo import placebo_warnings
 from dbes.scoring.published import published_values
 from dbes.scoring.sampling import TokenSample, even_documents, example_tokens
 from dbes.scoring.specialists import SpecialistTable, listed_specialists
 from dbes.scoring.stored import COUNTS
+from dbes.scoring.stratified import checked_kinds, strata_of
 from dbes.scoring.tables import save_scores
 from dbes.scoring.verdict import verdict
 from dbes.text import unknown
@@ -96,8 +99,11 @@ def score(
     phase: str = PHASES[None],
     match: str = UNMATCHED,
     surrogate: str = "token",
+    drop_loops: bool = False,
     seed: int = 0,
     permutations: int = 1000,
+    metrics: Sequence[Metric] = (),
+    strata: Sequence[str] = (),
     output_path: str | Path | None = None,
 ) -> Result:
     """Every metric of a trace, published and calibrated, per layer, per domain and for the model; needs no model.
@@ -111,14 +117,17 @@ def score(
             position: a check of what these do to the score. Result and page are of the cut texts, and not compared with others.
         surrogate: what ``lexical`` and ``contextual`` are beside: a router that looks at the ``token`` alone, or at the ``bigram`` of the
             token and the one before it.
+        drop_loops: leave the generated text of answers that repeat themselves out.
         seed: of the permutations, the reference router and the random halves.
         permutations: shuffles of the documents' domain labels that make the chance level.
+        metrics: of your own, see `dbes.Metric`.
+        strata: score strata of tokens too, and test whether they differ: ``entropy``, ``position``, ``token-class``, ``frequency``.
         output_path: folder to write result and tables to.
 
     Raises:
-        SettingError: there is no such router, phase, match or surrogate; ``match`` with the generated text alone, which begins where
-            the prompt ends.
-        TraceError: the trace is incomplete, altered or inconsistent, or holds no token of the phase; a router or a match for
+        SettingError: there is no such router, phase, match or surrogate; a metric gives no numbers of the right shape; ``match``
+            with the generated text alone, which begins where the prompt ends.
+        TraceError: the trace is incomplete, altered or inconsistent, or holds no token of the phase; a router, a match or strata for
             counts, which know no single tokens.
         ResultError: ``output_path`` holds an evaluation with its recorded routes.
         FileError: it cannot be written, or another run is writing there.
@@ -135,17 +144,23 @@ def score(
             routes = imitate(routes, cast(Router, router), seed=seed)
         asked: dict[str, object] = {"trace": str(trace)} if isinstance(trace, str | Path) else {}
         notes: tuple[str, ...] = ()
+        if drop_loops:
+            if isinstance(routes, Counts):
+                raise TraceError("these are counts; drop_loops needs the trace, whose answers it reads")
+            loops = find_loops(routes)
+            asked, routes = asked | {"drop_loops": True}, without_loops(routes, loops)
+            notes += (f"{counted(int(loops.looping.sum()), 'answer')} that repeat themselves were left out",)
         if match != UNMATCHED:
             if isinstance(routes, Counts):
                 raise TraceError(f"these are counts; match {match} needs the trace, whose texts it cuts")
             routes = match_lengths(routes, phase=code)
             found = routes.provenance[MATCHED]
             asked |= {"match": match, MATCHED: found}
-            notes = (
+            notes += (
                 f"{found['documents_cut']:,} of {counted(found['documents'], 'document')} were cut, so that all domains have the same "
                 f"lengths: {found['tokens']:,} of {found['tokens_before']:,} tokens are left",
             )
-        scores = score_tables(routes, permutations=permutations, seed=seed, phase=code, surrogate=surrogate)
+        scores = score_tables(routes, permutations=permutations, seed=seed, phase=code, surrogate=surrogate, metrics=metrics, strata=strata)
         result = scores.result
         result = result.model_copy(update={"settings": result.settings | asked, "warnings": (*notes, *result.warnings)})
         scores = replace(scores, result=result)
@@ -180,13 +195,21 @@ def read_routes(folder: str | Path) -> Trace | Counts:
 
 @threadpool_limits.wrap(limits=1, user_api="blas")
 def score_tables(
-    trace: Trace | Counts, *, permutations: int = 1000, seed: int = 0, phase: int | None = None, surrogate: str = "token"
+    trace: Trace | Counts,
+    *,
+    permutations: int = 1000,
+    seed: int = 0,
+    phase: int | None = None,
+    surrogate: str = "token",
+    metrics: Sequence[Metric] = (),
+    strata: Sequence[str] = (),
 ) -> Scores:
     """As ``score``, and the expert tables and matrices as arrays.
 
     Args:
         phase: 0 prompt, 1 generated, None all.
     """
+    metrics, kinds = checked(metrics), checked_kinds(strata)
     counts = counts_of(trace, phase=phase)
     require_tokens(counts)
     shape = counts.shape
@@ -206,7 +229,7 @@ def score_tables(
     beyond = None if sample is None else contextual_estimates(sample, shape, lexical=SURROGATES[surrogate], unit_group=unit_group)
     if sample is not None:
         sample = replace(sample, routes=replace(sample.routes, document=np.searchsorted(used, shape.units[sample.routes.document])))
-    found = score_layers(units, permutations=permutations, seed=seed)
+    found = score_layers(units, permutations=permutations, seed=seed, metrics=metrics)
     totals, table = found.totals, found.specialists
     result = Result(
         metrics_version=METRICS_VERSION,
@@ -215,10 +238,7 @@ def score_tables(
         model=model_facts(counts),
         task=task,
         environment=environment(counts),
-        settings={"permutations": permutations, "seed": seed, "phase": PHASES[counts.phase], "control": len(counts.controls)}
-        | {"surrogate": surrogate}
-        | ({} if counts.by_documents else {"documents": "unknown"})
-        | ({} if grouping is None else {"groups": len(grouping.groups.label)}),
+        settings={"permutations": permutations, "seed": seed, "surrogate": surrogate} | _settings(counts, kinds, grouping),
         recording=RecordingFacts(documents=sum(facts.documents for facts in task.domains.values()), tokens=int(counts.tokens.sum())),
         warnings=(
             *_model_notes(counts),
@@ -226,6 +246,7 @@ def score_tables(
             *_warnings(counts, totals, task.domains),
             *_small_sample_warnings(units, found.estimates["specialization"]),
             *placebo_warnings(found.placebo or {}),
+            *own_warnings(metrics, found.problems, shape.layers),
         ),
         published=published_values(totals),
         calibrated=tuple(
@@ -233,6 +254,8 @@ def score_tables(
             for metric, each in found.estimates.items()
             for record in calibrated_records(metric, each, beyond and beyond.metrics.get(metric), units.shape)
         ),
+        own_metrics={metric.name: metric.facts for metric in metrics},
+        strata=strata_of(trace, kinds, permutations=permutations, seed=seed, phase=phase),
         specialists=tuple(_specialist_records(table, counts, kept)),
         companions=companions(found, sample, units, seed=seed) | covered(beyond, shape),
     )
@@ -246,14 +269,22 @@ def score_tables(
         totals=totals,
         specialists=table,
         arrays=arrays,
-        replicates=_replicates(found.estimates, control=counts.control is not None) if counts.by_documents else {},
+        replicates=_replicates(found.estimates, metrics, control=counts.control is not None) if counts.by_documents else {},
         left_out=found.left_out,
     )
 
 
-def _replicates(estimates: Mapping[str, Estimate], *, control: bool) -> dict[str, np.ndarray]:
-    found = {metric: estimates[metric].replicates for metric in REPLICATED}
-    return found | ({f"{metric}{EXCESS}": estimates[metric].excess_replicates for metric in REPLICATED} if control else {})
+def _settings(counts: Counts, kinds: Sequence[str], grouping: Grouping | None) -> dict[str, object]:
+    found: dict[str, object] = {"phase": PHASES[counts.phase], "control": len(counts.controls)}
+    found |= {} if counts.by_documents else {"documents": "unknown"}
+    found |= {"strata": list(kinds)} if kinds else {}
+    return found | ({} if grouping is None else {"groups": len(grouping.groups.label)})
+
+
+def _replicates(estimates: Mapping[str, Estimate], metrics: Sequence[Metric], *, control: bool) -> dict[str, np.ndarray]:
+    names = (*REPLICATED, *(metric.name for metric in metrics))
+    found = {name: estimates[name].replicates for name in names}
+    return found | ({f"{name}{EXCESS}": estimates[name].excess_replicates for name in names} if control else {})
 
 
 def _model_notes(counts: Counts) -> Iterator[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dbes.scoring.metrics import NGRAM_SIZES, consecutive
-from dbes.trace.types import LOGIT_NOISE, NOISE_SCALES, PROMPT, RoutingShape, TokenRoutes, document_starts
+from dbes.trace.types import LOGIT_NOISE, NOISE_SCALES, PROMPT, TEMPLATE, RoutingShape, TokenRoutes, document_starts
 
 NO_SCORE = 255
 """Value of ``TokenRoutes.kept`` for a token without a selection score."""
@@ -120,9 +120,9 @@ def follows_previous(routes: TokenRoutes) -> np.ndarray:
 
 
 def of_phase(routes: TokenRoutes, phase: int | None) -> np.ndarray:
-    """Rows of a phase, bool [tokens]; None: all. Routes without phases are all given text."""
+    """Rows of a phase, bool [tokens]; None: of all text. Routes without phases are all given text."""
     phases = np.full(len(routes), PROMPT, np.uint8) if routes.phase is None else routes.phase
-    return np.ones(len(routes), bool) if phase is None else phases == phase
+    return phases != TEMPLATE if phase is None else phases == phase
 
 
 class Reduce:

@@ -157,12 +157,13 @@ class Surrogate:
         experts = self.shape.experts[column]
         ids = self.ids[self.rows, column]
         ran = (ids < experts).any(axis=1)  # what marks a missing expert is larger than any
-        blocks = self._blocks if ran.all() else self._blocks_of(np.flatnonzero(ran))
+        blocks = self.blocks if ran.all() else self._blocks_of(np.flatnonzero(ran))
         with_ids = [(block, ids[block.rows]) for block in blocks]
         return SurrogateLayer.of(with_ids, self.group_domain, domains=len(self.shape.domains), experts=experts)
 
     @cached_property
-    def _blocks(self) -> list[Block]:
+    def blocks(self) -> list[Block]:
+        """Of all covered tokens."""
         return self._blocks_of(np.arange(len(self.rows)))
 
     def _blocks_of(self, rows: np.ndarray) -> list[Block]:

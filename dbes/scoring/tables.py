@@ -85,7 +85,7 @@ def save_scores(scores: Scores, folder: Path, result: Result) -> Result:
     discard(folder / RESULT_FILE)
     discard(folder / PAGE_FILE)
     written = write_tables(scores, folder)
-    result = result.model_copy(update={"files": {path.name: sha256_of(path) for path in written}})
+    result = result.model_copy(update={"files": {**result.files, **{path.name: sha256_of(path) for path in written}}})
     result.save(folder)
     return result
 

@@ -44,6 +44,7 @@ def cautions(documents: Sequence[Document]) -> Cautions:
             domain: str(count) for domain, count in sources.items() if count < FEW_TEXTS and domain not in named
         },
         "one source text only, no interval and no test": {domain: _alone(by_domain[domain]) for domain in sorted(named)},
+        "texts of one collection only, whose style can pass for the domain": _one_collection(by_domain),
         f"texts more than {LENGTHS:g} times as long as those of another domain; compare with `dbes score --match length`": _long(by_domain),
         "another format than other domains, which a router can follow": _formats(by_domain),
         "texts that are also in another domain": _shared(by_domain),
@@ -80,6 +81,14 @@ def _alone(documents: Sequence[Document]) -> str:
     """How a domain of one source is made up."""
     count = len(documents)
     return f"{count:,} copies of a text" if len({_words(each) for each in documents}) == 1 else counted(count, "document")
+
+
+def _one_collection(documents: Mapping[str, list[Document]]) -> dict[str, str]:
+    """Domains whose texts all name the same collection, in a benchmark in which another domain has several."""
+    names = {domain: {each.source for each in own} for domain, own in documents.items()}
+    if not any(len(own - {None}) > 1 for own in names.values()):
+        return {}
+    return {domain: str(next(iter(own))) for domain, own in names.items() if len(own) == 1 and None not in own}
 
 
 def _long(documents: Mapping[str, list[Document]]) -> dict[str, str]:

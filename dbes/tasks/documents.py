@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import math
 import re
-import string
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import ConfigDict, Field, model_validator
-
-from dbes import schema
 from dbes.errors import TaskError
-from dbes.tasks.local import Format
 from dbes.tasks.rows import KNOWN, kind_of, plain_text, whole_text
+from dbes.tasks.sources import RowFields
 from dbes.text import clipped
 
-MOST = 2**31 - 1
+NO_TEXT = "no text"
+"""Why a row is left out whose fields of text are all null or empty."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +30,7 @@ class Document:
         source_document: identity of the source text this one was cut from, when the file names it.
         synthetic: generated rather than found.
         stand_in: an embedded document read in place of a hub data set that could not be reached.
+        source: the collection it was taken from: as the task calls it, else what the row says, else the data set.
     """
 
     id: str
@@ -43,88 +42,54 @@ class Document:
     source_document: str | None = None
     synthetic: bool = False
     stand_in: bool = False
+    source: str | None = None
 
 
-class Strict(schema.Strict):
-    """Refuses values of another type too."""
+def left_out(row: Mapping[str, Any], fields: RowFields, *, where: str) -> str | None:
+    """Why a row is left out; None for one that is read."""
+    if fields.skip_where is not None and not _empty(_taken(row, fields.skip_where, where)):
+        return f"{fields.skip_where} is filled"
+    for name in fields.require:
+        if _empty(_taken(row, name, where)):
+            return f"{name} is empty"
+    for name, wanted in fields.filter.items():
+        if _taken(row, name, where) not in (wanted if isinstance(wanted, list) else [wanted]):
+            return f"another {name}"
+    return None
 
-    model_config = ConfigDict(strict=True)
+
+def _empty(value: Any) -> bool:
+    return not (value.strip() if isinstance(value, str) else value)
 
 
-class RowFields(Strict):
-    r"""Which fields of a row make a document. ``template`` (``"{question}\n{answer}"``) or ``text_field``, not both.
+def documents_of(
+    rows: Iterable[tuple[int, Mapping[str, Any]]], fields: RowFields, *, domain: str, limit: int | None, place: Place
+) -> tuple[list[Located], Counter[str]]:
+    """The documents of numbered rows, at most ``limit``, and how many rows were left out by reason.
 
-    A ``text_field`` holds text. Fields of a template hold text, numbers, or lists of these, which are put on lines of their own;
-    anything else, null included, is refused: what Python would print for it is no text. A row whose named fields are all null or
-    empty has no text. Where neither is given, the text is the field ``text``, or all of a conversation or an instruction with its answer
-    (`dbes.tasks.rows`).
+    Raises:
+        TaskError: as `row_document`.
     """
-
-    text_field: str | None = None
-    template: str | None = None
-    id_field: str | None = None
-    question_field: str | None = None
-    answer_field: str | None = None
-    choices_fields: Annotated[list[str], Field(min_length=1)] | None = None
-    skip_where: str | None = None
-    limit: Annotated[int, Field(ge=1, le=MOST)] | None = None
-
-    @model_validator(mode="after")
-    def _one_text(self) -> RowFields:
-        if self.text_field is not None and self.template is not None:
-            raise ValueError("give text_field or template, not both")
-        if self.template is not None and not template_fields(self.template):
-            raise ValueError(f"template {self.template!r} names no field; write fields in braces, as in '{{question}}'")
-        return self
-
-
-class FileSource(RowFields):
-    """Local files of one domain, relative to the task file; ``*`` in a name matches several files in sorted order.
-
-    Plain text: one file is one document. ``sha256`` maps a name of ``files`` to the digest it must have.
-    """
-
-    files: Annotated[list[str], Field(min_length=1)]
-    format: Format | None = None
-    sha256: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]] = Field(default_factory=dict)
-
-    @model_validator(mode="after")
-    def _digests_of_files(self) -> FileSource:
-        if stray := sorted(set(self.sha256) - set(self.files)):
-            raise ValueError(f"sha256 names {stray[0]!r}, which is not one of files")
-        return self
-
-
-class TextSource(Strict):
-    """The texts themselves, one document each; a list of texts stands for it."""
-
-    texts: Annotated[list[str], Field(min_length=1)]
-    limit: Annotated[int, Field(ge=1, le=MOST)] | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _bare(cls, given: Any) -> Any:
-        return {"texts": list(given)} if isinstance(given, list | tuple) else given
-
-
-class DatasetSource(RowFields):
-    """A split of a Hugging Face data set (or of a local folder of parquet or JSON files). ``revision`` is required."""
-
-    dataset: str
-    config: str | None = None
-    split: str
-    revision: str
-    data_files: str | list[str] | None = None
-
-
-def template_fields(template: str) -> list[str]:
-    """The fields a template names, in order."""
-    return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-
-
-def is_skipped(row: Mapping[str, Any], fields: RowFields, *, where: str) -> bool:
-    """Whether the field ``skip_where`` of the row is filled."""
-    return fields.skip_where is not None and bool(_taken(row, fields.skip_where, where))
+    found: list[Located] = []
+    without: Counter[str] = Counter()
+    for number, row in rows:
+        where = f"{place.where}{number}"
+        if (reason := left_out(row, fields, where=where)) is not None:
+            without[reason] += 1
+            continue
+        # the number of the row is part of the fallback id, so it stays the same when a limit is given
+        fallback = f"{domain}/{place.label}{number}"
+        document = row_document(row, fields, domain=domain, fallback_id=fallback, where=where)
+        if document is None:
+            without[NO_TEXT] += 1
+            continue
+        if document.source is None and place.source is not None:
+            document = replace(document, source=place.source)
+        own = str(number) if document.id == fallback else document.id
+        found.append(Located(document, own_id=own, source=place.identity, labels=place.labels, where=where))
+        if limit is not None and len(found) >= limit:  # what is beyond is not read
+            break
+    return found, without
 
 
 def row_document(row: Mapping[str, Any], fields: RowFields, *, domain: str, fallback_id: str, where: str) -> Document | None:
@@ -157,7 +122,26 @@ def row_document(row: Mapping[str, Any], fields: RowFields, *, domain: str, fall
         choices=_choices(row, fields, where),
         source_document=None if source is None or source == "" else plain_text(source, "source_document", where),
         synthetic=bool(synthetic),
+        source=fields.source or _optional(row, None, "source", where),
     )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where numbered rows are read.
+
+    Attributes:
+        where: for messages; the number of the row is put behind it.
+        label: stands before the number in the id of a row that has none.
+        identity, labels: as of `Located`.
+        source: what the documents are said to come from where neither task nor row says it.
+    """
+
+    where: str
+    label: str
+    identity: str
+    labels: tuple[str, ...]
+    source: str | None = None
 
 
 @dataclass(frozen=True)
@@ -167,7 +151,7 @@ class Located:
     Attributes:
         own_id: its id in its file: the row's, or the number of the row.
         source: identity of the file, or of the split of a data set.
-        labels: names of the file for ids that must be told apart, the shorter first; empty for the split of a data set.
+        labels: names of the file or source for ids that must be told apart, the shorter first; empty for a data set without a name.
         where: file and row.
     """
 
@@ -223,6 +207,9 @@ def _refuse_twice(first: Located, again: Located, identity: str | None = None) -
 
 def _taken(row: Mapping[str, Any], name: str, where: str) -> Any:
     if name not in row:
+        first, _, rest = name.partition(".")
+        if rest and isinstance(row.get(first), Mapping):
+            return _taken(row[first], rest, f"{where}: {first}")
         raise TaskError(f"{where}: no field {name!r}; the row has {clipped(', '.join(map(str, row)), 300)}")
     return row[name]
 

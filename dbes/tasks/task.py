@@ -11,51 +11,39 @@ import json
 import math
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Discriminator, Field, PrivateAttr, Tag, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, ValidationInfo, model_validator
 
 from dbes.errors import TaskError
-from dbes.schema import read_yaml
+from dbes.schema import line_of, read_yaml
 from dbes.shipped import TASKS
 from dbes.tasks import hub, local
 from dbes.tasks.cautions import by_domain, caution_lines, cautions
-from dbes.tasks.documents import (
-    MOST,
-    DatasetSource,
-    Document,
-    FileSource,
-    Located,
-    Strict,
-    TextSource,
-    is_skipped,
-    row_document,
-    with_distinct_ids,
-)
+from dbes.tasks.documents import NO_TEXT, Document, Located, Place, documents_of, with_distinct_ids
 from dbes.tasks.rows import plain_text
 from dbes.tasks.separability import word_separability
+from dbes.tasks.sources import (
+    KINDS,
+    MOST,
+    DomainSource,
+    FileSource,
+    Group,
+    OneSource,
+    SeveralSources,
+    Strict,
+    TextSource,
+)
 from dbes.text import clipped, unknown
 
 FALLBACK = "embedded"
 
 PROBLEMS = 8
 """Faults of a task file that one message names at most."""
-
-
-def _kind(value: Any) -> str:
-    given = value if isinstance(value, Mapping) else vars(value) if isinstance(value, BaseModel) else {}
-    if isinstance(value, list | tuple):
-        return "texts"
-    return next((kind for kind in ("dataset", "texts") if kind in given), "files")
-
-
-DomainSource = Annotated[
-    Annotated[FileSource, Tag("files")] | Annotated[DatasetSource, Tag("dataset")] | Annotated[TextSource, Tag("texts")],
-    Discriminator(_kind),
-]
 
 
 class Task(Strict):
@@ -70,6 +58,7 @@ class Task(Strict):
         version: raised by any change that could alter a score.
         window: tokens of a document that a model reads at a time, at most.
         domains: source of the texts of each of at least two domains.
+        missing: of a prepared copy, the sources it was made without and why, by ``domain/source``.
 
     Raises:
         TaskError: an unknown or missing field, a wrong value, fewer than two domains; the message names the field.
@@ -80,6 +69,7 @@ class Task(Strict):
     description: str = ""
     window: Annotated[int, Field(ge=2, le=MOST)] = 512
     domains: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_ -]*$")], DomainSource]
+    missing: dict[str, str] = Field(default_factory=dict)
     _path: Path = PrivateAttr(default=Path("task.yaml"))
 
     @model_validator(mode="after")
@@ -90,31 +80,98 @@ class Task(Strict):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _checked(cls, content: Any, check: Callable[[Any], Task]) -> Task:
+    def _checked(cls, content: Any, check: Callable[[Any], Task], info: ValidationInfo) -> Task:
         """Faults as one TaskError of one line, also of a task that is built in Python. Stands last, so that it sees those of the others."""
         try:
             return check(content)
         except ValidationError as error:
             faults = error.errors(include_url=False)
             more = [f"and {len(faults) - PROBLEMS} more"] if len(faults) > PROBLEMS else []
-            raise TaskError("; ".join([*map(_told, faults[:PROBLEMS]), *more])) from None
+            raise TaskError("; ".join([*(_told(fault, info.context) for fault in faults[:PROBLEMS]), *more])) from None
 
     @property
     def path(self) -> Path:
         """The YAML this task was read from; its files are relative to the folder of it."""
         return self._path
 
+    def parts(self) -> list[tuple[str, OneSource]]:
+        """Every source with its domain, in order."""
+        return [
+            (domain, part)
+            for domain, source in self.domains.items()
+            for part in (source.sources if isinstance(source, SeveralSources) else [source])
+        ]
+
 
 def load_task(task: str | Path | Task) -> Task:
-    """The task of a YAML file, or of the tasks that come with dbes by name (``embedded``, ``smoke``, ``full``); a `Task` as it is.
+    """The task of a YAML file, of a prepared folder, or of the tasks that come with dbes by name; a `Task` as it is.
 
     Raises:
-        TaskError: no such task or file, not YAML, unknown or missing keys, wrong types, fewer than two domains.
+        TaskError: no such task or file, not YAML, unknown or missing keys, wrong types, fewer than two domains; a group of tasks.
     """
     if isinstance(task, Task):
         return task
+    path, content = _read(task)
+    if "group" in content:
+        told = ", ".join(map(str, _checked_group(path, content)))
+        raise TaskError(f"{path}: a group of tasks, where one task is needed; name one of {told}")
+    try:
+        found = Task.model_validate(content, context=path)
+    except TaskError as problem:
+        raise TaskError(f"{path}: {problem}") from None
+    found._path = path.resolve()
+    return found
+
+
+def tasks_of(task: str | Path | Task) -> list[str | Path | Task]:
+    """The tasks a name stands for: those of a group and of the groups in it, each once, in order; any other task alone.
+
+    Raises:
+        TaskError: as `load_task`; a group that holds itself.
+    """
+    if isinstance(task, Task):
+        return [task]
+    found: dict[Path, str | Path | Task] = {}
+    for path, member in _members(task, ()):
+        found.setdefault(path, member)
+    return list(found.values())
+
+
+def is_group(task: str | Path | Task) -> bool:
+    """Whether this names a group of tasks."""
+    return not isinstance(task, Task) and "group" in _read(task)[1]
+
+
+def _members(task: str | Path, above: tuple[Path, ...]) -> list[tuple[Path, str | Path]]:
+    """The tasks of a group, or a task alone: the file of each, and how it was named."""
+    path, content = _read(task)
+    whole = path.resolve()
+    if "group" not in content:
+        return [(whole, task)]
+    if whole in above:
+        circle = " > ".join(each.name for each in (*above[above.index(whole) :], path))
+        raise TaskError(f"{path}: a group that holds itself ({circle})")
+    return [each for member in _checked_group(path, content) for each in _members(member, (*above, whole))]
+
+
+def _checked_group(path: Path, content: Mapping[str, Any]) -> list[str | Path]:
+    """The members of a group's file, their files relative to it."""
+    try:
+        group = Group.model_validate(content)
+    except ValidationError as error:
+        raise TaskError(f"{path}: {'; '.join(_told(fault, path) for fault in error.errors(include_url=False)[:PROBLEMS])}") from None
+    return [path.parent / name if name.endswith((".yaml", ".yml")) or "/" in name else name for name in group.group]
+
+
+def _read(task: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The file of a task or group, and what it holds."""
     path = Path(task)
-    if path.suffix not in (".yaml", ".yml"):
+    if path.is_dir() and path.suffix not in (".yaml", ".yml") and (isinstance(task, Path) or not (TASKS / f"{task}.yaml").is_file()):
+        found = sorted(path.glob("*.yaml"))
+        if len(found) != 1:
+            raise TaskError(f"{path}: a folder with {len(found)} files .yaml, where one task is needed; name the file")
+        path = found[0]
+    elif path.suffix not in (".yaml", ".yml"):
         path = TASKS / f"{task}.yaml"
         if not path.is_file():
             known = sorted(found.stem for found in TASKS.glob("*.yaml"))
@@ -122,17 +179,12 @@ def load_task(task: str | Path | Task) -> Task:
     content = read_yaml(path, error=TaskError, missing=f"{path}: no such task file")
     if not isinstance(content, dict):
         raise TaskError(f"{path}: a task is a mapping with name, version and domains, not {type(content).__name__}")
-    try:
-        found = Task.model_validate(content)
-    except TaskError as problem:
-        raise TaskError(f"{path}: {problem}") from None
-    found._path = path.resolve()
-    return found
+    return path, content
 
 
 def list_tasks() -> list[Task]:
     """The tasks that come with dbes, by name."""
-    return [load_task(path) for path in sorted(TASKS.glob("*.yaml"))]
+    return [load_task(path) for path in sorted(TASKS.glob("*.yaml")) if not is_group(path)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,18 +219,21 @@ def read_task(task: Task, *, limit: int | None = None, embedded_fallback: bool =
     found: list[Located] = []
     without_text: dict[str, int] = {}
     for domain, source in task.domains.items():
-        wanted = min((n for n in (limit, source.limit) if n is not None), default=None)
-        if isinstance(source, FileSource):
-            own, without = _file_documents(task, domain, source, wanted)
-        elif isinstance(source, TextSource):
-            own, without = _given_documents(task, domain, source, wanted)
-        else:
+        parts = source.sources if isinstance(source, SeveralSources) else [source]
+        own: list[Located] = []
+        without = 0
+        for place, part in enumerate(parts):
+            share = None if limit is None else limit // len(parts) + (place < limit % len(parts))
+            if share == 0:
+                continue
             try:
-                own, without = hub.documents(task.path, domain, source, wanted)
+                read = read_source(task, domain, part, share)
             except hub.UnreachableError as error:
                 if not embedded_fallback:
                     raise TaskError(f"{error}. Log in or go online, or allow the embedded fallback") from error
                 return Reading(documents=_stand_ins(task, limit, str(error)), without_text={})
+            own += read.found
+            without += read.left_out[NO_TEXT]
         if not own:
             told = f" ({without} rows have no text)" if without else ""
             raise TaskError(f"{task.path}: domains.{domain}: no documents{told}")
@@ -186,6 +241,32 @@ def read_task(task: Task, *, limit: int | None = None, embedded_fallback: bool =
         if without:
             without_text[domain] = without
     return Reading(documents=tuple(with_distinct_ids(found)), without_text=without_text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Read:
+    """What was read of one source: documents, rows left out by reason, and the revision of a data set, where it is known."""
+
+    found: list[Located]
+    left_out: Counter[str]
+    revision: str | None = None
+
+
+def read_source(task: Task, domain: str, part: OneSource, limit: int | None = None) -> Read:
+    """The documents of one source of a domain, at most ``limit`` and at most its own.
+
+    Raises:
+        TaskError: as `read_task`.
+    """
+    wanted = min((n for n in (limit, part.limit) if n is not None), default=None)
+    if isinstance(part, FileSource):
+        found, left_out = _file_documents(task, domain, part, wanted)
+    elif isinstance(part, TextSource):
+        found, left_out = _given_documents(task, domain, part, wanted)
+    else:
+        found, left_out, revision = hub.documents(task.path, domain, part, wanted)
+        return Read(found=found, left_out=left_out, revision=revision)
+    return Read(found=found, left_out=left_out)
 
 
 def _stand_ins(task: Task, limit: int | None, reason: str) -> tuple[Document, ...]:
@@ -219,6 +300,8 @@ def task_facts(task: Task, reading: Reading) -> dict[str, Any]:
     notes = []
     if any(document.stand_in for document in reading.documents):
         notes.append("the hub could not be reached: the EMBEDDED sample was read in place of this task")
+    if task.missing:
+        notes.append(f"prepared without {', '.join(sorted(task.missing))}")
     if reading.without_text:
         told = caution_lines({"rows without text were left out": {domain: f"{count:,}" for domain, count in reading.without_text.items()}})
         notes += told
@@ -233,52 +316,54 @@ def separability(documents: Sequence[Document], seed: int = 0) -> float:
     return word_separability(documents, seed=seed).accuracy
 
 
-def _file_documents(task: Task, domain: str, source: FileSource, limit: int | None) -> tuple[list[Located], int]:
-    """The documents of a domain's files, and how many of their rows have no text."""
+def _file_documents(task: Task, domain: str, source: FileSource, limit: int | None) -> tuple[list[Located], Counter[str]]:
+    """The documents of a domain's files, and how many of their rows were left out by reason."""
     found: list[Located] = []
-    without = 0
+    without: Counter[str] = Counter()
     for name in source.files:
         for path in local.matching(task.path, domain, name):
             if limit is not None and len(found) >= limit:
                 return found, without
             local.check_digest(path, source.sha256.get(name))
             labels = (path.name, Path(os.path.relpath(path, task.path.parent)).as_posix())
-            for number, row in local.rows(path, source.format):
-                where = f"{path}:{number}"
-                if is_skipped(row, source, where=where):
-                    continue
-                fallback = f"{domain}/{path.name}:{number}"
-                document = row_document(row, source, domain=domain, fallback_id=fallback, where=where)
-                if document is None:
-                    without += 1
-                    continue
-                own = str(number) if document.id == fallback else document.id
-                found.append(Located(document, own_id=own, source=str(path.resolve()), labels=labels, where=where))
-                if limit is not None and len(found) >= limit:
-                    break
+            if source.source is not None:
+                labels = (source.source, f"{source.source}/{labels[1]}")
+            place = Place(where=f"{path}:", label=f"{path.name}:", identity=str(path.resolve()), labels=labels)
+            left = None if limit is None else limit - len(found)
+            own, skipped = documents_of(local.rows(path, source.format), source, domain=domain, limit=left, place=place)
+            found += own
+            without += skipped
     return found, without
 
 
-def _given_documents(task: Task, domain: str, source: TextSource, limit: int | None) -> tuple[list[Located], int]:
+def _given_documents(task: Task, domain: str, source: TextSource, limit: int | None) -> tuple[list[Located], Counter[str]]:
     """The documents of a domain whose texts were given, and how many of these are empty."""
     found = []
+    label = f"{source.source}:" if source.source else ""
     for number, given in enumerate(source.texts, start=1):
         if limit is not None and len(found) >= limit:
             break
-        where, own = f"task {task.name}: domains.{domain}.texts.{number}", f"{domain}/{number}"
+        where, own = f"task {task.name}: domains.{domain}.texts.{number}", f"{domain}/{label}{number}"
         text = plain_text(given, "text", where)
         if text.strip():
-            found.append(Located(Document(id=own, domain=domain, text=text), own_id=own, source=domain, labels=(), where=where))
-    return found, sum(not given.strip() for given in source.texts)
+            document = Document(id=own, domain=domain, text=text, source=source.source)
+            found.append(Located(document, own_id=own, source=f"{domain}/{label}", labels=(), where=where))
+    return found, Counter({NO_TEXT: sum(not given.strip() for given in source.texts)})
 
 
-def _told(problem: Mapping[str, Any]) -> str:
-    """One problem of pydantic in the words of the task file: field, what is wrong, what was given."""
+def _told(problem: Mapping[str, Any], file: Path | None = None) -> str:
+    """One problem of pydantic in the words of the task file: field, what is wrong, what was given, and the line of the file."""
     path = [str(step) for step in problem["loc"] if step != "[key]"]
-    if len(path) > 2 and path[0] == "domains" and path[2] in ("files", "dataset", "texts"):
+    # a union names which of its kinds was tried
+    if len(path) > 2 and path[0] == "domains" and path[2] in KINDS:
         del path[2]
+        if len(path) > 4 and path[2] == "sources":
+            del path[4]
     name = clipped(".".join(path), 120) or "task"
     message = {"extra_forbidden": "unknown key", "missing": "required key is missing"}.get(problem["type"])
-    return f"{name}: {message or clipped(problem['msg'].removeprefix('Value error, '), 300)}" + (
-        "" if message or not path else f" (given: {clipped(problem.get('input'))!r})"
+    line = line_of(file, path) if file is not None else None
+    return (
+        f"{name}: {message or clipped(problem['msg'].removeprefix('Value error, '), 300)}"
+        + ("" if message or not path else f" (given: {clipped(problem.get('input'))!r})")
+        + ("" if line is None else f" (line {line})")
     )

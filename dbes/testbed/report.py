@@ -16,7 +16,8 @@ import pandas as pd
 from dbes.errors import FileError, MixError
 from dbes.files import check_writable, replacing, write_json, write_text
 from dbes.reporting import charts
-from dbes.reporting.page import render, slug
+from dbes.reporting.html import render
+from dbes.reporting.page import slug
 from dbes.testbed.experiments import Findings, analyse
 from dbes.testbed.grid import Progress, read_grid, run_grid
 from dbes.text import label, labels, printable

@@ -112,6 +112,7 @@ class Block:
         routes: "ids", integers [rows, layers, slots] with SKIPPED where nothing ran, and [rows, layers, ...] of what else is given.
             What one layer does not have may be left out, but for weights.
         control: "ids" and "weights" of the random router, [rows, layers, draws, slots].
+        nats: of each token, float [rows], 0 where nothing stands before it; None where the engine tells of no loss.
         reduced: tokens or windows that a batch may have since memory ran out; None: as many as were meant.
     """
 
@@ -122,6 +123,7 @@ class Block:
     layers: tuple[int, ...]
     routes: Mapping[str, np.ndarray]
     control: Mapping[str, np.ndarray] = field(default_factory=dict)
+    nats: np.ndarray | None = None
     reduced: int | None = None
 
 
@@ -166,6 +168,7 @@ class Assembly:
         self._routes = contents.empty(tokens, spool=self._spool)
         self._controls = [contents.empty(tokens, control=True, spool=self._spool) for _ in range(contents.control)]
         self._control_came = False
+        self._nats: np.ndarray | None = None
 
     def add(self, block: Block) -> int:
         """Take a block.
@@ -192,9 +195,24 @@ class Assembly:
             self._control_came = True
             for draw, control in enumerate(self._controls):
                 self._place(control, self._of_draw(block.control, draw), rows, columns, spots)
+        if block.nats is not None:
+            self._add_nats(rows, block.nats)
         if self._spool is not None:
             self._spool.release()
         return came.size
+
+    def _add_nats(self, rows: np.ndarray, nats: np.ndarray) -> None:
+        if not np.isfinite(nats).all():
+            row = int(rows[np.flatnonzero(~np.isfinite(nats))[0]])
+            raise self.error(f"{self.where}: {self._token(row)}: its loss is no number; the logits overflow: try another dtype")
+        self._nats = np.zeros(len(self._positions)) if self._nats is None else self._nats
+        self._nats[rows] = nats
+
+    def nats(self) -> tuple[float, ...] | None:
+        """Of each document, all its tokens added up in their order; None where no block told of them."""
+        if self._nats is None:
+            return None
+        return tuple(float(part.sum()) for part in np.split(self._nats, self._starts[1:]))
 
     def finish(self) -> tuple[TokenRoutes, tuple[TokenRoutes, ...]]:
         """The routes of all documents; see `parts`."""

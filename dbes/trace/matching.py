@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dbes.trace.store import Trace
+from dbes.trace.types import TEMPLATE
 
 MATCHED = "matched"
 """Key of the provenance: how many documents there are and how many were cut, tokens that are left and that there were."""
@@ -49,7 +50,8 @@ def match_lengths(trace: Trace, *, phase: int | None = None) -> Trace:
     """
     length = np.zeros(len(trace.shape.document_domain), np.int64)
     for routes in trace.with_columns("phase"):
-        chosen = slice(None) if phase is None or routes.phase is None else routes.phase == phase
+        of_text = None if routes.phase is None else routes.phase != TEMPLATE if phase is None else routes.phase == phase
+        chosen = slice(None) if of_text is None else of_text
         np.maximum.at(length, routes.document[chosen], routes.positions[chosen] + 1)
     kept = matched_lengths(length, trace.shape.document_domain)
     told = {
@@ -58,14 +60,15 @@ def match_lengths(trace: Trace, *, phase: int | None = None) -> Trace:
         "tokens": int(kept.sum()),
         "tokens_before": int(length.sum()),
     }
-    return _cut(trace, kept, {MATCHED: told})
+    return cut(trace, kept, {MATCHED: told})
 
 
-def _cut(trace: Trace, kept: np.ndarray, told: Mapping[str, Any]) -> Trace:
+def cut(trace: Trace, kept: np.ndarray, told: Mapping[str, Any]) -> Trace:
+    """The trace with the tokens before a position of each document, int64 [documents]; ``told`` is added to its provenance."""
     return Trace(
         shape=trace.shape,
         provenance={**trace.provenance, **told},
-        control=None if trace.control is None else _cut(trace.control, kept, told),
+        control=None if trace.control is None else cut(trace.control, kept, told),
         vocabulary=trace.vocabulary,
         parts=(replace(trace, control=None),),
         kept=kept,

@@ -15,7 +15,7 @@ from dbes.errors import DbesError, TraceError
 from dbes.files import read_bytes, regular
 from dbes.text import clipped
 from dbes.trace.manifest import ShardEntry
-from dbes.trace.types import GENERATED, LOGIT_NOISE, NOISE_SCALES, PIECE_TOKENS, UNKNOWN, RoutingShape, TokenRoutes
+from dbes.trace.types import LOGIT_NOISE, NOISE_SCALES, PIECE_TOKENS, TEMPLATE, UNKNOWN, RoutingShape, TokenRoutes
 
 REQUIRED = ("ids", "document", "positions")
 KNOWN = tuple(column.name for column in fields(TokenRoutes))
@@ -167,8 +167,8 @@ def check_values(arrays: Mapping[str, np.ndarray], slots: int, *, where: str, er
     """Refuse token ids, phases and stability marks that there are not."""
     if "token_ids" in arrays and arrays["token_ids"].min(initial=0) < 0:
         raise error(f"{where}: token_ids below 0")
-    if "phase" in arrays and (phase := arrays["phase"]).max(initial=0) > GENERATED:
-        raise error(f"{where}: phase {phase.max()}, expected 0 (prompt) or 1 (generated)")
+    if "phase" in arrays and (phase := arrays["phase"]).max(initial=0) > TEMPLATE:
+        raise error(f"{where}: phase {phase.max()}, expected 0 (prompt), 1 (generated) or 2 (template)")
     for name, most in (("logit_stable", 2 ** len(LOGIT_NOISE) - 1), ("kept", slots)):
         if name in arrays and ((arrays[name] > most) & (arrays[name] != UNKNOWN)).any():
             raise error(f"{where}: {name} above {most} (or {UNKNOWN} where there is no score)")

@@ -12,9 +12,11 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-PROMPT, GENERATED = 0, 1
+PROMPT, GENERATED, TEMPLATE = 0, 1, 2
+"""Values of ``TokenRoutes.phase``: text that was given, text the model wrote, and what a chat template put around the text."""
+
 PHASES = {None: "all", PROMPT: "prompt", GENERATED: "generated"}
-"""Values of ``TokenRoutes.phase``: text that was given, text the model wrote."""
+"""What can be scored. All is all text: tokens of a template are recorded, but no text, and never scored."""
 
 NOISE_SCALES = (1e-4, 1e-3, 1e-2, 1e-1)
 """Noise levels of the flip-stability measure, in units of the standard deviation over experts of the selection score."""
@@ -41,7 +43,7 @@ class TokenRoutes:
         document: int32 [tokens], index of the document, the unit of sampling.
         positions: int32 [tokens], place of the token in its document (windows of one document go on counting).
         token_ids: int32 [tokens], vocabulary ids.
-        phase: uint8 [tokens], PROMPT or GENERATED.
+        phase: uint8 [tokens], PROMPT, GENERATED or TEMPLATE.
         weights: float16 [tokens, layers, slots], gate weights as the model used them (0 where no slot ran).
         logit_margins: float16 [tokens, layers], router logit of the weakest chosen minus that of the strongest rejected
             expert (RSS). Can be negative where the router selects on something else than its logits.

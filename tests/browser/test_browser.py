@@ -18,14 +18,15 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from report_results import HOSTILE, simulated_trace, write_result
+from report_results import HOSTILE, counted_domains, simulated_trace, write_result
 from test_report_intervention import made, made_with_items
 
 from dbes.comparison.compare import compare
+from dbes.reporting.html import unpacked
 from dbes.reporting.leaderboard import render_leaderboard
 from dbes.reporting.outcome import Outcome
 from dbes.reporting.outcome_page import render_outcome
-from dbes.reporting.page import unpacked, write_page
+from dbes.reporting.page import write_page
 from dbes.testbed import report as testbed_report
 from dbes.testbed.experiments import Findings, Verdict
 
@@ -61,6 +62,11 @@ def closed_afterwards(chromium):
 @pytest.fixture(scope="module")
 def model_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_page(write_result(tmp_path_factory.mktemp("model"), simulated_trace()))
+
+
+@pytest.fixture(scope="module")
+def counts_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_page(counted_domains(tmp_path_factory.mktemp("counts"), 30))
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +210,43 @@ def test_what_is_drawn_is_what_the_result_says(chromium, model_page: Path) -> No
         for row in expected:
             for name in ("score", "score_low", "score_high", "value", "null", "p"):
                 assert drawn[row["layer"]][name] == pytest.approx(row[name], rel=1e-4, abs=1e-9)
+
+
+def test_a_figure_without_a_value_says_so_in_words(chromium, counts_page: Path) -> None:
+    opened = Opened(chromium, counts_page)
+    tab = opened.tab
+    tab.locator("html[data-drawn='yes']").wait_for(state="attached", timeout=120_000)
+    for figure in ("parts", "curve-stiffness", "domain"):
+        assert "Not defined here" in tab.locator(f"[data-figure='{figure}'] [data-plot]").inner_text()
+        assert tab.locator(f"[data-figure='{figure}'] svg.marks").count() == 0
+    assert tab.locator("[data-figure='curve-specialization'] svg.marks").count() == 1  # values are known
+    assert tab.locator("[data-figure='similarity'] svg.marks").count() == 1
+
+
+def test_a_printed_page_has_every_figure_whole(chromium, model_page: Path) -> None:
+    """Nobody scrolled: what is drawn near the window only would be missing."""
+    opened = Opened(chromium, model_page)
+    tab = opened.tab
+    tab.locator("html[data-drawn='yes']").wait_for(state="attached", timeout=120_000)
+    tab.emulate_media(media="print")
+    tab.set_viewport_size({"width": 718, "height": 1000})  # of A4, less its margins
+    wide = "(e) => e.offsetParent && e.getBoundingClientRect().right > innerWidth + 1"
+    assert tab.evaluate(f"[...document.querySelectorAll('figure, table, .card')].filter({wide}).length") == 0
+    plots = "[...document.querySelectorAll('[data-plot]')].filter((e) => !e.closest('details'))"
+    assert tab.evaluate(f"{plots}.length") > 5
+    assert tab.evaluate(f"{plots}.every((e) => e.querySelector('svg, canvas, .none'))")
+    cut = "(e) => e.getBoundingClientRect().right > e.closest('.card').getBoundingClientRect().right + 1"
+    assert tab.evaluate(f"[...document.querySelectorAll('.plot :is(svg, canvas)')].filter({cut}).length") == 0
+    assert not tab.locator("header.top").is_visible()
+
+
+def test_on_a_telephone_specialists_keep_lift_and_q(chromium, model_page: Path) -> None:
+    opened = Opened(chromium, model_page, width=390)
+    table = opened.tab.locator("#s-table")
+    for key in ("domain", "lift", "q"):
+        box = table.locator(f"tbody tr:first-child td[data-key='{key}']").bounding_box()
+        assert box is not None and box["x"] + box["width"] <= 390
+    assert not table.locator("tbody tr:first-child td[data-key='hits']").is_visible()
 
 
 def test_scale_domain_and_axis_of_the_curves(chromium, model_page: Path) -> None:

@@ -9,7 +9,7 @@ from families import character_tokenizer
 from transformers import AutoTokenizer
 
 from dbes.errors import FinetuneError, SettingError
-from dbes.finetuning.encoding import collate, encode, pack, training_samples, windows
+from dbes.models.encoding import collate, encode, pack, training_samples, windows
 from dbes.tasks.entries import TARGET, Entry, hold_out, prepare_data, read_entries
 
 TEMPLATE = (

@@ -11,12 +11,12 @@ from test_validation import entries
 from dbes.finetuning import guard as guard_module
 from dbes.finetuning import training
 from dbes.finetuning.choice import RATES, Rise, find_rate
-from dbes.finetuning.encoding import Sample
 from dbes.finetuning.guard import FEWEST, KEPT, NOISE, TEXTS, Guard, split_protected
 from dbes.finetuning.report import read_report
 from dbes.finetuning.summary import findings
 from dbes.finetuning.validation import best_step, stalled
 from dbes.models import load_model
+from dbes.models.encoding import Sample
 from dbes.tasks.entries import prepare_data
 
 BITS = math.log(2)

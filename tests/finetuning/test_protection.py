@@ -11,8 +11,8 @@ from test_run import run, same_weights, settings  # noqa: F401
 from dbes.errors import FinetuneError
 from dbes.finetuning import training as training_module
 from dbes.finetuning.cells import TrainableCells
-from dbes.finetuning.encoding import full_rows
 from dbes.finetuning.protection import inverse_root
+from dbes.models.encoding import full_rows
 from dbes.models.sites import find_sites
 
 FAMILIES = (

@@ -19,6 +19,7 @@ start((data) => {
     { key: "domain_named", label: "Domain named", title: "of unseen texts, from their routing", number: true, show: (row) => percent(row.domain_named) },
     { key: "utilization", label: "Load used", number: true, show: (row) => percent(row.utilization) },
     ...(data.phases.model.length ? ["prompt", "generated"].map((phase) => ({ key: phase, label: phase === "prompt" ? "Prompt" : "Generated", title: `${data.metrics[data.metric]}, ${phase} only`, number: true, show: withInterval(phase) })) : []),
+    ...(data.loss ? [{ key: "loss", label: "Bits per byte", title: "mean over domains; lower is better", number: true, show: (row) => fixed(row.loss, 3) }] : []),
     ...(data.accuracy ? [{ key: "accuracy", label: "Accuracy", number: true, show: (row) => percent(row.accuracy) }] : []),
     { key: "family", label: "Family" }, { key: "experts", label: "Experts", number: true }, { key: "k", label: "k", number: true }, { key: "layers", label: "Layers", number: true },
     { key: "tokens", label: "Tokens", number: true, show: (row) => (row.tokens === null ? "–" : row.tokens.toLocaleString("en")) }, { key: "phase", label: "Text" }, { key: "dtype", label: "dtype" }, { key: "date", label: "Date" }, { key: "versions", label: "Versions" },
@@ -41,7 +42,7 @@ start((data) => {
   // Names stand at least a line apart: from the lowest to the highest each is pushed up where it would cover one it overlaps sideways.
   const spread = (rows, labelled, y, height, beside = () => true) => {
     const known = rows.flatMap((row) => [row[y], row.score_low, row.score_high]).filter((value) => value !== null && value !== undefined);
-    const gap = (16 / height) * (y === "accuracy" ? Math.max(0.01, Math.max(...rows.map((row) => row[y])) - Math.min(...rows.map((row) => row[y]))) : Math.max(0.01, ...known) - Math.min(0, ...known)), placed = [];
+    const gap = (16 / height) * (y !== "score" ? Math.max(0.01, Math.max(...rows.map((row) => row[y])) - Math.min(...rows.map((row) => row[y]))) : Math.max(0.01, ...known) - Math.min(0, ...known)), placed = [];
     for (const row of rows.filter(labelled).sort((a, b) => a[y] - b[y])) {
       row.label_at = row[y];
       for (const other of placed) if (beside(row, other) && row.label_at < other.label_at + gap) row.label_at = other.label_at + gap;
@@ -52,9 +53,10 @@ start((data) => {
   addFigure("overlay", () => data.specs.overlay, () => spread(rowsOf(data.curves, (i) => data.curves.metric[i] === chosen("l-metric") && wanted().includes(data.curves.model[i])), (row) => row.depth === 1, "score", 300), () => rowsOf(data.curves));
   const last = () => metrics.filter(([metric]) => data.rows.some((row) => wanted().includes(row.model) && row[metric] !== null)).at(-1)?.[1];
   addFigure("parallel", () => data.specs.parallel, () => spread(data.rows.filter((row) => wanted().includes(row.model)).flatMap((row) => metrics.map(([metric, label]) => ({ model: row.model, metric: label, score: row[metric], score_low: row[`${metric}_low`], score_high: row[`${metric}_high`] }))).filter((row) => row.score !== null), (row) => row.metric === last(), "score", 300));
-  const scatter = () => data.rows.filter((row) => row.accuracy !== null && row.specialization !== null).map((row) => ({ model: row.model, accuracy: row.accuracy, score: row.specialization, score_low: row.specialization_low, score_high: row.specialization_high }));
-  const near = (a, b) => { const scores = scatter().map((row) => row.score); return Math.abs(a.score - b.score) < 0.25 * Math.max(0.01, Math.max(0, ...scores) - Math.min(0, ...scores)); };
-  addFigure("scatter", () => data.specs.scatter, () => spread(scatter(), () => true, "accuracy", 280, near), scatter);
+  const scatter = (field) => data.rows.filter((row) => (row[field] ?? null) !== null && row.specialization !== null).map((row) => ({ model: row.model, [field]: row[field], score: row.specialization, score_low: row.specialization_low, score_high: row.specialization_high }));
+  const near = (field) => (a, b) => { const scores = scatter(field).map((row) => row.score); return Math.abs(a.score - b.score) < 0.25 * Math.max(0.01, Math.max(0, ...scores) - Math.min(0, ...scores)); };
+  for (const [name, field, there] of [["scatter", "accuracy", data.accuracy], ["scatter-loss", "loss", data.loss]])
+    if (there) addFigure(name, () => data.specs[name], () => spread(scatter(field), () => true, field, 280, near(field)), () => scatter(field));
 
   // Pairs
   const named = models.map((model) => [model, model]), signed = (value) => (value > 0 ? "+" : "") + percent(value, 2);
@@ -66,7 +68,7 @@ start((data) => {
     return rowsOf(data.pairs, (i) => data.pairs.first[i] === second && data.pairs.second[i] === first).map((row) => ({ ...row, first, second, score_first: row.score_second, score_second: row.score_first, difference: -row.difference, low: -row.high, high: -row.low }));
   };
   const pairTable = sortableTable(document.getElementById("p-table"), [
-    { key: "metric", label: "Metric", show: (row) => data.metrics[row.metric] }, { key: "depth", label: "Depth" }, { key: "score_first", label: "First", number: true, show: (row) => percent(row.score_first, 2) }, { key: "score_second", label: "Second", number: true, show: (row) => percent(row.score_second, 2) },
+    { key: "metric", label: "Metric", show: (row) => data.metrics[row.metric] ?? row.metric }, { key: "depth", label: "Depth" }, { key: "score_first", label: "First", number: true, show: (row) => percent(row.score_first, 2) }, { key: "score_second", label: "Second", number: true, show: (row) => percent(row.score_second, 2) },
     { key: "difference", label: "Difference", number: true, show: (row) => signed(row.difference) }, { key: "low", label: "95 % interval", number: true, show: (row) => (row.low === null ? "–" : `${signed(row.low)} to ${signed(row.high)}`) }, { key: "adjusted", label: "p (Holm)", number: true, show: (row) => small(row.adjusted) },
     { key: "told", label: "Told apart", show: (row) => (row.adjusted !== null && row.adjusted <= 0.05 ? "yes" : "no") },
   ], pairs(), { pager: document.getElementById("p-pager") });

@@ -11,11 +11,14 @@ start((data) => {
   const full = () => document.getElementById("full").checked;
   const wanted = () => (chosen("curve-domain") === ALL ? null : chosen("curve-domain"));
   const curves = Object.keys(data.metrics);
+  const told = (value) => value !== null && value !== undefined;
+  const some = (name) => (rows) => rows.some((row) => told(row[typeof name === "function" ? name() : name]));
   for (const metric of curves) {
     addFigure(`curve-${metric}`, () => specs.curve[scale() + (full() ? "_full" : "")],
-      () => rowsOf(data.curves, (i) => data.curves.metric[i] === metric && data.curves.domain[i] === (metric === "der" ? null : wanted())),
-      () => rowsOf(data.curves, (i) => data.curves.metric[i] === metric).map((row) => ({ ...row, domain: row.domain ?? "" })));
+      () => rowsOf(data.curves, (i) => data.curves.metric[i] === metric && data.curves.domain[i] === (data.whole.includes(metric) ? null : wanted())),
+      () => rowsOf(data.curves, (i) => data.curves.metric[i] === metric).map((row) => ({ ...row, domain: row.domain ?? "" })), some(scale));
   }
+  if (!data.curves.score.some(told)) document.querySelector("input[name=scale][value=value]").checked = true; // no score without documents
   const parts = (keep) => rowsOf(data.parts, (i) => keep(data.parts.domain[i]));
   addFigure("parts", () => specs.parts, () => parts((domain) => domain === wanted()), () => parts(() => true).map((row) => ({ ...row, domain: row.domain ?? "" })));
   const key = () => {
@@ -37,17 +40,25 @@ start((data) => {
 
   // Domain by domain
   fill("domain-metric", [...new Set(data.curve_domains.metric)].map((metric) => [metric, data.metrics[metric] ?? metric]));
-  addFigure("domain", () => specs.domain, () => rowsOf(data.curve_domains, (i) => data.curve_domains.metric[i] === chosen("domain-metric")).map((row) => ({ ...row, label: row.score === null ? "" : percent(row.score) })), () => rowsOf(data.curve_domains));
+  addFigure("domain", () => specs.domain, () => rowsOf(data.curve_domains, (i) => data.curve_domains.metric[i] === chosen("domain-metric")).map((row) => ({ ...row, label: row.score === null ? "" : percent(row.score) })), () => rowsOf(data.curve_domains), some("score"));
   onChange("domain-metric", () => redraw("domain"));
+  if (data.ablation.length) addFigure("ablation", () => ({ ...specs.ablation, height: 58 * new Set(data.ablation.map((row) => row.label)).size + 12 }), () => data.ablation);
   fill("similarity-layer", [["mean", "mean of all"], ...named], "mean");
   const similarity = (index) => data.order.flatMap((first) => data.order.map((second) => ({ layer: index < layers.length ? layers[index] : "mean", first, second, similarity: data.similarity[index][domains.indexOf(first)][domains.indexOf(second)] })));
   addFigure("similarity", () => specs.similarity, () => {
     const rows = similarity(chosen("similarity-layer") === "mean" ? layers.length : layers.indexOf(Number(chosen("similarity-layer"))));
     const known = rows.map((row) => row.similarity).filter((value) => value !== null), low = Math.min(...known), middle = low + 0.55 * (Math.max(...known) - low);
     return rows.map((row) => ({ ...row, label: row.similarity === null ? "" : row.similarity.toFixed(2).replace(/^(-?)0/, "$1"), strong: dark() ? row.similarity < middle : row.similarity > middle }));
-  }, () => data.similarity.flatMap((_, index) => similarity(index)));
+  }, () => data.similarity.flatMap((_, index) => similarity(index)), some("similarity"));
   onChange("similarity-layer", () => redraw("similarity"));
   if (has.tree) addFigure("dendrogram", () => specs.dendrogram, () => data.dendrogram);
+
+  const strata = data.strata;
+  if (Object.keys(strata).length) {
+    fill("strata-kind", Object.entries(strata).map(([kind, found]) => [kind, found.title]));
+    addFigure("strata", () => specs.strata, () => strata[chosen("strata-kind")].rows, () => Object.entries(strata).flatMap(([kind, found]) => found.rows.map(({ domain, control, label, ...row }) => ({ kind, stratum: domain, ...row }))));
+    onChange("strata-kind", () => redraw("strata"));
+  }
 
   // Domains x experts
   const heat = data.heat, starts = [];
@@ -75,8 +86,8 @@ start((data) => {
       }
       return rows;
     };
-    fill("heat-layer", named, layers[Math.floor(layers.length / 2)]);
-    addFigure("heat", () => specs.heat, () => page.heatRows(Number(chosen("heat-layer"))), () => layers.flatMap((layer) => page.heatRows(layer)).map(({ shade, order, ...row }) => row));
+    if (has.lift) fill("heat-layer", named, layers[Math.floor(layers.length / 2)]);
+    addFigure("heat", () => specs.heat, () => page.heatRows(Number(chosen("heat-layer"))), () => layers.flatMap((layer) => page.heatRows(layer)).map(({ shade, order, ...row }) => row), some("lift"));
     onChange("heat-layer", () => redraw("heat"));
     const load = () => layers.flatMap((layer, column) => {
       const experts = data.experts[column], { share } = usage(column);
@@ -96,19 +107,20 @@ start((data) => {
     if (!row.contexts.length) return element("div", {}, ...chips);
     return element("div", {}, ...chips, element("details", {}, element("summary", {}, "in context"), ...row.contexts.map(([before, token, after]) => element("p", { class: "context token", dir: "auto" }, "…" + before, element("mark", {}, token), after + "…"))));
   };
-  const table = sortableTable(document.getElementById("s-table"), [
+  const table = has.tests && sortableTable(document.getElementById("s-table"), [
     { key: "domain", label: "Domain" }, { key: "layer", label: "Layer", number: true }, { key: "expert", label: "Expert", number: true },
-    { key: "lift", label: "Lift", number: true, show: (row) => fixed(row.lift) }, { key: "tokens", label: "Typical tokens", show: tokens },
+    { key: "lift", label: "Lift", number: true, show: (row) => fixed(row.lift) }, { key: "q", label: "q-value", number: true, show: (row) => small(row.q) },
+    { key: "tokens", label: "Typical tokens", show: tokens },
     { key: "lift_low", label: "95 % interval", number: true, show: (row) => `${fixed(row.lift_low)} – ${fixed(row.lift_high)}` },
-    { key: "share", label: "Share", number: true, show: (row) => percent(row.share) }, { key: "hits", label: "Hits", number: true, show: (row) => row.hits.toLocaleString("en") }, { key: "q", label: "q-value", number: true, show: (row) => small(row.q) },
+    { key: "share", label: "Share", number: true, show: (row) => percent(row.share) }, { key: "hits", label: "Hits", number: true, show: (row) => row.hits.toLocaleString("en") },
   ], rows, { size: 12, pager: document.getElementById("s-pager"), sort: "lift" });
   const filter = () => {
     const text = chosen("s-text").trim().toLowerCase(), domain = chosen("s-domain"), layer = chosen("s-layer"), q = Number(chosen("s-q"));
     table.set(rows.filter((row) => (!domain || row.domain === domain) && (layer === "" || row.layer === Number(layer)) && row.q <= q && (!text || String(row.expert) === text || row.tokens.some((token) => token.toLowerCase().includes(text)))));
   };
   ["s-domain", "s-layer", "s-q"].forEach((id) => onChange(id, filter));
-  document.getElementById("s-text").addEventListener("input", filter);
-  document.getElementById("s-csv").addEventListener("click", () => download(`${data.name}-specialists.csv`, csv(table.all()), "text/csv;charset=utf-8"));
+  document.getElementById("s-text")?.addEventListener("input", filter);
+  document.getElementById("s-csv")?.addEventListener("click", () => download(`${data.name}-specialists.csv`, csv(table.all()), "text/csv;charset=utf-8"));
 
   // Trajectories: every move is a ribbon of four points between the places of its experts
   if (has.moves) {

@@ -68,10 +68,11 @@ function setTheme(name) {
 
 // ---- figures: page.figures holds {name, place, spec(), rows(), table(), view}
 
-function addFigure(name, spec, rows, table) {
+// `known`: whether rows hold anything to draw; where they do not, words stand in place of empty axes.
+function addFigure(name, spec, rows, table, known = (all) => all.length > 0) {
   const place = document.querySelector(`[data-figure="${name}"]`);
   if (!place) return null;
-  const figure = { name, place, spec, rows, table: table || rows, view: null, drawn: 0 };
+  const figure = { name, place, spec, rows, known, table: table || rows, view: null, drawn: 0 };
   page.figures.set(name, figure);
   place.querySelectorAll("[data-save]").forEach((button) => {
     button.setAttribute("aria-label", `Save as ${button.dataset.save.toUpperCase()}`);
@@ -92,6 +93,15 @@ const watcher = new IntersectionObserver((entries) => entries.forEach((entry) =>
 async function draw(figure) {
   if (!figure.spec || !figure.near) return;
   const turn = ++figure.drawn, target = figure.place.querySelector("[data-plot]"), rows = figure.rows();
+  if (!figure.known(rows)) {
+    figure.view?.finalize();
+    figure.view = null;
+    target.removeAttribute("role");
+    target.removeAttribute("aria-label");
+    target.replaceChildren(element("p", { class: "none" }, "Not defined here; the notes at the top say why."));
+    target.dataset.ready = String(turn);
+    return undefined;
+  }
   const given = figure.spec(), spec = { ...given, datasets: { ...given.datasets, rows } };
   const shown = await vegaEmbed(target, spec, { actions: false, logLevel: 1, renderer: rows.length > 4000 ? "canvas" : "svg", config: theme(), ast: true, tooltip: { theme: "custom" } });
   if (turn !== figure.drawn) return shown.finalize();
@@ -104,6 +114,15 @@ async function draw(figure) {
   target.setAttribute("aria-label", figure.place.querySelector("h3")?.textContent || figure.name);
   target.dataset.ready = String(turn);
 }
+// What no one has scrolled to is drawn when the browser has nothing else to do: a printed page has all its figures.
+function drawRest() {
+  const next = [...page.figures.values()].find((figure) => figure.spec && !figure.near);
+  if (!next) { document.documentElement.dataset.drawn = "yes"; return; }
+  next.near = true;
+  watcher.unobserve(next.place);
+  Promise.resolve(draw(next)).finally(() => idle(drawRest));
+}
+const idle = (act) => (window.requestIdleCallback ? requestIdleCallback(act, { timeout: 2000 }) : setTimeout(act, 50));
 const redraw = (...names) => names.forEach((name) => { const figure = page.figures.get(name); if (figure) draw(figure); });
 
 // ---- downloads
@@ -132,6 +151,7 @@ async function save(figure, kind) {
   if (kind === "csv") return download(name, csv(figure.table()), "text/csv;charset=utf-8");
   figure.near = true;
   if (!figure.view) await draw(figure);
+  if (!figure.view) return undefined; // nothing is drawn where nothing is known
   if (kind === "svg") return download(name, await figure.view.view.toSVG(), "image/svg+xml");
   return download(name, await figure.view.view.toImageURL("png", 2));
 }
@@ -182,7 +202,7 @@ function sortableTable(table, columns, rows, { caption, size = 40, pager, sort =
   function show() {
     head.querySelectorAll("th").forEach((th) => (th.dataset.key === state.sort ? th.setAttribute("aria-sort", state.down ? "descending" : "ascending") : th.removeAttribute("aria-sort")));
     const all = ordered(), shown = all.slice(state.at, state.at + size);
-    body.replaceChildren(...shown.map((row) => element("tr", {}, ...columns.map((column) => element("td", { class: column.number ? "n" : "" }, column.show ? column.show(row) : row[column.key] ?? "–")))));
+    body.replaceChildren(...shown.map((row) => element("tr", {}, ...columns.map((column) => element("td", { class: column.number ? "n" : "", "data-key": column.key }, column.show ? column.show(row) : row[column.key] ?? "–")))));
     if (pager) {
       const move = (by, label) => element("button", { type: "button", ...(state.at + by < 0 || state.at + by >= all.length ? { disabled: "" } : {}), onclick: () => { state.at += by; show(); } }, label);
       pager.replaceChildren(element("span", { role: "status" }, all.length ? `${state.at + 1}–${Math.min(state.at + size, all.length)} of ${all.length.toLocaleString("en")}` : "nothing matches"), ...(all.length > size ? [move(-size, "back"), move(size, "next")] : []));
@@ -206,4 +226,5 @@ async function start(build) {
   await build(page.data);
   steppers();
   document.documentElement.dataset.ready = "yes";
+  idle(drawRest);
 }
