@@ -63,6 +63,7 @@ reports: leaderboard  ## Build every page below reports/ from the data beside it
 	for folder in reports/entries/*/ reports/intervention/*/; do \
 	  test ! -f $$folder/result.json -a ! -f $$folder/intervention.json || $(OFFLINE) $(SHARED) report $${folder%/} || exit 1; done
 	$(OFFLINE) $(SHARED) testbed report reports/testbed
+	$(OFFLINE) $(BIN)/python reports/real/build.py
 
 browser: $(READY) build/axe/package/axe.min.js  ## The pages in a real headless Chromium.
 	command -v chromium > /dev/null || (apt-get update -qq && apt-get install -qq --yes chromium)

@@ -115,6 +115,58 @@ def test_tokens_of_other_layers(tmp_path):
     refused(tmp_path, path, r"layers \[1, 2, 10\], but by .* \[0, 1\]", model_config=config)
 
 
+def words(first: int = 20, rows: int = 10, last: str = "<|return|>") -> list[str]:
+    """The texts of all tokens: of a prompt, of those that were routed (three kinds), and the last one, which has no row."""
+    return ["p"] * first + [f"w{place % 3}" for place in range(rows)] + [last]
+
+
+def test_texts_of_tokens_stand_for_token_ids(tmp_path):
+    log(tmp_path / "logs" / "a.json", 1, full_text=words())
+    log(tmp_path / "logs" / "b.json", 2, full_text=["other"] * 20 + ["w2", "new"] * 5 + ["."])
+    found = imported(tmp_path, tmp_path / "logs")
+    (shard,) = list(found.routes)
+    first, second = shard.token_ids[:10].tolist(), shard.token_ids[10:].tolist()
+    assert first == [0, 1, 2] * 3 + [0] and second == [2, 3] * 5
+
+
+def test_texts_that_were_split_otherwise_are_left_out(tmp_path):
+    log(tmp_path / "logs" / "a.json", 1, full_text=words())
+    log(tmp_path / "logs" / "b.json", 2, full_text=[*words(), "one more"])
+    found = imported(tmp_path, tmp_path / "logs")
+    assert found.routes.shape.document_ids == ("logs/a",)
+    assert any("1 documents were left out: full_text" in note for note in found.told)
+    refused(tmp_path / "only", log(tmp_path / "only" / "c.json", full_text=words(21)), "c.json: full_text does not have one token more")
+    refused(tmp_path / "only", log(tmp_path / "only" / "d.json", full_text=[1, 2]), "texts of all tokens")
+
+
+def test_texts_as_one_string_say_nothing_of_tokens(tmp_path):
+    found = imported(tmp_path, log(tmp_path / "logs" / "a.json", full_text="all in one"))
+    (shard,) = list(found.routes)
+    assert shard.token_ids is None
+
+
+def test_statistics_among_the_documents_are_left_out(tmp_path):
+    """As published: a folder of a category holds sums beside the documents, and there is a table of contents."""
+    log(tmp_path / "data" / "mmlu" / "law" / "True_False_examples.json", 1)
+    sums = {"sample_count": 14, "think_expert_analytics": {"layer_0": {}}}
+    foreign.write_json(tmp_path / "data" / "mmlu" / "law" / "True_False.json", sums)
+    foreign.write_json(tmp_path / "data" / "map.json", {"mmlu": {"law": {"True_False": {"sample_count": 14}}}})
+    found = imported(tmp_path, tmp_path / "data")
+    assert len(found.routes.shape.document_ids) == 1 and any("2 records without router_data were left out" in note for note in found.told)
+    (tmp_path / "data" / "mmlu" / "law" / "True_False_examples.json").unlink()
+    with pytest.raises(DbesError, match="no record has router_data"):
+        dbes.import_routing(tmp_path / "data", output_path=tmp_path / "none", experts=EXPERTS, format="gptoss-json")
+
+
+@pytest.mark.parametrize("rules", [{}, {"paths": {"logs/*": "law"}}, {"field": "category"}])
+def test_documents_that_a_domain_map_leaves_out(tmp_path, rules):
+    log(tmp_path / "logs" / "a.json", 1, has_repetition=True)
+    log(tmp_path / "logs" / "b.json", 2)
+    found = imported(tmp_path, tmp_path / "logs", domain_map={**rules, "leave_out": {"has_repetition": True}})
+    assert found.routes.shape.document_ids == ("logs/b",)
+    assert any("1 documents were left out by the domain map" in note for note in found.told)
+
+
 # FLAME-MoE
 
 

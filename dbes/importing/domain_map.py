@@ -32,12 +32,14 @@ class Rules(Strict):
         ids: globs over document (request) ids to a domain, or to a domain and the text that the document is a piece of.
         field: name of a field of the file's records whose value is the domain.
         document: name of a field; documents of equal value are pieces of one text.
+        leave_out: fields with a value; documents that have it are left out.
     """
 
     paths: dict[str, str] = Field(default_factory=dict)
     ids: dict[str, str | Place] = Field(default_factory=dict)
     field: str | None = None
     document: str | None = None
+    leave_out: dict[str, bool | int | str] = Field(default_factory=dict)
 
 
 class DomainMap:
@@ -56,6 +58,8 @@ class DomainMap:
         own = fields.get(DOMAIN)
         if rules is None:
             return Place(domain=_label(own) or otherwise or "all")
+        if any(name in fields and fields[name] == value for name, value in rules.leave_out.items()):
+            return None
         text = _label(fields.get(rules.document)) if rules.document is not None else None
         for glob, found in rules.ids.items():
             if fnmatchcase(name, glob):

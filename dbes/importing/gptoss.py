@@ -3,7 +3,9 @@
     {"dataset": ..., "category": ..., "original_prompt": ..., "router_data": [{"token_12": {"layer_0": {"selected_experts": [4 ids],
      "selected_probs": [4 weights]}, ...}}, ...]}
 
-Documents of the same prompt are one text. Where no domain map says another, ``dataset`` is the domain.
+``full_text`` has the texts of all tokens, prompt included. Equal texts get an equal number, which is as good as a token id where tokens
+are told apart. Documents of the same prompt are one text. Where no domain map says another, ``dataset`` is the domain. Files of statistics
+that lie among the documents are left out.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,11 +31,40 @@ TOKEN, LAYER = re.compile(r"token_(\d{1,9})"), re.compile(r"layer_(\d{1,5})")
 
 
 def read(sources: Sequence[Source], sizes: ModelSizes, notes: Notes) -> Iterator[Document]:
+    words: dict[str, int] = {}
+    routed = 0
+    unfit: str | None = None
     for source in sources:
         stem = source.name.removesuffix(".gz").rpartition(".")[0]
         for number, (where, record) in enumerate(records(source)):
+            if len(sources) > 1 and "router_data" not in record:
+                notes.add("{n} records without router_data were left out")
+                continue
             name = stem if where == str(source) else f"{stem}/{number}"
-            yield _document(source, where, name, record, sizes, notes)
+            document = _document(source, where, name, record, sizes, notes)
+            texts = record.get("full_text")
+            if isinstance(texts, list) and document.positions is not None and len(document.positions):
+                if (ids := _token_ids(texts, document.positions, words, where)) is None:
+                    notes.add("{n} documents were left out: full_text does not have one token more than router_data reaches")
+                    unfit = unfit or where
+                    continue
+                document = replace(document, token_ids=ids)
+            routed += 1
+            yield document
+    if not routed:
+        raise SourceError(
+            f"{sources[0]}: no record has router_data" if unfit is None
+            else f"{unfit}: full_text does not have one token more than router_data reaches, nor in any other document; take it out"
+        )  # fmt: skip
+
+
+def _token_ids(texts: list[Any], positions: np.ndarray, words: dict[str, int], where: str) -> np.ndarray | None:
+    """Numbers of the texts of tokens, int32 [tokens]; None where texts and positions are of different tokenizations."""
+    if not all(isinstance(text, str) for text in texts):
+        raise SourceError(f"{where}: full_text must be the texts of all tokens, or one text")
+    if len(texts) != int(positions[-1]) + 2:  # the last token was generated, but never ran
+        return None
+    return np.asarray([words.setdefault(texts[place], len(words)) for place in positions], np.int32)
 
 
 def _document(source: Source, where: str, name: str, record: Mapping[str, Any], sizes: ModelSizes, notes: Notes) -> Document:
@@ -65,7 +97,7 @@ def _document(source: Source, where: str, name: str, record: Mapping[str, Any], 
     if isinstance(dataset := fields.get("dataset"), str):
         fields.setdefault("domain", dataset)
     if record.get("has_repetition") is True:
-        notes.add("{n} documents repeat themselves (has_repetition): they are imported, but are hardly ordinary text")
+        notes.add("{n} documents repeat themselves (has_repetition): hardly ordinary text; leave_out of a domain map can do without")
     return Document(
         source=source,
         where=where,

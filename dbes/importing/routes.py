@@ -41,7 +41,7 @@ def write_routes(
     for document in documents:
         place = domains.place(document.source, document.id, document.fields, otherwise=None)
         if place is None:
-            notes.add("{n} documents fit no entry of the domain map and were left out")
+            notes.add("{n} documents were left out by the domain map, or fit no entry of it")
             continue
         if not document.ids.shape[0]:
             notes.add("{n} documents without a row of routing were left out")
