@@ -14,6 +14,7 @@ from dbes.files import write_text
 from dbes.measures import Measures
 from dbes.result_parts import Companions, NumberKeyed, OwnMetric, Part, Settings, Strata
 from dbes.schema import Number, Whole, read_versioned
+from dbes.showing import Shown, sizes
 from dbes.text import clipped
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ class RecordingFacts(Part):
     bytes_skipped: Whole | None = None
 
 
-class Result(Part):
+class Result(Shown, Part):
     """Everything one evaluation found, with what is needed to repeat it."""
 
     schema_version: Literal[1] = RESULT_SCHEMA
@@ -177,6 +178,16 @@ class Result(Part):
     files: dict[str, str] = Field(default_factory=dict)
     """Name and sha256 of the tables and matrices that were written beside it; empty in results of earlier versions."""
     _folder: Path | None = PrivateAttr(default=None)
+
+    def about(self) -> tuple[str, dict[str, str]]:
+        model, task = self.model, self.task
+        facts = {"model": model.name, "router": sizes(len(model.layers), model.experts, model.top_k) if model.layers else ""}
+        facts["task"] = f"{task.name}, {len(task.domains)} domains"
+        if self.recording is not None:
+            facts["task"] += f", {self.recording.documents:,} documents, {self.recording.tokens:,} tokens"
+        facts |= {"verdict": self.verdict} if self.status == "ok" else {"error": self.error or "failed"}
+        folder = "" if self._folder is None else str(self._folder)
+        return "Result", facts | {"notes": f"{len(self.warnings)} in warnings" if self.warnings else "", "folder": folder}
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Result) and self.__dict__ == other.__dict__

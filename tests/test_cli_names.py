@@ -22,7 +22,7 @@ FREE = {
     "evaluate max_memory",
     "finetune lr",
     "intervene budget",
-    "evaluate system",
+    *(f"evaluate {option}" for option in ("system", "name", "base_url", "api_key_env", "engine_args")),
     "merge base",
     "report dataset",
 }

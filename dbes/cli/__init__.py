@@ -6,6 +6,8 @@ Heavy modules are imported inside the commands, so that ``dbes --help`` answers 
 from __future__ import annotations
 
 import warnings
+from importlib.metadata import version as installed
+from typing import Annotated
 
 import typer
 
@@ -28,6 +30,13 @@ for command in (paths.paths, exporting.export, finetuning.finetune, finetuning.m
     app.command()(command)
 app.add_typer(tasks.app, name="tasks")
 app.add_typer(testbed.app, name="testbed")
+
+
+@app.callback(invoke_without_command=True)
+def told(version: Annotated[bool, typer.Option("--version", help="Say which version of dbes this is.")] = False) -> None:
+    if version:
+        typer.echo(f"dbes {installed('dbes')}")
+        raise typer.Exit
 
 
 def main() -> None:

@@ -75,6 +75,7 @@ def evaluate(
     batch_size: Annotated[str, typer.Option(help="Windows per batch, or auto.")] = "auto",
     engine: EngineOption = "auto",
     max_memory: Annotated[str | None, typer.Option(help="What streaming may use, for example 4GiB; by default what is free.")] = None,
+    name: Annotated[str | None, typer.Option(help="What result and page call the model.")] = None,
     base_url: Annotated[str | None, typer.Option(help="Of the server, with --engine openai.")] = None,
     api_key_env: Annotated[str | None, typer.Option(help="Variable of the environment that holds the server's key.")] = None,
     engine_args: Annotated[str | None, typer.Option(help="Of vLLM: name=value,name=value.")] = None,
@@ -116,7 +117,7 @@ def evaluate(
             permutations=permutations, trust_remote_code=trust_remote_code,
             overwrite=overwrite, save_trace=save_trace, embedded_fallback=embedded_fallback, loss=loss,
             accuracy="lm-eval" if lm_eval else accuracy, ablate=ablate, metrics=[metric_from(each) for each in metric or ()],
-            strata=names(strata), progress=progress, base_url=base_url, api_key_env=api_key_env, engine_args=engine_args,
+            strata=names(strata), progress=progress, name=name, base_url=base_url, api_key_env=api_key_env, engine_args=engine_args,
             generate=generate, temperature=temperature, top_p=top_p, generation_seed=generation_seed,
             apply_chat_template=apply_chat_template, system=system, drop_loops=drop_loops,
         )  # fmt: skip

@@ -40,6 +40,7 @@ class Further(Answers, total=False):
         accuracy: measure how often the right choice of multiple-choice items is the likeliest; "lm-eval": by the harness.
         ablate: mask every domain's specialists, and other cells of the same load, and measure what is lost, in other texts.
         metrics: of your own, see `dbes.Metric`.
+        name: what result, page and leaderboard call the model; by default hub id, name of the folder, or class.
         base_url: of the server, with engine "openai"; api_key_env: variable of the environment that holds its key.
         engine_args: with engine "vllm", ``name=value`` pairs separated by commas, such as ``tensor_parallel_size=8``.
         strata: score strata of tokens too, and test whether they differ: ``entropy``, ``position``, ``token-class``, ``frequency``.
@@ -50,6 +51,7 @@ class Further(Answers, total=False):
     ablate: bool
     metrics: Sequence[Metric]
     strata: Sequence[str]
+    name: str | None
     base_url: str | None
     api_key_env: str | None
     engine_args: str | None

@@ -99,6 +99,7 @@ class Request:
     ablate: bool = False
     metrics: tuple[Metric, ...] = ()
     strata: tuple[str, ...] = ()
+    name: str | None = None
     base_url: str | None = None
     api_key_env: str | None = None
     engine_args: str | None = None
@@ -141,6 +142,8 @@ class Request:
         if self.accuracy == HARNESS:
             require_harness()
         self._check_server()
+        if self.name is not None and not self.name.strip():
+            raise SettingError("name: expected some text")
         if self.engine == "streaming" and (asked := self.beside):
             raise SettingError(f"{asked}: {NEEDS_MEMORY}")
         if self.generation is not None and (asked := self.beside):
@@ -357,6 +360,7 @@ def subject_of(model: str | Path | LoadedModel, request: Request) -> Subject:
         SettingError: there is no such device.
     """
     if not isinstance(model, str | Path):
+        model = model if request.name is None else replace(model, name=request.name)
         return Subject(name=model.name, commit=model.revision, loaded=model)
     from dbes.models import find_commit, folder_fingerprint
 
@@ -368,8 +372,8 @@ def subject_of(model: str | Path | LoadedModel, request: Request) -> Subject:
         if isinstance(model, str):
             with suppress(ModelError):  # told when it is loaded
                 commit = find_commit(model, revision=request.revision)
-        return Subject(name=str(model), commit=commit)
-    name, commit = name or folder.resolve().name, None
+        return Subject(name=request.name or str(model), commit=commit)
+    name, commit = request.name or name or folder.resolve().name, None
     if (folder / "config.json").is_file():
         with suppress(OSError, ModelError):
             commit = folder_fingerprint(folder)

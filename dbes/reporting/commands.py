@@ -93,6 +93,9 @@ def _evaluate(result: Result) -> list[str]:
     words += ["--batch-size", str(settings["batch_size"])] if settings.get("batch_size", "auto") != "auto" else []
     words += ["--engine", str(settings["engine"])] if settings.get("engine", "auto") != "auto" else []
     words += ["--max-memory", str(settings["max_memory"])] if settings.get("max_memory") else []
+    words += ["--name", str(settings["name"])] if settings.get("name") else []
+    words += ["--base-url", str(settings["base_url"])] if settings.get("base_url") else []
+    words += ["--engine-args", str(settings["engine_args"])] if settings.get("engine_args") else []
     words += ["--limit", str(settings["limit"])] if settings.get("limit") is not None else []
     words += _answers(settings)
     words += ["--trust-remote-code"] if settings.get("trust_remote_code") is True else []

@@ -24,6 +24,7 @@ from dbes.scoring.merging import merged
 from dbes.scoring.sampling import TokenSample
 from dbes.scoring.stored import COUNTS, save_counts, stored
 from dbes.scoring.texts import Texts
+from dbes.showing import Shown, sizes
 from dbes.trace.store import CONTROL
 from dbes.trace.types import RoutingShape
 from dbes.trace.vocabulary import TokenText
@@ -31,8 +32,8 @@ from dbes.trace.vocabulary import TokenText
 __all__ = ["Counts", "LayerCounts", "NgramSums", "StiffnessSums"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Counts:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Counts(Shown):
     """Per document and layer everything that the metrics need; one layer of it is in memory at a time.
 
     Attributes:
@@ -65,6 +66,16 @@ class Counts:
     by_documents: bool = True
     seal: str | None = None
     notes: tuple[str, ...] = ()
+
+    def about(self) -> tuple[str, dict[str, str]]:
+        shape = self.shape
+        texts = f"{len(self.tokens):,} documents of " if self.by_documents else ""
+        return "Counts", {
+            "model": str(self.provenance.get("model") or ""),
+            "router": sizes(len(shape.layers), shape.experts, shape.top_k),
+            "texts": f"{texts}{len(shape.domains)} domains, {int(self.tokens.sum()):,} tokens",
+            "random routers": str(len(self.controls)) if self.controls else "none",
+        }
 
     @classmethod
     def of(cls, sums: LayerCounts, **about: Any) -> Counts:

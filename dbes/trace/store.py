@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from dbes.errors import TraceError
 from dbes.schema import first_problem, read_json
+from dbes.showing import Shown, sizes
 from dbes.trace.arrays import routes_from_arrays
 from dbes.trace.manifest import MANIFEST, Provenance, ShardEntry, digest, read_manifest
 from dbes.trace.shards import REQUIRED, check_header, read_shard
@@ -34,8 +35,8 @@ TRACE_FOLDER = "trace"
 """Where an evaluation keeps its routes beside the result."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Trace:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Trace(Shown):
     """Routing of one model over one benchmark: iterate over it to read its shards one at a time.
 
     Attributes:
@@ -61,6 +62,13 @@ class Trace:
     kept: np.ndarray | None = field(default=None, compare=False)
     seal: str | None = None
     _checked: dict[str, tuple[int, int]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def about(self) -> tuple[str, dict[str, str]]:
+        shape, draws = self.shape, len(self.controls)
+        facts = {"model": str(self.provenance.get("model") or ""), "router": sizes(len(shape.layers), shape.experts, shape.top_k)}
+        facts["texts"] = f"{len(shape.document_ids):,} documents of {len(shape.domains)} domains, {self.tokens:,} tokens"
+        facts["random routers"] = str(draws) if draws else "none"
+        return "Trace", facts | {"folder": "" if self.path is None else str(self.path)}
 
     def __iter__(self) -> Iterator[TokenRoutes]:
         """The shards in order of documents; a document never spans two shards. Shards on disk are checked as they are read."""
