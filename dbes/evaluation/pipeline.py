@@ -237,7 +237,8 @@ def record(
 
 
 def _loaded(subject: Subject, request: Request, *, device: str | None = None) -> LoadedModel:
-    from dbes.models.load import load_description, load_model
+    from dbes.models import load_model
+    from dbes.models.load import load_description
 
     assert request.model is not None
     if request.served:
