@@ -31,6 +31,7 @@ from dbes.recording import record as recording
 from dbes.recording.batches import Window
 from dbes.recording.forward import Coming, ForwardEngine, record_batch
 from dbes.recording.record import record_documents
+from dbes.trace.blocks import STORED, Contents
 from dbes.trace.store import Trace
 from dbes.trace.types import TokenRoutes
 
@@ -528,7 +529,9 @@ def test_memory_does_not_grow_with_the_number_of_tokens() -> None:
         command = [sys.executable, str(benchmark), "--memory", str(tokens)]
         return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
-    assert peak(200_000) - peak(10_000) < 100
+    # what is buffered fills up at first; from there on routes that were kept would add their own size
+    held = Contents(layers=tuple(range(8)), experts=(64,) * 8, top_k=(8,) * 8, gives=frozenset(STORED), control=3).bytes_per_token
+    assert (peak(400_000) - peak(100_000)) * 2**20 < 300_000 * held / 2
 
 
 @pytest.mark.parametrize("block", ["mixtral", "shared", "sorted", "switch"])

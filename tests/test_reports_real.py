@@ -101,3 +101,13 @@ def test_anything_else_in_a_pickle_is_refused(unpickled, planted):
 def test_a_cut_pickle_is_refused(unpickled):
     with pytest.raises(ValueError):
         unpickled.counters(pickle.dumps([Counter({1: 2})], protocol=4)[:-1])
+
+
+def test_the_figures_of_the_text_are_those_of_the_results():
+    text = " ".join((REAL / "README.md").read_text("utf-8").split())
+    for name in ("esft", "gptoss-families", "gptoss-subjects"):
+        result = load_result(REAL / name)
+        score, low, high = (100 * getattr(result.record("specialization"), part) for part in ("score", "score_low", "score_high"))
+        assert f"{score:.1f} % [{low:.1f}, {high:.1f}]" in text
+    layers = {each.layer: each.score for each in load_result(REAL / "esft").calibrated if (each.metric, each.domain) == ("specialization", None)}
+    assert all(f"{100 * layers[layer]:.1f} % at layer {layer}" in text for layer in (3, 11, 17, 24))

@@ -177,7 +177,8 @@ class HttpServer:
         where = f"{self.root}, {name}"
         body: dict[str, Any] = {"model": self.name, "prompt": prompt.tolist(), "max_tokens": 1, "temperature": 0}
         if self.kind == "sglang":
-            answer = self._ask("/v1/completions", {**body, "return_routed_experts": True}, where=where)
+            # with one token to generate, requests that only read their prompt were seen to lack its last row
+            answer = self._ask("/v1/completions", {**body, "max_tokens": 2, "return_routed_experts": True}, where=where)
             answer |= {"input_ids": prompt.tolist()}
             parse = sglang.of_response
         else:
