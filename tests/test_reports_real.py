@@ -109,5 +109,6 @@ def test_the_figures_of_the_text_are_those_of_the_results():
         result = load_result(REAL / name)
         score, low, high = (100 * getattr(result.record("specialization"), part) for part in ("score", "score_low", "score_high"))
         assert f"{score:.1f} % [{low:.1f}, {high:.1f}]" in text
-    layers = {each.layer: each.score for each in load_result(REAL / "esft").calibrated if (each.metric, each.domain) == ("specialization", None)}
+    records = load_result(REAL / "esft").calibrated
+    layers = {each.layer: each.score for each in records if (each.metric, each.domain) == ("specialization", None)}
     assert all(f"{100 * layers[layer]:.1f} % at layer {layer}" in text for layer in (3, 11, 17, 24))
