@@ -96,8 +96,14 @@ def test_models_are_ordered_by_their_excess_where_each_has_a_random_router(tmp_p
     bare = replace(simulated_trace(5, lean=0.1, model="bare"), control=None)
     write_result(tmp_path / "bare", bare, keep_trace=False)
     found = compare([tmp_path])
-    assert not found.by_excess and [entry.label for entry in found.entries] == ["frozen", "trained", "bare"]
-    assert "Order and rank by score, specialization, because not every model has a random router" in terminal(found)
+    assert found.by_excess and [entry.label for entry in found.entries] == ["trained", "frozen", "bare"]
+    assert str(found.ranks["trained"]) == "1" and str(found.ranks["frozen"]) == "2" and "bare" not in found.ranks
+    assert "models without one stand below" in terminal(found)
+    found = compare([tmp_path], by="score")
+    assert not found.by_excess and [entry.label for entry in found.entries] == ["frozen", "trained", "bare"] and "bare" in found.ranks
+    assert "Order and rank by score, specialization" in terminal(found)
+    with pytest.raises(SettingError, match="no model here has random routers"):
+        compare([tmp_path / "bare"], by="excess")
 
 
 def test_the_test_of_excesses_has_the_draws_of_both_random_routers(folder: Path) -> None:

@@ -37,7 +37,7 @@ def report(
 
 def compare(
     results: Annotated[list[Path], typer.Argument(help="Results, or folders with results below them.")],
-    by: Annotated[str, typer.Option(help="Metric the models are ranked by.")] = "specialization",
+    by: Annotated[str, typer.Option(help="Metric that ranks the models; excess or score: of specialization.")] = "specialization",
     format: Annotated[
         str, one_of("format", ("table", "csv", "json", "markdown", "html"), "How to show the comparison; html is the leaderboard page.")
     ] = "table",

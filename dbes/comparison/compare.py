@@ -19,7 +19,7 @@ import numpy as np
 
 from dbes.comparison.accuracy import Accuracies, read_accuracies
 from dbes.comparison.entries import Apart, LeaderboardEntry, Replicates, read_entries
-from dbes.comparison.excess import all_have_excess, excess_of
+from dbes.comparison.excess import any_has_excess, excess_of
 from dbes.comparison.own import of_one_source, shared_metrics
 from dbes.comparison.ranks import Difference, Rank, corrected, ranks_of
 from dbes.comparison.relation import Relation, relations
@@ -46,11 +46,16 @@ DEPTHS = (("all layers", 0.0, 1.0), ("first third", 0.0, 1 / 3), ("middle third"
 """Relative depth of the MoE layers, 0 the first and 1 the last: models of different depth are compared by it."""
 
 
+ORDERS = ("excess", "score")
+"""What models can be ranked by beside the name of a metric: by specialization, over the random router or as it is."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
     """Results that may stand side by side, their ranks and pairwise differences by one metric, and what stands apart.
 
-    ``by_excess``: order, ranks and pairs are of the excess over the random router, because every model has one; else of the score.
+    ``by_excess``: order, ranks and pairs are of the excess over the random router; models without one stand below, unranked. Else of the
+    score: no model has an excess, or so it was asked.
     ``accuracy_of``: the tasks or the file that accuracies come from, or the results' own; empty without accuracies.
     ``relations``: of specialization with loss and accuracy, where models have them. ``own``: title of each metric of the user's own that
     all models have, computed by the same source.
@@ -91,38 +96,41 @@ def compare(
 ) -> Comparison:
     """Results side by side: ranks with intervals, and paired differences on the same documents.
 
-    Ordered and ranked by the excess over the random router where every model has one, else by the score.
+    Ordered and ranked by the excess over the random router, models without one below the others; by the score where none has one.
 
     Args:
         results: results that were written to a folder, their folders, or folders with results below them.
-        by: metric the models are ranked by; of your own, results by another version or source of it stand apart.
+        by: metric the models are ranked by; ``excess`` and ``score``: by specialization, and which of both. Of metrics of your own results
+            by another version or source stand apart.
         accuracy: files with the models' accuracies: CSV ``model,accuracy``, or results of lm-eval.
 
     Raises:
         SettingError: ``by`` is not one of the metrics that are ranked.
         ResultError: no result can be read, or accuracies do not fit the results.
     """
-    metric = by
+    metric = "specialization" if by in ORDERS else by
     known = read_accuracies([accuracy] if isinstance(accuracy, str | Path) else accuracy)
     given = [results] if isinstance(results, str | Path | Result) else results
     entries, apart = read_entries([_place(each) for each in given])
     known_metrics = dict.fromkeys((*REPLICATED, *(name for entry in entries for name in entry.result.own_metrics)))
     if metric not in known_metrics:
-        raise SettingError(unknown("metric that models are ranked by", metric, known_metrics))
+        raise SettingError(unknown("metric that models are ranked by", metric, (*known_metrics, *ORDERS)))
     entries, others = comparable(entries)
     entries, unlike = of_one_source(entries, metric)
     others += unlike
     entries = with_accuracies(labelled(entries), known, elsewhere={each.name for each in (*apart, *others)})
-    ranked = [entry for entry in entries if _rankable(entry, metric)]
-    by_excess = all_have_excess([entry for entry in entries if not entry.baseline], metric)
+    by_excess = by != "score" and any_has_excess([entry for entry in entries if not entry.baseline], metric)
+    if by == "excess" and not by_excess:
+        raise SettingError("by: no model here has random routers beside it, so that none has an excess; rank by score")
+    ranked = [each for each in entries if _rankable(each, metric) and not (by_excess and excess_of(each, metric) is None)]
     found = (difference(a, b, metric, *DEPTHS[0], excess=by_excess) for a, b in _pairs(entries))
     pairs = corrected([pair for pair in found if pair is not None])
     ranks = ranks_of([entry.label for entry in ranked], pairs)
 
-    def order(entry: LeaderboardEntry) -> tuple[bool, float, str]:
-        score = model_score(entry.result, metric)
-        value = entry.result.record(metric).excess if score is not None and by_excess and not entry.baseline else _or(score, -math.inf)
-        return entry.baseline, -value, entry.label
+    def order(entry: LeaderboardEntry) -> tuple[bool, bool, float, str]:
+        excess = excess_of(entry, metric) if by_excess and not entry.baseline else None
+        value = _or(model_score(entry.result, metric), -math.inf) if excess is None else excess.value
+        return entry.baseline, by_excess and excess is None, -value, entry.label
 
     return Comparison(
         metric=metric,

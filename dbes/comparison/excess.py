@@ -38,6 +38,6 @@ def excess_of(entry: LeaderboardEntry, metric: str) -> Excess | None:
     return Excess(value=record.excess, left_out=left_out, draw_variance=rest / float(norm.ppf((1 + CONFIDENCE) / 2)) ** 2)
 
 
-def all_have_excess(entries: Sequence[LeaderboardEntry], metric: str) -> bool:
-    """Whether the entries can be ranked by excess: there is one, and each has its own."""
-    return bool(entries) and all(excess_of(entry, metric) is not None for entry in entries)
+def any_has_excess(entries: Sequence[LeaderboardEntry], metric: str) -> bool:
+    """Whether entries can be ranked by excess; those without stand below these, since what their routers add is not known."""
+    return any(excess_of(entry, metric) is not None for entry in entries)

@@ -126,9 +126,10 @@ def order_words(comparison: Comparison) -> str:
     """What the entries are ordered and ranked by, in words."""
     metric = titles(comparison)[comparison.metric]
     metric = metric.lower() if comparison.metric in METRICS else metric
-    if comparison.by_excess:
-        return f"Order and rank by excess over the random router, {metric}"
-    return f"Order and rank by score, {metric}, because not every model has a random router whose excess can be tested"
+    if not comparison.by_excess:
+        return f"Order and rank by score, {metric}"
+    below = any(not entry.baseline and entry.label not in comparison.ranks for entry in comparison.entries)
+    return f"Order and rank by excess over the random router, {metric}" + ("; models without one stand below" if below else "")
 
 
 def bits_cell(bits: float | None) -> str:
