@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -52,3 +54,12 @@ def test_a_model_is_called_what_is_asked(tmp_path: Path) -> None:
     assert again.created == found.created
     with pytest.raises(dbes.SettingError, match="name: expected some text"):
         dbes.evaluate("embedded", tasks="smoke", limit=4, output_path=tmp_path, name=" ")
+
+
+def test_a_clone_beside_a_running_python_does_not_hide_the_package(tmp_path: Path) -> None:
+    """A folder called dbes in the current folder is a namespace without a name in it; the installed package comes first all the same."""
+    (tmp_path / "dbes" / "dbes").mkdir(parents=True)
+    (tmp_path / "dbes" / "README.md").write_text("a clone", "utf-8")
+    script = "import dbes; print(dbes.Trace.__name__)"
+    ran = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert ran.stdout == "Trace\n"
