@@ -99,6 +99,7 @@ def evaluate(
     metric: MetricOption = None,
     strata: StrataOption = "",
     format: FormatOption = "table",
+    quiet: Annotated[bool, typer.Option("--quiet", help="Without progress; errors are told.")] = False,
 ) -> None:
     """Record a model's routing over a task and score it against chance and the ideal router.
 
@@ -109,8 +110,12 @@ def evaluate(
     from dbes.reporting.report import keep_page
     from dbes.scoring.own import metric_from
 
-    wanted, quiet = names(tasks), not Crew.here().first
-    with nullcontext() if quiet else progress_bar() as progress:
+    wanted, silent = names(tasks), not Crew.here().first
+    if quiet:
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+    with nullcontext() if silent or quiet else progress_bar() as progress:
         found = run(
             model, tasks=wanted, output_path=output_path, revision=revision, limit=limit, dtype=dtype, device_map=device_map,
             batch_size=_batch_size(batch_size), engine=cast("Any", engine), max_memory=max_memory, seed=seed,
@@ -122,7 +127,7 @@ def evaluate(
             apply_chat_template=apply_chat_template, system=system, drop_loops=drop_loops,
         )  # fmt: skip
     done = [result for result in found if result.status == "ok"]
-    for result in found if not quiet else ():
+    for result in found if not silent else ():
         if result.status != "ok":
             tell(str(result.error))
             continue
@@ -130,7 +135,7 @@ def evaluate(
         keep_page(result.folder)
         if format == "table":
             _show(result)
-    if format == "json" and done and not quiet:
+    if format == "json" and done and not silent:
         say_json(_json(done, several=len(found) > 1))
     if len(done) < len(found):
         raise typer.Exit(FAILED)

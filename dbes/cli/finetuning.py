@@ -66,6 +66,11 @@ def finetune(
         return
     stdout().print(_table(report))
     say(out)
+    trained = out if save == "model" else Path(f"{out}-merged")
+    steps_next = [] if save == "model" else [["merge", model, str(out), *option("out", trained), *option("revision", revision)]]
+    steps_next += [["evaluate", *option("model", each), *option("tasks", tasks, default="embedded")] for each in (model, trained)]
+    lines = "\n".join(f"  {command(words)}" for words in [*steps_next, ["compare", "results"]])
+    _say(f"Next, what training did to the routing, beside the base:\n{lines}")
     if protects_next(report):
         words = ["finetune", *option("model", model), *option("revision", revision), *option("paths", paths), *option("data", data)]
         words += [*option("out", f"{out}-protected"), *option("steps", steps), *option("lr", lr), *option("protect", PROTECT)]

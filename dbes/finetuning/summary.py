@@ -100,12 +100,14 @@ def _target(report: FinetuneReport) -> str:
     name, change = report.target, report.changes.get(report.target)
     if change is None:
         return f"{name}: {_amount(report.gain)}"
-    gain = f"{name}: the gain of {_amount(-change.change)} is"
+    amount = f"gain of {_amount(-change.change)}" if change.change <= 0 else f"loss of {change.change:.4f} bits per byte"
+    gain = f"{name}: the {amount} is"
     if change.low is None or change.high is None:
         return f"{gain} from one held-out text, so that noise cannot be told"
     span = _span(-change.high, -change.low)
     if _within_noise(report):
-        return f"{gain} within noise (95 % interval {span})"
+        of_gain = "" if change.change <= 0 else " of the gain"
+        return f"{gain} within noise (95 % interval{of_gain} {span})"
     if change.change > 0:
         return f"{name}: lost {change.change:.4f} bits per byte (95 % interval of the gain {span}): its held-out texts are predicted worse"
     return f"{name}: gained {-change.change:.4f} bits per byte (95 % interval {span})"

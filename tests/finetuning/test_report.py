@@ -85,7 +85,10 @@ CALM = "nothing was forgotten beyond noise"
         ({}, "law: gained 0.0200 bits per byte (95 % interval +0.0100 to +0.0300)"),
         ({"law": (-0.02, -0.05, 0.01)}, "law: the gain of +0.0200 bits per byte is within noise (95 % interval -0.0100 to +0.0500)"),
         ({"law": (0.02, 0.01, 0.03)}, "law: lost 0.0200 bits per byte (95 % interval of the gain -0.0300 to -0.0100)"),
-        ({"law": (0.02, -0.01, 0.05)}, "law: the gain of -0.0200 bits per byte is within noise (95 % interval -0.0500 to +0.0100)"),
+        (
+            {"law": (0.02, -0.01, 0.05)},
+            "law: the loss of 0.0200 bits per byte is within noise (95 % interval of the gain -0.0500 to +0.0100)",
+        ),
         ({"law": (-0.02, None, None)}, "law: the gain of +0.0200 bits per byte is from one held-out text, so that noise cannot be told"),
         ({}, f"{CALM}: other domains changed by +0.0000 on average, +0.0000 at worst"),
         ({"code": (0.03, 0.02, 0.04)}, "forgotten: code +0.0300 (+0.0200 to +0.0400) bits per byte; not beyond noise: math"),
