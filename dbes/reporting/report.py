@@ -11,6 +11,7 @@ from dbes.comparison.compare import Comparison, paired_of
 from dbes.errors import FileError, SettingError
 from dbes.reporting import export, leaderboard
 from dbes.reporting.card import card_section
+from dbes.reporting.index import holds_results, write_index
 from dbes.reporting.outcome import is_outcome, load_outcome
 from dbes.reporting.outcome_card import outcome_card
 from dbes.reporting.outcome_page import write_outcome_page
@@ -47,7 +48,8 @@ def report(
     """The page of one result or experiment, a single HTML file that needs no network; or the text of another format.
 
     Args:
-        result: a result that was written, its folder or file, or the folder or file of an experiment of ``dbes intervene``.
+        result: a result that was written, its folder or file, or the folder or file of an experiment of ``dbes intervene``; with
+            ``html`` also a folder that holds several results: their index.
         format: ``html``: write the page; ``card``: Markdown (section of a model card, or findings of an experiment); ``hub``:
             metadata of the hub; ``record``: a record of the leaderboard.
         trace: folder of the recorded routes, where they are not beside the result.
@@ -72,6 +74,8 @@ def report(
         found = result
     elif is_outcome(result):
         return _outcome(Path(result), format, trace=trace, output=output)
+    elif format == "html" and trace is None and holds_results(Path(result)):
+        return write_index(result, output=output)
     elif format == "html":
         return write_page(result, trace=trace, output=output)
     else:
