@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from dbes.comparison.agreement import Agreement, agreement
     from dbes.comparison.compare import Comparison, compare
     from dbes.comparison.pruning import Pruning, prune
+    from dbes.evaluation.callback import SpecializationCallback
     from dbes.evaluation.pipeline import evaluate, record
     from dbes.exporting.export import export
     from dbes.finetuning.output import merge
@@ -79,6 +80,7 @@ _HOMES = {
     "Trace": "dbes.trace.store",
     "Counts": "dbes.scoring.counts",
     "Metric": "dbes.scoring.own",
+    "SpecializationCallback": "dbes.evaluation.callback",
     "Task": "dbes.tasks.task",
     "ExpertPath": "dbes.paths.types",
     "Comparison": "dbes.comparison.compare",
@@ -115,6 +117,7 @@ __all__ = [
     "ResultError",
     "SettingError",
     "SourceError",
+    "SpecializationCallback",
     "Task",
     "TaskError",
     "Trace",
