@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
 import dbes
+from dbes.evaluation.callback import random_numbers_kept
 from dbes.models.load import load_model
 
 
@@ -68,6 +71,20 @@ def test_without_a_trainer_the_history_of_its_state_has_the_values(tmp_path: Pat
     options = {"every": 9, "limit": 4, "permutations": 19, "output_path": tmp_path / "steps"}
     watched, _ = trained(tmp_path, lambda loaded: dbes.SpecializationCallback(loaded.tokenizer, **options))
     assert [entry["step"] for entry in watched.state.log_history if "specialization/score" in entry] == [4]  # at the end
+
+
+def test_random_numbers_go_on_as_if_nothing_had_been() -> None:
+    def drawn() -> list[float]:
+        return [random.random(), float(np.random.rand()), float(torch.rand(()))]  # noqa: NPY002 (what a training draws from)
+
+    for seeded in (random.seed, np.random.seed, torch.manual_seed):  # noqa: NPY002
+        seeded(11)
+    expected = drawn()
+    for seeded in (random.seed, np.random.seed, torch.manual_seed):  # noqa: NPY002
+        seeded(11)
+    with random_numbers_kept():
+        drawn()
+    assert drawn() == expected
 
 
 def test_fewer_than_one_step() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from importlib.metadata import version
@@ -61,5 +62,6 @@ def test_a_clone_beside_a_running_python_does_not_hide_the_package(tmp_path: Pat
     (tmp_path / "dbes" / "dbes").mkdir(parents=True)
     (tmp_path / "dbes" / "README.md").write_text("a clone", "utf-8")
     script = "import dbes; print(dbes.Trace.__name__)"
-    ran = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    without = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # what is installed, and nothing else
+    ran = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=without, capture_output=True, text=True, check=True)
     assert ran.stdout == "Trace\n"

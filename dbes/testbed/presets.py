@@ -56,7 +56,7 @@ class Preset:
 
 
 def preset(name: str) -> Preset:
-    """The grid of a name: ``smoke`` shows the main contrast in under a minute, ``standard`` runs every experiment."""
+    """The grid of a name: ``smoke`` is a try-out of a minute, ``standard`` runs every experiment."""
     if name not in PRESETS:
         raise SettingError(unknown("preset", name, PRESETS))
     return _smoke() if name == "smoke" else _standard()

@@ -86,7 +86,7 @@ def run_testbed(
     Runs that ``out`` holds already are not trained again, so the same call resumes an interrupted grid.
 
     Args:
-        preset: ``smoke``: the main contrast; ``standard``: every experiment.
+        preset: ``smoke``: a try-out, whose two seeds decide little; ``standard``: every experiment.
         out: folder of the grid.
         mix: another mix than the preset's: ``embedded``, ``packages`` or a folder of JSONL files.
         only: experiments to run; all of them when empty.
