@@ -77,10 +77,10 @@ def test_random_numbers_go_on_as_if_nothing_had_been() -> None:
     def drawn() -> list[float]:
         return [random.random(), float(np.random.rand()), float(torch.rand(()))]  # noqa: NPY002 (what a training draws from)
 
-    for seeded in (random.seed, np.random.seed, torch.manual_seed):  # noqa: NPY002
+    for seeded in (random.seed, np.random.seed, torch.manual_seed):
         seeded(11)
     expected = drawn()
-    for seeded in (random.seed, np.random.seed, torch.manual_seed):  # noqa: NPY002
+    for seeded in (random.seed, np.random.seed, torch.manual_seed):
         seeded(11)
     with random_numbers_kept():
         drawn()

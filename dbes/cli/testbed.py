@@ -22,7 +22,7 @@ CacheOption = Annotated[Path, typer.Option(help="Where built mixes are kept.")]
 @app.command()
 def run(
     out: Annotated[Path, typer.Option(help="Folder of the grid. Finished runs in it are not trained again.")],
-    preset: Annotated[str, one_of("preset", ("smoke", "standard"), "smoke: a try-out, two seeds decide little; standard: every experiment.")] = "smoke",
+    preset: Annotated[str, one_of("preset", ("smoke", "standard"), "smoke: a try-out of two seeds; standard: every experiment.")] = "smoke",
     mix: Annotated[str | None, typer.Option(help="embedded, packages, or a folder of JSONL files; the preset's own by default.")] = None,
     only: Annotated[str, typer.Option(help="Experiments to run, separated by commas; all by default.")] = "",
     processes: Annotated[int, typer.Option(min=1, help="Runs trained at a time, one thread each.")] = 2,
