@@ -254,7 +254,7 @@ def test_full_finetuning_stopped_at_equal_compute_is_read_off_its_trajectory() -
 def test_arms_that_miss_a_seed_wait_and_failed_runs_are_named() -> None:
     about, records, _ = experiment(EQUAL, np.random.default_rng(0))
     kept = [(a, r) for a, r in records if (a.name, a.seed) != ("lift", 3)]
-    kept = [(a, {**r, "status": "failed", "error": "the loss is no number at step 3"} if a.name == "full" else r) for a, r in kept]
+    kept = [(a, {**r, "status": "failed", "error": "the loss is NaN or infinite at step 3"} if a.name == "full" else r) for a, r in kept]
     found = analyse(about, kept, [])["targets"]["a"]
     assert {row["arm"] for row in found["arms"]} == {"specialization", "target-load", "random-load-matched"}
     assert len(found["failed"]) == 5 and "matched" not in arm(found, "specialization")

@@ -62,7 +62,7 @@ def prepare(
         bool, typer.Option("--allow-missing", help="Go on without sources that cannot be had, and name them.")
     ] = False,
 ) -> None:
-    """Copy a task with all its texts into a folder that needs no network; a call that was killed or failed is gone on with."""
+    """Copy a task with all its texts into a folder that needs no network; the same command resumes one that was killed or failed."""
     from dbes.tasks.prepare import prepare as run
     from dbes.tasks.task import load_task
 

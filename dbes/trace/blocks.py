@@ -204,7 +204,7 @@ class Assembly:
     def _add_nats(self, rows: np.ndarray, nats: np.ndarray) -> None:
         if not np.isfinite(nats).all():
             row = int(rows[np.flatnonzero(~np.isfinite(nats))[0]])
-            raise self.error(f"{self.where}: {self._token(row)}: its loss is no number; the logits overflow: try another dtype")
+            raise self.error(f"{self.where}: {self._token(row)}: its loss is NaN or infinite; the logits overflow: try another dtype")
         self._nats = np.zeros(len(self._positions)) if self._nats is None else self._nats
         self._nats[rows] = nats
 
